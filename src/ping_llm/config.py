@@ -1,0 +1,271 @@
+"""A TOML file and the command line in, one tree of frozen dataclasses out. Defaults < file < command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = 4
+    """Transformer blocks."""
+    n_embd: int = 160
+    """Width of the residual stream."""
+    n_head: int = 5
+    """Attention heads; n_embd must be a multiple."""
+    seq_len: int = 1024
+    """Tokens in a training window, and the longest context of a query."""
+    rope_base: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    softcap: float = 15.0
+    """Logits are softcap·tanh(logits / softcap)."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_embd", "n_head", "seq_len"):
+            _require_positive("model", name, getattr(self, name))
+        if self.n_embd % self.n_head:
+            raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
+        if (self.n_embd // self.n_head) % 2:
+            raise ValueError(
+                f"model.n_embd / model.n_head = {self.n_embd // self.n_head} must be even for rotary positions"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    rows: Path = field(default=Path("data/rows"), metadata=RESUMABLE)
+    """Folder of probe rows, as written by `ping-llm prepare`."""
+    src_prefix_dropout: float = 0.5
+    """Share of windows whose source is cut to a prefix of 0 bytes to all but one."""
+    dst_prefix_dropout: float = 0.1
+    """Share of measurements whose destination is cut to a prefix of 1 byte to all but one."""
+    full_time: float = 0.4
+    """Share of windows in time order with every timestamp."""
+    partial_time: float = 0.3
+    """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
+    windows_per_read: int = 4
+    """Windows drawn from a probe row each time it is read, one in each of as many consecutive batches."""
+    workers: int = field(default=0, metadata=RESUMABLE)
+    """Loader processes; 0 loads in a thread of the training process. Does not change the batches."""
+    prefetch: int = field(default=4, metadata=RESUMABLE)
+    """Blocks of batches that are made ahead."""
+
+    def __post_init__(self) -> None:
+        for name in ("src_prefix_dropout", "dst_prefix_dropout", "full_time", "partial_time"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.full_time + self.partial_time > 1:
+            raise ValueError(
+                f"data.full_time + data.partial_time = {self.full_time + self.partial_time} must not exceed 1"
+            )
+        _require_positive("data", "windows_per_read", self.windows_per_read)
+        _require_positive("data", "prefetch", self.prefetch)
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    muon_lr: float = 0.02
+    """Muon rate of the block matrices, before width scaling."""
+    embedding_lr: float = 0.2
+    """AdamW rate of the token embedding, before width scaling."""
+    head_lr: float = 0.004
+    """AdamW rate of the output head, before width scaling."""
+    adam_beta1: float = 0.8
+    """AdamW first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW second-moment decay."""
+    adam_eps: float = 1e-10
+    """AdamW denominator offset."""
+    momentum_start: float = 0.85
+    """Muon Nesterov momentum at step 0."""
+    momentum_end: float = 0.95
+    """Muon Nesterov momentum after momentum_warmup_steps."""
+    momentum_warmup_steps: int = 300
+    """Steps over which the momentum rises."""
+    weight_decay: float = 0.1
+    """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
+    warmup_share: float = 0.02
+    """Share of the run in which the rates rise."""
+    cooldown_share: float = 0.4
+    """Share of the run, at its end, in which the rates fall linearly."""
+    final_lr_share: float = 0.01
+    """Rate at the last step as a share of the peak."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; larger ones are scaled down. 0 = never."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_share + self.cooldown_share > 1:
+            raise ValueError(
+                f"optim.warmup_share + optim.cooldown_share = {self.warmup_share + self.cooldown_share} must not exceed 1"
+            )
+        if self.final_lr_share <= 0:
+            raise ValueError(
+                f"optim.final_lr_share={self.final_lr_share} must be above 0: a step at rate 0 trains nothing"
+            )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    src: float = 1.0
+    """Weight of the source tokens in the training loss."""
+    dst: float = 1.0
+    """Weight of the destination tokens."""
+    time: float = 1.0
+    """Weight of the timestamp tokens."""
+    rtt: float = 1.0
+    """Weight of the RTT bytes and the FAILED token."""
+    structure: float = 1.0
+    """Weight of measurement starts and of the tokens that choose which field comes next."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run_dir: Path = field(default=Path("runs/tiny"), metadata=RESUMABLE)
+    """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
+    total_steps: int = 1000
+    """Optimiser steps in the run; the schedules stretch over them."""
+    max_minutes: float = field(default=0.0, metadata=RESUMABLE)
+    """Wall-clock budget: the schedules are laid over the smaller of this and total_steps. 0 = no limit."""
+    batch_size: int = 64
+    """Windows in one optimiser step, over all processes and micro-batches."""
+    grad_accum: int = field(default=1, metadata=RESUMABLE)
+    """Micro-batches in one step; batch_size must be a multiple."""
+    device: str = field(default="auto", metadata=RESUMABLE)
+    """cpu, cuda, or auto: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto = bf16 where the device multiplies it natively. Logits and loss are always fp32."""
+    compile: bool = field(default=False, metadata=RESUMABLE)
+    """torch.compile the model."""
+    checkpoint_every: int = field(default=500, metadata=RESUMABLE)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = field(default=2, metadata=RESUMABLE)
+    """Newest checkpoints kept, besides the best."""
+    eval_every: int = field(default=250, metadata=RESUMABLE)
+    """Steps between evaluations on the fixed windows of val."""
+    eval_windows: int = 256
+    """Fixed windows of val."""
+    log_every: int = field(default=10, metadata=RESUMABLE)
+    """Steps between lines of metrics.jsonl."""
+    wandb: Literal["disabled", "offline", "online"] = field(default="disabled", metadata=RESUMABLE)
+    """Weights & Biases logging, beside metrics.jsonl."""
+    wandb_project: str = field(default="ping-llm", metadata=RESUMABLE)
+    """Weights & Biases project."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"):
+            _require_positive("train", name, getattr(self, name))
+        for name in ("eval_every", "eval_windows", "log_every"):
+            _require_positive("train", name, getattr(self, name))
+        if self.batch_size % self.grad_accum:
+            raise ValueError(
+                f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    """Seed of the initial weights and of the windows."""
+
+
+def load_config(path: Path | str) -> Config:
+    """Reads a TOML file over the defaults; ValueError names an unknown key, a wrong type or a value out of range."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"no config file {path}; configs/tiny.toml is one to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a readable TOML file: {error}") from None
+    return config_from_dict(values, str(path))
+
+
+def parse_config(argv: list[str], prog: str) -> Config:
+    """`CONFIG.toml [--section.option value …]` in, the resolved config out."""
+    import tyro
+
+    default = Config()
+    if argv and not argv[0].startswith("-"):
+        default, argv = load_config(argv[0]), argv[1:]
+    elif not ({"-h", "--help"} & set(argv)):
+        raise ValueError(f"{prog} needs a config file as its first argument, for example configs/tiny.toml")
+    return tyro.cli(
+        Config, default=default, args=argv, prog=f"{prog} CONFIG.toml", description="Train a model on probe rows."
+    )
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda pairs: {k: str(v) if isinstance(v, Path) else v for k, v in pairs}
+    )
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """The inverse of `config_to_dict`; keys that are absent keep their defaults. `source` names the file in errors."""
+    return _build(Config, values, source, "")
+
+
+def differing_fields(old: Config, new: Config) -> list[str]:
+    """Dotted names of the fields that differ and that would change what is learned."""
+    names = []
+    for top in dataclasses.fields(Config):
+        a, b = getattr(old, top.name), getattr(new, top.name)
+        if not dataclasses.is_dataclass(a):
+            names += [top.name] if a != b else []
+            continue
+        for f in dataclasses.fields(a):
+            if not f.metadata.get("resumable") and getattr(a, f.name) != getattr(b, f.name):
+                names.append(f"{top.name}.{f.name}")
+    return names
+
+
+def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
+    types = typing.get_type_hints(cls)
+    built = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(types)}"
+            raise ValueError(f"{source}: unknown key {name}; {hint}")
+        built[key] = _convert(types[key], value, source, name)
+    return cls(**built)
+
+
+def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: {name} must be a table, not {value!r}")
+        return _build(kind, value, source, f"{name}.")
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}")
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{source}: {name}={value!r} must be of type {kind.__name__}")
+    return value
+
+
+def _require_positive(section: str, name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{section}.{name}={value} must be at least 1")

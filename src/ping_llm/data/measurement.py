@@ -1,0 +1,98 @@
+"""The one schema of a measurement: its columns, their units, and the packing of addresses.
+
+A measurement is one packet of one ping: who asked (`probe_id`), what for (`msm_id`), when (`time_s`), from where (`src`),
+to where (`dst`), and how long the answer took (`rtt_ms`, −1 when none came).
+
+Addresses are 16 bytes, most significant first. IPv4 is stored IPv4-mapped (::ffff:a.b.c.d, RFC 4291 §2.5.5.2), so the
+family can be read off the bytes and equal hosts have equal keys.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+FAILED_RTT_MS = -1.0
+ADDRESS_BYTES = 16
+IPV4_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
+
+MEASUREMENT_SCHEMA = pa.schema(
+    [
+        ("probe_id", pa.int64()),  # RIPE Atlas prb_id; −1 if unknown: then the source address names the group
+        ("msm_id", pa.int64()),
+        ("time_s", pa.int64()),  # Unix seconds, UTC
+        ("src", pa.binary(ADDRESS_BYTES)),
+        ("dst", pa.binary(ADDRESS_BYTES)),
+        ("ip_version", pa.uint8()),  # 4 or 6, of dst
+        ("rtt_ms", pa.float32()),  # −1 = failed
+    ]
+)
+
+
+def pack_address(text: str) -> bytes:
+    """The 16 bytes of an address, IPv4 as IPv4-mapped; ValueError if `text` is no address."""
+    try:
+        return IPV4_MAPPED_PREFIX + socket.inet_pton(socket.AF_INET, text)
+    except OSError:
+        pass
+    try:
+        return socket.inet_pton(socket.AF_INET6, text)
+    except OSError:
+        raise ValueError(f"{text!r} is not an IPv4 or IPv6 address") from None
+
+
+def format_address(packed: bytes) -> str:
+    """The text of 16 packed bytes: dotted quad for IPv4, RFC 5952 for IPv6."""
+    if packed[:12] == IPV4_MAPPED_PREFIX:
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return str(ipaddress.IPv6Address(packed))
+
+
+def pack_addresses(texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Packs many addresses: (n, 16) uint8 and an (n,) bool that is False where the text is no address (its bytes are 0)."""
+    packed = bytearray(ADDRESS_BYTES * len(texts))
+    valid = np.zeros(len(texts), dtype=bool)
+    for i, text in enumerate(texts):
+        try:
+            packed[i * ADDRESS_BYTES : (i + 1) * ADDRESS_BYTES] = pack_address(text)
+        except (ValueError, TypeError):
+            continue
+        valid[i] = True
+    return np.frombuffer(bytes(packed), dtype=np.uint8).reshape(-1, ADDRESS_BYTES), valid
+
+
+def is_ipv4(packed: np.ndarray) -> np.ndarray:
+    """True where (…, 16) packed addresses are IPv4."""
+    return (packed[..., :12] == np.frombuffer(IPV4_MAPPED_PREFIX, dtype=np.uint8)).all(axis=-1)
+
+
+def _in_network(packed: np.ndarray, network: str) -> np.ndarray:
+    """True where (…, 16) packed addresses lie in `network`, IPv4 or IPv6."""
+    parsed = ipaddress.ip_network(network)
+    length = parsed.prefixlen + (96 if parsed.version == 4 else 0)
+    mask = np.frombuffer(((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big"), dtype=np.uint8)
+    base = np.frombuffer(pack_address(str(parsed.network_address)), dtype=np.uint8)
+    return ((packed & mask) == base).all(axis=-1)
+
+
+# IANA special-purpose registries: addresses that name no host on the public Internet.
+_NOT_PUBLIC = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+    *("192.168.0.0/16", "224.0.0.0/4", "240.0.0.0/4"),
+    *("::/128", "::1/128", "fe80::/10", "fc00::/7", "ff00::/8"),
+)
+
+
+def is_public(packed: np.ndarray) -> np.ndarray:
+    """True where (…, 16) packed addresses are neither private, shared, loopback, link-local, multicast nor reserved.
+
+    Documentation prefixes (192.0.2.0/24, 2001:db8::/32 …) count as public: tests and examples are written with them.
+    """
+    public = np.ones(packed.shape[:-1], dtype=bool)
+    for network in _NOT_PUBLIC:
+        public &= ~_in_network(packed, network)
+    return public

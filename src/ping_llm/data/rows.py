@@ -1,0 +1,227 @@
+"""Measurements in, probe rows in ArrayRecord shards out; and the other way round.
+
+A probe row is one ArrayRecord record: up to 8 MB of one probe's measurements in time order, as one uncompressed Arrow IPC
+stream (ArrayRecord's zstd compresses it). A folder of rows is
+
+    train-00000-of-00004.arrayrecord …   one set of shards a part (train, val, test-s1 … test-s5)
+    index.parquet                        one line a row: where it lies and what it holds
+    manifest.json                        inputs and their hashes, counters, parts, split rule; written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ping_llm.data.measurement import ADDRESS_BYTES, MEASUREMENT_SCHEMA, is_ipv4
+
+FORMAT_VERSION = 1
+MAX_ROW_BYTES = 8_000_000
+INDEX_NAME = "index.parquet"
+MANIFEST_NAME = "manifest.json"
+INDEX_SCHEMA = pa.schema(
+    [
+        ("part", pa.string()),
+        ("shard", pa.int32()),
+        ("record", pa.int32()),
+        ("probe_id", pa.int64()),
+        ("measurements", pa.int64()),
+        ("ipv6_measurements", pa.int64()),
+        ("first_time_s", pa.int64()),
+        ("last_time_s", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One probe's measurements in time order, n of them, as columns; addresses are looked up by index."""
+
+    probe_id: int
+    time_s: np.ndarray  # (n,) int64
+    msm_id: np.ndarray  # (n,) int64
+    src: np.ndarray  # (n,) unsigned, into src_addresses
+    dst: np.ndarray  # (n,) unsigned, into dst_addresses
+    rtt_ms: np.ndarray  # (n,) float32, −1 = failed
+    src_addresses: np.ndarray  # (S, 16) uint8
+    dst_addresses: np.ndarray  # (D, 16) uint8
+
+    def __len__(self) -> int:
+        return len(self.time_s)
+
+    @cached_property
+    def src_is_ipv4(self) -> np.ndarray:
+        """(S,) bool."""
+        return is_ipv4(self.src_addresses)
+
+    @cached_property
+    def dst_is_ipv4(self) -> np.ndarray:
+        """(D,) bool."""
+        return is_ipv4(self.dst_addresses)
+
+    def to_bytes(self) -> bytes:
+        """The record: schema metadata says probe, count, first and last time."""
+        first = int(self.time_s[0])
+        columns = {
+            "offset_s": pa.array((self.time_s - first).astype(np.uint32)),
+            "msm_id": _dictionary(*np.unique(self.msm_id, return_inverse=True)),
+            "src": _dictionary(_packed_array(self.src_addresses), self.src),
+            "dst": _dictionary(_packed_array(self.dst_addresses), self.dst),
+            "rtt_ms": pa.array(self.rtt_ms.astype(np.float32)),
+        }
+        batch = pa.record_batch(columns).replace_schema_metadata(
+            {
+                "probe_id": str(self.probe_id),
+                "count": str(len(self)),
+                "first_time_s": str(first),
+                "last_time_s": str(int(self.time_s[-1])),
+            }
+        )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, record: bytes) -> ProbeRow:
+        """The inverse of `to_bytes`; the arrays are views of `record`."""
+        with pa.ipc.open_stream(record) as reader:
+            batch = reader.read_next_batch()
+        metadata = batch.schema.metadata
+        msm_id, src, dst = (batch.column(name) for name in ("msm_id", "src", "dst"))
+        return cls(
+            probe_id=int(metadata[b"probe_id"]),
+            time_s=batch.column("offset_s").to_numpy() + np.int64(int(metadata[b"first_time_s"])),
+            msm_id=msm_id.dictionary.to_numpy()[msm_id.indices.to_numpy()],
+            src=src.indices.to_numpy(),
+            dst=dst.indices.to_numpy(),
+            rtt_ms=batch.column("rtt_ms").to_numpy(),
+            src_addresses=_address_matrix(src.dictionary),
+            dst_addresses=_address_matrix(dst.dictionary),
+        )
+
+    @classmethod
+    def from_measurements(cls, table: pa.Table) -> ProbeRow:
+        """A row of a table with the columns of MEASUREMENT_SCHEMA, of one probe and already in time order."""
+        table = table.combine_chunks()
+        src, dst = (table.column(name).combine_chunks().dictionary_encode() for name in ("src", "dst"))
+        return cls(
+            probe_id=table.column("probe_id")[0].as_py(),
+            time_s=table.column("time_s").to_numpy(),
+            msm_id=table.column("msm_id").to_numpy(),
+            src=src.indices.to_numpy(),
+            dst=dst.indices.to_numpy(),
+            rtt_ms=table.column("rtt_ms").to_numpy(),
+            src_addresses=_address_matrix(src.dictionary),
+            dst_addresses=_address_matrix(dst.dictionary),
+        )
+
+    def to_measurements(self) -> pa.Table:
+        """The measurements as a table of MEASUREMENT_SCHEMA."""
+        ip_version = np.where(self.dst_is_ipv4, 4, 6).astype(np.uint8)[self.dst]
+        columns = [
+            pa.array(np.full(len(self), self.probe_id, dtype=np.int64)),
+            pa.array(self.msm_id),
+            pa.array(self.time_s),
+            _packed_array(self.src_addresses[self.src]),
+            _packed_array(self.dst_addresses[self.dst]),
+            pa.array(ip_version),
+            pa.array(self.rtt_ms),
+        ]
+        return pa.Table.from_arrays(columns, schema=MEASUREMENT_SCHEMA)
+
+
+class RowReader:
+    """Random access to the probe rows of one part of a folder, and what each holds without reading it.
+
+    `measurements` and `ipv6_measurements` are (rows,) int64. Picklable; shards are opened on first use in each process.
+    """
+
+    def __init__(self, folder: Path | str, part: str) -> None:
+        self.folder, self.part = Path(folder), part
+        self.manifest = read_manifest(self.folder)
+        index = pq.read_table(self.folder / INDEX_NAME, filters=[("part", "=", part)])
+        if not index.num_rows:
+            held = ", ".join(f"{name} ({count:,})" for name, count in self.manifest["parts"].items() if count)
+            raise ValueError(
+                f'{self.folder} holds no "{part}" rows, only {held or "none at all"}; prepare more measurements'
+            )
+        index = index.sort_by([("shard", "ascending"), ("record", "ascending")])
+        self.probe_id, self.measurements, self.ipv6_measurements, self.first_time_s, self.last_time_s = (
+            index.column(name).to_numpy()
+            for name in ("probe_id", "measurements", "ipv6_measurements", "first_time_s", "last_time_s")
+        )
+        self.paths = shard_paths(self.folder, part)
+        self._source = None
+
+    def __len__(self) -> int:
+        return len(self.measurements)
+
+    def __getitem__(self, i: int) -> ProbeRow:
+        return ProbeRow.from_bytes(self._records()[i])
+
+    def __iter__(self) -> Iterator[ProbeRow]:
+        return (self[i] for i in range(len(self)))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_source": None}
+
+    def _records(self):
+        if self._source is None:
+            logging.getLogger("absl").setLevel(logging.ERROR)  # grain looks for the jax profiler and says so
+            import grain
+
+            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self.paths])
+        return self._source
+
+
+def read_manifest(folder: Path | str) -> dict:
+    """manifest.json of a folder of rows; ValueError if there is none or another version of the format wrote it."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f'no rows in {folder}; run "ping-llm prepare INPUT… --out {folder}" first') from None
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}); run "ping-llm prepare" again') from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of row format {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
+            'run "ping-llm prepare" again'
+        )
+    return manifest
+
+
+def shard_name(part: str, shard: int, shards: int) -> str:
+    """train-00000-of-00004.arrayrecord"""
+    return f"{part}-{shard:05d}-of-{shards:05d}.arrayrecord"
+
+
+def shard_paths(folder: Path, part: str) -> list[Path]:
+    """The shards of a part, in order."""
+    return sorted(folder.glob(f"{part}-?????-of-?????.arrayrecord"))
+
+
+def _dictionary(values, indices: np.ndarray) -> pa.DictionaryArray:
+    """A dictionary column whose indices take the fewest bytes; uint64 is not needed below 8 MB."""
+    kind = np.min_scalar_type(max(len(values) - 1, 0))
+    values = pa.array(values) if isinstance(values, np.ndarray) else values
+    return pa.DictionaryArray.from_arrays(pa.array(np.asarray(indices).reshape(-1).astype(kind)), values)
+
+
+def _packed_array(addresses: np.ndarray) -> pa.FixedSizeBinaryArray:
+    data = pa.py_buffer(np.ascontiguousarray(addresses).tobytes())
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(ADDRESS_BYTES), len(addresses), [None, data])
+
+
+def _address_matrix(array: pa.FixedSizeBinaryArray) -> np.ndarray:
+    raw = np.frombuffer(array.buffers()[1], dtype=np.uint8).reshape(-1, ADDRESS_BYTES)
+    return raw[array.offset : array.offset + len(array)]

@@ -1,1 +1,4 @@
-"""From an Atlas dump to batches of tokens; read in order: measurement, atlas, rows, windows, tokenization, pipeline, loader."""
+"""From an Atlas dump to batches of tokens.
+
+Read in order: measurement, atlas, rows, windows, tokenization, pipeline, loader.
+"""

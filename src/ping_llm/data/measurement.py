@@ -1,7 +1,7 @@
 """The one schema of a measurement: its columns, their units, and the packing of addresses.
 
-A measurement is one packet of one ping: who asked (`probe_id`), what for (`msm_id`), when (`time_s`), from where (`src`),
-to where (`dst`), and how long the answer took (`rtt_ms`, −1 when none came).
+A measurement is one packet of one ping: who asked (`probe_id`), what for (`msm_id`), when (`time_s`), from where
+(`src`), to where (`dst`), and how long the answer took (`rtt_ms`, −1 when none came).
 
 Addresses are 16 bytes, most significant first. IPv4 is stored IPv4-mapped (::ffff:a.b.c.d, RFC 4291 §2.5.5.2), so the
 family can be read off the bytes and equal hosts have equal keys.
@@ -53,7 +53,7 @@ def format_address(packed: bytes) -> str:
 
 
 def pack_addresses(texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Packs many addresses: (n, 16) uint8 and an (n,) bool that is False where the text is no address (its bytes are 0)."""
+    """Packs n addresses: (n, 16) uint8, and (n,) bool that is False where the text is no address (bytes 0)."""
     packed = bytearray(ADDRESS_BYTES * len(texts))
     valid = np.zeros(len(texts), dtype=bool)
     for i, text in enumerate(texts):

@@ -1,7 +1,7 @@
 """Measurements in, probe rows in ArrayRecord shards out; and the other way round.
 
-A probe row is one ArrayRecord record: up to 8 MB of one probe's measurements in time order, as one uncompressed Arrow IPC
-stream (ArrayRecord's zstd compresses it). A folder of rows is
+A probe row is one ArrayRecord record: up to 8 MB of one probe's measurements in time order, as one uncompressed Arrow
+IPC stream (ArrayRecord's zstd compresses it). A folder of rows is
 
     train-00000-of-00004.arrayrecord …   one set of shards a part (train, val, test-s1 … test-s5)
     index.parquet                        one line a row: where it lies and what it holds

@@ -1,0 +1,35 @@
+"""Blocks of windows in, batches on the device out; exact resume from the number of steps taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ping_llm.config import Config
+from ping_llm.data.pipeline import WindowBlocks, block_iterator
+from ping_llm.data.rows import RowReader
+
+
+def training_batches(config: Config, start_step: int, device: torch.device, rank=0, world=1) -> Iterator[torch.Tensor]:
+    """Endless batches from `start_step` on: (batch_size / world, seq_len + 1) int64 on the device, padding −1."""
+    rows = RowReader(config.data.rows, "train")
+    blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read, rank, world)
+    first_block, skipped = divmod(start_step, config.data.windows_per_read)
+    iterator = block_iterator(blocks, first_block, config.data.workers, config.data.prefetch)
+    try:
+        for block in iterator:
+            host = torch.from_numpy(block)
+            if device.type == "cuda":
+                host = host.pin_memory()
+            on_device = host.to(device, non_blocking=True)  # int16 crosses the bus: a quarter of the bytes
+            yield from on_device[skipped:].long()
+            skipped = 0
+    finally:
+        iterator.close()
+
+
+def validation_windows(config: Config) -> torch.Tensor:
+    """The fixed windows of val that every evaluation of a run scores: (eval_windows, seq_len + 1) int64, padding −1."""
+    blocks = WindowBlocks(RowReader(config.data.rows, "val"), config, config.train.eval_windows, windows_per_read=1)
+    return torch.from_numpy(blocks[0][0]).long()

@@ -1,0 +1,278 @@
+"""Measurements in, tokens out; and the other way round. The vocabulary, the codecs and the grammar.
+
+    window      = measurement+
+    measurement = MEASUREMENT_START, then source, destination, result and (maybe) time, in any order
+    source      = SRC_IPV4 + 0–4 bytes | SRC_IPV6 + 0–16 bytes       fewer than all = a prefix
+    destination = DST_IPV4 + 1–4 bytes | DST_IPV6 + 1–16 bytes
+    result      = RTT_START + 2 bytes | FAILED
+    time        = TIMESTAMP_ABS + 8 bytes for the first timestamped measurement of a window (Unix seconds),
+                  TIMESTAMP_DELTA1 + 1 byte or TIMESTAMP_DELTA4 + 4 bytes after the previous timestamped one (seconds)
+
+Bytes are tokens 11–266, most significant first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ping_llm.data.measurement import FAILED_RTT_MS, IPV4_MAPPED_PREFIX, format_address, is_ipv4
+
+(
+    MEASUREMENT_START,
+    SRC_IPV4,
+    SRC_IPV6,
+    DST_IPV4,
+    DST_IPV6,
+    TIMESTAMP_ABS,
+    TIMESTAMP_DELTA1,
+    TIMESTAMP_DELTA4,
+    RTT_START,
+    THROUGHPUT_START,
+    FAILED,
+) = range(11)
+ROLE_NAMES = (
+    *("MEASUREMENT_START", "SRC_IPV4", "SRC_IPV6", "DST_IPV4", "DST_IPV6", "TIMESTAMP_ABS", "TIMESTAMP_DELTA1"),
+    *("TIMESTAMP_DELTA4", "RTT_START", "THROUGHPUT_START", "FAILED"),
+)
+BYTE_0 = len(ROLE_NAMES)
+VOCAB_SIZE = BYTE_0 + 256
+PADDING = -1
+
+# The fields that the loss is reported by. A byte belongs to the field of the role before it; a role token chooses what
+# comes next, which is structure, but FAILED is itself a result.
+FIELDS = ("structure", "src", "dst", "time", "rtt")
+FIELD_OF_ROLE = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4], dtype=np.int64)
+FIELD_OF_BYTES_AFTER = np.array([0, 1, 1, 2, 2, 3, 3, 3, 4, 0, 0], dtype=np.int64)
+
+RTT_CODES = 1 << 16
+_FRACTION = 1 << 11
+DELTA1_MAX_S = 0xFF
+DELTA4_MAX_S = 0xFFFF_FFFF
+_TIME_BYTES = {TIMESTAMP_ABS: 8, TIMESTAMP_DELTA1: 1, TIMESTAMP_DELTA4: 4}
+_ADDRESS_LIMITS = {
+    SRC_IPV4: (0, 4),
+    SRC_IPV6: (0, 16),
+    DST_IPV4: (1, 4),
+    DST_IPV6: (1, 16),
+}  # bytes
+
+# Columns of `Fields.order`.
+SRC, DST, RESULT, TIME = range(4)
+RESULT_LAST = np.array([0, 1, 3, 2], dtype=np.float32)  # src, dst, time, result: the order of a query
+
+
+def encode_rtt(rtt_ms: np.ndarray) -> np.ndarray:
+    """RTTs in ms to 16-bit float codes: 5-bit exponent e and 11-bit fraction f of µs = 2^e · (1 + f/2048), to nearest.
+
+    Codes are monotone in the RTT and every code is valid; the relative error is at most 2⁻¹² from 1 µs to 71.6 min.
+    RTTs outside are clamped to the first or the last code; `clamped_rtts` counts them.
+    """
+    mantissa, exponent = np.frexp(np.maximum(np.asarray(rtt_ms, dtype=np.float64) * 1000, 1.0))
+    code = (exponent - 1) * _FRACTION + np.rint((2 * mantissa - 1) * _FRACTION)
+    return np.minimum(code, RTT_CODES - 1).astype(np.int64)
+
+
+def decode_rtt(code: np.ndarray) -> np.ndarray:
+    """Codes 0–65,535 to ms (float64); the inverse of `encode_rtt`."""
+    code = np.asarray(code)
+    return np.ldexp(1.0 + (code % _FRACTION) / _FRACTION, code // _FRACTION) / 1000
+
+
+def rtt_code_edges_ms() -> np.ndarray:
+    """The borders of the RTT intervals that share a code: (65,537,) ms; code c holds edges[c] to edges[c + 1].
+
+    The first and the last interval, which clamping makes unbounded, are cut half a step beyond their code.
+    """
+    values = decode_rtt(np.arange(RTT_CODES + 1))  # one past the end is 2^32 µs: the next step is as wide
+    inner = (values[:-2] + values[1:-1]) / 2
+    first = values[0] - (values[1] - values[0]) / 2
+    last = (values[-2] + values[-1]) / 2
+    return np.concatenate([[first], inner, [last]])
+
+
+def clamped_rtts(rtt_ms: np.ndarray) -> int:
+    """How many of the RTTs (ms) of answered pings lie outside what a code can say."""
+    rtt_ms = np.asarray(rtt_ms)
+    edges = rtt_code_edges_ms()[[0, -1]]
+    return int(((rtt_ms >= 0) & ((rtt_ms < edges[0]) | (rtt_ms >= edges[1]))).sum())
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is told of n measurements, in sequence order; several windows may follow one another."""
+
+    src: np.ndarray  # (n, 16) uint8, packed
+    dst: np.ndarray  # (n, 16) uint8, packed
+    src_bytes: np.ndarray  # (n,) told bytes: 0–4 or 0–16
+    dst_bytes: np.ndarray  # (n,) told bytes: 1–4 or 1–16
+    rtt_ms: np.ndarray  # (n,) −1 = failed
+    time_s: np.ndarray  # (n,) int64; read where timed
+    timed: np.ndarray  # (n,) bool: whether the time is told
+    order: np.ndarray  # (n, 4) sort keys of src, dst, result, time within the measurement; ties are not allowed
+    window: np.ndarray  # (n,) number of the window, ascending: the first timestamp in each is absolute
+
+
+def encode(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of all measurements, one after the other, as (N,) int16, and the (n + 1,) offsets where each starts."""
+    n = len(fields.src)
+    src4, dst4 = is_ipv4(fields.src), is_ipv4(fields.dst)
+    failed = fields.rtt_ms < 0
+    time_value, time_role = _times(fields)
+
+    length = np.empty((n, 4), dtype=np.int64)  # tokens of src, dst, result, time
+    length[:, SRC] = 1 + fields.src_bytes
+    length[:, DST] = 1 + fields.dst_bytes
+    length[:, RESULT] = np.where(failed, 1, 3)
+    length[:, TIME] = np.where(fields.timed, 1 + _TIME_BYTES_OF_ROLE[time_role], 0)
+    before = fields.order[:, None, :] < fields.order[:, :, None]  # (n, field, other): other comes before field
+    offset = 1 + np.einsum("nfg,ng->nf", before, length)
+    start = np.zeros(n + 1, dtype=np.int64)
+    np.cumsum(1 + length.sum(axis=1), out=start[1:])
+
+    tokens = np.empty(start[-1], dtype=np.int16)
+    tokens[start[:-1]] = MEASUREMENT_START
+    at = start[:-1, None] + offset  # (n, 4) position of each field's role token
+    tokens[at[:, SRC]] = np.where(src4, SRC_IPV4, SRC_IPV6)
+    tokens[at[:, DST]] = np.where(dst4, DST_IPV4, DST_IPV6)
+    tokens[at[:, RESULT]] = np.where(failed, FAILED, RTT_START)
+    tokens[at[fields.timed, TIME]] = time_role[fields.timed]
+
+    _put_address(tokens, at[:, SRC], fields.src, fields.src_bytes, src4)
+    _put_address(tokens, at[:, DST], fields.dst, fields.dst_bytes, dst4)
+    answered = np.flatnonzero(~failed)
+    code = encode_rtt(fields.rtt_ms[answered])
+    tokens[at[answered, RESULT] + 1] = BYTE_0 + (code >> 8)
+    tokens[at[answered, RESULT] + 2] = BYTE_0 + (code & 0xFF)
+    for role, width in _TIME_BYTES.items():
+        chosen = np.flatnonzero(fields.timed & (time_role == role))
+        if len(chosen):
+            value = time_value[chosen].astype(">u8").view(np.uint8).reshape(-1, 8)[:, 8 - width :]
+            tokens[at[chosen, TIME][:, None] + np.arange(1, width + 1)] = value.astype(np.int16) + BYTE_0
+    return tokens, start
+
+
+_TIME_BYTES_OF_ROLE = np.zeros(BYTE_0, dtype=np.int64)
+for _role, _width in _TIME_BYTES.items():
+    _TIME_BYTES_OF_ROLE[_role] = _width
+
+
+def _times(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
+    """What the timestamp of each measurement says, (n,) s, and with which role, (n,)."""
+    value = np.zeros(len(fields.timed), dtype=np.int64)
+    role = np.full(len(fields.timed), TIMESTAMP_ABS, dtype=np.int64)
+    timed = np.flatnonzero(fields.timed)
+    if not len(timed):
+        return value, role
+    time_s, window = fields.time_s[timed], fields.window[timed]
+    value[timed[0]] = time_s[0]
+    follows = np.flatnonzero(window[1:] == window[:-1]) + 1
+    value[timed] = time_s
+    delta = time_s[follows] - time_s[follows - 1]
+    if len(delta) and (delta.min() < 0 or delta.max() > DELTA4_MAX_S):
+        raise ValueError("timestamps of a window must not decrease, nor leap more than 136 years; sort by time first")
+    value[timed[follows]] = delta
+    role[timed[follows]] = np.where(delta <= DELTA1_MAX_S, TIMESTAMP_DELTA1, TIMESTAMP_DELTA4)
+    return value, role
+
+
+def _put_address(tokens: np.ndarray, at: np.ndarray, packed: np.ndarray, told: np.ndarray, ipv4: np.ndarray) -> None:
+    """Writes the told bytes of packed addresses after their role tokens at positions `at`."""
+    for family, first in ((ipv4, 12), (~ipv4, 0)):
+        chosen = np.flatnonzero(family)
+        if not len(chosen):
+            continue
+        address = packed[chosen, first:]
+        column = np.arange(address.shape[1])
+        is_told = column < told[chosen, None]
+        tokens[(at[chosen, None] + 1 + column)[is_told]] = address[is_told].astype(np.int16) + BYTE_0
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One measurement as its tokens tell it. Addresses are prefixes: text with the untold bytes 0, and told bits."""
+
+    src: str
+    src_bits: int
+    dst: str
+    dst_bits: int
+    rtt_ms: float  # −1 = failed
+    time_s: int | None
+    start: int  # position of its MEASUREMENT_START
+
+
+def decode(tokens: Sequence[int]) -> list[Decoded]:
+    """Parses whole measurements; ValueError says at which token the grammar breaks and what was expected."""
+    tokens = [int(token) for token in tokens]
+    decoded: list[Decoded] = []
+    clock: int | None = None
+    at = 0
+    while at < len(tokens):
+        measurement, clock, at = _decode_one(tokens, at, clock)
+        decoded.append(measurement)
+    return decoded
+
+
+def _decode_one(tokens: list[int], start: int, clock: int | None) -> tuple[Decoded, int | None, int]:
+    if tokens[start] != MEASUREMENT_START:
+        raise _broken(tokens, start, "MEASUREMENT_START")
+    found: dict[str, object] = {}
+    at = start + 1
+    while at < len(tokens) and tokens[at] != MEASUREMENT_START:
+        role, field = tokens[at], _FIELD_NAMES.get(tokens[at])
+        if field is None or field in found:
+            missing = [name for name in ("source", "destination", "result", "time") if name not in found]
+            raise _broken(tokens, at, " or ".join([*(f"a {m}" for m in missing), "MEASUREMENT_START"]))
+        end = at + 1
+        while end < len(tokens) and tokens[end] >= BYTE_0:
+            end += 1
+        value = bytes(token - BYTE_0 for token in tokens[at + 1 : end] if token < VOCAB_SIZE)
+        if len(value) != end - at - 1:
+            raise _broken(tokens, at + 1 + len(value), "a token below 267")
+        least, most = _ADDRESS_LIMITS.get(role) or (_TIME_BYTES.get(role, 2 if role == RTT_START else 0),) * 2
+        if not least <= len(value) <= most:
+            position = min(end, at + 1 + most)
+            raise _broken(
+                tokens, position, f"{least if least == most else f'{least}–{most}'} bytes after {ROLE_NAMES[role]}"
+            )
+        if field == "time":
+            if (clock is None) != (role == TIMESTAMP_ABS):
+                raise _broken(tokens, at, "TIMESTAMP_ABS" if clock is None else "TIMESTAMP_DELTA1 or TIMESTAMP_DELTA4")
+            clock = int.from_bytes(value, "big") + (clock or 0)
+        found[field] = clock if field == "time" else (role, value)
+        at = end
+    for name in ("source", "destination", "result"):
+        if name not in found:
+            raise _broken(tokens, at, f"the {name} of the measurement at token {start}")
+    src, src_bits = _prefix(*found["source"])
+    dst, dst_bits = _prefix(*found["destination"])
+    role, value = found["result"]
+    rtt_ms = FAILED_RTT_MS if role == FAILED else float(decode_rtt(int.from_bytes(value, "big")))
+    return Decoded(src, src_bits, dst, dst_bits, rtt_ms, found.get("time"), start), clock, at
+
+
+_FIELD_NAMES = {
+    **dict.fromkeys((SRC_IPV4, SRC_IPV6), "source"),
+    **dict.fromkeys((DST_IPV4, DST_IPV6), "destination"),
+    **dict.fromkeys((RTT_START, FAILED), "result"),
+    **dict.fromkeys(_TIME_BYTES, "time"),
+}
+
+
+def _prefix(role: int, value: bytes) -> tuple[str, int]:
+    width, lead = (4, IPV4_MAPPED_PREFIX) if role in (SRC_IPV4, DST_IPV4) else (16, b"")
+    return format_address(lead + value.ljust(width, b"\0")), 8 * len(value)
+
+
+def _broken(tokens: list[int], at: int, expected: str) -> ValueError:
+    found = token_name(tokens[at]) if at < len(tokens) else "the end"
+    return ValueError(f"token {at}: expected {expected}, found {found}")
+
+
+def token_name(token: int) -> str:
+    """RTT_START, 0x1f, or what is wrong with the number."""
+    if 0 <= token < BYTE_0:
+        return ROLE_NAMES[token]
+    return f"0x{token - BYTE_0:02x}" if BYTE_0 <= token < VOCAB_SIZE else f"{token}, which is no token"

@@ -1,0 +1,120 @@
+"""Probe rows in, measurement windows out: which measurements, in which order, and how much of each is told.
+
+A window is a random look at one probe's history, drawn by `sample_window` as a pure function of the row and an rng:
+
+- its span is log-uniform between just enough measurements to fill the sequence and the whole row, its offset uniform;
+  of the span a random subset is kept, so that one window may hold a minute or a month;
+- its timestamps are full (time order), partial (10–90 % of the measurements lose theirs; those are shuffled and strewn
+  between the others) or none (all shuffled);
+- its source is told whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one; each
+  destination is told whole or cut on its own, to at least 1 byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ping_llm.config import DataConfig
+from ping_llm.data.rows import ProbeRow
+from ping_llm.data.tokenization import PADDING, Fields, encode
+
+TIME_MODES = ("full", "partial", "none")
+MAX_WINDOWS_PER_ROW = 16
+_TOKENS_UNTIMED = 1 + 1 + 1 + 3  # start, source role, destination role, result
+_DELTA_TOKENS = 2  # of a timestamp at least; where most take 5, more is cut off at the end
+_MARGIN = 1.12  # measurements drawn beyond the expected number, so that windows fill; the surplus is cut off
+_LENGTH_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Window:
+    """k measurements of a row, in sequence order, and how much of each is told."""
+
+    index: np.ndarray  # (k,) into the row
+    timed: np.ndarray  # (k,) bool
+    src_bytes: np.ndarray  # (k,) told bytes of the source
+    dst_bytes: np.ndarray  # (k,) told bytes of the destination
+    order: np.ndarray  # (k, 4) sort keys of src, dst, result, time
+    mode: str  # one of TIME_MODES
+
+
+def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random.Generator) -> Window:
+    """Draws a window that fills `tokens` tokens where the row has enough measurements, and usually a few more."""
+    mode = TIME_MODES[np.searchsorted(np.cumsum([config.full_time, config.partial_time]), rng.random(), "right")]
+    src_share = rng.random() if rng.random() < config.src_prefix_dropout else 1.0
+    timed_share = {"full": 1.0, "partial": rng.uniform(0.1, 0.9), "none": 0.0}[mode]
+    index = _sample_span(row, tokens, src_share, timed_share, rng)
+    index, timed = _arrange(index, timed_share, rng)
+    count = len(index)
+
+    src_bytes = (src_share * np.where(row.src_is_ipv4, 4, 16)[row.src[index]]).astype(np.int64)
+    dst_width = np.where(row.dst_is_ipv4, 4, 16)[row.dst[index]]
+    cut = rng.random(count) < config.dst_prefix_dropout
+    dst_bytes = np.where(cut, 1 + (rng.random(count) * (dst_width - 1)).astype(np.int64), dst_width)
+    return Window(index, timed, src_bytes, dst_bytes, rng.random((count, 4), dtype=np.float32), mode)
+
+
+def encode_windows(row: ProbeRow, windows: Sequence[Window], tokens: int) -> np.ndarray:
+    """Tokens of W windows of one row: (W, tokens) int16, cut after the last measurement that fits, then PADDING."""
+    index = np.concatenate([window.index for window in windows])
+    counts = [len(window.index) for window in windows]
+    encoded, starts = encode(
+        Fields(
+            src=row.src_addresses[row.src[index]],
+            dst=row.dst_addresses[row.dst[index]],
+            src_bytes=np.concatenate([window.src_bytes for window in windows]),
+            dst_bytes=np.concatenate([window.dst_bytes for window in windows]),
+            rtt_ms=row.rtt_ms[index],
+            time_s=row.time_s[index],
+            timed=np.concatenate([window.timed for window in windows]),
+            order=np.concatenate([window.order for window in windows]),
+            window=np.repeat(np.arange(len(windows)), counts),
+        )
+    )
+    out = np.full((len(windows), tokens), PADDING, dtype=np.int16)
+    last = 0
+    for line, count in zip(out, counts, strict=True):
+        first, last = last, last + count
+        borders = starts[first : last + 1]
+        end = borders[np.searchsorted(borders, borders[0] + tokens, "right") - 1]
+        line[: end - borders[0]] = encoded[borders[0] : end]
+    return out
+
+
+def windows_per_row(measurements: np.ndarray, ipv6_measurements: np.ndarray, tokens: int) -> np.ndarray:
+    """How many windows of `tokens` tokens rows hold, 1 to 16: the weights they are drawn by. (rows,) in and out."""
+    ipv4_measurements = measurements - ipv6_measurements
+    told = ipv4_measurements * _expected_tokens(8, 1) + ipv6_measurements * _expected_tokens(32, 1)
+    return np.clip(np.ceil(told / tokens), 1, MAX_WINDOWS_PER_ROW).astype(np.int64)
+
+
+def _expected_tokens(address_bytes: float, timed_share: float) -> float:
+    """Tokens of a measurement that tells `address_bytes` bytes of its two addresses together."""
+    return _TOKENS_UNTIMED + address_bytes + timed_share * _DELTA_TOKENS
+
+
+def _sample_span(
+    row: ProbeRow, tokens: int, src_share: float, timed_share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Indices, ascending, of a random subset of a random span of the row."""
+    count = len(row)
+    look = np.arange(count) if count <= _LENGTH_SAMPLE else rng.integers(count, size=_LENGTH_SAMPLE)
+    width = np.where(row.dst_is_ipv4, 4, 16)[row.dst[look]].mean()
+    filling = min(count, math.ceil(tokens / _expected_tokens((1 + src_share) * width, timed_share) * _MARGIN) + 1)
+    span = min(count, round(filling * (count / filling) ** rng.random()))
+    offset = rng.integers(count - span + 1)
+    return offset + np.sort(rng.choice(span, filling, replace=False, shuffle=False))
+
+
+def _arrange(index: np.ndarray, timed_share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Puts time-ordered indices into sequence order; (k,) bool says which keep their timestamp."""
+    if timed_share == 1:
+        return index, np.ones(len(index), dtype=bool)
+    index = rng.permutation(index)
+    timed = rng.random(len(index)) < timed_share
+    index[timed] = np.sort(index[timed])
+    return index, timed

@@ -1,0 +1,36 @@
+"""Rows that several test files share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ping_llm.data.measurement import pack_address
+from ping_llm.data.rows import ProbeRow
+
+
+def make_row(count: int, seed: int = 0, ipv6_share: float = 0.3, probe_id: int = 7) -> ProbeRow:
+    """A probe that pings 20 destinations at random times, about one a minute; 5 % fail."""
+    rng = np.random.default_rng(seed)
+    texts = [f"2001:db8::{i:x}" if rng.random() < ipv6_share else f"198.51.100.{i}" for i in range(20)]
+    dst_addresses = np.array([list(pack_address(text)) for text in texts], dtype=np.uint8)
+    src_addresses = np.array([list(pack_address(a)) for a in ("192.0.2.7", "2001:db8:7::7")], dtype=np.uint8)
+    dst = rng.integers(len(texts), size=count).astype(np.uint8)
+    ipv6 = np.array([":" in text for text in texts])[dst]
+    rtt_ms = (dst + 1) * 5 * rng.lognormal(0, 0.1, count)
+    rtt_ms[rng.random(count) < 0.05] = -1
+    return ProbeRow(
+        probe_id=probe_id,
+        time_s=1_700_000_000 + np.sort(rng.integers(0, 60 * count, count)),
+        msm_id=1000 + dst.astype(np.int64),
+        src=ipv6.astype(np.uint8),
+        dst=dst,
+        rtt_ms=rtt_ms.astype(np.float32),
+        src_addresses=src_addresses,
+        dst_addresses=dst_addresses,
+    )
+
+
+@pytest.fixture(scope="session")
+def long_row() -> ProbeRow:
+    return make_row(5000)

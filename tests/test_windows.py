@@ -1,0 +1,98 @@
+"""Windows are pure functions of (row, rng), fill the sequence, and tell what the design says."""
+
+import numpy as np
+import pytest
+from conftest import make_row
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ping_llm.config import DataConfig
+from ping_llm.data.tokenization import PADDING, decode
+from ping_llm.data.windows import TIME_MODES, encode_windows, sample_window, windows_per_row
+
+CONFIG = DataConfig()
+TOKENS = 1025
+
+
+def draw(row, count, config=CONFIG, tokens=TOKENS):
+    return [sample_window(row, config, tokens, np.random.default_rng((1, i))) for i in range(count)]
+
+
+def test_window_is_a_pure_function_of_row_and_rng(long_row):
+    a, b = (sample_window(long_row, CONFIG, TOKENS, np.random.default_rng(5)) for _ in range(2))
+    assert (a.index == b.index).all() and (a.order == b.order).all() and (a.dst_bytes == b.dst_bytes).all()
+    other = sample_window(long_row, CONFIG, TOKENS, np.random.default_rng(6))
+    assert len(a.index) != len(other.index) or (a.index != other.index).any()
+
+
+def test_modes_occur_in_their_shares_and_order_time_as_they_say(long_row):
+    windows = draw(long_row, 1500)
+    shares = [np.mean([w.mode == mode for w in windows]) for mode in TIME_MODES]
+    assert np.abs(np.array(shares) - [0.4, 0.3, 0.3]).max() < 0.04
+    for window in windows:
+        time_s = long_row.time_s[window.index]
+        assert (np.diff(time_s[window.timed]) >= 0).all()
+        assert len(np.unique(window.index)) == len(window.index)
+        if window.mode == "full":
+            assert window.timed.all()
+        elif window.mode == "none":
+            assert not window.timed.any() and (np.diff(time_s) < 0).any()
+    lost = [1 - w.timed.mean() for w in windows if w.mode == "partial"]
+    assert 0.02 < min(lost) and max(lost) < 0.98 and abs(np.mean(lost) - 0.5) < 0.05
+
+
+def test_source_is_cut_once_a_window_and_destinations_one_by_one():
+    row = make_row(5000, ipv6_share=0)
+    windows = draw(row, 1500)
+    src = [np.unique(w.src_bytes) for w in windows]
+    assert all(len(lengths) == 1 for lengths in src)
+    shares = np.bincount([lengths[0] for lengths in src], minlength=5) / len(src)
+    assert np.abs(shares - [0.125, 0.125, 0.125, 0.125, 0.5]).max() < 0.04
+    dst = np.concatenate([w.dst_bytes for w in windows])
+    shares = np.bincount(dst, minlength=5) / len(dst)
+    assert np.abs(shares - [0, 0.1 / 3, 0.1 / 3, 0.1 / 3, 0.9]).max() < 0.01
+
+
+def test_no_dropout_tells_every_address_whole(long_row):
+    config = DataConfig(src_prefix_dropout=0, dst_prefix_dropout=0)
+    for window in draw(long_row, 20, config):
+        width = np.where(long_row.dst_is_ipv4, 4, 16)[long_row.dst[window.index]]
+        assert (window.src_bytes == width).all() and (window.dst_bytes == width).all()
+
+
+def test_spans_are_log_uniform_from_filling_to_the_whole_row(long_row):
+    spans = np.array([np.ptp(w.index) + 1 for w in draw(long_row, 1500, DataConfig(full_time=1, partial_time=0))])
+    position = np.log(spans / spans.min()) / np.log(len(long_row) / spans.min())
+    assert np.abs(np.quantile(position, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.06
+
+
+@pytest.mark.parametrize("ipv6_share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", [385, 1025])
+def test_windows_of_long_rows_are_padded_less_than_5_percent(ipv6_share, tokens):
+    row = make_row(3000, ipv6_share=ipv6_share)
+    padding = (encode_windows(row, draw(row, 300, tokens=tokens), tokens) == PADDING).mean()
+    assert padding < (0.05 if tokens > 1000 or not ipv6_share else 0.08)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(0, 10_000), st.floats(0, 1), st.integers(64, 700))
+def test_encoded_windows_hold_whole_measurements_of_the_row(count, seed, ipv6_share, tokens):
+    row = make_row(count, seed, ipv6_share)
+    windows = [sample_window(row, CONFIG, tokens, np.random.default_rng((seed, i))) for i in range(3)]
+    encoded = encode_windows(row, windows, tokens)
+    assert encoded.shape == (3, tokens)
+    for line, window in zip(encoded, windows, strict=True):
+        told = line[line != PADDING]
+        assert (line[len(told) :] == PADDING).all()
+        decoded = decode(told)
+        assert len(decoded) >= 1
+        for measurement, i, timed in zip(decoded, window.index, window.timed, strict=False):
+            expected = float(row.rtt_ms[i])
+            assert measurement.rtt_ms == expected == -1 or abs(measurement.rtt_ms / expected - 1) < 2**-12 + 1e-6
+            assert measurement.time_s == (row.time_s[i] if timed else None)
+
+
+def test_rows_weigh_as_many_windows_as_they_hold_from_1_to_16():
+    measurements = np.array([1, 50, 100, 100_000])
+    assert windows_per_row(measurements, np.zeros(4, int), 1000).tolist() == [1, 1, 2, 16]
+    assert windows_per_row(measurements, measurements, 1000).tolist() == [1, 2, 4, 16]

@@ -31,6 +31,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_embd", "n_head", "seq_len"):
             _require_positive("model", name, getattr(self, name))
+        if self.seq_len < 64:
+            raise ValueError(f"model.seq_len={self.seq_len} must be at least 64: one IPv6 measurement takes up to 47 tokens")
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (self.n_embd // self.n_head) % 2:
@@ -105,9 +107,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_share + self.cooldown_share > 1:
-            raise ValueError(
-                f"optim.warmup_share + optim.cooldown_share = {self.warmup_share + self.cooldown_share} must not exceed 1"
-            )
+            total = self.warmup_share + self.cooldown_share
+            raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
         if self.final_lr_share <= 0:
             raise ValueError(
                 f"optim.final_lr_share={self.final_lr_share} must be above 0: a step at rate 0 trains nothing"

@@ -1,5 +1,7 @@
 """The codecs and the encoder, against a slow reference and against their own inverse."""
 
+import itertools
+
 import numpy as np
 import pytest
 import reference_encoder
@@ -77,7 +79,7 @@ def windows(draw):
         )
         clock = measurements[-1]["time_s"] or clock
     timed = [m["time_s"] for m in measurements if m["time_s"] is not None]
-    for before, after in zip(timed, timed[1:], strict=False):  # untimed leaps between may add up to more than 4 bytes
+    for before, after in itertools.pairwise(timed):  # untimed leaps between may add up to more than 4 bytes
         if after - before > tk.DELTA4_MAX_S:
             return draw(windows())
     return measurements
@@ -156,14 +158,21 @@ def test_decoder_says_which_token_breaks_the_grammar(tokens, message):
     assert str(error.value) == message
 
 
+MINIMAL = {
+    "src": pack_address("192.0.2.1"),
+    "dst": pack_address("198.51.100.1"),
+    "src_bytes": 0,
+    "dst_bytes": 1,
+    "rtt_ms": -1.0,
+}
+
+
 def test_delta_of_255_takes_one_byte_and_256_takes_four():
-    base = dict(src=pack_address("192.0.2.1"), dst=pack_address("198.51.100.1"), src_bytes=0, dst_bytes=1, rtt_ms=-1.0)
-    window = [base | {"time_s": t, "order": FIELD_NAMES} for t in (1000, 1255, 1511)]
+    window = [MINIMAL | {"time_s": t, "order": FIELD_NAMES} for t in (1000, 1255, 1511)]
     tokens = tk.encode(to_fields([window]))[0].tolist()
     assert [t for t in tokens if t in (5, 6, 7)] == [tk.TIMESTAMP_ABS, tk.TIMESTAMP_DELTA1, tk.TIMESTAMP_DELTA4]
 
 
 def test_decreasing_timestamps_are_refused():
-    base = dict(src=pack_address("192.0.2.1"), dst=pack_address("198.51.100.1"), src_bytes=0, dst_bytes=1, rtt_ms=-1.0)
     with pytest.raises(ValueError, match="sort by time"):
-        tk.encode(to_fields([[base | {"time_s": t, "order": FIELD_NAMES} for t in (1000, 999)]]))
+        tk.encode(to_fields([[MINIMAL | {"time_s": t, "order": FIELD_NAMES} for t in (1000, 999)]]))

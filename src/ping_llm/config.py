@@ -32,7 +32,9 @@ class ModelConfig:
         for name in ("n_layer", "n_embd", "n_head", "seq_len"):
             _require_positive("model", name, getattr(self, name))
         if self.seq_len < 64:
-            raise ValueError(f"model.seq_len={self.seq_len} must be at least 64: one IPv6 measurement takes up to 47 tokens")
+            raise ValueError(
+                f"model.seq_len={self.seq_len} must be at least 64: one IPv6 measurement takes up to 47 tokens"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (self.n_embd // self.n_head) % 2:
@@ -77,7 +79,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     muon_lr: float = 0.02
-    """Muon rate of the block matrices, before width scaling."""
+    """Muon rate of the block matrices; fits every width."""
     embedding_lr: float = 0.2
     """AdamW rate of the token embedding, before width scaling."""
     head_lr: float = 0.004
@@ -101,7 +103,7 @@ class OptimConfig:
     cooldown_share: float = 0.4
     """Share of the run, at its end, in which the rates fall linearly."""
     final_lr_share: float = 0.01
-    """Rate at the last step as a share of the peak."""
+    """Rate at both ends of the run as a share of the peak."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger ones are scaled down. 0 = never."""
 

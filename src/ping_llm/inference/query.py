@@ -33,9 +33,7 @@ class Endpoint:
             raise ValueError(f"{text!r}: the prefix length must be a number from 0 to {width}")
         if int(length) % 8:
             near = int(length) // 8 * 8
-            raise ValueError(
-                f"{text!r}: the model reads whole bytes; use a prefix length such as /{near} or /{near + 8}"
-            )
+            raise ValueError(f"{text!r}: the model reads whole bytes; use a prefix length like /{near} or /{near + 8}")
         return cls(packed, int(length) // 8)
 
 
@@ -142,13 +140,12 @@ def read_table(path: Path | str) -> pa.Table:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    kind = {".parquet": "read_parquet", ".csv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}.get(
-        path.suffix
-    )
-    if kind is None:
+    readers = {".parquet": "read_parquet", ".csv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
+    reader = readers.get(path.suffix)
+    if reader is None:
         raise ValueError(f"{path}: a table must be .parquet, .csv, .json or .jsonl")
     try:
-        return duckdb.connect().execute(f"SELECT * FROM {kind}(?)", [str(path)]).to_arrow_table()
+        return duckdb.connect().sql(f"SELECT * FROM {reader}($path)", params={"path": str(path)}).to_arrow_table()
     except duckdb.Error as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ping_llm.data.measurement import pack_address
-from ping_llm.data.rows import ProbeRow
+from ping_llm.data.rows import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    MANIFEST_NAME,
+    ProbeRow,
+    ShardWriter,
+    shard_name,
+)
 
 
 def make_row(count: int, seed: int = 0, ipv6_share: float = 0.3, probe_id: int = 7) -> ProbeRow:
@@ -34,3 +47,27 @@ def make_row(count: int, seed: int = 0, ipv6_share: float = 0.3, probe_id: int =
 @pytest.fixture(scope="session")
 def long_row() -> ProbeRow:
     return make_row(5000)
+
+
+def write_rows(folder: Path, parts: dict[str, list[ProbeRow]], shards: int = 2) -> Path:
+    """A folder of rows as `ping-llm prepare` leaves it, dealt to the shards of each part in turn."""
+    index = []
+    for part, rows in parts.items():
+        for shard in range(shards):
+            with ShardWriter(folder / shard_name(part, shard, shards), part, shard) as writer:
+                for row in rows[shard::shards]:
+                    writer.write(row)
+            index += writer.index
+    pq.write_table(pa.Table.from_pylist(index, schema=INDEX_SCHEMA), folder / INDEX_NAME)
+    counts = {part: sum(map(len, rows)) for part, rows in parts.items()}
+    (folder / MANIFEST_NAME).write_text(json.dumps({"format_version": FORMAT_VERSION, "parts": counts}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_folder(tmp_path_factory) -> Path:
+    """40 probes with 3 to 6,000 measurements in train, 8 in val."""
+    sizes = np.geomspace(3, 6000, 40).astype(int)
+    train = [make_row(int(size), seed=i, probe_id=i) for i, size in enumerate(sizes)]
+    val = [make_row(500, seed=100 + i, probe_id=i) for i in range(8)]
+    return write_rows(tmp_path_factory.mktemp("rows"), {"train": train, "val": val})

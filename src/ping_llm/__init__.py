@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ping_llm.inference.distribution import RTTDistribution
     from ping_llm.inference.predictor import PingModel
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # each process that imports grain would be told that it has no jax
 
 __all__ = ["PingModel", "RTTDistribution"]
 

@@ -9,7 +9,9 @@ numbers allow.
 
 from __future__ import annotations
 
-import logging
+import os
+import threading
+import time
 
 import numpy as np
 
@@ -65,7 +67,6 @@ class WindowBlocks:
 
 def block_iterator(blocks: WindowBlocks, first_block: int, workers: int, prefetch: int):
     """An endless grain iterator of blocks from `first_block` on, made ahead by a thread or by `workers` processes."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # grain looks for the jax profiler and says so
     import grain
 
     dataset = grain.MapDataset.source(blocks)[first_block:]
@@ -73,5 +74,17 @@ def block_iterator(blocks: WindowBlocks, first_block: int, workers: int, prefetc
     iterable = dataset.to_iter_dataset(read_options)
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        iterable = iterable.mp_prefetch(options)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_end_with_parent)
     return iter(iterable)
+
+
+def _end_with_parent(_index: int, _workers: int) -> None:
+    """Ends a loader process whose trainer was killed: nothing else would, and it would hold its memory for ever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -28,7 +28,7 @@ def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=
     drawn = {name: law for name, law in laws.items() if law.p_fail < 1}
     if not drawn:
         raise ValueError(f"{title}: every ping fails with certainty, so there is no RTT to draw")
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     edges = _bins([*drawn.values(), *([truth] if truth is not None else [])])
     for color, (name, law) in zip(_COLORS, drawn.items(), strict=False):
         axes.axvspan(law.quantile(0.05), law.quantile(0.95), color=color, alpha=0.08, linewidth=0)
@@ -38,7 +38,7 @@ def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=
     axes.set_xscale("log")
     axes.set(xlabel="RTT (ms)", ylabel="density per log-ms", title=title, ylim=(0, None))
     _label_ticks(axes)
-    axes.legend(frameon=False, fontsize=8.5)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -70,6 +70,17 @@ class Context:
         order = np.argsort(time_s, kind="stable")
         return cls(src[order], dst[order], rtt_ms[order], time_s[order])
 
+    @classmethod
+    def of_measurements(cls, table: pa.Table | None) -> Context:
+        """Takes a table of MEASUREMENT_SCHEMA, in time order."""
+        if table is None:
+            return cls.parse(None)
+        src, dst = (
+            np.frombuffer(b"".join(table.column(name).to_pylist()), dtype=np.uint8).reshape(-1, ADDRESS_BYTES)
+            for name in ("src", "dst")
+        )
+        return cls(src, dst, table.column("rtt_ms").to_numpy().astype(np.float64), table.column("time_s").to_numpy())
+
     def last(self, count: int) -> Context:
         """The last `count` measurements."""
         keep = slice(max(len(self) - count, 0), None)
@@ -92,7 +103,7 @@ class Query:
         query = cls(Endpoint.parse(src), Endpoint.parse(dst), None if at is None else parse_time(at), context)
         if query.dst.told_bytes < 1:
             raise ValueError(f"{dst!r}: at least 8 bits of the destination must be told")
-        if query.time_s is not None and context.time_s is not None and context.time_s[-1] > query.time_s:
+        if query.time_s is not None and context.time_s is not None and (context.time_s > query.time_s).any():
             raise ValueError("the context holds measurements later than the time asked for; leave those out")
         return query
 

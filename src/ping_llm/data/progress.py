@@ -1,0 +1,47 @@
+"""Work done in, progress on standard error out: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def show_progress(title: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    """Gives a function to call with the units just done, of `total` in all."""
+    terminal = sys.stderr.isatty()
+    done, begin = 0.0, time.monotonic()
+    last = begin
+    bar = _bar() if terminal else None
+    task = bar.add_task(title, total=total, text="") if bar else None
+
+    def advance(units: float) -> None:
+        nonlocal done, last
+        done += units
+        now = time.monotonic()
+        rate = done / max(now - begin, 1e-9)
+        text = f"{done:,.0f} of {total:,.0f} {unit}, {rate:,.1f} {unit}/s"
+        if bar:
+            bar.update(task, completed=done, text=text)
+        elif done >= total * (1 - 1e-9) or now - last >= LINE_EVERY_S:
+            last = now
+            left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
+            print(f"{title}: {text}{left}", file=sys.stderr, flush=True)
+
+    if bar:
+        with bar:
+            yield advance
+    else:
+        yield advance
+
+
+def _bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

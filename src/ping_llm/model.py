@@ -1,0 +1,246 @@
+"""Tokens in, logits of the next token out: a decoder-only transformer with a key-value cache.
+
+Letters of shapes, here and in every module that holds tensors:
+
+    B  windows or prompts in a batch      H  attention heads          V  vocabulary, 267 tokens
+    T  tokens given to one forward pass   K  width of a head, D / H   L  blocks
+    S  keys attended to: cached + T       D  width of the residual stream
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ping_llm.config import ModelConfig
+
+VOCAB_SIZE = 267
+VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
+
+
+class KVCache:
+    """Keys and values of the tokens that were already read, and which of them are real.
+
+    A forward pass appends its T tokens. `fork` gives a second cache over the same memory (nothing is copied), so that a
+    pass can be tried and forgotten: `model(tokens, cache.fork())` leaves `cache` as it was.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []  # L tensors of (B, H, S, K), rotated to their positions
+        self.values: list[Tensor] = []  # L tensors of (B, H, S, K)
+        self.valid: Tensor | None = None  # (B, S) bool, False where the token was padding
+
+    @property
+    def size(self) -> int:
+        """Tokens held for each prompt, padding included."""
+        return 0 if self.valid is None else self.valid.shape[1]
+
+    def lengths(self) -> Tensor:
+        """Real tokens of each prompt, (B,): the position of the next one."""
+        return self.valid.sum(dim=1)
+
+    def fork(self) -> KVCache:
+        """A cache of the same tokens; what is appended to it is not seen by this one."""
+        return self._map(lambda tensor: tensor)
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A cache of the prompts `rows` (n,) int64, in that order; a prompt may appear several times."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values of new tokens, (B, H, T, K), to one layer; returns all of the layer's, (B, H, S, K)."""
+        if layer == len(self.keys):
+            self.keys.append(keys)
+            self.values.append(values)
+        else:
+            self.keys[layer] = torch.cat([self.keys[layer], keys], dim=2)
+            self.values[layer] = torch.cat([self.values[layer], values], dim=2)
+        return self.keys[layer], self.values[layer]
+
+    def append_valid(self, valid: Tensor) -> None:
+        """Says which of the new tokens are real, (B, T) bool."""
+        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
+
+    def _map(self, function) -> KVCache:
+        mapped = KVCache()
+        mapped.keys, mapped.values = [function(k) for k in self.keys], [function(v) for v in self.values]
+        mapped.valid = None if self.valid is None else function(self.valid)
+        return mapped
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        for name in ("q", "k", "v", "out"):
+            setattr(self, name, nn.Linear(config.n_embd, config.n_embd, bias=False))
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        B, T, D = x.shape
+        H = self.n_head
+        q, k, v = (linear(x).view(B, T, H, D // H) for linear in (self.q, self.k, self.v))  # (B, T, H, K)
+        q, k = _rms_norm(_rotate(q, rotation)), _rms_norm(_rotate(k, rotation))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, K)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, K)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two matrices with a squared ReLU between them, four times as wide inside."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on the normalised residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(_rms_norm(x), rotation, cache, mask)
+        return x + self.mlp(_rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The model; its weights come from `init_weights`, and nothing else here is random."""
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int = VOCAB_SIZE, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.embedding = nn.Embedding(rows, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, rows, bias=False)
+        self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fills every weight, from torch's global generator by default.
+
+        | weight                  | distribution            | why                                                   |
+        |-------------------------|-------------------------|-------------------------------------------------------|
+        | embedding               | normal, deviation 1     | normalised right after, so only its direction counts  |
+        | attention q, k, v       | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
+        | MLP up                  | uniform, deviation D^−½ | the same                                              |
+        | attention out, MLP down | 0                       | a block begins as the identity                        |
+        | head                    | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
+        """
+        bound = (3 / self.config.n_embd) ** 0.5  # of a uniform distribution with deviation D^−½
+        nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
+        nn.init.normal_(self.head.weight, std=0.001, generator=generator)
+        for block in self.blocks:
+            for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
+                nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            for linear in (block.attention.out, block.mlp.down):
+                nn.init.zeros_(linear.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the token after each given one, (B, T, V) fp32.
+
+        `tokens` is (B, T) int, −1 = padding, which stands at the right of a prompt. With `cache` the tokens continue
+        the cached ones and are appended to them. `positions` is (B, T); they count on from the cached tokens by default.
+        `mask` is bool, broadcastable to (B, 1, T, S): True where a token may see a key; causal by default. Whatever the
+        mask says, padding in the cache is never seen by a later pass, and a token always sees itself.
+        """
+        T = tokens.shape[1]
+        cached = cache.size if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+            positions = positions + cache.lengths()[:, None] if cached else positions
+        if cache is not None:
+            cache.append_valid(tokens >= 0)
+        if mask is not None or cached:
+            mask = _key_mask(mask, T, cached, cache)
+        x = _rms_norm(self.embedding(tokens.clamp(min=0)))  # (B, T, D)
+        rotation = _rotation(positions, self.config, _matmul_dtype(x))
+        for block in self.blocks:
+            x = block(x, rotation, cache, mask)
+        logits = self.head(_rms_norm(x))[..., : self.vocab_size].float()  # (B, T, V)
+        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+
+def sibling_mask(cache: KVCache, siblings: int) -> Tensor:
+    """Mask under which new tokens see the cached ones and themselves, never each other; (1, 1, siblings, S)."""
+    itself = torch.eye(siblings, dtype=torch.bool, device=cache.valid.device)
+    return torch.cat([itself.new_ones(siblings, cache.size), itself], dim=1)[None, None]
+
+
+def parameter_count(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
+    """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D."""
+    return 12 * config.n_embd**2 * config.n_layer + 2 * vocab_size * config.n_embd
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
+    """Floating-point operations to train on one token of a full window: 6·(12·D²·L + V·D) + 12·L·D·T.
+
+    Six for each weight that is multiplied (the embedding is looked up), and attention by the usual convention, which
+    also counts the pairs of tokens that the causal mask hides.
+    """
+    multiplied = parameter_count(config, vocab_size) - vocab_size * config.n_embd
+    return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    """Scales the last axis to a root mean square of 1; no weights. Accumulates in fp32 whatever the dtype of x."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def _rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors of a head and of its swapped halves, (B or 1, T, 1, K); angles are fp32, for bf16 cannot count to T."""
+    K = config.n_embd // config.n_head
+    exponents = torch.arange(0, K, 2, dtype=torch.float32, device=positions.device) / K
+    angles = positions[..., None, None].float() * config.rope_base**-exponents  # (B or 1, T, 1, K/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (i, i + K/2) of each head by the angle of its position; x is (B, T, H, K)."""
+    own, swapped = rotation
+    return torch.addcmul(x * own, x.roll(x.shape[-1] // 2, dims=-1), swapped)
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer answers to x, under autocast or not."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def native_bf16(device: torch.device) -> bool:
+    """True where the device multiplies bf16 natively; where it emulates it, fp32 is as fast."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _key_mask(mask: Tensor | None, T: int, cached: int, cache: KVCache | None) -> Tensor:
+    """The mask of `GPT.forward`, causal if None, over cached + T keys without padding, (B or 1, 1, T, S)."""
+    device = mask.device if mask is not None else cache.valid.device
+    queries = torch.arange(cached, cached + T, device=device)[:, None]  # (T, 1)
+    keys = torch.arange(cached + T, device=device)  # (S,)
+    mask = mask if mask is not None else (keys <= queries)[None, None]
+    if cache is not None:
+        mask = mask & cache.valid[:, None, None, :]
+    return mask | (keys == queries)  # a row that sees nothing would be NaN, and spread

@@ -1,0 +1,138 @@
+"""Claims about what is left of a run on the disk."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from ping_llm import checkpoint
+from ping_llm.config import Config, ModelConfig
+from ping_llm.model import GPT
+
+CONFIG = Config(model=ModelConfig(n_layer=1, n_embd=32, n_head=2, seq_len=64))
+
+
+def save_step(run_dir: Path, step: int, val_loss: float | None = None) -> Path:
+    """A checkpoint whose weights are drawn with its step as the seed."""
+    model = GPT(CONFIG.model, generator=torch.Generator().manual_seed(step))
+    stacked = torch.arange(6.0).view(2, 3)
+    optimizer = {"first": stacked[0], "second": stacked[1], "rng.cpu": torch.arange(5, dtype=torch.uint8)}
+    return checkpoint.save(run_dir, step, model.state_dict(), optimizer, {"step": step, "val_loss": val_loss})
+
+
+def steps(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def spoil(path: Path) -> None:
+    """Flips one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    save_step(tmp_path, 7, 1.5)
+    loaded = checkpoint.load_latest(tmp_path)
+    assert loaded.step == 7 and loaded.state["val_loss"] == 1.5
+    weights = GPT(CONFIG.model, generator=torch.Generator().manual_seed(7)).state_dict()
+    assert weights.keys() == loaded.model.keys()
+    assert all(torch.equal(loaded.model[name], weights[name]) for name in weights)
+    assert loaded.optimizer["second"].tolist() == [3, 4, 5]
+    assert loaded.optimizer["rng.cpu"].dtype == torch.uint8
+
+
+def test_an_empty_run_folder_has_no_checkpoint(tmp_path):
+    assert checkpoint.load_latest(tmp_path) is None
+    assert checkpoint.load_config(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_bytes(path.read_bytes()[:20]), Path.unlink])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, name, damage):
+    save_step(tmp_path, 1)
+    newest = save_step(tmp_path, 2)
+    if (name, damage) == ("state.json", spoil):
+        (newest / name).write_text("[]")  # a flipped bit may still be JSON
+    else:
+        damage(newest / name)
+    assert checkpoint.load_latest(tmp_path).step == 1
+    assert "step-00000002 is damaged" in caplog.text and len(caplog.records) == 1
+
+
+def test_damaged_checkpoints_alone_are_one_clear_error(tmp_path):
+    spoil(save_step(tmp_path, 1) / "model.safetensors")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_save_that_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
+    save_step(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save_step(tmp_path, 2)
+    assert checkpoint.load_latest(tmp_path).step == 1
+    save_step(tmp_path, 2)
+    checkpoint.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == ["step-00000002"]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step, val_loss in ((1, 3.0), (2, 1.0), (3, float("nan")), (4, 2.0), (5, None)):
+        save_step(tmp_path, step, val_loss)
+    checkpoint.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_inference_takes_the_best_else_the_newest(tmp_path):
+    checkpoint.save_config(tmp_path, CONFIG)
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    assert checkpoint.load_model(tmp_path)[2]["step"] == 2
+    for step, val_loss in ((3, 1.0), (4, 2.0)):
+        save_step(tmp_path, step, val_loss)
+    model, config, state = checkpoint.load_model(tmp_path)
+    expected = GPT(CONFIG.model, generator=torch.Generator().manual_seed(3)).state_dict()
+    assert state["step"] == 3 and config == CONFIG and not model.training
+    assert all(map(torch.equal, model.state_dict().values(), expected.values()))
+    spoil(tmp_path / "checkpoints/step-00000003/model.safetensors")
+    assert checkpoint.load_model(tmp_path)[2]["step"] == 4
+
+
+def test_a_folder_without_a_run_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r'no checkpoint in .*; run "ping-llm train" first'):
+        checkpoint.load_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/step-00000001/state.json"])
+def test_a_newer_format_is_one_clear_error(tmp_path, name):
+    checkpoint.save_config(tmp_path, CONFIG)
+    save_step(tmp_path, 1)
+    path = tmp_path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    with pytest.raises(ValueError, match="is of format 99, this program reads 1; update ping-llm"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_damaged_config_is_one_clear_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        checkpoint.load_config(tmp_path)
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    checkpoint.save_config(tmp_path, CONFIG)
+    save_step(tmp_path, 1)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    checkpoint.load_latest(tmp_path)
+    checkpoint.load_model(tmp_path)

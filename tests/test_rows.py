@@ -1,0 +1,107 @@
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ping_llm.data.measurement import MEASUREMENT_SCHEMA, pack_address
+from ping_llm.data.rows import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    MANIFEST_NAME,
+    ProbeRow,
+    RowReader,
+    ShardWriter,
+    read_manifest,
+    shard_name,
+)
+
+HOSTS = [pack_address(text) for text in ("192.0.2.1", "198.51.100.7", "203.0.113.9", "2001:db8::1", "2001:db8:1::2")]
+
+
+def table(size, seed=0, probe_id=7):
+    rng = np.random.default_rng(seed)
+    dst = rng.integers(5, size=size)
+    columns = {
+        "probe_id": np.full(size, probe_id),
+        "msm_id": rng.integers(1, 4, size),
+        "time_s": np.sort(rng.integers(1_600_000_000, 1_700_000_000, size)),
+        "src": pa.array([HOSTS[i] for i in rng.integers(2, size=size)], pa.binary(16)),
+        "dst": pa.array([HOSTS[i] for i in dst], pa.binary(16)),
+        "ip_version": np.where(dst < 3, 4, 6),
+        "rtt_ms": np.where(rng.random(size) < 0.2, -1, rng.gamma(2, 30, size)),
+    }
+    return pa.table({name: pa.array(columns[name], MEASUREMENT_SCHEMA.field(name).type) for name in columns})
+
+
+def write_folder(folder, rows, max_row_bytes=8_000_000):
+    with ShardWriter(folder / shard_name("train", 0, 1), "train", 0, max_row_bytes) as shard:
+        for row in rows:
+            shard.write(row)
+    pq.write_table(pa.Table.from_pylist(shard.index, INDEX_SCHEMA), folder / INDEX_NAME)
+    (folder / MANIFEST_NAME).write_text(f'{{"format_version": {FORMAT_VERSION}, "parts": {{"train": 1, "val": 0}}}}')
+    return RowReader(folder, "train")
+
+
+@settings(deadline=None, max_examples=30)
+@given(size=st.integers(1, 400), seed=st.integers(0, 1000))
+def test_a_row_survives_the_way_to_bytes_and_back(size, seed):
+    measurements = table(size, seed)
+    row = ProbeRow.from_bytes(ProbeRow.from_measurements(measurements).to_bytes())
+    assert row.to_measurements() == measurements
+
+
+def test_codes_into_larger_tables_keep_only_their_addresses():
+    everything = np.frombuffer(b"".join(HOSTS), dtype=np.uint8).reshape(-1, 16)
+    columns = (np.array([5, 6]), np.array([1, 1]), np.array([2, 2]), np.array([4, 0]), np.array([1, -1], np.float32))
+    row = ProbeRow.from_bytes(ProbeRow.from_codes(7, *columns, everything, everything).to_bytes())
+    assert row.src_addresses.tolist() == everything[[2]].tolist()
+    assert row.dst_addresses[row.dst].tolist() == everything[[4, 0]].tolist()
+
+
+def test_a_large_row_is_halved_until_its_records_fit(tmp_path):
+    measurements = table(5000)
+    row = ProbeRow.from_measurements(measurements)
+    limit = len(row.to_bytes()) // 3
+    reader = write_folder(tmp_path, [row], limit)
+    assert len(reader) == 4
+    assert all(len(part.to_bytes()) <= limit for part in reader)
+    assert pa.concat_tables([part.to_measurements() for part in reader]) == measurements
+
+
+def test_the_index_tells_what_a_row_holds_without_reading_it(tmp_path):
+    tables = [table(50, seed, probe_id=seed) for seed in range(3)]
+    reader = write_folder(tmp_path, map(ProbeRow.from_measurements, tables))
+    assert reader.probe_id.tolist() == [0, 1, 2]
+    assert reader.measurements.tolist() == [50, 50, 50]
+    assert reader.ipv6_measurements.tolist() == [int((t["ip_version"].to_numpy() == 6).sum()) for t in tables]
+    assert reader.first_time_s.tolist() == [t["time_s"][0].as_py() for t in tables]
+    assert reader.last_time_s.tolist() == [t["time_s"][-1].as_py() for t in tables]
+    assert [row.to_measurements() for row in pickle.loads(pickle.dumps(reader))] == tables
+
+
+def test_shards_with_the_same_rows_are_the_same_bytes(tmp_path):
+    shards = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_folder(tmp_path / name, [ProbeRow.from_measurements(table(20_000, seed)) for seed in range(4)])
+        shards.append((tmp_path / name / shard_name("train", 0, 1)).read_bytes())
+    assert shards[0] == shards[1]
+
+
+def test_missing_rows_and_parts_are_told_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r'no rows in .*; run "ping-llm prepare'):
+        RowReader(tmp_path, "train")
+    write_folder(tmp_path, [ProbeRow.from_measurements(table(5))])
+    with pytest.raises(ValueError, match=r'holds no "val" rows, only train \(1\)'):
+        RowReader(tmp_path, "val")
+    (tmp_path / MANIFEST_NAME).write_text('{"format_version": 0}')
+    with pytest.raises(ValueError, match="is of row format 0, this program reads"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_manifest(tmp_path)

@@ -1,0 +1,42 @@
+"""Claims about rates over the run."""
+
+from __future__ import annotations
+
+import pytest
+
+from ping_llm import schedule
+from ping_llm.config import OptimConfig, TrainConfig
+
+CONFIG = OptimConfig(warmup_share=0.2, cooldown_share=0.4, final_lr_share=0.1, weight_decay=0.1)
+
+
+def test_learning_rate_table():
+    scales = [schedule.lr_scale(step / 10, CONFIG) for step in range(10)]
+    assert scales == pytest.approx([0.1, 0.55, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
+
+
+def test_weight_decay_table():
+    decays = [schedule.weight_decay(step / 5, CONFIG) for step in range(6)]
+    assert decays == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02, 0])
+
+
+def test_momentum_table():
+    momenta = [schedule.momentum(step, OptimConfig()) for step in (0, 150, 300, 10_000)]
+    assert momenta == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert schedule.momentum(0, OptimConfig(momentum_warmup_steps=0)) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.02, 0.4), (0.5, 0.5)])
+def test_rate_is_above_zero_and_at_most_the_peak_at_every_step(shares):
+    config = OptimConfig(warmup_share=shares[0], cooldown_share=shares[1])
+    scales = [schedule.lr_scale(step / 137, config) for step in range(137)]
+    assert min(scales) >= config.final_lr_share and max(scales) <= 1
+
+
+def test_progress_is_by_steps_or_by_time_whichever_is_further():
+    by_steps = TrainConfig(total_steps=100)
+    assert [schedule.progress(step, 1e9, by_steps) for step in (0, 50, 100)] == [0, 0.5, 1]
+    by_both = TrainConfig(total_steps=100, max_minutes=2)
+    assert schedule.progress(10, 60, by_both) == 0.5
+    assert schedule.progress(90, 60, by_both) == 0.9
+    assert schedule.progress(1, 120, by_both) == 1

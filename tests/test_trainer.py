@@ -1,0 +1,285 @@
+"""Claims about the training loop: what it learns, how it stops, and how it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ping_llm import trainer
+from ping_llm.checkpoint import load_latest
+from ping_llm.config import Config, ModelConfig, TrainConfig
+from ping_llm.model import GPT
+from ping_llm.trainer import Objective, train
+
+MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
+
+
+def make_config(run_dir: Path, **train_fields) -> Config:
+    defaults = {"total_steps": 12, "batch_size": 8, "checkpoint_every": 6, "eval_every": 6, "eval_windows": 8}
+    fields = defaults | {"log_every": 1, "device": "cpu", "precision": "fp32"} | train_fields
+    return Config(model=MODEL, train=TrainConfig(run_dir=run_dir, **fields))
+
+
+def make_windows(count: int, seed: int) -> torch.Tensor:
+    """Windows (count, 65) whose RTT is told by the source: five measurements each, the rest is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randint(11, 267, (count, 5), generator=generator)
+    failed = torch.rand(count, 5, generator=generator) < 0.2
+    measurement = torch.full((count, 5, 12), 0)
+    measurement[..., 1], measurement[..., 2:6] = 1, 200
+    measurement[..., 5] = source
+    measurement[..., 6], measurement[..., 7] = 3, 99
+    measurement[..., 8] = 8
+    measurement[..., 9], measurement[..., 10] = 60, source
+    measurement[..., 11] = torch.where(failed, 10, 6)
+    return F.pad(measurement.flatten(1), (0, 5), value=-1)
+
+
+def make_batches(config: Config, start_step: int, device: torch.device):
+    """Batch i is a function of i alone."""
+    step = start_step
+    while True:
+        yield make_windows(config.train.batch_size, seed=step).to(device)
+        step += 1
+
+
+def val_windows(config: Config) -> torch.Tensor:
+    return make_windows(config.train.eval_windows, seed=10**6)
+
+
+def run(config: Config, load_batches=make_batches) -> trainer.RunState:
+    return train(config, load_batches, val_windows)
+
+
+def interrupted_at(step: int, interrupt):
+    """`make_batches`, but `interrupt()` is called while the batch of `step` is fetched, the first time."""
+    calls = []
+
+    def load_batches(config: Config, start_step: int, device: torch.device):
+        for current, batch in enumerate(make_batches(config, start_step, device), start_step):
+            if current == step and not calls:
+                calls.append(interrupt())
+            yield batch
+
+    return load_batches
+
+
+def metrics(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.train.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config: Config) -> list[dict]:
+    timing = {"time_s", "tokens_per_s", "data_wait_share"}
+    return [{name: value for name, value in line.items() if name not in timing} for line in metrics(config)]
+
+
+def assert_same_weights(a: Config, b: Config) -> None:
+    first, second = load_latest(a.train.run_dir), load_latest(b.train.run_dir)
+    assert first.step == second.step
+    for one, other in ((first.model, second.model), (first.optimizer, second.optimizer)):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Config:
+    config = make_config(tmp_path_factory.mktemp("uninterrupted"))
+    run(config)
+    return config
+
+
+def test_training_lowers_the_loss_of_every_field_it_can_predict(tmp_path):
+    config = make_config(tmp_path, total_steps=60, eval_every=60, log_every=20)
+    state = run(config)
+    lines = metrics(config)
+    assert [line["step"] for line in lines] == [0, 20, 40, 60]
+    assert lines[0]["val_loss"] == pytest.approx(math.log(267), abs=0.01)
+    assert lines[-1]["val_loss"] < 1 and lines[-1]["val_loss_structure"] < 0.3 and lines[-1]["val_loss_dst"] < 0.3
+    assert (state.step, state.samples_consumed, state.tokens) == (60, 480, 60 * 8 * 59)
+    assert {"time_s", "loss", "loss_structure", "loss_src", "loss_dst", "loss_time", "loss_rtt", "lr", "grad_norm"} | {
+        *("tokens_per_s", "padding", "data_wait_share", "skipped_steps", "val_loss_rtt", "val_rtt_bits")
+    } <= lines[-1].keys()
+    assert lines[-1]["loss_time"] is None  # no such target in these windows
+    assert lines[1]["padding"] == pytest.approx(5 / 64)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_resumed_run_equals_uninterrupted(tmp_path, uninterrupted, number):
+    """A signal during step 8: the step is finished, saved, and the run continues from there to the same bits."""
+    config = make_config(tmp_path)
+    handler = signal.getsignal(number)
+    state = run(config, interrupted_at(7, lambda: os.kill(os.getpid(), number)))
+    assert state.step == 8 and load_latest(tmp_path).step == 8
+    assert signal.getsignal(number) is handler
+    resumed = run(config)
+    assert (resumed.step, resumed.samples_consumed, resumed.tokens) == (12, 96, 12 * 8 * 59)
+    assert resumed.elapsed_s > state.elapsed_s > 0
+    assert losses(config) == losses(uninterrupted)
+    assert_same_weights(config, uninterrupted)
+
+
+def test_a_crash_repeats_the_steps_after_the_last_checkpoint(tmp_path, uninterrupted):
+    config = make_config(tmp_path)
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, interrupted_at(9, crash))
+    assert [line["step"] for line in metrics(config)] == list(range(10)) and load_latest(tmp_path).step == 6
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')  # a line that was being written
+    run(config)
+    assert losses(config) == losses(uninterrupted)
+    assert_same_weights(config, uninterrupted)
+
+
+def test_a_damaged_checkpoint_repeats_from_the_one_before(tmp_path, uninterrupted):
+    config = make_config(tmp_path)
+    run(config)
+    with (tmp_path / "checkpoints/step-00000012/model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert run(config).step == 12
+    assert losses(config) == losses(uninterrupted)
+    assert_same_weights(config, uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted):
+    before = (uninterrupted.train.run_dir / "metrics.jsonl").read_bytes()
+    assert run(uninterrupted).step == 12
+    assert (uninterrupted.train.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_gradient_accumulation_weighs_tokens_not_micro_batches():
+    tokens = make_windows(8, seed=0)
+    tokens[4:, 20:] = -1  # the last windows hold far fewer targets
+    gradients = []
+    for grad_accum in (1, 4):
+        model = GPT(MODEL, generator=torch.Generator().manual_seed(0))
+        config = make_config(Path("unused"), grad_accum=grad_accum)
+        Objective(config, model, torch.device("cpu")).backward(tokens)
+        gradients.append(model.head.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_evaluation_is_sums_over_counts_of_all_windows():
+    config = make_config(Path("unused"), batch_size=4)
+    model = GPT(MODEL, generator=torch.Generator().manual_seed(0))
+    model.head.weight.data *= 300
+    windows = make_windows(10, seed=3)
+    windows[8:, 30:] = -1
+    values = Objective(config, model, torch.device("cpu")).evaluate(windows)
+    with torch.no_grad():
+        nats = F.cross_entropy(model(windows[:, :-1]).mT, windows[:, 1:], ignore_index=-1, reduction="none")
+    assert values["val_loss"] == pytest.approx((nats.sum() / (windows[:, 1:] >= 0).sum()).item(), rel=1e-5)
+    rtt = torch.zeros_like(nats, dtype=torch.bool)
+    rtt[:, 8:59:12] = rtt[:, 9:59:12] = True  # bytes 9 and 10 of each measurement, as targets
+    rtt |= windows[:, 1:] == 10
+    rtt &= windows[:, 1:] >= 0
+    results = 8 * 5 + 2 * 2  # the short windows end in their third measurement, before its result
+    assert values["val_loss_rtt"] == pytest.approx((nats[rtt].sum() / rtt.sum()).item(), rel=1e-5)
+    assert values["val_rtt_bits"] == pytest.approx((nats[rtt].sum() / results / math.log(2)).item(), rel=1e-5)
+
+
+def poisoned(monkeypatch, steps) -> list[int]:
+    """Makes the gradients of some steps, counted from 0, NaN; returns the list of steps taken, which grows."""
+    taken, backward = [], Objective.backward
+
+    def spoil(self, tokens):
+        result = backward(self, tokens)
+        if len(taken) in steps:
+            self.forward.head.weight.grad[0, 0] = math.nan
+        taken.append(len(taken))
+        return result
+
+    monkeypatch.setattr(Objective, "backward", spoil)
+    return taken
+
+
+def test_a_step_with_a_nan_gradient_changes_nothing_but_the_counters(tmp_path, monkeypatch):
+    config = make_config(tmp_path, total_steps=6, checkpoint_every=1, keep_checkpoints=6)
+    poisoned(monkeypatch, {3})
+    state = run(config)
+    assert state.step == 6 and state.skipped_steps == 1 and state.skipped_in_a_row == 0
+    assert metrics(config)[4]["grad_norm"] is None
+    checkpoints = {}
+    for step in (5, 4, 3):
+        for newer in tmp_path.glob("checkpoints/*"):
+            if newer.name > f"step-{step:08d}":
+                newer.rename(tmp_path / f"{newer.name}-aside")
+        checkpoints[step] = load_latest(tmp_path)
+    for part in ("model", "optimizer"):
+        before, after, later = (getattr(checkpoints[step], part) for step in (3, 4, 5))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not all(torch.equal(after[name], later[name]) for name in after)
+
+
+def test_twenty_nan_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
+    config = make_config(tmp_path, total_steps=100, checkpoint_every=4, eval_every=100)
+    taken = poisoned(monkeypatch, range(5, 100))
+    with pytest.raises(ValueError, match="gradients of 20 steps in a row were not finite"):
+        run(config)
+    assert len(taken) == 25
+    kept = load_latest(tmp_path)
+    assert all(value.isfinite().all() for value in kept.model.values())
+
+
+def test_another_config_in_the_run_folder_is_refused_by_name(uninterrupted):
+    other = dataclasses.replace(uninterrupted, model=dataclasses.replace(MODEL, n_layer=3), seed=5)
+    with pytest.raises(ValueError, match=r"another model\.n_layer, seed; pass another --train\.run-dir"):
+        run(other)
+
+
+def test_a_time_budget_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path):
+    config = make_config(tmp_path, total_steps=10**6, max_minutes=0.3 / 60, eval_every=10**6, checkpoint_every=10**6)
+    state = run(config)
+    assert 0.3 <= state.elapsed_s < 5 and state.step < 10**5
+    assert load_latest(tmp_path).step == state.step and metrics(config)[-1]["val_loss"] == state.val_loss
+
+
+def test_the_last_rate_is_low_but_not_zero(uninterrupted):
+    rates = [line["lr"] for line in metrics(uninterrupted)[1:]]
+    assert 0 < rates[-1] < 0.3 * max(rates) and max(rates) == pytest.approx(0.02)
+
+
+def test_exhausted_memory_says_what_to_try(tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Objective, "backward", exhausted)
+    with pytest.raises(ValueError, match=r"train\.batch_size=8 and train\.grad_accum=2; pass --train\.grad-accum 4"):
+        run(make_config(tmp_path, grad_accum=2))
+
+
+def test_batches_are_closed_when_the_run_ends(tmp_path):
+    closed = []
+
+    def load_batches(config, start_step, device):
+        try:
+            yield from make_batches(config, start_step, device)
+        finally:
+            closed.append(True)
+
+    run(make_config(tmp_path, total_steps=1), load_batches)
+    assert closed == [True]
+
+
+def test_an_unknown_device_is_one_clear_error():
+    with pytest.raises(ValueError, match=r"train\.device='tpu' must be auto, cpu or cuda"):
+        trainer.pick_device("tpu")
+
+
+def test_wandb_without_a_key_suggests_offline(tmp_path, monkeypatch):
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"--train\.wandb offline"):
+        run(make_config(tmp_path, wandb="online"))

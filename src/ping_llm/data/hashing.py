@@ -46,8 +46,8 @@ def hash_selects(hashes: np.ndarray, percent: int) -> np.ndarray:
 
 def int64_bytes(*columns: np.ndarray) -> np.ndarray:
     """(n,) integer columns side by side as big-endian bytes: (n, 8 · columns) uint8."""
-    stacked = np.stack([np.asarray(column, dtype=">i8") for column in columns], axis=1)
-    return stacked.view(np.uint8).reshape(len(stacked), -1)
+    stacked = np.stack(columns, axis=1).astype(">i8")
+    return stacked.view(np.uint8).reshape(len(stacked), 8 * len(columns))
 
 
 @cache

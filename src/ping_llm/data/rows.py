@@ -11,7 +11,6 @@ IPC stream (ArrayRecord's zstd compresses it). A folder of rows is
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,6 +123,36 @@ class ProbeRow:
             dst_addresses=_address_matrix(dst.dictionary),
         )
 
+    @classmethod
+    def from_codes(
+        cls,
+        probe_id: int,
+        time_s: np.ndarray,
+        msm_id: np.ndarray,
+        src: np.ndarray,
+        dst: np.ndarray,
+        rtt_ms: np.ndarray,
+        src_addresses: np.ndarray,
+        dst_addresses: np.ndarray,
+    ) -> ProbeRow:
+        """A row of (n,) columns in time order that index larger tables of addresses; it keeps the addresses it needs."""
+        src_used, src = np.unique(src, return_inverse=True)
+        dst_used, dst = np.unique(dst, return_inverse=True)
+        return cls(probe_id, time_s, msm_id, src, dst, rtt_ms, src_addresses[src_used], dst_addresses[dst_used])
+
+    def halves(self) -> tuple[ProbeRow, ProbeRow]:
+        """The earlier and the later half."""
+        middle = len(self) // 2
+        return tuple(
+            ProbeRow.from_codes(
+                self.probe_id,
+                *(column[cut] for column in (self.time_s, self.msm_id, self.src, self.dst, self.rtt_ms)),
+                self.src_addresses,
+                self.dst_addresses,
+            )
+            for cut in (slice(None, middle), slice(middle, None))
+        )
+
     def to_measurements(self) -> pa.Table:
         """The measurements as a table of MEASUREMENT_SCHEMA."""
         ip_version = np.where(self.dst_is_ipv4, 4, 6).astype(np.uint8)[self.dst]
@@ -137,6 +166,44 @@ class ProbeRow:
             pa.array(self.rtt_ms),
         ]
         return pa.Table.from_arrays(columns, schema=MEASUREMENT_SCHEMA)
+
+
+class ShardWriter:
+    """One shard being written: a context manager; `index` holds a line of INDEX_SCHEMA for each record."""
+
+    def __init__(self, path: Path, part: str, shard: int, max_row_bytes: int = MAX_ROW_BYTES) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.part, self.shard, self.max_row_bytes = part, shard, max_row_bytes
+        self.index: list[dict] = []
+        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def write(self, row: ProbeRow) -> None:
+        """Adds a row; one above `max_row_bytes` is written as halves, each again halved until it fits."""
+        record = row.to_bytes()
+        if len(record) > self.max_row_bytes and len(row) > 1:
+            for half in row.halves():
+                self.write(half)
+            return
+        self._writer.write(record)
+        self.index.append(
+            {
+                "part": self.part,
+                "shard": self.shard,
+                "record": len(self.index),
+                "probe_id": row.probe_id,
+                "measurements": len(row),
+                "ipv6_measurements": int((~row.dst_is_ipv4[row.dst]).sum()),
+                "first_time_s": int(row.time_s[0]),
+                "last_time_s": int(row.time_s[-1]),
+            }
+        )
 
 
 class RowReader:
@@ -176,7 +243,6 @@ class RowReader:
 
     def _records(self):
         if self._source is None:
-            logging.getLogger("absl").setLevel(logging.ERROR)  # grain looks for the jax profiler and says so
             import grain
 
             self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self.paths])

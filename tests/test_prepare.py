@@ -256,8 +256,15 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
         prepare([path], tmp_path / "out", workers=1)
 
 
-def test_a_folder_or_nothing_as_input_is_told_what_to_name(tmp_path):
-    with pytest.raises(ValueError, match=r"is a folder; name the dumps in it, for example .*\.bz2"):
+def test_a_folder_stands_for_the_dumps_in_it_but_not_for_the_truth_beside_them(dumps, tmp_path):
+    folder = dumps[0].parent
+    (folder / "truth.json").write_text("{}")
+    (folder / "notes.txt").write_text("not a dump")
+    assert prepare([folder], tmp_path / "a", workers=1) == prepare(dumps, tmp_path / "b", workers=1)
+
+
+def test_a_folder_without_dumps_or_no_input_is_told_what_to_name(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no dumps, that is, no files ending in \.bz2"):
         prepare([tmp_path], tmp_path / "out")
     with pytest.raises(ValueError, match="no input; name the dumps"):
         prepare([], tmp_path / "out")

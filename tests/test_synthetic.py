@@ -265,7 +265,7 @@ def test_some_pairs_are_never_measured_though_both_ends_are(packets):
         {"days": float("nan")},
         {"seed": -1},
         {"interval_s": 0},
-        {"workers": 0},
+        {"workers": -1},
         {"start": "yesterday"},
         {"start": "2026-01-01T00:30:00Z"},
         {"measured_share": 0},

@@ -1,7 +1,7 @@
 """A foundation model of Internet latency: Atlas dumps in, distributions of RTT out.
 
-    from ping_llm import PingModel
-    PingModel.load("runs/tiny").rtt("192.0.2.1", "198.51.100.7").median
+from ping_llm import PingModel
+PingModel.load("runs/tiny").rtt("192.0.2.1", "198.51.100.7").median
 """
 
 from __future__ import annotations

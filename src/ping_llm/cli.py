@@ -23,7 +23,7 @@ def synth(
     targets: int = 50,
     days: float = 2.0,
     seed: int = 0,
-    workers: int = os.cpu_count() or 1,
+    workers: int = 0,
 ) -> None:
     """Write a synthetic Internet as an Atlas-shaped dump (.bz2), and its exact latency law (truth.json).
 
@@ -33,17 +33,18 @@ def synth(
         targets: hosts that are pinged.
         days: time that the dump spans.
         seed: the same seed gives the same bytes.
-        workers: processes that write files.
+        workers: processes that write files; 0 = one a core.
     """
     from ping_llm.data.synthetic import synthesize
 
-    synthesize(out, probes=probes, targets=targets, days=days, seed=seed, workers=workers)
+    counts = synthesize(out, probes=probes, targets=targets, days=days, seed=seed, workers=workers)
+    print(f"{counts['results']:,} results of {counts['packets']:,} packets in {counts['files']} files, and truth.json, in {out}")
 
 
 def prepare(
     inputs: Positional[tuple[str, ...]],
     out: Path,
-    workers: int = os.cpu_count() or 1,
+    workers: int = 0,
     packets: Literal["one", "all"] = "one",
     split: Literal["pingbench", "none"] = "pingbench",
     keep_going: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -51,16 +52,16 @@ def prepare(
     """Turn Atlas dumps into probe rows, ready for training.
 
     Args:
-        inputs: dumps: NDJSON or a JSON array, plain or as .bz2, .gz, .zst.
+        inputs: dumps, or folders of them: NDJSON or JSON arrays, plain or as .bz2, .gz, .zst; - is standard input.
         out: folder for the row shards and manifest.json.
-        workers: processes.
+        workers: processes; 0 = one a core.
         packets: keep one packet of each result, chosen by a hash, or all of them.
         split: train, val and test parts by the rules of PingBench, or everything into train.
         keep_going: use what can be read of a damaged file instead of stopping.
     """
-    from ping_llm.data.prepare import prepare, print_manifest
+    from ping_llm.data.prepare import prepare, summary
 
-    print_manifest(prepare(inputs, out, workers=workers, packets=packets, split=split, keep_going=keep_going))
+    print(summary(prepare(inputs, out, workers, packets, split, keep_going=keep_going)))
 
 
 def rtt(
@@ -100,6 +101,8 @@ def _train(argv: list[str]) -> None:
     from ping_llm.config import parse_config
 
     config = parse_config(argv, "ping-llm train")
+    # Threads of OpenMP spin while they wait: with any other work on the machine, training would take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ping_llm.trainer import train
 
     train(config)

@@ -24,12 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ping_llm.data.atlas import DROPPED_LINES, MAX_CLOCK_SKEW_S, Packets
-from ping_llm.data.progress import show_progress
+from ping_llm.data.progress import cores, show_progress
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
 from ping_llm.data.splits import PARTS, Split, SplitRule
 from ping_llm.data.tasks import MapTask, ReduceTask, map_dump, merge_sources, reduce_bucket
+from ping_llm.data.truth import TRUTH_NAME
 
 PARTIAL_NAME = ".partial"
+DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson")
 PLAN_NAME = "plan.json"
 STDIN = "-"
 
@@ -64,11 +66,12 @@ def prepare(
     keep_going: bool = False,
     max_clock_skew_s: int = MAX_CLOCK_SKEW_S,
 ) -> dict:
-    """Turns Atlas dumps (.bz2, .gz, .zst, plain; "-" is standard input) into probe rows in `out`; gives the manifest.
+    """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
-    workers: processes; 0 = one a core. shards: of each part; 0 = by the size of the inputs. keep_going: use what can be read
-    of damaged dumps, and name them in the manifest. A folder that holds these rows already is left as it is. ValueError says
-    what was wrong with an input or with the folder.
+    inputs: dumps (.bz2, .gz, .zst, plain), folders of them, or "-" for standard input.
+    workers: processes; 0 = one a core. shards: of each part; 0 = by the size of the inputs.
+    keep_going: use what can be read of damaged dumps, and name them in the manifest.
+    A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder.
     """
     out = Path(out)
     if workers < 0 or shards < 0 or max_clock_skew_s < 0:
@@ -114,21 +117,16 @@ def summary(manifest: dict) -> str:
     return "\n".join(text + [f"kept going: {entry['problem']}" for entry in manifest["inputs"] if "problem" in entry])
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _read_inputs(inputs: Sequence[str | Path], partial: Path, workers: int) -> list[Dump]:
     """Every input with its hash, in an order that does not depend on the one given."""
     if not inputs:
-        raise ValueError("no input; name the dumps, for example dump/ping-*.bz2")
+        raise ValueError("no input; name the dumps, for example dump/ping-*.bz2, or their folder")
     paths = {}
     for path in map(Path, inputs):
         if str(path) == STDIN:
             paths[_spool_stdin(partial)] = "stdin"
         elif path.is_dir():
-            raise ValueError(f"{path} is a folder; name the dumps in it, for example {path}/*.bz2")
+            paths |= {dump.resolve(): dump.name for dump in _dumps_in(path)}
         elif not path.exists():
             raise ValueError(f"no file {path}; check the name")
         else:
@@ -137,6 +135,14 @@ def _read_inputs(inputs: Sequence[str | Path], partial: Path, workers: int) -> l
         hashes = list(threads.map(_sha256, paths))
     dumps = [Dump(path, name, path.stat().st_size, h) for (path, name), h in zip(paths.items(), hashes, strict=True)]
     return sorted(dumps, key=lambda dump: (dump.name, dump.sha256))
+
+
+def _dumps_in(folder: Path) -> list[Path]:
+    """The files of a folder that are named like dumps; the truth of a synthetic one is none."""
+    dumps = [path for path in folder.iterdir() if path.suffix in DUMP_SUFFIXES and path.name != TRUTH_NAME]
+    if not dumps:
+        raise ValueError(f"{folder} holds no dumps, that is, no files ending in {', '.join(DUMP_SUFFIXES)}")
+    return dumps
 
 
 def _spool_stdin(partial: Path) -> Path:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LINE_EVERY_S = 10.0
+
+
+def cores() -> int:
+    """Those that this process may use: as many workers are the default."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -24,7 +30,7 @@ def show_progress(title: str, total: float, unit: str) -> Iterator[Callable[[flo
         done += units
         now = time.monotonic()
         rate = done / max(now - begin, 1e-9)
-        text = f"{done:,.0f} of {total:,.0f} {unit}, {rate:,.1f} {unit}/s"
+        text = f"{done:,.0f} of {total:,.0f} {unit}, {rate:,.{0 if rate >= 100 else 1}f} {unit}/s"
         if bar:
             bar.update(task, completed=done, text=text)
         elif done >= total * (1 - 1e-9) or now - last >= LINE_EVERY_S:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from ping_llm.data.atlas_lines import CONNECT_FAILED, DNS_FAILED, NO_ERROR, NOT_ALLOWED, LineWriter, Results
-from ping_llm.data.progress import show_progress
+from ping_llm.data.progress import cores, show_progress
 from ping_llm.data.truth import DAY_S, TRUTH_NAME, Paths, Truth, draw_packets, hash_uniform
 from ping_llm.data.world import build_world
 
@@ -54,7 +54,7 @@ def synthesize(
     days: float = 2.0,
     seed: int = 0,
     interval_s: int = 3600,
-    workers: int = 2,
+    workers: int = 0,
     start: str = "2026-01-01T00:00:00Z",
     measured_share: float = 0.7,
 ) -> dict[str, int]:
@@ -72,7 +72,7 @@ def synthesize(
     _claim(dump)
     counts = Counter()
     with show_progress("synth", dump.results, "results") as advance:
-        for counted in _write_all(dump, min(workers, dump.files)):
+        for counted in _write_all(dump, min(workers or cores(), dump.files)):
             counts.update(counted)
             advance(counted["results"])
     return {"files": dump.files, **counts}
@@ -242,7 +242,7 @@ class Dump:
 def _check(probes, targets, days, seed, interval_s, workers, start, measured_share) -> int:
     """The start in Unix seconds; ValueError for an argument out of range."""
     least = {"probes": (probes, 2), "targets": (targets, 1), "seed": (seed, 0), "interval_s": (interval_s, 1)}
-    for name, (value, low) in (least | {"workers": (workers, 1)}).items():
+    for name, (value, low) in (least | {"workers": (workers, 0)}).items():
         if value < low:
             raise ValueError(f"{name}={value} must be at least {low}")
     if seed >= 1 << 63:

@@ -38,7 +38,7 @@ def synth(
     from ping_llm.data.synthetic import synthesize
 
     counts = synthesize(out, probes=probes, targets=targets, days=days, seed=seed, workers=workers)
-    print(f"{counts['results']:,} results of {counts['packets']:,} packets in {counts['files']} files, and truth.json, in {out}")
+    print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {out}")
 
 
 def prepare(

@@ -119,16 +119,24 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    src: float = 1.0
-    """Weight of the source tokens in the training loss."""
-    dst: float = 1.0
-    """Weight of the destination tokens."""
-    time: float = 1.0
-    """Weight of the timestamp tokens."""
-    rtt: float = 1.0
-    """Weight of the RTT bytes and the FAILED token."""
     structure: float = 1.0
     """Weight of measurement starts and of the tokens that choose which field comes next."""
+    src: float = 1.0
+    """Weight of the source bytes in the training loss."""
+    dst: float = 1.0
+    """Weight of the destination bytes."""
+    time: float = 1.0
+    """Weight of the timestamp bytes."""
+    rtt: float = 1.0
+    """Weight of the RTT bytes and the FAILED token."""
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must be 0 or more")
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(LossConfig))  # a field's number is its place here
 
 
 @dataclass(frozen=True)

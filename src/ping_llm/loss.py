@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ping_llm.config import LossConfig
+from ping_llm.config import FIELDS, LossConfig
 
-FIELDS = ("structure", "src", "dst", "time", "rtt")  # a field's number is its place here
 RTT = FIELDS.index("rtt")
 
 

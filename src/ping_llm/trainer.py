@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ping_llm import schedule
 from ping_llm.checkpoint import Checkpoint, load_config, load_latest, prune, save, save_config
-from ping_llm.config import Config, TrainConfig, differing_fields
+from ping_llm.config import FIELDS, Config, TrainConfig, differing_fields
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
-from ping_llm.loss import FIELDS, RTT, count_results, field_losses, field_masks, field_weights, token_fields
+from ping_llm.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
 from ping_llm.model import GPT, native_bf16, parameter_count
 from ping_llm.optim import Optimizer
 from ping_llm.run_log import RunLog

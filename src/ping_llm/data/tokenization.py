@@ -41,9 +41,8 @@ BYTE_0 = len(ROLE_NAMES)
 VOCAB_SIZE = BYTE_0 + 256
 PADDING = -1
 
-# The fields that the loss is reported by. A byte belongs to the field of the role before it; a role token chooses what
-# comes next, which is structure, but FAILED is itself a result.
-FIELDS = ("structure", "src", "dst", "time", "rtt")
+# Which of config.FIELDS (structure, src, dst, time, rtt) a role is reported under, and the bytes after it. A role chooses
+# what comes next, which is structure, but FAILED is itself a result.
 FIELD_OF_ROLE = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4], dtype=np.int64)
 FIELD_OF_BYTES_AFTER = np.array([0, 1, 1, 2, 2, 3, 3, 3, 4, 0, 0], dtype=np.int64)
 

@@ -1,0 +1,116 @@
+"""The command line: help without heavy imports, and one clear line with a non-zero exit for whatever a user gets wrong."""
+
+import bz2
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ping_llm.cli import main
+
+RESULT = {
+    "fw": 5080,
+    "type": "ping",
+    "af": 4,
+    "prb_id": 7,
+    "msm_id": 1001,
+    "timestamp": 1_700_000_000,
+    "lts": 10,
+    "proto": "ICMP",
+    "from": "192.0.2.1",
+    "src_addr": "192.0.2.1",
+    "dst_addr": "198.51.100.7",
+    "sent": 1,
+    "rcvd": 1,
+    "result": [{"rtt": 12.5}],
+}
+
+
+def run(*argv) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ping_llm", *map(str, argv)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["prepare", "--help"], ["train", "--help"], ["inference", "rtt", "--help"]]
+)
+def test_help_answers_without_the_imports_that_take_a_second(argv):
+    code = (
+        "import sys; from ping_llm.cli import main\n"
+        f"try: main({argv!r})\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'pyarrow', 'duckdb', 'grain', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "module", ["ping_llm", "ping_llm.train", "ping_llm.prepare", "ping_llm.synth", "ping_llm.inference"]
+)
+def test_commands_are_modules_too(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+def bad_inputs(tmp_path):
+    """What a user may hand to `prepare` by mistake, and what the one line must say."""
+    packed = bz2.compress("".join(json.dumps(RESULT | {"timestamp": i}) + "\n" for i in range(9000)).encode())
+    (tmp_path / "empty.json").write_bytes(b"")
+    (tmp_path / "page.json").write_text("<!DOCTYPE html>\n<html><body>404</body></html>\n")
+    (tmp_path / "cut.bz2").write_bytes(packed[: len(packed) // 2])
+    return {"absent.bz2": "no file", "empty.json": "is empty", "page.json": "no Atlas dump", "cut.bz2": "is cut off"}
+
+
+@pytest.mark.parametrize("name", ["absent.bz2", "empty.json", "page.json", "cut.bz2"])
+def test_a_bad_dump_is_one_clear_line(tmp_path, name):
+    message = bad_inputs(tmp_path)[name]
+    done = run("prepare", tmp_path / name, "--out", tmp_path / "rows", "--workers", 1)
+    assert_one_line(done, message)
+    assert name in done.stderr and not (tmp_path / "rows" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inference", "rtt", "--model", "RUN", "--src", "192.0.2.1", "--dst", "198.51.100.7"], "no checkpoint in"),
+        (["inference", "rtt", "--model", "RUN", "--src", "192.0.2.1"], "give either --dst ADDRESS or --dst-prefix"),
+        (["train", "CONFIG"], 'run "ping-llm prepare'),
+        (["train", "absent.toml"], "no config file absent.toml"),
+        (["train"], "needs a config file as its first argument"),
+        (["inference", "rt"], "no command 'rt'; there are rtt"),
+        (["retrain"], "no command 'retrain'; there are synth, prepare, train, inference"),
+    ],
+)
+def test_a_bad_command_is_one_clear_line(tmp_path, argv, message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config.toml").write_text(f"[data]\nrows = '{tmp_path}'\n[train]\nrun_dir = '{tmp_path}/new'\n")
+    places = {"RUN": tmp_path / "run", "CONFIG": tmp_path / "config.toml"}
+    assert_one_line(run(*(places.get(word, word) for word in argv)), message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nn_layers = 3", "unknown key model.n_layers; did you mean model.n_layer?"),
+        ("[modle]\nn_layer = 3", "unknown key modle; did you mean model?"),
+        ("[model]\nn_layer = 'three'", "model.n_layer='three' must be of type int"),
+        ("[model]\nn_embd = 650\nn_head = 7", "model.n_embd=650 must be a multiple of model.n_head=7"),
+        ("[train]\nprecision = 'fp8'", "train.precision='fp8' must be one of auto, fp32, bf16"),
+        ("[optim]\nfinal_lr_share = 0", "a step at rate 0 trains nothing"),
+        ("[data", "is not a readable TOML file"),
+    ],
+)
+def test_a_bad_config_is_one_clear_line(tmp_path, capsys, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    assert main(["train", str(tmp_path / "c.toml")]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def assert_one_line(done, message):
+    lines = [line for line in done.stderr.splitlines() if "MB" not in line]  # progress is no message
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr + done.stdout
+    assert len(lines) == 1 and message in lines[0], done.stderr

@@ -22,9 +22,11 @@ from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import RowReader, read_manifest
 
 CONTEXT_MEASUREMENTS = 10
-QUERIES = 400
+QUERIES = 300
 BATCH = 50
 PARTS = {"seen_pairs": "test-s1", "unseen_pairs": "test-s2", "unseen_sources": "test-s3"}
+_TITLES = {"seen_pairs": "pair seen before", "unseen_pairs": "pair never seen", "unseen_sources": "source never seen"}
+_WITH_CONTEXT = f"model, {CONTEXT_MEASUREMENTS} earlier pings"
 _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
 
 
@@ -108,10 +110,9 @@ def demo(
     print(f"\nreport: {out / 'report.json'}   pictures: {out / 'plots'}")
 
 
-def evaluate(out: Path) -> tuple[dict, list[dict]]:
+def evaluate(out: Path) -> tuple[dict[str, dict], list[dict]]:
     """Median relative errors of the predicted median for each part, and one example of each drawn beside the truth."""
     from ping_llm.data.truth import Truth
-    from ping_llm.inference.plots import plot_rtt
     from ping_llm.inference.predictor import PingModel
 
     history, truth, model = History.load(out / "rows"), Truth.load(out / "dump"), PingModel.load(out / "run")
@@ -122,25 +123,29 @@ def evaluate(out: Path) -> tuple[dict, list[dict]]:
         places = history.queries(part, QUERIES)
         if not len(places):
             continue
-        laws = {k: ask(model, history, places, with_context=k > 0) for k in (0, CONTEXT_MEASUREMENTS)}
-        actual = rtt_ms[places]
-        medians = {k: np.array([law.median for law in answers]) for k, answers in laws.items()}
+        laws, laws_after = (ask(model, history, places, with_context) for with_context in (False, True))
         errors[name] = {
-            "model": _median_rel_error(medians[0], actual),
-            f"model_{CONTEXT_MEASUREMENTS}_context": _median_rel_error(medians[CONTEXT_MEASUREMENTS], actual),
-            "global_median": _median_rel_error(global_median, actual),
+            "model": _median_rel_error([law.median for law in laws], rtt_ms[places]),
+            f"model_{CONTEXT_MEASUREMENTS}_context": _median_rel_error(
+                [law.median for law in laws_after], rtt_ms[places]
+            ),
+            "global_median": _median_rel_error(global_median, rtt_ms[places]),
             "queries": len(places),
         }
         middle = len(places) // 2
         src, dst, time_s = _ends(history, places[middle])
-        law = truth.rtt_distribution(src, dst, time_s)
-        drawn = {
-            "model": laws[0][middle],
-            f"model, {CONTEXT_MEASUREMENTS} earlier pings": laws[CONTEXT_MEASUREMENTS][middle],
-        }
-        plot_rtt(drawn, out / "plots" / f"{name}.png", f"{name.replace('_', ' ')}: {src} → {dst}", law)
-        examples.append({"name": name, "src": src, "dst": dst, "laws": [*drawn.values(), law]})
+        shown = {"model": laws[middle], _WITH_CONTEXT: laws_after[middle]}
+        examples.append(_example(name, src, dst, shown, truth.rtt_distribution(src, dst, time_s), out / "plots"))
     return errors, examples
+
+
+def _example(name: str, src: str, dst: str, laws: dict, true_law, folder: Path) -> dict:
+    """Draws the model's laws of one ping beside the true one; what the report says of them."""
+    from ping_llm.inference.plots import plot_rtt
+
+    title = f"{_TITLES[name]}: {src} → {dst}"
+    plot_rtt(laws, folder / f"{name}.png", title, true_law)
+    return {"title": title, "laws": laws | {"true law": true_law}}
 
 
 def ask(model, history: History, places: np.ndarray, with_context: bool) -> list:
@@ -161,8 +166,8 @@ def _ends(history: History, place: int) -> tuple[str, str, int]:
     return format_address(row["src"]), format_address(row["dst"]), row["time_s"]
 
 
-def _median_rel_error(predicted: np.ndarray, actual: np.ndarray) -> float:
-    return round(float(np.median(np.abs(predicted - actual) / actual)), 4)
+def _median_rel_error(predicted: np.ndarray | list[float], actual: np.ndarray) -> float:
+    return round(float(np.median(np.abs(np.asarray(predicted) - actual) / actual)), 4)
 
 
 def _command(*argv: str) -> None:
@@ -176,22 +181,23 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
     from rich.table import Table
 
     console = Console()
-    table = Table(title="Three pings: median (5–95 %), P(no answer)", title_justify="left")
-    for column in ("", "pair", "model", f"model, {CONTEXT_MEASUREMENTS} earlier pings", "true law"):
-        table.add_column(column)
+    table = Table(title="Three pings", title_justify="left")
+    for column in ("", "median", "5–95 %", "no answer"):
+        table.add_column(column, justify="right" if column else "left")
     for example in examples:
-        cells = [
-            f"{law.median:.4g} ({law.quantile(0.05):.4g}–{law.quantile(0.95):.4g}) ms, {law.p_fail:.1%}"
-            for law in example["laws"]
-        ]
-        table.add_row(example["name"].replace("_", " "), f"{example['src']} → {example['dst']}", *cells)
-    console.print("\n", table)
+        table.add_section()
+        table.add_row(example["title"])
+        for name, law in example["laws"].items():
+            low, high = law.quantile(0.05), law.quantile(0.95)
+            table.add_row(f"  {name}", f"{law.median:.4g} ms", f"{low:.4g}–{high:.4g} ms", f"{law.p_fail:.1%}")
+    console.print()
+    console.print(table)
     table = Table(title="Median relative error of the predicted median", title_justify="left")
-    for column in ("", "model", f"model, {CONTEXT_MEASUREMENTS} earlier pings", "global median", "queries"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "model", _WITH_CONTEXT, "global median", "queries"):
+        table.add_column(column, justify="right" if column else "left")
     for name, error in errors.items():
         *shares, queries = error.values()
-        table.add_row(name.replace("_", " "), *(f"{share:.1%}" for share in shares), str(queries))
+        table.add_row(_TITLES[name], *(f"{share:.1%}" for share in shares), str(queries))
     console.print(table)
     console.print(
         "seconds: "

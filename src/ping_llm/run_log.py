@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from ping_llm.config import Config, config_to_dict
 
 METRICS_NAME = "metrics.jsonl"
+LINE_EVERY_S = 10.0
 
 
 class RunLog:
@@ -23,7 +25,8 @@ class RunLog:
     def __init__(self, config: Config, resumed_step: int | None) -> None:
         path = config.train.run_dir / METRICS_NAME
         _truncate(path, -1 if resumed_step is None else resumed_step)
-        self.total_steps = config.train.total_steps
+        self.begun = self.last_line = time.monotonic()
+        self.first_progress = self.progress = None
         self.wandb = _start_wandb(config)
         self.file = path.open("a")
         self.bar, self.task = _progress_bar()
@@ -49,7 +52,7 @@ class RunLog:
             self.wandb.log(values, step=step)
         text = _summary(scalars)
         if self.bar is None:
-            print(f"step {step:,} of {self.total_steps:,}  {text}", flush=True)
+            self._print_line(step, text, always="val_loss" in scalars)
         elif "val_loss" in scalars:
             self.bar.console.print(f"step {step:,}  {text}", highlight=False)
         else:
@@ -64,13 +67,27 @@ class RunLog:
 
     def show_progress(self, step: int, progress: float) -> None:
         """Moves the progress line; `progress` is the share of the run that is done."""
+        self.first_progress = progress if self.first_progress is None else self.first_progress
+        self.progress = progress
         if self.bar is not None:
             self.bar.update(self.task, completed=min(1.0, progress), step=f"{step:,}")
+
+    def _print_line(self, step: int, text: str, always: bool) -> None:
+        """One line where no live one can be: after each evaluation, and else no more often than LINE_EVERY_S."""
+        now = time.monotonic()
+        if not always and now - self.last_line < LINE_EVERY_S:
+            return
+        self.last_line = now
+        left = ""
+        if self.progress is not None and self.first_progress < self.progress < 1:
+            seconds = (now - self.begun) * (1 - self.progress) / (self.progress - self.first_progress)
+            left = f"  {self.progress:.0%}, {seconds / 60:.1f} min left"
+        print(f"step {step:,}  {text}{left}", flush=True)
 
 
 _SUMMARY = {
     "loss": "loss {:.4f}",
-    "loss_rtt": "rtt {:.4f}",
+    "loss_rtt": "rtt {:.4f} nats",
     "val_loss": "val loss {:.4f}",
     "val_loss_rtt": "val rtt {:.4f} nats",
     "val_rtt_bits": "{:.3f} bits per RTT",

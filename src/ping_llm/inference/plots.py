@@ -11,7 +11,8 @@ from ping_llm.inference.distribution import RTTDistribution
 
 _COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a")
 _TRUTH = "#d1660f"
-_BIN = 0.02  # width in log-ms of the bins that the density is averaged over: finer ones show single codes
+_BINS = 120
+_LEAST_BIN = 0.002  # in log-ms, four codes: the density is averaged over bins, finer ones would show single codes
 
 
 def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=None) -> None:
@@ -46,13 +47,15 @@ def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=
 
 
 def _bins(laws: list) -> np.ndarray:
-    """Edges in ms of the bins that hold all but the outermost 0.2 % of every law."""
-    low, high = (np.log([law.quantile(q) for law in laws]) for q in (0.002, 0.998))
-    return np.exp(np.arange(low.min() - 3 * _BIN, high.max() + 4 * _BIN, _BIN))
+    """Edges in ms of the bins that hold all but the outermost 1 % of every law; a tenth more is shown on either side."""
+    low, high = np.log(min(law.quantile(0.01) for law in laws)), np.log(max(law.quantile(0.99) for law in laws))
+    margin = max(0.1 * (high - low), 0.01)
+    count = min(_BINS, int((high - low + 2 * margin) / _LEAST_BIN))
+    return np.exp(np.linspace(low - margin, high + margin, count + 1))
 
 
 def _draw(axes, law, name: str, edges: np.ndarray, color: str) -> None:
-    density = np.diff([law.cdf(edge) for edge in edges]) / _BIN
+    density = np.diff([law.cdf(edge) for edge in edges]) / np.diff(np.log(edges))
     low, high = law.quantile(0.05), law.quantile(0.95)
     label = f"{name}: median {law.median:.4g} ms, 5–95 % {low:.4g}–{high:.4g} ms, P(fail) {law.p_fail:.1%}"
     axes.plot(np.sqrt(edges[:-1] * edges[1:]), density, color=color, linewidth=1.7, label=label)
@@ -60,11 +63,10 @@ def _draw(axes, law, name: str, edges: np.ndarray, color: str) -> None:
 
 
 def _label_ticks(axes) -> None:
-    """Plain numbers at 1, 2, 5 of each decade, and at every digit where the axis spans less than one."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Plain numbers: evenly spread where the axis spans less than a factor of 4, else at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.get_xlim()
-    digits = (1, 2, 5) if high / low > 10 else tuple(range(1, 10))
-    axes.xaxis.set_major_locator(LogLocator(subs=digits))
+    axes.xaxis.set_major_locator(MaxNLocator(8) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from servers import serving
 
 from ping_llm.data.measurement import pack_address
 from ping_llm.data.rows import (
@@ -32,7 +33,7 @@ def make_row(count: int, seed: int = 0, ipv6_share: float = 0.3, probe_id: int =
     ipv6 = np.array([":" in text for text in texts])[dst]
     rtt_ms = (dst + 1) * 5 * rng.lognormal(0, 0.1, count)
     rtt_ms[rng.random(count) < 0.05] = -1
-    return ProbeRow(
+    return ProbeRow.from_codes(
         probe_id=probe_id,
         time_s=1_700_000_000 + np.sort(rng.integers(0, 60 * count, count)),
         msm_id=1000 + dst.astype(np.int64),
@@ -71,3 +72,11 @@ def rows_folder(tmp_path_factory) -> Path:
     train = [make_row(int(size), seed=i, probe_id=i) for i, size in enumerate(sizes)]
     val = [make_row(500, seed=100 + i, probe_id=i) for i in range(8)]
     return write_rows(tmp_path_factory.mktemp("rows"), {"train": train, "val": val})
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An HTTP server on the loopback interface; a test writes down its replies."""
+    monkeypatch.setenv("no_proxy", "*")
+    with serving() as server:
+        yield server

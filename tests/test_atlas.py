@@ -4,6 +4,7 @@ import ipaddress
 import json
 import random
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from pings import ndjson, ping, write
 
 from ping_llm.data import atlas, unpack
 from ping_llm.data.measurement import MEASUREMENT_SCHEMA, format_address
+from ping_llm.data.results import DROPPED_LINES
+from ping_llm.data.tasks import MapTask, map_dump
 
 NOT_PUBLIC = [
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"),
@@ -42,10 +45,11 @@ def rtts(path, **changes):
 def test_a_result_becomes_a_measurement_of_the_schema(tmp_path):
     path = write(tmp_path / "dump", ndjson(ping()))
     table, _ = atlas.parse_results(path, 1, "all")
-    assert table.schema.names == [*MEASUREMENT_SCHEMA.names, "packet"]
+    assert table.schema.names == [*MEASUREMENT_SCHEMA.names, "packet", "first_of_line"]
     first = table.to_pylist()[0]
     assert (format_address(first.pop("src")), format_address(first.pop("dst"))) == ("192.0.2.1", "198.51.100.7")
-    want = {"probe_id": 7, "msm_id": 1001, "time_s": 1_700_000_000, "ip_version": 4, "rtt_ms": 19.5, "packet": 0}
+    want = {"probe_id": 7, "msm_id": 1001, "time_s": 1_700_000_000, "ip_version": 4, "rtt_ms": 19.5}
+    want |= {"packet": 0, "first_of_line": True}
     assert first == want
 
 
@@ -62,7 +66,8 @@ def test_a_result_becomes_a_measurement_of_the_schema(tmp_path):
         (b"[" * 5000, "malformed_json"),
         (ndjson(ping(msm_name="@")).replace(b"@", b"\xff\xfe").strip(), "malformed_json"),
         (ndjson(ping()).strip() * 2, "malformed_json"),
-        (ping(type="traceroute"), "not_ping"),
+        (ping(type="traceroute"), "traceroute_off"),
+        (ping(type="dns"), "not_ping"),
         (ping(timestamp=None), "no_timestamp"),
         (ping(timestamp="soon"), "no_timestamp"),
         (ping(timestamp=-5), "no_timestamp"),
@@ -200,6 +205,18 @@ def test_the_packet_that_is_kept_is_unbiased_and_repeatable(tmp_path):
     assert parse(tmp_path, *lines)[0] == rows
 
 
+def address_of(text):
+    try:
+        parsed = ipaddress.ip_address((text or "").partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
+def is_public_address(a):
+    return a is not None and not any(a in ipaddress.ip_network(n) for n in NOT_PUBLIC)
+
+
 def reference(line: bytes, limit: int = 86_400):
     """The slow, readable parser: the counter of a line, or its source, destination and packets."""
     if not line.strip():
@@ -210,36 +227,29 @@ def reference(line: bytes, limit: int = 86_400):
     except (ValueError, AssertionError):
         return "malformed_json"
 
-    def address(text):
-        try:
-            parsed = ipaddress.ip_address((text or "").partition("%")[0])
-        except ValueError:
-            return None
-        return getattr(parsed, "ipv4_mapped", None) or parsed
-
-    def public(a):
-        return a is not None and not any(a in ipaddress.ip_network(n) for n in NOT_PUBLIC if f"{a.version}" in "46")
-
     entries = r["result"] if isinstance(r.get("result"), list) else []
     entries = [e for e in entries if isinstance(e, dict)]
     packets = [e["rtt"] if e.get("rtt") else -1.0 for e in entries if not e.get("dup") and packet_known(e)]
-    dst = address(r.get("dst_addr"))
+    dst = address_of(r.get("dst_addr"))
     checks = [
         ("not_ping", r.get("type", "ping") != "ping"),
         ("no_timestamp", not isinstance(r.get("timestamp"), int)),
         ("no_destination", not r.get("dst_addr")),
         ("bad_destination", dst is None),
-        ("private_destination", not public(dst)),
+        ("private_destination", not is_public_address(dst)),
         ("local_error", not packets and any(e.get("error") for e in entries)),
         ("no_result", not packets),
-        ("no_source", not public(address(r.get("src_addr"))) and not public(address(r.get("from")))),
+        (
+            "no_source",
+            not is_public_address(address_of(r.get("src_addr"))) and not is_public_address(address_of(r.get("from"))),
+        ),
         ("unsynced_clock", r.get("lts") is not None and not 0 <= r["lts"] <= limit),
     ]
     for name, true in checks:
         if true:
             return name
-    src = address(r.get("src_addr"))
-    src = src if public(src) else address(r.get("from"))
+    src = address_of(r.get("src_addr"))
+    src = src if is_public_address(src) else address_of(r.get("from"))
     return str(src), str(dst), [np.float32(p) for p in packets]
 
 
@@ -278,12 +288,12 @@ RESULTS = st.builds(
 LINES = RESULTS.map(lambda r: json.dumps(r).encode()) | st.binary(max_size=12).filter(is_one_line)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(lines=st.lists(LINES, min_size=1, max_size=12))
 def test_the_parser_agrees_with_a_slow_reference(tmp_path_factory, lines):
     rows, dropped = parse(tmp_path_factory.mktemp("dump"), *lines, packets="all")
     want = [reference(line) for line in lines]
-    counted = {name: sum(w == name for w in want) for name in atlas.DROPPED_LINES}
+    counted = {name: sum(w == name for w in want) for name in DROPPED_LINES}
     assert dropped == {name: count for name, count in counted.items() if count}
     got = [(format_address(row["src"]), format_address(row["dst"]), row["rtt_ms"]) for row in rows]
     assert got == [
@@ -333,6 +343,18 @@ def test_a_corrupt_stream_is_one_clear_error(tmp_path, suffix):
     path.write_bytes(packed)
     with pytest.raises(unpack.DamagedDump, match=rf"a.{suffix} is corrupt between bytes 0 and {len(packed):,} \("):
         read(path)
+
+
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
+    unreadable = Path("/proc/self/mem")  # nothing lies at its byte 0: an I/O error
+    if not unreadable.exists():
+        pytest.skip("needs a file that gives an I/O error")
+    with pytest.raises(
+        unpack.DamagedDump, match=r"mem cannot be read at byte 0 \(Input/output error\); check the file"
+    ):
+        list(unpack.read_lines(unreadable))
+    report = map_dump(MapTask(unreadable, "mem", tmp_path / "input-00000", 2, "one", 86_400))
+    assert "cannot be read at byte 0" in report["problem"]
 
 
 @pytest.mark.parametrize("indent", [None, 1])

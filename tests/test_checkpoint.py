@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -44,6 +45,33 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert all(torch.equal(loaded.model[name], weights[name]) for name in weights)
     assert loaded.optimizer["second"].tolist() == [3, 4, 5]
     assert loaded.optimizer["rng.cpu"].dtype == torch.uint8
+
+
+def test_a_folder_gets_its_name_only_after_all_in_it_is_on_the_disk(tmp_path, monkeypatch):
+    steps_taken = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: steps_taken.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(Path, "rename", lambda self, to: steps_taken.append(f"{self} → {to}") or rename(self, to))
+    folder = save_step(tmp_path, 3)
+    aside = f"{folder}.partial"
+    renamed = steps_taken.index(f"{aside} → {folder}")
+    synced = [f"{aside}/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")]
+    assert {*synced, aside} <= set(steps_taken[:renamed])
+    assert str(folder.parent) in steps_taken[renamed:]
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path):
+    save_step(tmp_path, 1)
+    checkpoint.save_config(tmp_path, Config(model=ModelConfig(n_layer=1, n_embd=64, n_head=2, seq_len=64)))
+    with pytest.raises(ValueError, match=r"does not fit the model of .*config\.json"):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"format_version": 1, "config": [1]}', "[]", "{"])
+def test_a_damaged_config_is_one_clear_error(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged; restore it"):
+        checkpoint.load_config(tmp_path)
 
 
 def test_an_empty_run_folder_has_no_checkpoint(tmp_path):
@@ -117,12 +145,6 @@ def test_a_newer_format_is_one_clear_error(tmp_path, name):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="is of format 99, this program reads 1; update ping-llm"):
         checkpoint.load_model(tmp_path)
-
-
-def test_a_damaged_config_is_one_clear_error(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        checkpoint.load_config(tmp_path)
 
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):

@@ -34,7 +34,15 @@ def run(*argv) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["prepare", "--help"], ["train", "--help"], ["inference", "rtt", "--help"]]
+    "argv",
+    [
+        ["--help"],
+        ["fetch", "--help"],
+        ["prepare", "--help"],
+        ["inspect", "--help"],
+        ["train", "--help"],
+        ["inference", "rtt", "--help"],
+    ],
 )
 def test_help_answers_without_the_imports_that_take_a_second(argv):
     code = (
@@ -48,7 +56,16 @@ def test_help_answers_without_the_imports_that_take_a_second(argv):
 
 
 @pytest.mark.parametrize(
-    "module", ["ping_llm", "ping_llm.train", "ping_llm.prepare", "ping_llm.synth", "ping_llm.inference"]
+    "module",
+    [
+        "ping_llm",
+        "ping_llm.train",
+        "ping_llm.prepare",
+        "ping_llm.inspect",
+        "ping_llm.synth",
+        "ping_llm.fetch",
+        "ping_llm.inference",
+    ],
 )
 def test_commands_are_modules_too(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
@@ -81,7 +98,7 @@ def test_a_bad_dump_is_one_clear_line(tmp_path, name):
         (["train", "absent.toml"], "no config file absent.toml"),
         (["train"], "needs a config file as its first argument"),
         (["inference", "rt"], "no command 'rt'; there are rtt"),
-        (["retrain"], "no command 'retrain'; there are synth, prepare, train, inference"),
+        (["retrain"], "no command 'retrain'; there are synth, fetch, prepare, inspect, train, inference"),
     ],
 )
 def test_a_bad_command_is_one_clear_line(tmp_path, argv, message):
@@ -100,6 +117,10 @@ def test_a_bad_command_is_one_clear_line(tmp_path, argv, message):
         ("[model]\nn_embd = 650\nn_head = 7", "model.n_embd=650 must be a multiple of model.n_head=7"),
         ("[train]\nprecision = 'fp8'", "train.precision='fp8' must be one of auto, fp32, bf16"),
         ("[optim]\nfinal_lr_share = 0", "a step at rate 0 trains nothing"),
+        ("[optim]\nmuon_lr = -1", "optim.muon_lr=-1.0 must be at least 0"),
+        ("[optim]\nadam_beta2 = 1.5", "optim.adam_beta2=1.5 must be between 0 and 1"),
+        ("[train]\nmax_minutes = nan", "train.max_minutes=nan must be at least 0"),
+        ("[model]\nseq_len = 32", "model.seq_len=32 must be at least 64"),
         ("[data", "is not a readable TOML file"),
     ],
 )

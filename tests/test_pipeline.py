@@ -11,10 +11,14 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from conftest import make_row, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
+from ping_llm.data import pipeline
 from ping_llm.data.loader import training_batches, validation_windows
-from ping_llm.data.pipeline import WindowBlocks, block_iterator
+from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
 from ping_llm.data.tokenization import decode
 
@@ -51,10 +55,12 @@ def test_a_loader_started_at_any_step_continues_the_same_batches(config, start):
     assert torch.equal(batches(config, start, 5), batches(config, 0, start + 5)[start:])
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_processes_share_out_the_batches_of_one(config, world):
-    whole = batches(config, 2, 4)
-    shares = [batches(config, 2, 4, rank=rank, world=world) for rank in range(world)]
+@settings(max_examples=12, deadline=None)
+@given(world=st.sampled_from([1, 2, 4, 8]), start=st.integers(0, 10_000), seed=st.integers(0, 3))
+def test_processes_share_out_the_batches_of_one_from_any_step(config, world, start, seed):
+    config = dataclasses.replace(config, seed=seed)
+    whole = batches(config, start, 4)
+    shares = [batches(config, start, 4, rank=rank, world=world) for rank in range(world)]
     assert torch.equal(torch.stack(shares, dim=2).flatten(1, 2), whole)
 
 
@@ -64,10 +70,13 @@ def test_world_must_divide_the_batch(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_do_not_change_the_batches(config, workers):
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_loader_processes_do_not_change_the_batches_of_any_rank(config, world, workers):
     parallel = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
-    assert torch.equal(batches(parallel, 4, 9), batches(config, 4, 9))
+    rank = (world + workers) % world
+    share = batches(parallel, 4, 9, rank=rank, world=world)
+    assert torch.equal(share, batches(config, 4, 9)[:, rank::world])
 
 
 def test_another_seed_gives_other_batches(config):
@@ -80,12 +89,49 @@ def test_blocks_are_the_same_after_pickling(config):
     assert (pickle.loads(pickle.dumps(blocks))[5] == first).all()
 
 
-def test_rows_are_read_in_proportion_to_the_windows_they_hold(config):
+def row_shares(blocks, count):
+    """Share of the windows of `count` blocks that are of each row."""
+    numbers = [blocks.row_numbers(b, place) for b in range(count) for place in range(blocks.batch_size)]
+    return np.bincount(np.ravel(numbers), minlength=len(blocks.rows)) / np.size(numbers)
+
+
+def test_rows_are_drawn_in_proportion_to_the_windows_they_hold(config):
     blocks = WindowBlocks(RowReader(config.data.rows, "train"), config, 8, 3)
-    reads = np.bincount([blocks.row_of_read(i) for i in range(3000)], minlength=40)
     weights = np.diff(blocks.cumulative, prepend=0)
-    assert np.abs(reads - 3000 * weights).max() < 3  # an additive recurrence: nearly exact, not merely on average
-    assert reads.min() > 0
+    shares = row_shares(blocks, 125)
+    assert np.abs(shares - weights).max() < 3 / 3000  # an additive recurrence: nearly exact, not merely on average
+
+
+def test_a_large_row_serves_a_whole_block_and_small_ones_a_window_each(config, monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGE_ROW_MEASUREMENTS", 2000)
+    rows = RowReader(config.data.rows, "train")
+    blocks = WindowBlocks(rows, config, 8, 3)
+    for place in range(8):
+        numbers = blocks.row_numbers(5, place)
+        if (rows.measurements[numbers] >= 2000).any():
+            assert len(set(numbers)) == 1
+    weights = np.empty(len(rows))
+    weights[blocks.order] = np.diff(blocks.cumulative, prepend=0)
+    assert 0.1 < blocks.large_share < 0.9
+    assert np.abs(row_shares(blocks, 1000) - weights).max() < 0.002
+    assert blocks[5].shape == (3, 8, 129)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60_000), min_size=1, max_size=30), st.integers(1, 20), st.integers(0, 1 << 30))
+def test_every_window_has_a_row_whatever_the_sizes_of_the_rows(config, sizes, windows_per_read, block):
+    class Rows:
+        part, measurements, ipv6_measurements = "train", np.array(sizes), np.zeros(len(sizes), int)
+
+    numbers = WindowBlocks(Rows(), config, 8, windows_per_read).row_numbers(block, 7)
+    assert len(numbers) == windows_per_read and set(numbers) <= set(range(len(sizes)))
+
+
+def test_rows_that_are_all_large_serve_all_windows(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGE_ROW_MEASUREMENTS", 100)
+    folder = write_rows(tmp_path, {"train": [make_row(200, i, probe_id=i) for i in range(4)]})
+    blocks = WindowBlocks(RowReader(folder, "train"), config, 8, 3)
+    assert blocks.large_share == 1.0 and row_shares(blocks, 50).min() > 0.2
 
 
 def test_validation_windows_are_fixed_and_of_val(config):
@@ -102,30 +148,41 @@ def test_missing_rows_and_missing_parts_are_one_clear_error(config, tmp_path):
         RowReader(config.data.rows, "test-s1")
 
 
-def test_closing_a_loader_early_leaves_nothing_behind(config):
-    blocks = WindowBlocks(RowReader(config.data.rows, "train"), config, 8, 3)
-    iterator = block_iterator(blocks, 0, workers=0, prefetch=2)
+_TRAINER = """\
+import multiprocessing, sys, time
+from ping_llm.config import Config, DataConfig, ModelConfig
+from ping_llm.data.pipeline import WindowBlocks, block_iterator
+from ping_llm.data.rows import RowReader
+if __name__ == "__main__":
+    folder, workers, end = sys.argv[1:]
+    blocks = WindowBlocks(RowReader(folder, "train"), Config(model=ModelConfig(seq_len=128)), 8, 3)
+    iterator = block_iterator(blocks, 0, workers=int(workers), prefetch=2)
     next(iterator)
-    iterator.close()
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    if end == "close":
+        iterator.close()
+    elif end == "raise":
+        raise SystemExit(0)
+    else:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "end"), [(0, "close"), (2, "close"), (0, "raise"), (2, "raise")])
+def test_a_loader_that_is_closed_or_left_ends_without_a_word(config, tmp_path, workers, end):
+    (tmp_path / "trainer.py").write_text(_TRAINER)
+    command = [sys.executable, tmp_path / "trainer.py", config.data.rows, str(workers), end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr
+    assert not any(_alive(int(pid)) for pid in done.stdout.split())
 
 
 @pytest.mark.slow
 def test_workers_end_themselves_when_the_trainer_is_killed(config, tmp_path):
-    script = tmp_path / "trainer.py"
-    script.write_text(
-        "import multiprocessing, os, sys, time\n"
-        "from ping_llm.config import Config, DataConfig, ModelConfig\n"
-        "from ping_llm.data.pipeline import WindowBlocks, block_iterator\n"
-        "from ping_llm.data.rows import RowReader\n"
-        "if __name__ == '__main__':\n"
-        "    config = Config(model=ModelConfig(seq_len=128), data=DataConfig(rows=sys.argv[1]))\n"
-        "    blocks = WindowBlocks(RowReader(sys.argv[1], 'train'), config, 8, 3)\n"
-        "    iterator = block_iterator(blocks, 0, workers=2, prefetch=1)\n"
-        "    next(iterator)\n"
-        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    trainer = subprocess.Popen([sys.executable, script, config.data.rows], stdout=subprocess.PIPE, text=True)
+    (tmp_path / "trainer.py").write_text(_TRAINER)
+    command = [sys.executable, tmp_path / "trainer.py", config.data.rows, "2", "sleep"]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in trainer.stdout.readline().split()]
     assert len(workers) >= 2
     trainer.kill()
@@ -134,6 +191,15 @@ def test_workers_end_themselves_when_the_trainer_is_killed(config, tmp_path):
     while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(_alive(pid) for pid in workers)
+
+
+def test_a_worker_whose_trainer_died_before_it_began_ends_too():
+    code = (
+        "import time; from ping_llm.data.orphans import end_with_parent\n"
+        "end_with_parent(1 << 30, 0, 1)  # no process has this number\n"
+        "time.sleep(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 1
 
 
 def _alive(pid: int) -> bool:

@@ -1,5 +1,7 @@
 """Answers of the model are exact: they equal the enumeration of every continuation, alone or in a batch."""
 
+import datetime as dt
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -52,6 +54,7 @@ def test_answer_equals_brute_force_enumeration(model, at, context):
     mass = np.exp(answers).sum() + failed
     other = 0.0 if at else np.exp(after_prompt[tk.TIMESTAMP_ABS])
     law = model.rtt("192.0.2.1", "198.51.100.7", at, context)
+    assert at is None or law.total_probability == pytest.approx(mass, rel=1e-4)
     np.testing.assert_allclose(law.code_probability, np.exp(answers) / mass, rtol=1e-4, atol=1e-12)
     assert law.p_fail == pytest.approx(failed / mass, rel=1e-4)
     assert law.total_probability == pytest.approx(mass / (1 - other), rel=1e-4)
@@ -123,6 +126,7 @@ def test_prefixes_are_told_as_fewer_bytes():
     [
         ("192.0.2.300", "198.51.100.7", None, None, "'192.0.2.300' is not an IPv4 or IPv6 address"),
         ("192.0.2.1", "example.org", None, None, "'example.org' is not an IPv4 or IPv6 address"),
+        ("192.0.2.1", "198.51.100.0/", None, None, "must be a number from 0 to 32"),
         ("192.0.2.1", "198.51.100.0/33", None, None, "must be a number from 0 to 32"),
         ("192.0.2.1", "198.51.100.0/22", None, None, "use a prefix length like /16 or /24"),
         ("192.0.2.1", "198.51.100.0/0", None, None, "at least 8 bits of the destination"),
@@ -135,6 +139,7 @@ def test_prefixes_are_told_as_fewer_bytes():
             [{"src_addr": "x", "dst_addr": "192.0.2.9", "rtt": 1.0}],
             "context row 1: 'x'",
         ),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt must be ms"),
         ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt must be ms"),
         ("192.0.2.1", "198.51.100.7", None, [{"src_addr": "192.0.2.1", "rtt": 1.0}], "no column dst_addr"),
     ],
@@ -145,7 +150,23 @@ def test_bad_queries_are_one_clear_error(model, src, dst, at, context, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_prefix_goes_before_a_whole_address_so_that_no_byte_of_it_can_follow():
+    prompt, told = prompt_text(Query.parse("192.0.2.1", "198.51.0.0/16", None, Context.parse(None)))
+    assert (told[0].dst_bits, told[0].src_bits) == (16, 32)
+    assert prompt.tokens[1] == tk.DST_IPV4 and prompt.tokens[4] == tk.SRC_IPV4
+    assert prompt.also_legal.tolist() == [tk.TIMESTAMP_ABS]
+    both = build_prompt(Query.parse("192.0.2.0/24", "198.51.0.0/16", None, Context.parse(None)), 128)
+    assert both.also_legal.tolist() == [tk.TIMESTAMP_ABS, *range(tk.BYTE_0, tk.VOCAB_SIZE)]
+    timed = build_prompt(Query.parse("192.0.2.1", "198.51.0.0/16", 0, Context.parse(None)), 128)
+    assert not len(timed.also_legal)
+
+
+def test_no_query_is_no_answer(model):
+    assert model.rtt_many([]) == []
+
+
 def test_times_without_a_zone_are_utc():
+    assert parse_time(dt.date(2026, 1, 1)) == 1767225600
     assert parse_time("2026-01-01T00:00:00") == parse_time("2026-01-01T01:00:00+01:00") == 1767225600
 
 

@@ -12,10 +12,12 @@ from ping_llm.data import prepare as prepare_module
 from ping_llm.data import tasks
 from ping_llm.data.measurement import format_address
 from ping_llm.data.prepare import prepare, summary
+from ping_llm.data.results import DROPPED_LINES
 from ping_llm.data.rows import RowReader
 from ping_llm.data.splits import PARTS
 from ping_llm.data.unpack import read_lines
 
+SINCE_PARSED = ("written", "dropped_repeated", "dropped_held_out_source")
 REAL = Path(__file__).parents[2] / "shared" / "data" / "atlas"
 
 
@@ -62,7 +64,8 @@ def test_every_line_and_measurement_is_accounted_for(dumps, tmp_path):
     counters = {name: count for name, count in manifest["lines"]["counters"].items() if count}
     assert counters == {"kept": 3 * 480, "duplicate": 50, "blank_line": 1, "malformed_json": 1, "unsynced_clock": 1}
     assert manifest["lines"]["read"] == sum(counters.values()) == sum(entry["lines"] for entry in manifest["inputs"])
-    assert sum(manifest["measurements"].values()) == 3 * 480
+    assert sum(manifest["measurements"][name] for name in SINCE_PARSED) == 3 * 480 + 50
+    assert manifest["measurements"]["dropped_repeated"] == 50
     assert sum(manifest["parts"].values()) == manifest["measurements"]["written"]
     for part, table in all_rows(tmp_path, manifest).items():
         assert table.num_rows == manifest["parts"][part]
@@ -125,7 +128,7 @@ def test_an_address_of_a_held_out_group_is_dropped_and_counted(tmp_path):
     manifest = prepare([write(tmp_path / "a", ndjson(*lines))], tmp_path / "out", workers=1)
     held = manifest["parts"]["test-s3"] + manifest["parts"]["test-s5"]
     assert 0 < held < 30
-    assert manifest["measurements"] == {"written": held, "dropped_held_out_source": 200 - held}
+    assert manifest["measurements"] == {"written": held, "dropped_repeated": 0, "dropped_held_out_source": 200 - held}
 
 
 def test_a_finished_folder_is_left_as_it_is(dumps, tmp_path, capsys):
@@ -181,6 +184,46 @@ def test_a_repeated_run_does_not_parse_again_what_is_done(dumps, tmp_path, monke
     monkeypatch.undo()
     monkeypatch.setattr(tasks, "parse_results", killed)
     assert prepare(dumps, tmp_path, workers=1)["lines"]["counters"]["kept"] == 3 * 480
+
+
+def test_a_process_left_by_a_killed_run_cannot_write_where_its_successor_works(dumps, tmp_path, monkeypatch):
+    task = tasks.MapTask(dumps[0], "a.bz2", tmp_path / "input-00000", 2, "one", 86_400)
+    real, successor = tasks.parse_results, []
+
+    def overtaken(*args):
+        """Before the first task has written a piece, its successor begins."""
+        parsed = real(*args)
+        successor.append(tasks._fresh_folder(task.folder))
+        return parsed
+
+    monkeypatch.setattr(tasks, "parse_results", overtaken)
+    with pytest.raises(FileNotFoundError):  # its folder is gone
+        tasks.map_dump(task)
+    assert list(tmp_path.iterdir()) == successor
+    assert not list(successor[0].iterdir())
+
+
+def test_of_two_processes_that_finish_one_task_the_first_stays(dumps, tmp_path, monkeypatch):
+    task = tasks.MapTask(dumps[0], "a.bz2", tmp_path / "input-00000", 2, "one", 86_400)
+    finish = tasks._finish
+
+    def late(aside, folder, report):
+        folder.mkdir()
+        (folder / tasks.REPORT_NAME).write_text("the first")
+        return finish(aside, folder, report)
+
+    monkeypatch.setattr(tasks, "_finish", late)
+    assert tasks.map_dump(task)["lines"] == 480
+    assert [path.name for path in tmp_path.iterdir()] == ["input-00000"]
+    assert (tmp_path / "input-00000" / tasks.REPORT_NAME).read_text() == "the first"
+
+
+def test_a_dump_with_a_problem_is_looked_at_again(tmp_path):
+    path = write(tmp_path / "a.json", b"")
+    task = tasks.MapTask(path, "a.json", tmp_path / "input-00000", 2, "one", 86_400)
+    assert "is empty" in tasks.map_dump(task)["problem"]
+    write(path, ndjson(ping()))
+    assert tasks.map_dump(task) == {"lines": 1, "counters": dict.fromkeys(DROPPED_LINES, 0), "problem": None}
 
 
 def test_unfinished_work_on_other_inputs_is_not_used(dumps, tmp_path, monkeypatch):
@@ -288,10 +331,13 @@ def test_the_manifest_names_no_path_of_the_machine(dumps, tmp_path):
 
 @pytest.mark.slow
 def test_all_lines_of_the_shared_dumps_are_accounted_for(tmp_path):
-    dumps = sorted(REAL.glob("ping-*.bz2"))
-    if not dumps:
+    if not REAL.exists():
         pytest.skip("needs the real dumps in ../shared/data, which are not part of the project")
-    manifest = prepare(dumps, tmp_path)
-    assert len(dumps) == 62
-    assert manifest["lines"]["read"] == sum(manifest["lines"]["counters"].values()) == 341_340
-    assert manifest["lines"]["counters"]["kept"] > 0.99 * 341_340
+    manifest = prepare([REAL], tmp_path, traceroute="hops")
+    lines, measurements = manifest["lines"], manifest["measurements"]
+    assert len(manifest["inputs"]) == 62 + 72
+    assert lines["read"] == sum(lines["counters"].values()) == 341_340 + 157_560
+    assert lines["counters"]["kept"] > 0.99 * lines["read"]
+    assert lines["counters"]["malformed_json"] == 0
+    kept_pings = sum(measurements[name] for name in SINCE_PARSED) - measurements["reply_used"]
+    assert 0.99 * 341_340 < kept_pings < 341_340

@@ -1,13 +1,18 @@
 import zlib
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pings import ndjson, ping, write
 
 from ping_llm.data import hashing
 from ping_llm.data.measurement import pack_address
+from ping_llm.data.prepare import prepare
+from ping_llm.data.rows import RowReader
 from ping_llm.data.splits import (
     DROPPED,
     KEY_BYTES,
@@ -105,9 +110,19 @@ def test_a_held_out_group_is_held_out_whole(mesh):
 
 def test_a_held_out_prefix_is_in_no_other_part(mesh):
     _, _, _, dst, part = mesh
+    prefix = np.array([text.rpartition(".")[0] if "." in text else text.rpartition("::")[0] for text in dst])
     held = np.isin(part, (S4, S5))
     assert held.any()
-    assert not np.isin(dst[~held], dst[held]).any()
+    assert not np.isin(prefix[~held], prefix[held]).any()
+
+
+def test_what_is_new_at_both_ends_is_a_part_of_its_own(mesh):
+    probes, _, _, dst, part = mesh
+    new_source, new_destination = np.isin(probes, probes[part == S3]), np.isin(dst, dst[part == S4])
+    assert np.array_equal(part == S5, new_source & new_destination)
+    assert np.array_equal(part == S3, new_source & ~new_destination)
+    assert np.array_equal(part == S4, new_destination & ~new_source)
+    assert (part == S5).any()
 
 
 @pytest.mark.parametrize(("one", "same", "other"), [("198.{}.100.7", "198.{}.100.250", "198.{}.101.7")])
@@ -134,6 +149,35 @@ def test_a_new_pair_is_unseen_in_both_directions(mesh):
     rest = {pair for pair, p in zip(ends, part, strict=True) if p in (TRAIN, VAL, S1)}
     assert any(all(isinstance(end, int) for end in pair) for pair in held)  # pairs of two probes are among them
     assert not held & rest
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_new_pair_is_unseen_where_groups_share_addresses(seed):
+    """80 groups, some of them unknown probes, with up to three of 60 addresses each, that ping each other."""
+    rng = np.random.default_rng(seed)
+    own = np.array([f"192.{i}.2.1" for i in range(60)])
+    used = np.minimum(np.arange(80)[:, None] * 3 // 4 + rng.integers(0, 3, (80, 3)) * rng.integers(0, 20, (80, 1)), 59)
+    group = rng.integers(80, size=20_000)
+    src = own[used[group, rng.integers(3, size=len(group))]]
+    dst = own[rng.integers(60, size=len(group))]
+    probes = np.where(group % 5, group, -1)
+    end = [src[i] if probes[i] < 0 else int(probes[i]) for i in range(len(probes))]
+    rule = replace(RULE, group_percent=0, prefix_percent=0)
+    part = split(probes, np.ones(len(probes), dtype=int), src, dst, rule)
+    users = {}
+    for group_of, address in zip(end, src, strict=True):
+        users.setdefault(address, set()).add(group_of)
+
+    def directed(wanted):
+        """(group, source address, destination address) of the parts wanted."""
+        return {(end[i], src[i], dst[i]) for i in np.flatnonzero(np.isin(part, wanted))}
+
+    held, rest = directed([S2]), directed([TRAIN, VAL, S1])
+    assert held and rest
+    assert not {(g, d) for g, _, d in held} & {(g, d) for g, _, d in rest}
+    assert not {(s, d) for _, s, d in held} & {(d, s) for _, s, d in rest}
+    between = {frozenset([g, other]) for g, _, d in rest for other in users.get(d, ())}
+    assert not {frozenset([g, other]) for g, _, d in held for other in users.get(d, ())} & between
 
 
 def test_new_pairs_are_no_blocks_of_sources_and_destinations():
@@ -178,6 +222,13 @@ def test_a_source_address_of_a_held_out_group_is_dropped_elsewhere():
     assert part.tolist() == [S5, DROPPED, S4]
 
 
+def test_what_is_dropped_does_not_stretch_the_span_of_a_group():
+    held, free, rule = held_out_probe(True), held_out_probe(False), replace(RULE, pair_percent=0, prefix_percent=0)
+    src = ["192.0.2.1", "192.0.2.1", *["192.0.2.2"] * 10]
+    part = split([held, *[free] * 11], [1, 10_000, *range(10)], src, ["198.51.100.7"] * 12, rule)
+    assert part.tolist() == [S3, DROPPED, *[TRAIN] * 7, VAL, S1, S1]
+
+
 def test_a_held_out_source_may_be_a_destination_in_train():
     held, free = held_out_probe(True), held_out_probe(False)
     rule = replace(RULE, pair_percent=0, prefix_percent=0)
@@ -197,12 +248,67 @@ def test_the_split_does_not_depend_on_order_nor_on_other_groups(mesh):
     assert np.array_equal(alone[choice], part[some][choice])
 
 
-def test_an_address_of_several_groups_belongs_to_the_least_key():
+def test_an_address_belongs_to_the_least_key_of_the_groups_that_it_joins():
     keys = np.zeros((3, KEY_BYTES), dtype=np.uint8)
     keys[:, -1] = [9, 4, 7]
     sources = collect_sources(keys, addresses("192.0.2.1", "192.0.2.1", "192.0.2.0"), RULE)
     assert sources.addresses.tolist() == addresses("192.0.2.0", "192.0.2.1").tolist()
     assert sources.owner[:, -1].tolist() == [7, 4]
+
+
+@given(st.permutations(range(40)))
+def test_a_chain_of_shared_addresses_makes_one_owner(order):
+    """Each group shares an address with the next one in a random order; those below 20 and the others are two chains."""
+    chains = [[i for i in order if (i < 20) == low] for low in (True, False)]
+    links = [link for chain in chains for link in pairwise(chain)]
+    keys = np.zeros((2 * len(links), KEY_BYTES), dtype=np.uint8)
+    keys[:, -1] = [group for link in links for group in link]
+    shared = addresses(*(f"192.0.{i}.1" for i in range(len(links)) for _ in range(2)))
+    sources = collect_sources(keys, shared, RULE)
+    assert set(sources.owner[:, -1].tolist()) == {0, 20}
+
+
+def test_no_sources_are_no_error():
+    sources = collect_sources(np.zeros((0, KEY_BYTES), dtype=np.uint8), np.zeros((0, 16), dtype=np.uint8), RULE)
+    assert sources.addresses.shape == (0, 16) and sources.owner.shape == (0, KEY_BYTES)
+
+
+def test_the_parts_of_a_prepared_folder_keep_apart_what_the_rule_keeps_apart(tmp_path):
+    """60 probes that ping each other, every fourth through the address of another; in four buckets."""
+    rng = np.random.default_rng(0)
+    address = [f"192.{i}.2.1" for i in range(60)]
+    lines = [
+        ping(
+            prb_id=probe,
+            msm_id=target,
+            timestamp=1_700_000_000 + int(rng.integers(100_000)),
+            src_addr=address[probe - (probe % 4 == 0 and i % 2)],
+            dst_addr=address[target],
+        )
+        for i in range(2)
+        for probe in range(60)
+        for target in range(60)
+    ]
+    dumps = [write(tmp_path / f"{i}.json", ndjson(*lines[i::3])) for i in range(3)]
+    parts = prepare(dumps, tmp_path / "rows", workers=1)["parts"]
+    table = {
+        part: pa.concat_tables([row.to_measurements() for row in RowReader(tmp_path / "rows", part)])
+        for part in PARTS
+        if parts[part]
+    }
+    directed = {
+        part: {(src, dst) for src, dst in zip(rows["src"].to_pylist(), rows["dst"].to_pylist(), strict=True)}
+        for part, rows in table.items()
+    }
+    seen = set().union(*(directed[part] for part in ("train", "val", "test-s1")))
+    assert directed["test-s2"]
+    assert not directed["test-s2"] & seen
+    assert not {(dst, src) for src, dst in directed["test-s2"]} & seen
+    assert not {dst for part in ("test-s4", "test-s5") for _, dst in directed[part]} & {dst for _, dst in seen}
+    probes = {part: set(rows["probe_id"].to_pylist()) for part, rows in table.items()}
+    assert not (probes["test-s3"] | probes["test-s5"]) & (probes["train"] | probes["val"] | probes["test-s4"])
+    everything = pa.concat_tables(table.values())
+    assert everything.group_by(["probe_id", "msm_id", "time_s"]).aggregate([]).num_rows == len(everything)
 
 
 def test_the_rule_as_the_manifest_tells_it_has_every_number():

@@ -135,12 +135,24 @@ def test_decoder_parses_or_says_where_a_random_list_breaks(tokens):
         assert len(decoded) == tokens.count(tk.MEASUREMENT_START)
 
 
+@settings(max_examples=200, deadline=None)
+@given(windows(), st.data())
+def test_decoder_names_the_one_token_that_is_none(window, data):
+    tokens = tk.encode(to_fields([window]))[0].tolist()
+    place = data.draw(st.integers(0, len(tokens) - 1))
+    tokens[place] = data.draw(st.sampled_from([-1, 267, 999]))
+    with pytest.raises(ValueError, match=rf"^token {place}: expected .*, found {tokens[place]}, which is no token"):
+        tk.decode(tokens)
+
+
 VALID = [0, 1, 11, 12, 3, 21, 22, 23, 24, 8, 100, 101]
 
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
+        ([], "token 0: expected MEASUREMENT_START, found the end"),
+        ([0, 1, 1], "token 2: expected a destination or a result or a time, found SRC_IPV4"),
         ([3, 21], "token 0: expected MEASUREMENT_START, found DST_IPV4"),
         ([*VALID, 0, 1, 3, 21], "token 16: expected the result of the measurement at token 12, found the end"),
         ([0, 1, 3, 8, 100, 101], "token 3: expected 1–4 bytes after DST_IPV4, found RTT_START"),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ping_llm import trainer
 from ping_llm.checkpoint import load_latest
 from ping_llm.config import Config, ModelConfig, TrainConfig
-from ping_llm.model import GPT
+from ping_llm.model import GPT, pick_device
 from ping_llm.trainer import Objective, train
 
 MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
@@ -272,8 +272,42 @@ def test_batches_are_closed_when_the_run_ends(tmp_path):
 
 
 def test_an_unknown_device_is_one_clear_error():
-    with pytest.raises(ValueError, match=r"train\.device='tpu' must be auto, cpu or cuda"):
-        trainer.pick_device("tpu")
+    with pytest.raises(ValueError, match="device 'tpu' must be auto, cpu or cuda"):
+        pick_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device is visible; pass cpu or auto"):
+            pick_device("cuda")
+
+
+def test_a_run_is_not_continued_on_other_rows(tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "manifest.json").write_text('{"inputs": "a"}')
+    config = make_config(tmp_path / "run", total_steps=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=rows))
+    run(config)
+    assert run(config).step == 2
+    (rows / "manifest.json").write_text('{"inputs": "b"}')
+    with pytest.raises(ValueError, match=r"holds a run with another data\.rows"):
+        run(config)
+
+
+def test_checkpoints_without_their_config_are_not_continued(tmp_path):
+    config = make_config(tmp_path, total_steps=2)
+    run(config)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoints but no config\.json"):
+        run(config)
+
+
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    run(make_config(tmp_path / "run", total_steps=1, wandb="offline"))
+    run(make_config(tmp_path / "run", total_steps=1, wandb="offline"))
+    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "run" / "wandb_id").read_text()}
 
 
 def test_wandb_without_a_key_suggests_offline(tmp_path, monkeypatch):

@@ -1,5 +1,10 @@
 """Windows are pure functions of (row, rng), fill the sequence, and tell what the design says."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import make_row
@@ -70,7 +75,7 @@ def test_spans_are_log_uniform_from_filling_to_the_whole_row(long_row):
 @pytest.mark.parametrize("tokens", [385, 1025])
 def test_windows_of_long_rows_are_padded_less_than_5_percent(ipv6_share, tokens):
     row = make_row(3000, ipv6_share=ipv6_share)
-    padding = (encode_windows(row, draw(row, 300, tokens=tokens), tokens) == PADDING).mean()
+    padding = (encode_windows([(row, window) for window in draw(row, 300, tokens=tokens)], tokens) == PADDING).mean()
     assert padding < (0.05 if tokens > 1000 or not ipv6_share else 0.08)
 
 
@@ -79,7 +84,7 @@ def test_windows_of_long_rows_are_padded_less_than_5_percent(ipv6_share, tokens)
 def test_encoded_windows_hold_whole_measurements_of_the_row(count, seed, ipv6_share, tokens):
     row = make_row(count, seed, ipv6_share)
     windows = [sample_window(row, CONFIG, tokens, np.random.default_rng((seed, i))) for i in range(3)]
-    encoded = encode_windows(row, windows, tokens)
+    encoded = encode_windows([(row, window) for window in windows], tokens)
     assert encoded.shape == (3, tokens)
     for line, window in zip(encoded, windows, strict=True):
         told = line[line != PADDING]
@@ -92,7 +97,28 @@ def test_encoded_windows_hold_whole_measurements_of_the_row(count, seed, ipv6_sh
             assert measurement.time_s == (row.time_s[i] if timed else None)
 
 
-def test_rows_weigh_as_many_windows_as_they_hold_from_1_to_16():
+def test_rows_weigh_as_many_windows_as_they_hold_up_to_16():
     measurements = np.array([1, 50, 100, 100_000])
-    assert windows_per_row(measurements, np.zeros(4, int), 1000).tolist() == [1, 1, 2, 16]
-    assert windows_per_row(measurements, measurements, 1000).tolist() == [1, 2, 4, 16]
+    assert windows_per_row(measurements, np.zeros(4, int), 1000).tolist() == [0.016, 0.8, 1.6, 16]
+    assert windows_per_row(measurements, measurements, 1000).tolist() == [0.04, 2.0, 4.0, 16]
+
+
+def test_windows_of_several_rows_encode_as_each_does_alone():
+    drawn = [(row, window) for seed in range(4) for row in [make_row(30 + 400 * seed, seed)] for window in draw(row, 2)]
+    alone = np.concatenate([encode_windows([pair], TOKENS) for pair in drawn])
+    assert (encode_windows(drawn, TOKENS) == alone).all()
+
+
+def test_the_report_adds_up_and_fits_the_terminal(rows_folder, tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "report_windows.py"
+    options = ["--windows", "512", "--seq-len", "512", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run([sys.executable, script, rows_folder, *options], capture_output=True, text=True, check=True)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    report = json.loads((tmp_path / "report.json").read_text())
+    together = report.pop("all")
+    assert sum(mode["windows"] for mode in report.values()) == together["windows"] >= 512
+    assert together["padding, rows too short"] <= together["padding"]
+    for name, mode in report.items():
+        filled = (1 - mode["padding"]) * 513
+        assert mode["tokens a measurement"] * mode["measurements a window"] == pytest.approx(filled)
+        assert (mode["1-byte deltas, all"] > 0) == (name != "none")

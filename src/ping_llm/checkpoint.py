@@ -64,6 +64,8 @@ def load_config(run_dir: Path) -> Config | None:
         return None
     try:
         values = _read_json(path)["config"]
+        if not isinstance(values, dict):
+            raise _Damaged
     except (_Damaged, KeyError):
         raise ValueError(f"{path} is damaged; restore it or start a new run folder") from None
     return config_from_dict(values, str(path))
@@ -81,6 +83,7 @@ def save(
     aside = folder.with_name(folder.name + _ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    _sync(run_dir)
     checksums = {}
     for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
         # Copies: safetensors refuses tensors that share memory, as the momenta of equal shapes do.
@@ -138,7 +141,10 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> tuple
             continue
         with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
             model = GPT(config.model)
-        model.load_state_dict(load_file(folder / MODEL_NAME), assign=True)
+        try:
+            model.load_state_dict(load_file(folder / MODEL_NAME), assign=True)
+        except RuntimeError:  # of several lines, one a tensor
+            raise ValueError(f"{folder} does not fit the model of {run_dir / CONFIG_NAME}; restore that file") from None
         return model.to(device).eval(), config, state
     raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or train again")
 

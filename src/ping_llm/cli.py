@@ -41,6 +41,63 @@ def synth(
     print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {out}")
 
 
+def fetch(
+    out: Path,
+    msm: tuple[int, ...] = (),
+    start: str = "",
+    stop: str = "",
+    probes: tuple[int, ...] = (),
+    format: Literal["txt", "json"] = "txt",
+    chunk_hours: float = 1.0,
+    plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    dump: str = "",
+    type: Literal["ping", "traceroute"] = "ping",
+    hours: tuple[int, ...] = (),
+    requests_per_s: float = 2.0,
+    parallel: int = 2,
+    tries: int = 8,
+    api: str = "https://atlas.ripe.net/api/v2",
+    archive: str = "https://data-store.ripe.net/datasets/atlas-daily-dumps",
+) -> None:
+    """Fetch Atlas dumps: measurements by id and time, or all results of a day. Run it again to go on where it stopped.
+
+    Args:
+        out: folder for the dumps, fetch.json and ATTRIBUTION.txt.
+        msm: ids of measurements, with --start and --stop. The key for those that are not public is taken from the
+            environment variable RIPE_ATLAS_API_KEY.
+        start: first second of the results, ISO 8601 (UTC if it names no zone).
+        stop: end of the results, likewise.
+        probes: ids of probes; all if absent.
+        format: one result a line (txt) or one JSON array.
+        chunk_hours: span of one file, and of what is repeated if its transfer breaks off; longer for few probes.
+        plain: do not compress the results.
+        dump: day of the hourly dumps (2026-11-01), or first and last day (2026-11-01/2026-11-03).
+        type: of the hourly dumps.
+        hours: hours of each day, 0 to 23 UTC; all if absent.
+        requests_per_s: asked for at most.
+        parallel: files under way at once, at most.
+        tries: failures in a row, without a byte of progress, after which to give up.
+        api: address of the Atlas API, or of a mirror.
+        archive: address of the hourly dumps, or of a mirror.
+    """
+    if bool(msm) == bool(dump) or (bool(msm), bool(msm)) != (bool(start), bool(stop)):
+        raise ValueError("give either --msm ID --start TIME --stop TIME, or --dump DAY")
+    if (dump and probes) or (msm and hours):
+        raise ValueError("--probes goes with --msm, and --hours with --dump")
+    from ping_llm.data.download import Manners
+    from ping_llm.data.fetch import KEY_VARIABLE, fetch, hourly_dumps, results, summary
+
+    if dump:
+        wanted = hourly_dumps(archive, type, dump, hours)
+    else:
+        from ping_llm.inference.query import parse_time
+
+        span = parse_time(start), parse_time(stop)
+        wanted = results(api, msm, *span, probes, format, chunk_hours, packed=not plain)
+    manners = Manners(requests_per_s, parallel, tries)
+    print(summary(fetch(wanted, out, manners, os.environ.get(KEY_VARIABLE, "").strip()), out))
+
+
 def prepare(
     inputs: Positional[tuple[str, ...]],
     out: Path,
@@ -48,20 +105,68 @@ def prepare(
     packets: Literal["one", "all"] = "one",
     split: Literal["pingbench", "none"] = "pingbench",
     keep_going: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    shards: int = 0,
+    executor: str = "local",
+    traceroute: Literal["off", "target", "hops"] = "off",
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Turn Atlas dumps into probe rows, ready for training.
 
     Args:
-        inputs: dumps, or folders of them: NDJSON or JSON arrays, plain or as .bz2, .gz, .zst; - is standard input.
+        inputs: dumps, or folders of them: JSON by line or array, plain or .bz2, .gz, .zst, or Parquet; - is standard input.
         out: folder for the row shards and manifest.json.
         workers: processes; 0 = one a core.
         packets: keep one packet of each result, chosen by a hash, or all of them.
         split: train, val and test parts by the rules of PingBench, or everything into train.
         keep_going: use what can be read of a damaged file instead of stopping.
+        shards: files of each part, at most; 0 = by the size of the dumps.
+        executor: local (processes), dask-local, dask-slurm, or dask=tcp://HOST:PORT for a running Dask cluster.
+        traceroute: leave traceroutes out, or learn from replies of their targets, or from those of all hops.
+        dry_run: print the plan with the estimated sizes and time, and write nothing.
     """
-    from ping_llm.data.prepare import prepare, summary
+    from ping_llm.data.prepare import plan_rows, prepare, summary
 
-    print(summary(prepare(inputs, out, workers, packets, split, keep_going=keep_going)))
+    if dry_run:
+        return print(plan_rows(inputs, workers, packets, shards, executor).describe())
+    print(
+        summary(
+            prepare(inputs, out, workers, packets, split, shards, keep_going, executor=executor, traceroute=traceroute)
+        )
+    )
+
+
+def inspect(
+    path: Positional[Path],
+    plots: Path | None = None,
+    top: int = 5,
+    networks: Literal[8, 16] = 8,
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Show what a dump or a folder of probe rows holds.
+
+    Args:
+        path: folder of rows; or a dump, or a folder of dumps, which is prepared in a scratch folder (of TMPDIR) first.
+        plots: folder for pictures of RTTs, of the IPv4 world, and of measurements over time.
+        top: how many of the busiest sources and destinations are named.
+        networks: length of the IPv4 prefixes in the picture of the world.
+        json: print one JSON object instead of tables.
+    """
+    from json import dumps
+
+    from ping_llm.data.summary import summarize
+
+    summary = summarize(path)
+    if json:
+        print(dumps(summary.to_json(top)))
+    else:
+        from ping_llm.data.summary_tables import print_summary
+
+        print_summary(summary, top)
+    if plots:
+        from ping_llm.data.summary_plots import plot_summary
+
+        for picture in plot_summary(summary, plots, networks):
+            print(picture, file=sys.stderr)
 
 
 def rtt(
@@ -83,7 +188,7 @@ def rtt(
         src: source address, or a prefix such as 192.0.2.0/24.
         dst: destination address.
         dst_prefix: destination prefix such as 198.51.0.0/16, instead of an address.
-        at: time of the ping, ISO 8601 (UTC if it names no zone); any time if absent.
+        at: time of the ping, ISO 8601 (UTC if it names no zone). If absent, any time, and those of the context are not told.
         context: earlier measurements of the source (.parquet, .csv, .json): src_addr, dst_addr, rtt, event_time.
         json: print one JSON object.
         plot: draw the density to this image file.
@@ -109,18 +214,27 @@ def _train(argv: list[str]) -> None:
 
 
 def _inference(argv: list[str]) -> None:
-    _dispatch(argv, {"rtt": _options(rtt)}, {"rtt": rtt.__doc__}, "ping-llm inference")
+    _dispatch(argv, {"rtt": _options(rtt, "inference ")}, {"rtt": rtt.__doc__}, "ping-llm inference")
 
 
-def _options(function: Callable[..., None]) -> Callable[[list[str]], None]:
+def _options(function: Callable[..., None], prefix: str = "") -> Callable[[list[str]], None]:
     """A command whose options are the parameters of a function."""
-    return lambda argv: tyro.cli(function, args=argv, prog=f"ping-llm {function.__name__}")
+    return lambda argv: tyro.cli(function, args=argv, prog=f"ping-llm {prefix}{function.__name__}")
 
 
-_COMMANDS = {"synth": _options(synth), "prepare": _options(prepare), "train": _train, "inference": _inference}
+_COMMANDS = {
+    "synth": _options(synth),
+    "fetch": _options(fetch),
+    "prepare": _options(prepare),
+    "inspect": _options(inspect),
+    "train": _train,
+    "inference": _inference,
+}
 _HELP = {
     "synth": synth.__doc__,
+    "fetch": fetch.__doc__,
     "prepare": prepare.__doc__,
+    "inspect": inspect.__doc__,
     "train": "Train a model: CONFIG.toml [--section.option value …].",
     "inference": "Ask a trained model: rtt.",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -29,12 +30,8 @@ class ModelConfig:
     """Logits are softcap·tanh(logits / softcap)."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_embd", "n_head", "seq_len"):
-            _require_positive("model", name, getattr(self, name))
-        if self.seq_len < 64:
-            raise ValueError(
-                f"model.seq_len={self.seq_len} must be at least 64: one IPv6 measurement takes up to 47 tokens"
-            )
+        _require("model", self, 1, math.inf, "n_layer", "n_embd", "n_head", "softcap", "rope_base")
+        _require("model", self, 64, math.inf, "seq_len")  # one IPv6 measurement takes up to 47 tokens
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (self.n_embd // self.n_head) % 2:
@@ -55,25 +52,21 @@ class DataConfig:
     """Share of windows in time order with every timestamp."""
     partial_time: float = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
-    windows_per_read: int = 4
-    """Windows drawn from a probe row each time it is read, one in each of as many consecutive batches."""
+    windows_per_read: int = 16
+    """Batches made together; a large probe row that is read gives one window to each of them."""
     workers: int = field(default=0, metadata=RESUMABLE)
     """Loader processes; 0 loads in a thread of the training process. Does not change the batches."""
     prefetch: int = field(default=4, metadata=RESUMABLE)
     """Blocks of batches that are made ahead."""
 
     def __post_init__(self) -> None:
-        for name in ("src_prefix_dropout", "dst_prefix_dropout", "full_time", "partial_time"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must lie between 0 and 1")
+        _require("data", self, 0, 1, "src_prefix_dropout", "dst_prefix_dropout", "full_time", "partial_time")
+        _require("data", self, 1, math.inf, "windows_per_read", "prefetch")
+        _require("data", self, 0, math.inf, "workers")
         if self.full_time + self.partial_time > 1:
             raise ValueError(
                 f"data.full_time + data.partial_time = {self.full_time + self.partial_time} must not exceed 1"
             )
-        _require_positive("data", "windows_per_read", self.windows_per_read)
-        _require_positive("data", "prefetch", self.prefetch)
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -108,10 +101,16 @@ class OptimConfig:
     """Largest global gradient norm; larger ones are scaled down. 0 = never."""
 
     def __post_init__(self) -> None:
+        _require(
+            "optim", self, 0, math.inf, "muon_lr", "embedding_lr", "head_lr", "adam_eps", "weight_decay", "grad_clip"
+        )
+        _require("optim", self, 0, 1, "adam_beta1", "adam_beta2", "momentum_start", "momentum_end")
+        _require("optim", self, 0, 1, "warmup_share", "cooldown_share", "final_lr_share")
+        _require("optim", self, 0, math.inf, "momentum_warmup_steps")
         if self.warmup_share + self.cooldown_share > 1:
             total = self.warmup_share + self.cooldown_share
             raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
-        if self.final_lr_share <= 0:
+        if self.final_lr_share == 0:
             raise ValueError(
                 f"optim.final_lr_share={self.final_lr_share} must be above 0: a step at rate 0 trains nothing"
             )
@@ -131,9 +130,7 @@ class LossConfig:
     """Weight of the RTT bytes and the FAILED token."""
 
     def __post_init__(self) -> None:
-        for name in FIELDS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name}={getattr(self, name)} must be 0 or more")
+        _require("loss", self, 0, math.inf, *FIELDS)
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(LossConfig))  # a field's number is its place here
@@ -145,8 +142,9 @@ class TrainConfig:
     """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
     total_steps: int = 1000
     """Optimiser steps in the run; the schedules stretch over them."""
-    max_minutes: float = field(default=0.0, metadata=RESUMABLE)
-    """Wall-clock budget: the schedules are laid over the smaller of this and total_steps. 0 = no limit."""
+    max_minutes: float = 0.0
+    """Minutes of training steps, evaluations and saves not counted; the run ends, its schedules complete, by this or by
+    total_steps, whichever comes first. 0 = no limit."""
     batch_size: int = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
     grad_accum: int = field(default=1, metadata=RESUMABLE)
@@ -173,10 +171,9 @@ class TrainConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"):
-            _require_positive("train", name, getattr(self, name))
-        for name in ("eval_every", "eval_windows", "log_every"):
-            _require_positive("train", name, getattr(self, name))
+        _require("train", self, 1, math.inf, "total_steps", "batch_size", "grad_accum", "checkpoint_every")
+        _require("train", self, 1, math.inf, "keep_checkpoints", "eval_every", "eval_windows", "log_every")
+        _require("train", self, 0, math.inf, "max_minutes")
         if self.batch_size % self.grad_accum:
             raise ValueError(
                 f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}"
@@ -248,7 +245,7 @@ def differing_fields(old: Config, new: Config) -> list[str]:
 
 def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
     types = typing.get_type_hints(cls)
-    built = {}
+    built: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in types:
@@ -277,6 +274,10 @@ def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
     return value
 
 
-def _require_positive(section: str, name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{section}.{name}={value} must be at least 1")
+def _require(section: str, config: Any, least: float, most: float, *names: str) -> None:
+    """ValueError unless each of the named fields lies between least and most, both allowed."""
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value <= most:
+            bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            raise ValueError(f"{section}.{name}={value} must be {bounds}")

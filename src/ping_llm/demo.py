@@ -6,6 +6,7 @@ dump, rows, run, plots and report.json.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 import time
@@ -22,8 +23,9 @@ from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import RowReader, read_manifest
 
 CONTEXT_MEASUREMENTS = 10
-QUERIES = 300
+QUERIES = 250
 BATCH = 50
+LEAST_RATIO = 3
 PARTS = {"seen_pairs": "test-s1", "unseen_pairs": "test-s2", "unseen_sources": "test-s3"}
 _TITLES = {"seen_pairs": "pair seen before", "unseen_pairs": "pair never seen", "unseen_sources": "source never seen"}
 _WITH_CONTEXT = f"model, {CONTEXT_MEASUREMENTS} earlier pings"
@@ -108,6 +110,10 @@ def demo(
         json.dumps({"stages_s": stages.seconds, "median_rel_error": errors}, indent=2) + "\n"
     )
     print(f"\nreport: {out / 'report.json'}   pictures: {out / 'plots'}")
+    ratio = errors["seen_pairs"]["global_median"] / errors["seen_pairs"]["model"]
+    print(f"On later pings of pairs seen before, the model's median is {ratio:.0f} × closer than the global median.")
+    if ratio < LEAST_RATIO:
+        raise SystemExit(f"That is less than {LEAST_RATIO} ×: the model has learned too little.")
 
 
 def evaluate(out: Path) -> tuple[dict[str, dict], list[dict]]:
@@ -123,28 +129,28 @@ def evaluate(out: Path) -> tuple[dict[str, dict], list[dict]]:
         places = history.queries(part, QUERIES)
         if not len(places):
             continue
+        ends = [_ends(history, place) for place in places]
         laws, laws_after = (ask(model, history, places, with_context) for with_context in (False, True))
+        true_laws = [truth.rtt_distribution(*end) for end in ends]
+        answers = {"model": laws, f"model_{CONTEXT_MEASUREMENTS}_context": laws_after, "true_law": true_laws}
         errors[name] = {
-            "model": _median_rel_error([law.median for law in laws], rtt_ms[places]),
-            f"model_{CONTEXT_MEASUREMENTS}_context": _median_rel_error(
-                [law.median for law in laws_after], rtt_ms[places]
-            ),
+            **{who: _median_rel_error([law.median for law in said], rtt_ms[places]) for who, said in answers.items()},
             "global_median": _median_rel_error(global_median, rtt_ms[places]),
             "queries": len(places),
         }
         middle = len(places) // 2
-        src, dst, time_s = _ends(history, places[middle])
         shown = {"model": laws[middle], _WITH_CONTEXT: laws_after[middle]}
-        examples.append(_example(name, src, dst, shown, truth.rtt_distribution(src, dst, time_s), out / "plots"))
+        examples.append(_example(name, *ends[middle], shown, true_laws[middle], out / "plots"))
     return errors, examples
 
 
-def _example(name: str, src: str, dst: str, laws: dict, true_law, folder: Path) -> dict:
+def _example(name: str, src: str, dst: str, time_s: int, laws: dict, true_law, folder: Path) -> dict:
     """Draws the model's laws of one ping beside the true one; what the report says of them."""
     from ping_llm.inference.plots import plot_rtt
 
     title = f"{_TITLES[name]}: {src} → {dst}"
-    plot_rtt(laws, folder / f"{name}.png", title, true_law)
+    when = dt.datetime.fromtimestamp(time_s, dt.UTC)
+    plot_rtt(laws, folder / f"{name}.png", f"{title}, {when:%Y-%m-%d %H:%M} UTC", true_law)
     return {"title": title, "laws": laws | {"true law": true_law}}
 
 
@@ -193,7 +199,7 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
     console.print()
     console.print(table)
     table = Table(title="Median relative error of the predicted median", title_justify="left")
-    for column in ("", "model", _WITH_CONTEXT, "global median", "queries"):
+    for column in ("", "model", f"+ {CONTEXT_MEASUREMENTS} pings", "true law", "global median", "queries"):
         table.add_column(column, justify="right" if column else "left")
     for name, error in errors.items():
         *shares, queries = error.values()

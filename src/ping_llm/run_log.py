@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -103,10 +104,18 @@ def _truncate(path: Path, last_step: int) -> None:
     """Drops the lines after a step, and a line that was cut while it was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last_step]
     aside = path.with_suffix(".partial")
     aside.write_text("".join(kept))
     aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """Infinite for a line that is damaged."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _progress_bar() -> tuple[Any, Any]:
@@ -125,6 +134,14 @@ def _progress_bar() -> tuple[Any, Any]:
     return bar, bar.add_task("", total=1.0, step="0", text="")
 
 
+def _wandb_id(run_dir: Path) -> str:
+    """The id of this run folder at Weights & Biases, drawn once: a continued run goes on in the same curves."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()
+
+
 def _start_wandb(config: Config) -> Any:
     """A Weights & Biases run, None if it is disabled."""
     if config.train.wandb == "disabled":
@@ -138,6 +155,8 @@ def _start_wandb(config: Config) -> Any:
             dir=config.train.run_dir,
             config=config_to_dict(config),
             mode=config.train.wandb,
+            id=_wandb_id(config.train.run_dir),
+            resume="allow",
         )
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]

@@ -21,9 +21,10 @@ from torch import Tensor
 from ping_llm import schedule
 from ping_llm.checkpoint import Checkpoint, load_config, load_latest, prune, save, save_config
 from ping_llm.config import FIELDS, Config, TrainConfig, differing_fields
+from ping_llm.data.rows import manifest_sha256
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
 from ping_llm.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
-from ping_llm.model import GPT, native_bf16, parameter_count
+from ping_llm.model import GPT, native_bf16, parameter_count, pick_device
 from ping_llm.optim import Optimizer
 from ping_llm.run_log import RunLog
 
@@ -38,6 +39,7 @@ LoadWindows = Callable[[Config], Tensor]
 class RunState:
     """What a run has done so far; with weights, optimiser and config it is all that the rest of the run depends on."""
 
+    rows_sha256: str  # which rows it learns from
     step: int = 0
     samples_consumed: int = 0  # windows, over all processes
     tokens: int = 0  # trained on, padding not counted
@@ -124,12 +126,13 @@ def train(config: Config, load_batches: LoadBatches | None = None, load_windows:
 
         load_batches, load_windows = load_batches or training_batches, load_windows or validation_windows
     device = pick_device(config.train.device)
-    resumed = _open_run(config)
     windows = load_windows(config)
+    rows_sha256 = manifest_sha256(config.data.rows)
+    resumed = _open_run(config, rows_sha256)
     torch.manual_seed(config.seed)  # nothing below draws from it today; whatever comes to must repeat on resume
     model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(device)
     optimizer = Optimizer(model, config.optim)
-    state = RunState() if resumed is None else _restore(resumed, model, optimizer)
+    state = RunState(rows_sha256) if resumed is None else _restore(resumed, model, optimizer)
     objective = Objective(config, torch.compile(model) if config.train.compile else model, device)
     with (
         RunLog(config, None if resumed is None else state.step) as log,
@@ -222,25 +225,21 @@ class _Speed:
         return {"tokens_per_s": tokens / seconds, "padding": 1 - tokens / places, "data_wait_share": wait_s / seconds}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `train.device` names; auto is cuda where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"train.device={name!r} must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but no CUDA device is visible; pass --train.device cpu")
-    return torch.device(name)
-
-
-def _open_run(config: Config) -> Checkpoint | None:
+def _open_run(config: Config, rows_sha256: str) -> Checkpoint | None:
     """Writes the config into the run folder; the checkpoint to continue, ValueError if its config differs."""
     run_dir = config.train.run_dir
     resumed, old = load_latest(run_dir), load_config(run_dir)
-    if resumed is not None and old is not None and (names := differing_fields(old, config)):
-        raise ValueError(
-            f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or its own config"
-        )
+    if resumed is not None:
+        if old is None:
+            raise ValueError(
+                f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir"
+            )
+        names = differing_fields(old, config)
+        names += ["data.rows"] if resumed.state.get("rows_sha256") != rows_sha256 else []
+        if names:
+            raise ValueError(
+                f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or what it had"
+            )
     save_config(run_dir, config)
     return resumed
 
@@ -254,6 +253,11 @@ def _restore(resumed: Checkpoint, model: GPT, optimizer: Optimizer) -> RunState:
         torch.cuda.set_rng_state(cuda_rng)
     model.load_state_dict(resumed.model)
     optimizer.load_state_dict(tensors)
+    missing = [f.name for f in dataclasses.fields(RunState) if f.name not in resumed.state]
+    if missing:
+        raise ValueError(
+            f"the checkpoint of step {resumed.step} does not tell {', '.join(missing)}; start a new run folder"
+        )
     return RunState(**{f.name: resumed.state[f.name] for f in dataclasses.fields(RunState)})
 
 

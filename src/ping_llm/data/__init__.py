@@ -1,4 +1,5 @@
 """From an Atlas dump to batches of tokens.
 
-Read in order: measurement, atlas, rows, windows, tokenization, pipeline, loader.
+Read in order: measurement, unpack, atlas, tables, traceroute, results, tasks, prepare, rows, windows, tokenization,
+pipeline, loader.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -67,16 +68,22 @@ def pack_addresses(texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]
 
 def is_ipv4(packed: np.ndarray) -> np.ndarray:
     """True where (…, 16) packed addresses are IPv4."""
-    return (packed[..., :12] == np.frombuffer(IPV4_MAPPED_PREFIX, dtype=np.uint8)).all(axis=-1)
+    words, prefix = np.ascontiguousarray(packed).view(np.uint32), np.frombuffer(IPV4_MAPPED_PREFIX, dtype=np.uint32)
+    return (words[..., 0] == prefix[0]) & (words[..., 1] == prefix[1]) & (words[..., 2] == prefix[2])
 
 
 def _in_network(packed: np.ndarray, network: str) -> np.ndarray:
     """True where (…, 16) packed addresses lie in `network`, IPv4 or IPv6."""
+    base, mask = _base_and_mask(network)
+    return ((packed & mask) == base).all(axis=-1)
+
+
+@cache
+def _base_and_mask(network: str) -> tuple[np.ndarray, np.ndarray]:
     parsed = ipaddress.ip_network(network)
     length = parsed.prefixlen + (96 if parsed.version == 4 else 0)
-    mask = np.frombuffer(((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big"), dtype=np.uint8)
-    base = np.frombuffer(pack_address(str(parsed.network_address)), dtype=np.uint8)
-    return ((packed & mask) == base).all(axis=-1)
+    mask = ((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big")
+    return tuple(np.frombuffer(raw, dtype=np.uint8) for raw in (pack_address(str(parsed.network_address)), mask))
 
 
 # IANA special-purpose registries: addresses that name no host on the public Internet.

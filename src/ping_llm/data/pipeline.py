@@ -1,26 +1,36 @@
 """Probe rows in, blocks of token windows out: the grain graph. Element i is a pure function of (seed, i).
 
-A step takes `batch_size` windows: element i is window i mod batch_size of step i div batch_size. Reading a row costs
-more than drawing a window from it, so a row that is read gives one window to each of `windows_per_read` consecutive
-steps; the steps that share their reads are a block, the unit of work of a loader process. Rows are visited by an
-additive recurrence over their weights: whatever the weights, every stretch of the run covers all rows as evenly as the
-numbers allow.
+A step takes `batch_size` windows: element i is window i mod batch_size of step i div batch_size. `windows_per_read`
+consecutive steps are a block, the unit of work of a loader process. Reading a large row costs more than drawing many
+windows from it, so a large row that is read gives one window to every step of a block; small rows are read anew for each
+window. Rows are visited by additive recurrences over their weights: whatever the weights, every stretch of the run covers
+all rows as evenly as the numbers allow.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
-import threading
-import time
+import weakref
+from collections.abc import Generator
+from functools import partial
 
 import numpy as np
 
 from ping_llm.config import Config
+from ping_llm.data.orphans import end_with_parent
 from ping_llm.data.rows import ProbeRow, RowReader
-from ping_llm.data.windows import encode_windows, sample_window, windows_per_row
+from ping_llm.data.windows import Window, encode_windows, sample_window, windows_per_row
 
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
+LARGE_ROW_MEASUREMENTS = 10_000
+"""About 0.1 MB, which takes as long to read as a window takes to draw and encode: 0.1 ms."""
 _STREAMS = {"train": 0, "val": 1}
+# Steps of the two recurrences, irrational and unrelated: were they related, the rows that one reaches in a block could
+# depend on where the other stands.
+_BLOCK_STEP = (5**0.5 - 1) / 2
+_WINDOW_STEP = 2**0.5 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, 1 << 25  # of malloc.h; the most that every glibc takes
 
 
 class WindowBlocks:
@@ -38,8 +48,11 @@ class WindowBlocks:
         self.seed = (config.seed, _STREAMS.get(rows.part, 2))
         self.batch_size, self.windows_per_read, self.rank, self.world = batch_size, windows_per_read, rank, world
         weights = windows_per_row(rows.measurements, rows.ipv6_measurements, self.tokens)
-        self.cumulative = np.cumsum(weights) / weights.sum()
-        self.phase = np.random.default_rng(self.seed).random()
+        large = rows.measurements >= LARGE_ROW_MEASUREMENTS
+        self.order = np.argsort(~large, kind="stable")  # large rows first
+        self.cumulative = np.cumsum(weights[self.order]) / weights.sum()
+        self.large_share = self.cumulative[large.sum() - 1] if large.any() else 0.0
+        self.phase = np.random.default_rng(self.seed).random(2)
 
     def __len__(self) -> int:
         return 1 << 40  # training has no last window
@@ -48,25 +61,41 @@ class WindowBlocks:
         mine = range(self.rank, self.batch_size, self.world)
         out = np.empty((self.windows_per_read, len(mine), self.tokens), dtype=np.int16)
         for column, place in enumerate(mine):
-            row = self.rows[self.row_of_read(block * self.batch_size + place)]
-            out[:, column] = self.windows(row, block, place)
+            out[:, column] = encode_windows(self.draw(block, place), self.tokens)
         return out
 
-    def row_of_read(self, read: int) -> int:
-        """Which row the read-th read of the run takes."""
-        return int(np.searchsorted(self.cumulative, (self.phase + read * _GOLDEN_RATIO) % 1.0, "right"))
-
-    def windows(self, row: ProbeRow, block: int, place: int) -> np.ndarray:
-        """The windows at `place` of the batches of a block: (windows_per_read, seq_len + 1)."""
+    def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:
+        """The windows at `place` of the batches of a block, each with its row."""
+        numbers = self.row_numbers(block, place)
+        rows = {number: self.rows[number] for number in set(numbers)}
         drawn = []
-        for step in range(block * self.windows_per_read, (block + 1) * self.windows_per_read):
+        for step, number in enumerate(numbers, block * self.windows_per_read):
             rng = np.random.default_rng((*self.seed, step * self.batch_size + place))
-            drawn.append(sample_window(row, self.data, self.tokens, rng))
-        return encode_windows(row, drawn, self.tokens)
+            drawn.append((rows[number], sample_window(rows[number], self.data, self.tokens, rng)))
+        return drawn
+
+    def row_numbers(self, block: int, place: int) -> list[int]:
+        """Which rows the windows at `place` of the batches of a block are of: one large row, or small ones."""
+        at = (self.phase[0] + (block * self.batch_size + place) * _BLOCK_STEP) % 1.0
+        if at < self.large_share:
+            return self._rows_at(np.full(self.windows_per_read, at))
+        steps = block * self.windows_per_read + np.arange(self.windows_per_read)
+        at = (self.phase[1] + (steps * self.batch_size + place) * _WINDOW_STEP) % 1.0
+        return self._rows_at(self.large_share + at * (1.0 - self.large_share))
+
+    def _rows_at(self, at: np.ndarray) -> list[int]:
+        """The rows that lie at shares (n,), from 0 to 1, of all weights."""
+        found = np.searchsorted(self.cumulative, at, "right")
+        return self.order[np.minimum(found, len(self.order) - 1)].tolist()  # rounding may leave the last sum below 1
 
 
-def block_iterator(blocks: WindowBlocks, first_block: int, workers: int, prefetch: int):
-    """An endless grain iterator of blocks from `first_block` on, made ahead by a thread or by `workers` processes."""
+def block_iterator(
+    blocks: WindowBlocks, first_block: int, workers: int, prefetch: int
+) -> Generator[np.ndarray, None, None]:
+    """Endless blocks from `first_block` on, made ahead by a thread or by `workers` processes.
+
+    Closed, or at the latest when the program ends, it ends its processes and frees the memory that they shared.
+    """
     import grain
 
     dataset = grain.MapDataset.source(blocks)[first_block:]
@@ -74,17 +103,37 @@ def block_iterator(blocks: WindowBlocks, first_block: int, workers: int, prefetc
     iterable = dataset.to_iter_dataset(read_options)
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    return iter(iterable)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=partial(_begin_worker, os.getpid()))
+    generator = _iterate(iterable)
+    # Runs before multiprocessing, imported above, ends the processes; after that their memory would stay behind.
+    atexit.register(_close, weakref.ref(generator))
+    return generator
 
 
-def _end_with_parent(_index: int, _workers: int) -> None:
-    """Ends a loader process whose trainer was killed: nothing else would, and it would hold its memory for ever."""
-    parent = os.getppid()
+def _iterate(iterable) -> Generator[np.ndarray, None, None]:
+    iterator = iter(iterable)
+    try:
+        while True:
+            yield np.array(next(iterator))  # a copy: what lies in shared memory is freed at once
+    finally:
+        iterator.close()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _close(reference: weakref.ref) -> None:
+    generator = reference()
+    if generator is not None:
+        generator.close()
+
+
+def keep_buffers() -> None:
+    """Has glibc keep the memory of a large row for the next: mapped anew, its page faults took 60 % of reading it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # else another libc
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 4 * _KEPT_BYTES)
+
+
+def _begin_worker(trainer: int, *_: object) -> None:
+    """Run first in a loader process."""
+    end_with_parent(trainer)
+    keep_buffers()

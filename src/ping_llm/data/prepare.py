@@ -7,39 +7,43 @@ not on the number of workers, nor on the order of the inputs.
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Lock, Thread
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ping_llm.data.atlas import DROPPED_LINES, MAX_CLOCK_SKEW_S, Packets
+from ping_llm.data.disk import full_disk_is_one_line
+from ping_llm.data.executors import LOCAL, check_executor, open_executor, run_tasks
+from ping_llm.data.fetch import RECORD_NAME
+from ping_llm.data.files import file_sha256, write_atomically
+from ping_llm.data.plan import Plan, bucket_count, packed_share
 from ping_llm.data.progress import cores, show_progress
+from ping_llm.data.results import DROPPED_LINES, MAX_CLOCK_SKEW_S, Packets
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
 from ping_llm.data.splits import PARTS, Split, SplitRule
-from ping_llm.data.tasks import MapTask, ReduceTask, map_dump, merge_sources, reduce_bucket
+from ping_llm.data.tasks import CHUNK_BYTES, MapTask, ReduceTask, map_dump, merge_sources, pieces_written, reduce_bucket
+from ping_llm.data.traceroute import REPLIES, Traceroute
 from ping_llm.data.truth import TRUTH_NAME
 
 PARTIAL_NAME = ".partial"
-DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson")
-PLAN_NAME = "plan.json"
+DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet")
+IDENTITY_NAME = "identity.json"
 STDIN = "-"
+_NO_DUMPS = (TRUTH_NAME, RECORD_NAME)
 
-BUCKET_MEASUREMENTS = 1_000_000
-"""Aimed at; sorting and writing takes about 300 bytes each, and groups are of uneven size."""
-MIN_BUCKETS = 4
-RESULT_BYTES = {".bz2": 30, ".gz": 40, ".zst": 40}
-"""Bytes that a result takes in a dump, from below; plain JSON takes 400. For the number of buckets only."""
+WATCH_EVERY_S = 1.0
+INLINE_S = 1.0
+"""What takes less is done in this process unless told otherwise: to start others takes as long."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Dump:
         return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
 
 
+@full_disk_is_one_line
 def prepare(
     inputs: Sequence[str | Path],
     out: Path | str,
@@ -65,45 +70,60 @@ def prepare(
     shards: int = 0,
     keep_going: bool = False,
     max_clock_skew_s: int = MAX_CLOCK_SKEW_S,
+    executor: str | Executor = LOCAL,
+    traceroute: Traceroute = "off",
 ) -> dict:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
-    inputs: dumps (.bz2, .gz, .zst, plain), folders of them, or "-" for standard input.
-    workers: processes; 0 = one a core. shards: of each part; 0 = by the size of the inputs.
+    inputs: dumps (.bz2, .gz, .zst, plain, .parquet), folders of them, patterns like dump/*.bz2, "-" for standard input.
+    workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
     keep_going: use what can be read of damaged dumps, and name them in the manifest.
+    traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
+    executor: where the tasks run, by a name of executors.py, or an open one whose workers see the same folders.
     A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder.
     """
     out = Path(out)
-    if workers < 0 or shards < 0 or max_clock_skew_s < 0:
-        raise ValueError(f"{workers=}, {shards=} and {max_clock_skew_s=} must be 0 or more")
-    partial = out / PARTIAL_NAME
-    dumps = _read_inputs(inputs, partial, workers or cores())
+    if max_clock_skew_s < 0:
+        raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
+    partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
+    paths = _find_inputs(inputs, partial)
+    plan = _plan(paths, workers, packets, shards, executor)
+    dumps = _read_inputs(paths)
     options = {"packets": packets, "split": split, "shards": shards, "max_clock_skew_s": max_clock_skew_s}
-    plan = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
+    options["traceroute"] = traceroute
+    identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
     if (out / MANIFEST_NAME).exists():
-        return _finished(out, plan)
-    _begin(out, partial, plan)
-    buckets = shards or _bucket_count(dumps, packets)
+        return _finished(out, identity)
+    _begin(out, partial, identity)
     rule = SplitRule() if split == "pingbench" else None
-    with _pool(workers or cores(), len(dumps)) as pool:
+    with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
         folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
         maps = [
-            MapTask(dump.path, dump.name, folder, buckets, packets, max_clock_skew_s)
+            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute, plan.threads)
             for dump, folder in zip(dumps, folders, strict=True)
         ]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
         reduces = [
             ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule)
-            for number in range(buckets)
+            for number in range(plan.buckets)
         ]
-        with show_progress("group, sort, split", buckets, "buckets") as advance:
-            reduce_reports = _run(pool, reduce_bucket, reduces, lambda *_: advance(1))
-    manifest = _manifest(plan, map_reports, reduce_reports, rule)
+        with show_progress("group, sort, split", plan.buckets, "buckets") as advance:
+            reduce_reports = run_tasks(pool, reduce_bucket, reduces, lambda *_: advance(1))
+    manifest = _manifest(identity, map_reports, reduce_reports, rule)
     manifest |= _publish([task.folder for task in reduces], out)
-    _write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(partial)
+    write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(partial, ignore_errors=True)  # a process of a killed run may live for a second yet, and write there
     return manifest
+
+
+def plan_rows(
+    inputs: Sequence[str | Path], workers: int = 0, packets: Packets = "one", shards: int = 0, executor: str = LOCAL
+) -> Plan:
+    """What `prepare` of the same arguments would do; reads nothing but the sizes of the files, and writes nothing."""
+    if STDIN in map(str, inputs):
+        raise ValueError("standard input cannot be planned for, its size is not known; name files")
+    return _plan(_find_inputs(inputs, Path()), workers, packets, shards, executor)
 
 
 def summary(manifest: dict) -> str:
@@ -111,14 +131,14 @@ def summary(manifest: dict) -> str:
     lines, measurements = manifest["lines"], manifest["measurements"]
     table = [("lines read", lines["read"], "")]
     table += [(f"  {name}", count, DROPPED_LINES.get(name, "")) for name, count in lines["counters"].items() if count]
-    table += [(f"measurements {name}", count, "") for name, count in measurements.items()]
+    table += [(f"measurements {name}", count, REPLIES.get(name, "")) for name, count in measurements.items()]
     table += [(f"  {part}", count, f"{manifest['rows'][part]:,} rows") for part, count in manifest["parts"].items()]
     text = [f"{name:<40} {count:>15,}  {note}".rstrip() for name, count, note in table]
     return "\n".join(text + [f"kept going: {entry['problem']}" for entry in manifest["inputs"] if "problem" in entry])
 
 
-def _read_inputs(inputs: Sequence[str | Path], partial: Path, workers: int) -> list[Dump]:
-    """Every input with its hash, in an order that does not depend on the one given."""
+def _find_inputs(inputs: Sequence[str | Path], partial: Path) -> dict[Path, str]:
+    """The path of every input, and its name."""
     if not inputs:
         raise ValueError("no input; name the dumps, for example dump/ping-*.bz2, or their folder")
     paths = {}
@@ -128,18 +148,40 @@ def _read_inputs(inputs: Sequence[str | Path], partial: Path, workers: int) -> l
         elif path.is_dir():
             paths |= {dump.resolve(): dump.name for dump in _dumps_in(path)}
         elif not path.exists():
-            raise ValueError(f"no file {path}; check the name")
+            matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file()]
+            if not matches:
+                raise ValueError(f"no file {path}; check the name")
+            paths |= {match.resolve(): match.name for match in matches}
         else:
             paths[path.resolve()] = path.name
-    with ThreadPoolExecutor(workers) as threads:
-        hashes = list(threads.map(_sha256, paths))
+    return paths
+
+
+def _plan(paths: dict[Path, str], workers: int, packets: Packets, shards: int, executor: str | Executor) -> Plan:
+    """The plan for dumps at paths with names."""
+    if workers < 0 or shards < 0:
+        raise ValueError(f"{workers=} and {shards=} must be 0 or more")
+    dumps = tuple((name, path.stat().st_size) for path, name in paths.items())
+    if isinstance(executor, str):
+        check_executor(executor)
+    name = executor if isinstance(executor, str) else type(executor).__name__
+    plan = Plan(dumps, packets, shards or bucket_count(dumps, packets), workers or cores(), name)
+    if not workers and name == LOCAL and plan.seconds < INLINE_S:
+        return replace(plan, workers=1)
+    return replace(plan, workers=min(plan.workers, max(len(dumps), plan.buckets)))
+
+
+def _read_inputs(paths: dict[Path, str]) -> list[Dump]:
+    """Every input with its hash, in an order that does not depend on the one given."""
+    with ThreadPoolExecutor(cores()) as threads:
+        hashes = list(threads.map(file_sha256, paths))
     dumps = [Dump(path, name, path.stat().st_size, h) for (path, name), h in zip(paths.items(), hashes, strict=True)]
     return sorted(dumps, key=lambda dump: (dump.name, dump.sha256))
 
 
 def _dumps_in(folder: Path) -> list[Path]:
-    """The files of a folder that are named like dumps; the truth of a synthetic one is none."""
-    dumps = [path for path in folder.iterdir() if path.suffix in DUMP_SUFFIXES and path.name != TRUTH_NAME]
+    """The files of a folder that are named like dumps; the truth of a synthetic one and the record of a fetch are none."""
+    dumps = [path for path in folder.iterdir() if path.suffix in DUMP_SUFFIXES and path.name not in _NO_DUMPS]
     if not dumps:
         raise ValueError(f"{folder} holds no dumps, that is, no files ending in {', '.join(DUMP_SUFFIXES)}")
     return dumps
@@ -153,33 +195,25 @@ def _spool_stdin(partial: Path) -> Path:
     return partial / "stdin"
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
-
-
-def _finished(out: Path, plan: dict) -> dict:
+def _finished(out: Path, identity: dict) -> dict:
     """The manifest that is there, if it is of the same plan."""
     manifest = read_manifest(out)
-    identity = Dump.__dataclass_fields__.keys() - {"path"}
-    there = [{name: entry[name] for name in entry if name in identity} for entry in manifest["inputs"]]
+    fields = Dump.__dataclass_fields__.keys() - {"path"}
+    there = [{name: entry[name] for name in entry if name in fields} for entry in manifest["inputs"]]
     shutil.rmtree(out / PARTIAL_NAME, ignore_errors=True)
-    if {"inputs": there, "options": manifest["options"]} != {name: plan[name] for name in ("inputs", "options")}:
+    if {"inputs": there, "options": manifest["options"]} != {name: identity[name] for name in ("inputs", "options")}:
         raise ValueError(f"{out} holds the rows of other inputs or options; choose another --out or delete the folder")
     print(f"{out} already holds these rows; nothing to do", file=sys.stderr)
     return manifest
 
 
-def _begin(out: Path, partial: Path, plan: dict) -> None:
+def _begin(out: Path, partial: Path, identity: dict) -> None:
     """Makes the scratch folder ready: with what an interrupted run of the same plan left in it, else empty."""
     shards = [path for part in PARTS for path in out.glob(f"{part}-?????-of-?????.arrayrecord")]
     if shards and not partial.exists():
         raise ValueError(f"{out} holds shards but no {MANIFEST_NAME}; choose another --out or delete the folder")
-    text = json.dumps(plan, indent=1)
-    there = partial / PLAN_NAME
+    text = json.dumps(identity, indent=1)
+    there = partial / IDENTITY_NAME
     if not there.exists() or there.read_text() != text:
         for old in (*partial.glob("input-*"), *partial.glob("bucket-*")):
             shutil.rmtree(old)
@@ -189,57 +223,55 @@ def _begin(out: Path, partial: Path, plan: dict) -> None:
             shutil.rmtree(bucket)
     for shard in shards:
         shard.unlink()
-    _write_atomically(there, text)
-
-
-class _Inline(Executor):
-    """Runs each task at once, in this process: one worker needs no other."""
-
-    def submit(self, function: Callable, /, *args: object) -> Future:
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
-def _pool(workers: int, tasks: int) -> Executor:
-    """Processes are spawned: a fork would copy the threads' locks of DuckDB and Arrow."""
-    return _Inline() if min(workers, tasks) == 1 else ProcessPoolExecutor(min(workers, tasks), get_context("spawn"))
-
-
-def _run(pool: Executor, function: Callable, tasks: Sequence, done: Callable[[int, dict], None]) -> list[dict]:
-    """The reports of all tasks, in order; `done(i, report)` is called as each comes in, and may raise to stop the rest."""
-    reports: list[dict] = [{}] * len(tasks)
-    try:
-        futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            i = futures[future]
-            reports[i] = future.result()
-            done(i, reports[i])
-    except BrokenProcessPool:
-        raise ValueError(
-            "a worker was killed, most likely for want of memory; repeat the command with fewer --workers: it continues"
-        ) from None
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    return reports
+    write_atomically(there, text)
 
 
 def _run_maps(pool: Executor, tasks: Sequence[MapTask], dumps: Sequence[Dump], keep_going: bool) -> list[dict]:
     """Parses all dumps, the large ones first so that no worker ends alone with one; ValueError at the first damaged one."""
     order = sorted(range(len(tasks)), key=lambda i: (-dumps[i].bytes, i))
-    with show_progress("unpack, parse", sum(dump.bytes for dump in dumps) / 1e6, "MB") as advance:
+    with _map_progress(tasks, dumps) as finished:
 
         def done(i: int, report: dict) -> None:
             if report["problem"] and not keep_going:
                 raise ValueError(f"{report['problem']}, or --keep-going with what can be read")
-            advance(dumps[order[i]].bytes / 1e6)
+            finished(order[i])
 
-        reports = _run(pool, map_dump, [tasks[i] for i in order], done)
+        reports = run_tasks(pool, map_dump, [tasks[i] for i in order], done)
     return [report for _, report in sorted(zip(order, reports, strict=True), key=lambda pair: pair[0])]
 
 
-def _manifest(plan: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None) -> dict:
+@contextmanager
+def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of a dump that is done; how far the others are is told by their pieces.
+
+    That is an estimate, and stops short of the end: how well a dump is packed shows only there.
+    """
+    shown, lock, over = [0.0] * len(dumps), Lock(), Event()
+    scratch, numbers = tasks[0].folder.parent, {task.folder.name: i for i, task in enumerate(tasks)}
+
+    def show(i: int, size: float) -> None:
+        with lock:
+            more = max(size - shown[i], 0)
+            shown[i] += more
+            advance(more / 1e6)
+
+    def watch() -> None:
+        while not over.wait(WATCH_EVERY_S):
+            for name, pieces in pieces_written(scratch).items():
+                i = numbers[name]
+                show(i, min(pieces * CHUNK_BYTES * packed_share(dumps[i].name), 0.95 * dumps[i].bytes))
+
+    with show_progress("unpack, parse", sum(dump.bytes for dump in dumps) / 1e6, "MB") as advance:
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield lambda i: show(i, dumps[i].bytes)
+        finally:
+            over.set()
+            watcher.join()
+
+
+def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None) -> dict:
     """The manifest but for what is known once the shards stand; ValueError if no measurement is left."""
     counters = {name: sum(report[name] for report in reduces) for name in ("kept", "duplicate")}
     counters |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in DROPPED_LINES}
@@ -249,16 +281,21 @@ def _manifest(plan: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: S
     if not any(parts.values()):
         used = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
         raise ValueError(f"no measurement is left of {read:,} lines ({used}); prepare other dumps")
-    dropped = sum(report["dropped_held_out_source"] for report in reduces)
+    measurements = {"written": sum(parts.values())}
+    measurements |= {
+        name: sum(report[name] for report in reduces) for name in ("dropped_repeated", "dropped_held_out_source")
+    }
+    if identity["options"]["traceroute"] != "off":
+        measurements |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in REPLIES}
     inputs = [
         entry | {"lines": report["lines"]} | ({"problem": report["problem"]} if report["problem"] else {})
-        for entry, report in zip(plan["inputs"], maps, strict=True)
+        for entry, report in zip(identity["inputs"], maps, strict=True)
     ]
-    return plan | {
+    return identity | {
         "inputs": inputs,
-        "packets": plan["options"]["packets"],
+        "packets": identity["options"]["packets"],
         "lines": {"read": read, "counters": counters},
-        "measurements": {"written": sum(parts.values()), "dropped_held_out_source": dropped},
+        "measurements": measurements,
         "parts": parts,
         "split": rule.describe() if rule else {"name": "none"},
     }
@@ -285,18 +322,3 @@ def _publish(folders: Sequence[Path], out: Path) -> dict:
     pq.write_table(pa.concat_tables(tables), out / f"{INDEX_NAME}.tmp")
     (out / f"{INDEX_NAME}.tmp").replace(out / INDEX_NAME)
     return {"rows": rows, "shards": shards}
-
-
-def _bucket_count(dumps: Sequence[Dump], packets: Packets) -> int:
-    """So many that a bucket fits well in memory; by the inputs alone, so that the shards are the same everywhere."""
-    results = sum(dump.bytes / RESULT_BYTES.get(Path(dump.name).suffix, 400) for dump in dumps)
-    return max(MIN_BUCKETS, round(results * (3 if packets == "all" else 1) / BUCKET_MEASUREMENTS))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -10,6 +10,7 @@ IPC stream (ArrayRecord's zstd compresses it). A folder of rows is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,19 +43,39 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One probe's measurements in time order, n of them, as columns; addresses are looked up by index."""
+    """One probe's measurements in time order, n of them, as the columns of its record.
+
+    Measurements and addresses are looked up by index, and times count from the first: a row read for a few windows is
+    not copied. `time_s` and `msm_id` are whole columns, made when they are first asked for.
+    """
 
     probe_id: int
-    time_s: np.ndarray  # (n,) int64
-    msm_id: np.ndarray  # (n,) int64
+    first_time_s: int
+    offset_s: np.ndarray  # (n,) uint32, after first_time_s
+    msm: np.ndarray  # (n,) unsigned, into msm_ids
     src: np.ndarray  # (n,) unsigned, into src_addresses
     dst: np.ndarray  # (n,) unsigned, into dst_addresses
     rtt_ms: np.ndarray  # (n,) float32, −1 = failed
+    msm_ids: np.ndarray  # (M,) int64
     src_addresses: np.ndarray  # (S, 16) uint8
     dst_addresses: np.ndarray  # (D, 16) uint8
 
     def __len__(self) -> int:
-        return len(self.time_s)
+        return len(self.offset_s)
+
+    def times(self, index: np.ndarray | slice) -> np.ndarray:
+        """Unix seconds, int64, of the measurements at `index`."""
+        return self.offset_s[index] + np.int64(self.first_time_s)
+
+    @cached_property
+    def time_s(self) -> np.ndarray:
+        """(n,) int64."""
+        return self.times(slice(None))
+
+    @cached_property
+    def msm_id(self) -> np.ndarray:
+        """(n,) int64."""
+        return self.msm_ids[self.msm]
 
     @cached_property
     def src_is_ipv4(self) -> np.ndarray:
@@ -68,10 +89,9 @@ class ProbeRow:
 
     def to_bytes(self) -> bytes:
         """The record: schema metadata says probe, count, first and last time."""
-        first = int(self.time_s[0])
         columns = {
-            "offset_s": pa.array((self.time_s - first).astype(np.uint32)),
-            "msm_id": _dictionary(*np.unique(self.msm_id, return_inverse=True)),
+            "offset_s": pa.array(self.offset_s),
+            "msm_id": _dictionary(self.msm_ids, self.msm),
             "src": _dictionary(_packed_array(self.src_addresses), self.src),
             "dst": _dictionary(_packed_array(self.dst_addresses), self.dst),
             "rtt_ms": pa.array(self.rtt_ms.astype(np.float32)),
@@ -80,8 +100,8 @@ class ProbeRow:
             {
                 "probe_id": str(self.probe_id),
                 "count": str(len(self)),
-                "first_time_s": str(first),
-                "last_time_s": str(int(self.time_s[-1])),
+                "first_time_s": str(self.first_time_s),
+                "last_time_s": str(self.first_time_s + int(self.offset_s[-1])),
             }
         )
         sink = pa.BufferOutputStream()
@@ -98,11 +118,13 @@ class ProbeRow:
         msm_id, src, dst = (batch.column(name) for name in ("msm_id", "src", "dst"))
         return cls(
             probe_id=int(metadata[b"probe_id"]),
-            time_s=batch.column("offset_s").to_numpy() + np.int64(int(metadata[b"first_time_s"])),
-            msm_id=msm_id.dictionary.to_numpy()[msm_id.indices.to_numpy()],
+            first_time_s=int(metadata[b"first_time_s"]),
+            offset_s=batch.column("offset_s").to_numpy(),
+            msm=msm_id.indices.to_numpy(),
             src=src.indices.to_numpy(),
             dst=dst.indices.to_numpy(),
             rtt_ms=batch.column("rtt_ms").to_numpy(),
+            msm_ids=msm_id.dictionary.to_numpy(),
             src_addresses=_address_matrix(src.dictionary),
             dst_addresses=_address_matrix(dst.dictionary),
         )
@@ -112,7 +134,7 @@ class ProbeRow:
         """A row of a table with the columns of MEASUREMENT_SCHEMA, of one probe and already in time order."""
         table = table.combine_chunks()
         src, dst = (table.column(name).combine_chunks().dictionary_encode() for name in ("src", "dst"))
-        return cls(
+        return cls.from_codes(
             probe_id=table.column("probe_id")[0].as_py(),
             time_s=table.column("time_s").to_numpy(),
             msm_id=table.column("msm_id").to_numpy(),
@@ -136,9 +158,21 @@ class ProbeRow:
         dst_addresses: np.ndarray,
     ) -> ProbeRow:
         """A row of (n,) columns in time order that index larger tables of addresses; it keeps the addresses it needs."""
-        src_used, src = np.unique(src, return_inverse=True)
-        dst_used, dst = np.unique(dst, return_inverse=True)
-        return cls(probe_id, time_s, msm_id, src, dst, rtt_ms, src_addresses[src_used], dst_addresses[dst_used])
+        (msm_ids, msm), (src_used, src), (dst_used, dst) = (
+            np.unique(column, return_inverse=True) for column in (msm_id, src, dst)
+        )
+        return cls(
+            probe_id=probe_id,
+            first_time_s=int(time_s[0]),
+            offset_s=(time_s - time_s[0]).astype(np.uint32),
+            msm=msm,
+            src=src,
+            dst=dst,
+            rtt_ms=rtt_ms,
+            msm_ids=msm_ids,
+            src_addresses=src_addresses[src_used],
+            dst_addresses=dst_addresses[dst_used],
+        )
 
     def halves(self) -> tuple[ProbeRow, ProbeRow]:
         """The earlier and the later half."""
@@ -200,8 +234,8 @@ class ShardWriter:
                 "probe_id": row.probe_id,
                 "measurements": len(row),
                 "ipv6_measurements": int((~row.dst_is_ipv4[row.dst]).sum()),
-                "first_time_s": int(row.time_s[0]),
-                "last_time_s": int(row.time_s[-1]),
+                "first_time_s": row.first_time_s,
+                "last_time_s": row.first_time_s + int(row.offset_s[-1]),
             }
         )
 
@@ -233,7 +267,7 @@ class RowReader:
         return len(self.measurements)
 
     def __getitem__(self, i: int) -> ProbeRow:
-        return ProbeRow.from_bytes(self._records()[i])
+        return ProbeRow.from_bytes(self.record(i))
 
     def __iter__(self) -> Iterator[ProbeRow]:
         return (self[i] for i in range(len(self)))
@@ -241,12 +275,13 @@ class RowReader:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_source": None}
 
-    def _records(self):
+    def record(self, i: int) -> bytes:
+        """Row i as it is stored, unpacked."""
         if self._source is None:
             import grain
 
             self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self.paths])
-        return self._source
+        return self._source[i]
 
 
 def read_manifest(folder: Path | str) -> dict:
@@ -254,6 +289,8 @@ def read_manifest(folder: Path | str) -> dict:
     path = Path(folder) / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
     except FileNotFoundError:
         raise ValueError(f'no rows in {folder}; run "ping-llm prepare INPUT… --out {folder}" first') from None
     except ValueError as error:
@@ -264,6 +301,12 @@ def read_manifest(folder: Path | str) -> dict:
             'run "ping-llm prepare" again'
         )
     return manifest
+
+
+def manifest_sha256(folder: Path | str) -> str:
+    """What tells these rows from others: the manifest names inputs and options by hash. Empty where there is none."""
+    path = Path(folder) / MANIFEST_NAME
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def shard_name(part: str, shard: int, shards: int) -> str:

@@ -3,13 +3,16 @@
     test-s3  new source         5 % of groups (a probe, or a source address where the probe is unknown), held out whole
     test-s4  new destination    5 % of destination /24s (IPv4) or /48s (IPv6)
     test-s5  both new
-    test-s2  new pair           10 % of the (group, destination) pairs of the rest, with the reverse direction
+    test-s2  new pair           10 % of the pairs of a group and a destination of the rest, with the reverse direction
     test-s1  pair, future       of the rest, the last 15 % of each group's time span
     val                         the 10 % before that; all earlier is train
 
 Every choice but that of time is a salted hash of a stable key, never a position: it does not depend on the order of a
 dump. A source address that a held-out group used too would give away what the group's rows look like, so its measurements
 in other groups are dropped. A held-out source may still be a destination in train.
+
+A destination that is also a source stands for its group, so that a pair has two directions. Groups that shared a source
+address count as one end of a pair, and so do groups joined by several such addresses: a pair has no one owner otherwise.
 """
 
 from __future__ import annotations
@@ -80,10 +83,10 @@ class Groups:
 
 @dataclass(frozen=True)
 class Sources:
-    """Every source address of a dump, ascending, and whose it is."""
+    """Every source address of a dump, ascending, and whose it is. An address joins the groups that used it."""
 
     addresses: np.ndarray  # (A, 16) uint8
-    owner: np.ndarray  # (A, 17) uint8, the least key of the groups that used it
+    owner: np.ndarray  # (A, 17) uint8, the least key of all groups that it joins
     held_out: np.ndarray  # (A,) bool: one of those groups is held out
 
 
@@ -107,11 +110,12 @@ def address_keys(addresses: np.ndarray) -> np.ndarray:
 
 def collect_sources(keys: np.ndarray, addresses: np.ndarray, rule: SplitRule) -> Sources:
     """(n, 17) groups beside the (n, 16) source addresses that they used, in any order and with repeats, by address."""
-    order = np.lexsort((as_text(keys), as_text(addresses)))
-    keys, addresses = keys[order], addresses[order]
-    first = np.flatnonzero(np.concatenate([[True], (addresses[1:] != addresses[:-1]).any(axis=1)]))[: len(keys)]
-    held_out = np.bitwise_or.reduceat(rule.holds_out_group(keys), first) if len(keys) else np.zeros(0, dtype=bool)
-    return Sources(addresses[first], keys[first], held_out)
+    _, group_at, group = np.unique(as_text(keys), return_index=True, return_inverse=True)
+    _, address_at, address = np.unique(as_text(addresses), return_index=True, return_inverse=True)
+    held_out = np.zeros(len(address_at), dtype=bool)
+    held_out[address[rule.holds_out_group(keys)]] = True
+    owner = _least_joined(group, address, len(group_at), len(address_at))
+    return Sources(addresses[address_at], keys[group_at[owner]], held_out)
 
 
 def assign_parts(
@@ -130,8 +134,8 @@ def assign_parts(
     """
     new_source = rule.holds_out_group(groups.keys)[groups.index]
     new_destination = rule.holds_out_prefix(dst_addresses)[dst]
-    group_end, dst_end = rule.end_hashes(groups.keys), rule.end_hashes(_owners(dst_addresses, sources))
-    new_pair = rule.holds_out_pair(group_end[groups.index], dst_end[dst])
+    src_end, dst_end = (rule.end_hashes(_owners(addresses, sources)) for addresses in (src_addresses, dst_addresses))
+    new_pair = rule.holds_out_pair(src_end[src], dst_end[dst])
     burnt = _find(src_addresses, sources, sources.held_out, np.zeros(len(src_addresses), dtype=bool))[src] & ~new_source
 
     part = np.full(len(time_s), PARTS.index("train"), dtype=np.uint8)
@@ -167,8 +171,22 @@ def _last_of_span(
     return past_train & ~future, future
 
 
+def _least_joined(group: np.ndarray, address: np.ndarray, groups: int, addresses: int) -> np.ndarray:
+    """(A,) the least index of the groups that n (group, address) edges join, directly or not, to each address."""
+    least = np.arange(groups)
+    while True:
+        of_address = np.full(addresses, groups)
+        np.minimum.at(of_address, address, least[group])
+        joined = least.copy()
+        np.minimum.at(joined, group, of_address[address])
+        joined = joined[joined]  # a long chain of groups takes the logarithm of its length
+        if np.array_equal(joined, least):
+            return of_address
+        least = joined
+
+
 def _owners(addresses: np.ndarray, sources: Sources) -> np.ndarray:
-    """The keys of the ends behind (n, 16) destinations: the group that owns an address, else the address itself. (n, 17)."""
+    """The keys of the ends behind (n, 16) addresses: the group that owns an address, else the address itself. (n, 17)."""
     return _find(addresses, sources, sources.owner, address_keys(addresses))
 
 

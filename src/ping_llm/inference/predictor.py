@@ -19,12 +19,10 @@ import torch
 from ping_llm.checkpoint import load_model
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.distribution import RTTDistribution
-from ping_llm.inference.query import Context, Query, build_prompt
-from ping_llm.model import GPT, KVCache, sibling_mask
+from ping_llm.inference.query import Context, Prompt, Query, build_prompt
+from ping_llm.model import GPT, KVCache, pick_device, sibling_mask
 
 _BYTES = slice(tk.BYTE_0, tk.VOCAB_SIZE)
-_TIME_ROLES_FIRST = [tk.TIMESTAMP_ABS]
-_TIME_ROLES_NEXT = [tk.TIMESTAMP_DELTA1, tk.TIMESTAMP_DELTA4]
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,9 @@ class PingModel:
     @classmethod
     def load(cls, path: Path | str, device: str = "auto") -> PingModel:
         """Loads the best checkpoint of a run folder; ValueError if there is none."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        gpt, _, _ = load_model(Path(path), torch.device(device))
-        return cls(gpt.eval(), torch.device(device))
+        chosen = pick_device(device)
+        gpt, _, _ = load_model(Path(path), chosen)
+        return cls(gpt, chosen)
 
     def rtt(
         self,
@@ -59,25 +56,27 @@ class PingModel:
 
     def rtt_many(self, queries: Sequence[Query]) -> list[RTTDistribution]:
         """The law of each query's result, in two forward passes over all of them together."""
+        if not queries:
+            return []
         prompts = [build_prompt(query, self.gpt.config.seq_len) for query in queries]
-        codes, p_fail, total = self._results([p.tokens for p in prompts], [p.told_time for p in prompts])
+        codes, p_fail, total = self._results(prompts)
         return [
             RTTDistribution(codes[i], float(p_fail[i]), float(total[i]), 2, prompt.context_measurements)
             for i, prompt in enumerate(prompts)
         ]
 
     @torch.inference_mode()
-    def _results(self, prompts: list[np.ndarray], told_time: list[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _results(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """P(code) (B, 65,536), P(failed) (B,), normalised, and the mass (B,) they had, of results after B prompts.
 
-        The mass is taken of everything the model could say but another field that the grammar allows: a query asks for
-        its result now, not whether a timestamp comes first.
+        The mass is a share of all that the model could say but what is legal there and no result: a query asks for its
+        result now, not whether a timestamp comes first.
         """
-        lengths = np.array([len(prompt) for prompt in prompts])
+        lengths = np.array([len(prompt.tokens) for prompt in prompts])
         tokens = np.full((len(prompts), lengths.max() + 1), tk.PADDING, dtype=np.int64)
         for line, prompt in zip(tokens, prompts, strict=True):
-            line[: len(prompt)] = prompt
-            line[len(prompt)] = tk.RTT_START
+            line[: len(prompt.tokens)] = prompt.tokens
+            line[len(prompt.tokens)] = tk.RTT_START
         cache = KVCache()
         logits = self.gpt(torch.from_numpy(tokens).to(self.device), cache)  # (B, T, V)
         batch = torch.arange(len(prompts), device=self.device)
@@ -92,12 +91,8 @@ class PingModel:
 
         codes = (role[:, tk.RTT_START, None, None] * first[..., None] * second).flatten(1)  # (B, 65,536)
         failed = role[:, tk.FAILED]
-        other = [0.0 if told else role[i, _legal_time_roles(prompts[i])].sum() for i, told in enumerate(told_time)]
         mass = codes.sum(1) + failed
-        total = mass / (1 - torch.tensor(other, dtype=torch.float64, device=self.device))
+        no_result = torch.stack([role[i, prompt.also_legal].sum() for i, prompt in enumerate(prompts)])
+        total = mass / (1 - no_result)
         codes, failed = codes / mass[:, None], failed / mass
         return codes.cpu().numpy(), failed.cpu().numpy(), total.clamp(max=1.0).cpu().numpy()
-
-
-def _legal_time_roles(prompt: np.ndarray) -> list[int]:
-    return _TIME_ROLES_NEXT if (prompt == tk.TIMESTAMP_ABS).any() else _TIME_ROLES_FIRST

@@ -11,7 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4, pack_address, pack_addresses
-from ping_llm.data.tokenization import RESULT_LAST, Fields, encode
+from ping_llm.data.tokenization import (
+    BYTE_0,
+    RESULT_LAST,
+    RESULT_LAST_DST_FIRST,
+    TIMESTAMP_ABS,
+    VOCAB_SIZE,
+    Fields,
+    encode,
+)
 
 
 @dataclass(frozen=True)
@@ -21,13 +29,18 @@ class Endpoint:
     packed: bytes
     told_bytes: int
 
+    @property
+    def is_prefix(self) -> bool:
+        """Whether not all bytes are told."""
+        return self.told_bytes < (4 if is_ipv4(np.frombuffer(self.packed, np.uint8)) else 16)
+
     @classmethod
     def parse(cls, text: str) -> Endpoint:
         """Reads `192.0.2.1`, `192.0.2.0/24`, `2001:db8::/32`; prefixes must end on a byte."""
-        address, _, length = text.partition("/")
+        address, slash, length = text.partition("/")
         packed = pack_address(address)
         width = 32 if is_ipv4(np.frombuffer(packed, np.uint8)) else 128
-        if not length:
+        if not slash:
             return cls(packed, width // 8)
         if not length.isdigit() or int(length) > width:
             raise ValueError(f"{text!r}: the prefix length must be a number from 0 to {width}")
@@ -60,7 +73,7 @@ class Context:
             if column not in table.column_names:
                 raise ValueError(f"the context has no column {column}; it has {', '.join(table.column_names)}")
         src, dst = (_addresses(table.column(name).to_pylist()) for name in ("src_addr", "dst_addr"))
-        rtt_ms = np.array([np.nan if v is None else v for v in table.column("rtt").to_pylist()], dtype=np.float64)
+        rtt_ms = np.array([_number(value) for value in table.column("rtt").to_pylist()])
         wrong = ~np.isfinite(rtt_ms) | ((rtt_ms < 0) & (rtt_ms != -1))
         if wrong.any():
             raise ValueError(f"context row {wrong.argmax() + 1}: rtt must be ms, or −1 for a failed ping")
@@ -110,10 +123,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens up to where the result of the query comes next."""
+    """Tokens up to where the result of the query comes next.
+
+    `also_legal` are the tokens other than a result that the grammar allows there: a query does not ask for them.
+    """
 
     tokens: np.ndarray  # (T,) int64
-    told_time: bool
+    also_legal: np.ndarray  # (n,) int64
     context_measurements: int
 
 
@@ -127,19 +143,21 @@ def build_prompt(query: Query, seq_len: int) -> Prompt:
             break
         fits = len(context) - int(np.searchsorted(starts, surplus))
         context = context.last(min(fits, len(context) - 1))
-    return Prompt(tokens[:-1].astype(np.int64), query.time_s is not None, len(context))
+    return Prompt(tokens[:-1].astype(np.int64), _also_legal(query), len(context))
 
 
-def parse_time(value: dt.datetime | str | float) -> int:
-    """Unix seconds of a datetime, ISO 8601 text or a number; without a zone it is UTC."""
+def parse_time(value: dt.datetime | dt.date | str | float) -> int:
+    """Unix seconds of a datetime, a date (its first second), ISO 8601 text or a number; without a zone it is UTC."""
     if isinstance(value, str):
         try:
             value = dt.datetime.fromisoformat(value)
         except ValueError:
             raise ValueError(f"{value!r} is not a time; write it like 2026-01-31T12:00:00Z") from None
+    if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
+        value = dt.datetime.combine(value, dt.time())
     if isinstance(value, dt.datetime):
         value = (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).timestamp()
-    if value is None or not 0 <= value < 2**63:
+    if not isinstance(value, int | float) or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a time between 1970 and the end of the calendar")
     return int(value)
 
@@ -159,6 +177,14 @@ def read_table(path: Path | str) -> pa.Table:
         return duckdb.connect().sql(f"SELECT * FROM {reader}($path)", params={"path": str(path)}).to_arrow_table()
     except duckdb.Error as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _also_legal(query: Query) -> np.ndarray:
+    """A timestamp, if none is told; and more bytes of the address told last, if it is a prefix."""
+    if query.time_s is not None:
+        return np.zeros(0, dtype=np.int64)
+    more_bytes = np.arange(BYTE_0, VOCAB_SIZE) if query.src.is_prefix and query.dst.is_prefix else []
+    return np.array([TIMESTAMP_ABS, *more_bytes])
 
 
 def _fields(query: Query, context: Context) -> Fields:
@@ -183,9 +209,22 @@ def _fields(query: Query, context: Context) -> Fields:
         rtt_ms=np.append(context.rtt_ms, -1.0),
         time_s=time_s,
         timed=timed,
-        order=np.tile(RESULT_LAST, (count, 1)),
+        order=np.concatenate([np.tile(RESULT_LAST, (len(context), 1)), [_order(query)]]),
         window=np.zeros(count, dtype=np.int64),
     )
+
+
+def _order(query: Query) -> np.ndarray:
+    """Of the query's fields. A prefix goes first: after a whole address it is plain that no more of it comes."""
+    return RESULT_LAST_DST_FIRST if query.dst.is_prefix and not query.src.is_prefix else RESULT_LAST
+
+
+def _number(value: object) -> float:
+    """NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _addresses(texts: list[str]) -> np.ndarray:

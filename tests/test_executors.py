@@ -148,13 +148,13 @@ def test_a_dask_worker_that_is_killed_over_and_over_is_one_clear_line():
 
 @pytest.mark.slow
 def test_slurm_jobs_make_the_same_bytes(dumps, tmp_path, monkeypatch):
-    """`sbatch` and `scancel` are small scripts that start the job and end it, as on a cluster of this machine alone."""
+    """`sbatch` and `scancel` are small scripts that start a copy of the job, as SLURM does, and end it."""
     import dask
 
     for name, script in (
         (
             "sbatch",
-            f'echo "$1" >> {tmp_path}/jobs; setsid bash "$1" > {tmp_path}/log 2>&1 & echo Submitted batch job $!',
+            f'cd {tmp_path}; cp "$1" job-$$ || exit; setsid bash job-$$ > log 2>&1 & echo Submitted batch job $!',
         ),
         ("scancel", 'for job in "$@"; do kill -- -$job; done'),
     ):
@@ -164,7 +164,7 @@ def test_slurm_jobs_make_the_same_bytes(dumps, tmp_path, monkeypatch):
     prepare(dumps, tmp_path / "a", workers=1)
     with dask.config.set({"jobqueue.slurm.interface": "lo"}):
         prepare(dumps, tmp_path / "b", workers=2, executor="dask-slurm")
-    assert len((tmp_path / "jobs").read_text().splitlines()) == 2
+    assert len(list(tmp_path.glob("job-*"))) == 2
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ping_llm.config import DataConfig
-from ping_llm.data.tokenization import PADDING, decode
+from ping_llm.data.tokenization import MEASUREMENT_START, PADDING, decode
 from ping_llm.data.windows import TIME_MODES, encode_windows, sample_window, windows_per_row
 
 CONFIG = DataConfig()
@@ -95,6 +95,18 @@ def test_encoded_windows_hold_whole_measurements_of_the_row(count, seed, ipv6_sh
             expected = float(row.rtt_ms[i])
             assert measurement.rtt_ms == expected == -1 or abs(measurement.rtt_ms / expected - 1) < 2**-12 + 1e-6
             assert measurement.time_s == (row.time_s[i] if timed else None)
+
+
+@pytest.mark.parametrize("mode", [{"full_time": 1, "partial_time": 0}, {"full_time": 0, "partial_time": 1}])
+def test_windows_in_time_order_show_the_end_of_a_row_as_often_as_its_beginning(mode):
+    row = make_row(300, ipv6_share=0)
+    drawn = [(row, window) for window in draw(row, 1500, DataConfig(**mode))]
+    shown = np.zeros(300)
+    for line, (_, window) in zip(encode_windows(drawn, TOKENS), drawn, strict=True):
+        np.add.at(shown, window.index[: (line == MEASUREMENT_START).sum()], 1)
+    tenths = shown.reshape(10, 30).mean(axis=1)
+    assert 0.8 < tenths[-1] / tenths[0] < 1.25
+    assert tenths.min() > 0.4 * tenths.max()
 
 
 def test_rows_weigh_as_many_windows_as_they_hold_up_to_16():

@@ -2,8 +2,9 @@
 
 A window is a random look at one probe's history, drawn by `sample_window` as a pure function of the row and an rng:
 
-- its span is log-uniform between just enough measurements to fill the sequence and the whole row, its offset uniform;
-  of the span a random subset is kept, so that one window may hold a minute or a month;
+- its span is log-uniform between just enough measurements to fill the sequence and the whole row, its middle uniform (a
+  span that would stick out is pushed in: without that, the edges of a row would hardly ever be shown); of the span a
+  random subset is kept, so that one window may hold a minute or a month;
 - its timestamps are full (time order), partial (10–90 % of the measurements lose theirs; those are shuffled and strewn
   between the others) or none (all shuffled);
 - its source is told whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one; each
@@ -20,13 +21,13 @@ import numpy as np
 
 from ping_llm.config import DataConfig
 from ping_llm.data.rows import ProbeRow
-from ping_llm.data.tokenization import PADDING, Fields, encode
+from ping_llm.data.tokenization import DELTA1_MAX_S, PADDING, Fields, encode
 
 TIME_MODES = ("full", "partial", "none")
 MAX_WINDOWS_PER_ROW = 16
 _TOKENS_UNTIMED = 1 + 1 + 1 + 3  # start, source role, destination role, result
-_DELTA_TOKENS = 2  # of a timestamp at least; where most take 5, more is cut off at the end
-_MARGIN = 1.12  # measurements drawn beyond the expected number, so that windows fill; the surplus is cut off
+_DELTA_TOKENS = 2  # of a timestamp at least; where most take 5, more is left out
+_MARGIN = 1.12  # measurements drawn beyond the expected number, so that windows fill; the surplus is left out again
 _LENGTH_SAMPLE = 64
 
 
@@ -43,7 +44,7 @@ class Window:
 
 
 def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random.Generator) -> Window:
-    """Draws a window that fills `tokens` tokens where the row has enough measurements, and usually a few more."""
+    """Draws a window that fills `tokens` tokens, if the row has enough measurements."""
     mode = TIME_MODES[np.searchsorted(np.cumsum([config.full_time, config.partial_time]), rng.random(), "right")]
     src_share = rng.random() if rng.random() < config.src_prefix_dropout else 1.0
     timed_share = {"full": 1.0, "partial": rng.uniform(0.1, 0.9), "none": 0.0}[mode]
@@ -55,7 +56,9 @@ def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random
     dst_width = np.where(row.dst_is_ipv4, 4, 16)[row.dst[index]]
     cut = rng.random(count) < config.dst_prefix_dropout
     dst_bytes = np.where(cut, 1 + (rng.random(count) * (dst_width - 1)).astype(np.int64), dst_width)
-    return Window(index, timed, src_bytes, dst_bytes, rng.random((count, 4), dtype=np.float32), mode)
+    kept = _fitting(_token_lengths(row, index, timed, src_bytes + dst_bytes), tokens, rng)
+    order = rng.random((len(kept), 4), dtype=np.float32)
+    return Window(index[kept], timed[kept], src_bytes[kept], dst_bytes[kept], order, mode)
 
 
 def encode_windows(drawn: Sequence[tuple[ProbeRow, Window]], tokens: int) -> np.ndarray:
@@ -119,8 +122,29 @@ def _sample_span(
     width = np.where(row.dst_is_ipv4, 4, 16)[row.dst[look]].mean()
     filling = min(count, math.ceil(tokens / _expected_tokens((1 + src_share) * width, timed_share) * _MARGIN) + 1)
     span = min(count, round(filling * (count / filling) ** rng.random()))
-    offset = rng.integers(count - span + 1)
+    offset = min(max(rng.integers(count) - span // 2, 0), count - span)
     return offset + np.sort(rng.choice(span, filling, replace=False, shuffle=False))
+
+
+def _token_lengths(row: ProbeRow, index: np.ndarray, timed: np.ndarray, address_bytes: np.ndarray) -> np.ndarray:
+    """Tokens (k,) of each of k measurements in sequence order."""
+    length = _TOKENS_UNTIMED + address_bytes - 2 * (row.rtt_ms[index] < 0)
+    times = row.times(index[timed])
+    if len(times):
+        delta_tokens = np.where(np.diff(times) <= DELTA1_MAX_S, 2, 5)
+        length[timed] += np.concatenate([[9], delta_tokens])
+    return length
+
+
+def _fitting(length: np.ndarray, tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """Places, ascending, of measurements that together take at most `tokens` tokens: random ones are left out.
+
+    Were the last ones cut off instead, windows in time order would hardly ever show the end of a row.
+    """
+    if length.sum() <= tokens:
+        return np.arange(len(length))
+    candidates = rng.permutation(len(length))
+    return np.sort(candidates[: np.searchsorted(np.cumsum(length[candidates]), tokens, "right")])
 
 
 def _arrange(index: np.ndarray, timed_share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from servers import serving
 
 from ping_llm.data.measurement import pack_address
@@ -21,6 +22,9 @@ from ping_llm.data.rows import (
     ShardWriter,
     shard_name,
 )
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+settings.load_profile("repeatable")
 
 
 def make_row(count: int, seed: int = 0, ipv6_share: float = 0.3, probe_id: int = 7) -> ProbeRow:

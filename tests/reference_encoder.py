@@ -10,13 +10,13 @@ ROLES = {"src4": 1, "src6": 2, "dst4": 3, "dst6": 4, "abs": 5, "delta1": 6, "del
 
 
 def rtt_code(rtt_ms: float) -> int:
-    """The nearest of all 65,536 values 2^e · (1 + f/2048) µs."""
+    """The nearest of all 65,536 values 2^e · (1 + f/2048) µs; of two that are equally near, the even one."""
     us = rtt_ms * 1000
     if us <= 1:
         return 0
     exponent = min(math.floor(math.log2(us)), 31)
     candidates = [(e, f) for e in (exponent - 1, exponent, exponent + 1) for f in range(2048) if 0 <= e <= 31]
-    e, f = min(candidates, key=lambda ef: abs(2.0 ** ef[0] * (1 + ef[1] / 2048) - us))
+    e, f = min(candidates, key=lambda ef: (abs(2.0 ** ef[0] * (1 + ef[1] / 2048) - us), ef[1] % 2))
     return e * 2048 + f
 
 

@@ -306,7 +306,7 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
     run(make_config(tmp_path / "run", total_steps=1, wandb="offline"))
     run(make_config(tmp_path / "run", total_steps=1, wandb="offline"))
-    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    ids = {path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert ids == {(tmp_path / "run" / "wandb_id").read_text()}
 
 

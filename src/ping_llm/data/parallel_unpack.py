@@ -16,6 +16,7 @@ def unpack_parallel(path: Path, threads: int, unpack: Callable[[Path], Iterator[
     """The blocks that `unpack` gives for this file, cut elsewhere; other compressions are left to `unpack`.
 
     So is a damaged file, from where the threads stop: what is readable of it, and what is said of the damage, are the same.
+    One kind passes unseen: a wrong checksum of the whole stream, where those of all its blocks are right.
     """
     given = 0
     for block in _unpack_bz2(path, threads):

@@ -267,6 +267,19 @@ def test_damage_is_told_by_threads_as_by_one(tmp_path, form, at, bit, cut):
     assert outcome(unpack_parallel(path, 2, unpack.unpack)) in (outcome(unpack.unpack(path)), (PLAIN, None))
 
 
+@pytest.mark.parametrize("byte", [4, 6, 9])
+@pytest.mark.parametrize("stream", [0, 1])
+def test_a_first_block_whose_header_is_damaged_is_not_passed_over(tmp_path, stream, byte):
+    first = bz2.compress(PLAIN[:700_000], 1)
+    packed = bytearray(first + bz2.compress(PLAIN[700_000:], 1))
+    packed[stream * len(first) + byte] ^= 1
+    path = tmp_path / "a.bz2"
+    path.write_bytes(packed)
+    given, problem = outcome(unpack_parallel(path, 2, unpack.unpack))
+    assert (given, problem) == outcome(unpack.unpack(path))
+    assert problem and PLAIN.startswith(given)
+
+
 @pytest.mark.parametrize("content", [b"", b"BZh9", PLAIN[:1000], PACKED["whole"] + b"more", bz2.compress(b"")])
 def test_what_threads_cannot_unpack_is_left_to_one(tmp_path, content):
     path = tmp_path / "a"

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ping_llm.config import Config, config_from_dict, config_to_dict
+from ping_llm.data.files import sync
 from ping_llm.model import GPT
 
 FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ def save_config(run_dir: Path, config: Config) -> None:
     aside = run_dir / (CONFIG_NAME + _ASIDE)
     _write_json(aside, {"format_version": FORMAT_VERSION, "config": config_to_dict(config)})
     aside.replace(run_dir / CONFIG_NAME)
-    _sync(run_dir)
+    sync(run_dir)
 
 
 def load_config(run_dir: Path) -> Config | None:
@@ -83,20 +83,20 @@ def save(
     aside = folder.with_name(folder.name + _ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _sync(run_dir)
+    sync(run_dir)
     checksums = {}
     for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
         # Copies: safetensors refuses tensors that share memory, as the momenta of equal shapes do.
         save_file(
             {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, aside / name
         )
-        _sync(aside / name)
+        sync(aside / name)
         checksums[name] = _sha256(aside / name)
     _write_json(aside / STATE_NAME, {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state})
-    _sync(aside)
+    sync(aside)
     shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can stand here: a whole one would have been resumed
     aside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     return folder
 
 
@@ -201,18 +201,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
-    _sync(path)
+    sync(path)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -104,27 +104,34 @@ def demo(
         budget = ["--train.total-steps", str(steps), "--train.max-minutes", str(minutes)]
         _command("train", str(_CONFIG), "--data.rows", rows, "--train.run-dir", run, *budget)
     with stages.stage("evaluate"):
-        errors, examples = evaluate(out)
+        errors, valid, examples = evaluate(out)
     _print_report(stages.seconds, errors, examples)
     (out / "report.json").write_text(
-        json.dumps({"stages_s": stages.seconds, "median_rel_error": errors}, indent=2) + "\n"
+        json.dumps({"stages_s": stages.seconds, "median_rel_error": errors, "total_probability": valid}, indent=2)
+        + "\n"
     )
     print(f"\nreport: {out / 'report.json'}   pictures: {out / 'plots'}")
+    print(
+        "Median raw probability of valid results: "
+        + ", ".join(f"{_TITLES[name]} {p:.2%}" for name, p in valid.items())
+        + "."
+    )
     ratio = errors["seen_pairs"]["global_median"] / errors["seen_pairs"]["model"]
     print(f"On later pings of pairs seen before, the model's median is {ratio:.0f} × closer than the global median.")
     if ratio < LEAST_RATIO:
         raise SystemExit(f"That is less than {LEAST_RATIO} ×: the model has learned too little.")
 
 
-def evaluate(out: Path) -> tuple[dict[str, dict], list[dict]]:
-    """Median relative errors of the predicted median for each part, and one example of each drawn beside the truth."""
+def evaluate(out: Path) -> tuple[dict[str, dict], dict[str, float], list[dict]]:
+    """For each part: median relative errors of the predicted median; the median of the raw mass on valid results; and one
+    example, drawn beside the truth."""
     from ping_llm.data.truth import Truth
     from ping_llm.inference.predictor import PingModel
 
     history, truth, model = History.load(out / "rows"), Truth.load(out / "dump"), PingModel.load(out / "run")
     rtt_ms, train = history.table.column("rtt_ms").to_numpy(), history.part == "train"
     global_median = np.median(rtt_ms[train & (rtt_ms > 0)])
-    errors, examples = {}, []
+    errors, valid, examples = {}, {}, []
     for name, part in PARTS.items():
         places = history.queries(part, QUERIES)
         if not len(places):
@@ -138,10 +145,11 @@ def evaluate(out: Path) -> tuple[dict[str, dict], list[dict]]:
             "global_median": _median_rel_error(global_median, rtt_ms[places]),
             "queries": len(places),
         }
+        valid[name] = round(float(np.median([law.total_probability for law in laws + laws_after])), 4)
         middle = len(places) // 2
         shown = {"model": laws[middle], _WITH_CONTEXT: laws_after[middle]}
         examples.append(_example(name, *ends[middle], shown, true_laws[middle], out / "plots"))
-    return errors, examples
+    return errors, valid, examples
 
 
 def _example(name: str, src: str, dst: str, time_s: int, laws: dict, true_law, folder: Path) -> dict:

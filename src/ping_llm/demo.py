@@ -81,7 +81,7 @@ class History:
 
 def demo(
     out: Path = Path("out/demo"),
-    minutes: float = 3.0,
+    minutes: float = 3.3,
     steps: int = 1500,
     install_s: float = 0.0,
 ) -> None:

@@ -2,12 +2,14 @@
 
 import bz2
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from ping_llm.cli import main
+from ping_llm.data.truth import Truth
 
 RESULT = {
     "fw": 5080,
@@ -135,3 +137,45 @@ def assert_one_line(done, message):
     lines = [line for line in done.stderr.splitlines() if "MB" not in line]  # progress is no message
     assert done.returncode not in (0, None) and "Traceback" not in done.stderr + done.stdout
     assert len(lines) == 1 and message in lines[0], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: (rows / "index.parquet").unlink(), "index.parquet in"),
+        (lambda rows: (rows / "index.parquet").write_bytes(b"PAR1"), "index.parquet in"),
+        (lambda rows: [shard.write_bytes(b"x" * 100_000) for shard in rows.glob("train-*")], "a shard of train in"),
+        (lambda rows: (rows / "manifest.json").write_text("[]"), "is damaged (it is no JSON object)"),
+    ],
+)
+def test_damaged_rows_are_one_clear_line(rows_folder, tmp_path, capsys, spoil, message):
+    rows = shutil.copytree(rows_folder, tmp_path / "rows")
+    spoil(rows)
+    (tmp_path / "c.toml").write_text(
+        f"[data]\nrows = '{rows}'\n[train]\nrun_dir = '{tmp_path}/run'\neval_windows = 8\n"
+    )
+    assert main(["train", str(tmp_path / "c.toml"), "--train.total-steps", "1"]) == 1
+    err = capsys.readouterr().err
+    assert message in err and "prepare" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"format_version": 1}', "not JSON"])
+def test_a_damaged_truth_is_one_clear_error(tmp_path, text):
+    (tmp_path / "truth.json").write_text(text)
+    with pytest.raises(ValueError, match=r'is damaged|is of format.*run "ping-llm synth" again'):
+        Truth.load(tmp_path)
+
+
+def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(RESULT) + "\n")
+    (tmp_path / "out").write_text("")
+    assert main(["prepare", str(tmp_path / "a.json"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    err = capsys.readouterr().err
+    assert str(tmp_path / "out") in err and err.count("\n") == 1
+
+
+def test_a_context_without_measurements_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "c.csv").write_text("src_addr,dst_addr,rtt\n")
+    asked = ["--src", "192.0.2.1", "--dst", "198.51.100.7", "--context", str(tmp_path / "c.csv")]
+    assert main(["inference", "rtt", "--model", str(tmp_path), *asked]) == 1
+    assert "holds no measurements" in capsys.readouterr().err

@@ -128,7 +128,15 @@ def test_an_address_of_a_held_out_group_is_dropped_and_counted(tmp_path):
     manifest = prepare([write(tmp_path / "a", ndjson(*lines))], tmp_path / "out", workers=1)
     held = manifest["parts"]["test-s3"] + manifest["parts"]["test-s5"]
     assert 0 < held < 30
-    assert manifest["measurements"] == {"written": held, "dropped_repeated": 0, "dropped_held_out_source": 200 - held}
+    counted = {"dropped_repeated": 0, "dropped_held_out_source": 200 - held, "clamped_rtt": 0}
+    assert manifest["measurements"] == {"written": held, **counted}
+
+
+def test_rtts_that_no_code_can_tell_are_counted(tmp_path):
+    rtts = [0.0001, 0.0005, 0.002, 80.0]
+    lines = [ping(timestamp=1_700_000_000 + i, result=[{"rtt": rtt}]) for i, rtt in enumerate(rtts)]
+    manifest = prepare([write(tmp_path / "a", ndjson(*lines))], tmp_path / "out", workers=1)
+    assert manifest["measurements"]["written"] == 4 and manifest["measurements"]["clamped_rtt"] == 2
 
 
 def test_a_finished_folder_is_left_as_it_is(dumps, tmp_path, capsys):

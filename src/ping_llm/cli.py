@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf", "dask": "cluster"}
+_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
+_EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
 Positional = tyro.conf.Positional
 
 
@@ -128,11 +129,8 @@ def prepare(
 
     if dry_run:
         return print(plan_rows(inputs, workers, packets, shards, executor).describe())
-    print(
-        summary(
-            prepare(inputs, out, workers, packets, split, shards, keep_going, executor=executor, traceroute=traceroute)
-        )
-    )
+    chosen = {"executor": executor, "traceroute": traceroute}
+    print(summary(prepare(inputs, out, workers, packets, split, shards, keep_going, **chosen)))
 
 
 def inspect(
@@ -268,6 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("PING_LLM_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {told}", file=sys.stderr)
         return 1
     return 0

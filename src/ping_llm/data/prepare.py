@@ -282,9 +282,8 @@ def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rul
         used = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
         raise ValueError(f"no measurement is left of {read:,} lines ({used}); prepare other dumps")
     measurements = {"written": sum(parts.values())}
-    measurements |= {
-        name: sum(report[name] for report in reduces) for name in ("dropped_repeated", "dropped_held_out_source")
-    }
+    since_parsed = ("dropped_repeated", "dropped_held_out_source", "clamped_rtt")
+    measurements |= {name: sum(report[name] for report in reduces) for name in since_parsed}
     if identity["options"]["traceroute"] != "off":
         measurements |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in REPLIES}
     inputs = [

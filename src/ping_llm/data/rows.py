@@ -249,11 +249,15 @@ class RowReader:
     def __init__(self, folder: Path | str, part: str) -> None:
         self.folder, self.part = Path(folder), part
         self.manifest = read_manifest(self.folder)
-        index = pq.read_table(self.folder / INDEX_NAME, filters=[("part", "=", part)])
+        try:
+            index = pq.read_table(self.folder / INDEX_NAME, filters=[("part", "=", part)])
+        except (OSError, pa.ArrowInvalid):
+            raise self._damaged(INDEX_NAME) from None
         if not index.num_rows:
             held = ", ".join(f"{name} ({count:,})" for name, count in self.manifest["parts"].items() if count)
             raise ValueError(
-                f'{self.folder} holds no "{part}" rows, only {held or "none at all"}; prepare more measurements'
+                f'{self.folder} holds no "{part}" rows, only {held or "none at all"}; prepare more measurements, '
+                "with --split pingbench"
             )
         index = index.sort_by([("shard", "ascending"), ("record", "ascending")])
         self.probe_id, self.measurements, self.ipv6_measurements, self.first_time_s, self.last_time_s = (
@@ -277,11 +281,19 @@ class RowReader:
 
     def record(self, i: int) -> bytes:
         """Row i as it is stored, unpacked."""
-        if self._source is None:
-            import grain
+        try:
+            if self._source is None:
+                import grain
 
-            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self.paths])
-        return self._source[i]
+                self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self.paths])
+            return self._source[i]
+        except (RuntimeError, IndexError):  # what ArrayRecord makes of a shard that is not as it was written
+            raise self._damaged(f"a shard of {self.part}") from None
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(
+            f'{what} in {self.folder} is missing or damaged; delete the folder and run "ping-llm prepare" again'
+        )
 
 
 def read_manifest(folder: Path | str) -> dict:

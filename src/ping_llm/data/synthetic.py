@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from ping_llm.data.atlas_lines import CONNECT_FAILED, DNS_FAILED, NO_ERROR, NOT_ALLOWED, LineWriter, Results
+from ping_llm.data.orphans import end_with_parent
 from ping_llm.data.progress import cores, show_progress
 from ping_llm.data.truth import DAY_S, TRUTH_NAME, Paths, Truth, draw_packets, hash_uniform
 from ping_llm.data.world import build_world
@@ -279,12 +280,13 @@ def _write_all(dump: Dump, workers: int) -> Iterator[Counter]:
         yield from map(dump.write, range(dump.files))
         return
     context = get_context("spawn")  # a fork would copy the locks of threads that the caller may run
-    with ProcessPoolExecutor(workers, context, _start_worker, (dump.world, dump.out)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (dump.world, dump.out, os.getpid())) as pool:
         yield from pool.map(_write_in_worker, range(dump.files))
 
 
-def _start_worker(world: dict, out: Path) -> None:
+def _start_worker(world: dict, out: Path, parent: int) -> None:
     global _worker_dump
+    end_with_parent(parent)
     _worker_dump = Dump(world, out)
 
 

@@ -39,6 +39,7 @@ from ping_llm.data.splits import (
     group_measurements,
 )
 from ping_llm.data.tables import is_parquet, parse_rows, read_rows
+from ping_llm.data.tokenization import clamped_rtts
 from ping_llm.data.traceroute import Traceroute
 from ping_llm.data.unpack import DamagedDump, read_chunks
 
@@ -113,7 +114,7 @@ def map_dump(task: MapTask) -> dict:
 
 
 def reduce_bucket(task: ReduceTask) -> dict:
-    """Pieces to shards; gives {"kept", "duplicate": lines, "parts", "dropped_…": measurements}."""
+    """Pieces to shards; gives {"kept", "duplicate": lines, "parts", "dropped_…", "clamped_rtt": measurements}."""
     if task.folder.exists():
         return json.loads((task.folder / REPORT_NAME).read_text())
     aside = _fresh_folder(task.folder)
@@ -130,6 +131,7 @@ def reduce_bucket(task: ReduceTask) -> dict:
         )
     counts = np.bincount(part, minlength=DROPPED + 1).tolist()
     report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out_source": counts[DROPPED]}
+    report["clamped_rtt"] = clamped_rtts(results.rtt_ms[part != DROPPED])
     index = _write_shards(aside, results, part, task.bucket)
     pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), aside / INDEX_NAME)
     return _finish(aside, task.folder, report)

@@ -153,6 +153,8 @@ class Truth:
                 'run "ping-llm synth" again'
             )
         self.world, self.seed = world, int(world["seed"])
+        if not world["networks"]:
+            raise KeyError("networks")
 
     @classmethod
     def load(cls, path: Path | str) -> Truth:
@@ -163,7 +165,7 @@ class Truth:
             return cls(json.loads(path.read_text()))
         except FileNotFoundError:
             raise ValueError(f'no {path}; run "ping-llm synth --out {path.parent}" first') from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{path} is damaged ({error}); run "ping-llm synth" again') from None
 
     def rtt_distribution(self, src: str, dst: str, time_s: float | None = None) -> RTTLaw:

@@ -23,6 +23,8 @@ def rtt(
 ) -> None:
     """Prints, and draws, the law of one ping; see `ping-llm inference rtt --help`."""
     table = read_table(context) if context else None
+    if table is not None and not table.num_rows:
+        raise ValueError(f"{context} holds no measurements; leave out --context, or name a file that holds some")
     law = _true_law(truth, src, dst, at) if truth else None
     answer = PingModel.load(model, device).rtt(src, dst, at, table)
     if as_json:

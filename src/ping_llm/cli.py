@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ping_llm.data.choices import Packets, Split, Traceroute
+
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
 Positional = tyro.conf.Positional
@@ -103,12 +105,12 @@ def prepare(
     inputs: Positional[tuple[str, ...]],
     out: Path,
     workers: int = 0,
-    packets: Literal["one", "all"] = "one",
-    split: Literal["pingbench", "none"] = "pingbench",
+    packets: Packets = "one",
+    split: Split = "pingbench",
     keep_going: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     shards: int = 0,
     executor: str = "local",
-    traceroute: Literal["off", "target", "hops"] = "off",
+    traceroute: Traceroute = "off",
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Turn Atlas dumps into probe rows, ready for training.

@@ -15,9 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ping_llm.data.choices import Packets, Traceroute
 from ping_llm.data.measurement import FAILED_RTT_MS
-from ping_llm.data.results import MAX_CLOCK_SKEW_S, MAX_RTT_MS, MAX_TIME_S, MIN_RTT_MS, Packets, database, measure_pings
-from ping_llm.data.traceroute import Traceroute, measure_traceroutes
+from ping_llm.data.results import MAX_CLOCK_SKEW_S, MAX_RTT_MS, MAX_TIME_S, MIN_RTT_MS, database, measure_pings
+from ping_llm.data.traceroute import measure_traceroutes
 
 _COLUMNS = {
     **dict.fromkeys(("fw", "lts", "prb_id", "msm_id", "timestamp", "sent", "rcvd"), "BIGINT"),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from ping_llm.data.choices import Packets
 from ping_llm.data.executors import LOCAL
-from ping_llm.data.results import Packets
 from ping_llm.data.splits import PARTS
 
 BUCKET_MEASUREMENTS = 1_000_000

@@ -22,17 +22,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ping_llm.data.choices import Packets, Split, Traceroute
 from ping_llm.data.disk import full_disk_is_one_line
 from ping_llm.data.executors import LOCAL, check_executor, open_executor, run_tasks
 from ping_llm.data.fetch import RECORD_NAME
 from ping_llm.data.files import file_sha256, write_atomically
 from ping_llm.data.plan import Plan, bucket_count, packed_share
 from ping_llm.data.progress import cores, show_progress
-from ping_llm.data.results import DROPPED_LINES, MAX_CLOCK_SKEW_S, Packets
+from ping_llm.data.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
-from ping_llm.data.splits import PARTS, Split, SplitRule
+from ping_llm.data.splits import PARTS, SplitRule
 from ping_llm.data.tasks import CHUNK_BYTES, MapTask, ReduceTask, map_dump, merge_sources, pieces_written, reduce_bucket
-from ping_llm.data.traceroute import REPLIES, Traceroute
+from ping_llm.data.traceroute import REPLIES
 from ping_llm.data.truth import TRUTH_NAME
 
 PARTIAL_NAME = ".partial"

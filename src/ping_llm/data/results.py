@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ping_llm.data.choices import Packets
 from ping_llm.data.hashing import hash_below, hash_keys, int64_bytes
 from ping_llm.data.measurement import ADDRESS_BYTES, MEASUREMENT_SCHEMA, is_ipv4, is_public, pack_addresses
-
-Packets = Literal["one", "all"]
 
 RESULT_SCHEMA = MEASUREMENT_SCHEMA.append(pa.field("packet", pa.uint32())).append(pa.field("first_of_line", pa.bool_()))
 """A measurement; `packet` tells those of one result apart, alike in each copy of it; one of each line is `first_of_line`."""

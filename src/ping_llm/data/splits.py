@@ -18,14 +18,11 @@ address count as one end of a pair, and so do groups joined by several such addr
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 
 from ping_llm.data.hashing import crc32, hash_keys, hash_selects, int64_bytes, mix
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
-
-Split = Literal["pingbench", "none"]
 
 PARTS = ("train", "val", "test-s1", "test-s2", "test-s3", "test-s4", "test-s5")
 DROPPED = len(PARTS)

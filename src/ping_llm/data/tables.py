@@ -14,8 +14,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ping_llm.data.choices import Packets
 from ping_llm.data.measurement import FAILED_RTT_MS
-from ping_llm.data.results import MAX_RTT_MS, MAX_TIME_S, MIN_RTT_MS, Packets, database, measure_pings
+from ping_llm.data.results import MAX_RTT_MS, MAX_TIME_S, MIN_RTT_MS, database, measure_pings
 from ping_llm.data.unpack import DamagedDump
 
 MAGIC = b"PAR1"

@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ping_llm.data.atlas import parse_results
+from ping_llm.data.choices import Packets, Traceroute
 from ping_llm.data.hashing import hash_below, hash_keys
 from ping_llm.data.measurement import ADDRESS_BYTES
-from ping_llm.data.results import RESULT_SCHEMA, Packets
+from ping_llm.data.results import RESULT_SCHEMA
 from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
 from ping_llm.data.splits import (
     DROPPED,
@@ -40,7 +41,6 @@ from ping_llm.data.splits import (
 )
 from ping_llm.data.tables import is_parquet, parse_rows, read_rows
 from ping_llm.data.tokenization import clamped_rtts
-from ping_llm.data.traceroute import Traceroute
 from ping_llm.data.unpack import DamagedDump, read_chunks
 
 CHUNK_BYTES = 32 << 20

@@ -9,24 +9,21 @@ A packet without reply is no measurement: nothing tells which address kept silen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ping_llm.data.choices import Packets, Traceroute
 from ping_llm.data.hashing import hash_below, hash_keys, int64_bytes
 from ping_llm.data.results import (
     MAX_RTT_MS,
     MIN_RTT_MS,
-    Packets,
     destination_faults,
     drop_lines,
     read_addresses,
     result_table,
 )
-
-Traceroute = Literal["off", "target", "hops"]
 
 REPLIES = {
     "reply_used": "that became measurements",

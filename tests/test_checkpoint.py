@@ -156,5 +156,5 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    checkpoint.load_latest(tmp_path)
-    checkpoint.load_model(tmp_path)
+    assert checkpoint.load_latest(tmp_path).step == 1
+    assert checkpoint.load_model(tmp_path)[2]["step"] == 1

@@ -82,8 +82,7 @@ def test_rtt_draws_its_answer_beside_the_truth(world, history, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_training_again_into_a_finished_run_takes_no_step_and_another_config_is_refused(world, capsys):
-    command(
-        "train",
+    again = [
         world / "tiny.toml",
         "--data.rows",
         world / "rows",
@@ -91,16 +90,9 @@ def test_training_again_into_a_finished_run_takes_no_step_and_another_config_is_
         world / "run",
         "--train.total-steps",
         250,
-    )
-    other = [
-        "--data.rows",
-        world / "rows",
-        "--train.run-dir",
-        world / "run",
-        "--train.total-steps",
-        250,
-        "--model.n-layer",
-        2,
     ]
-    assert cli.main([str(word) for word in ("train", world / "tiny.toml", *other)]) == 1
+    log = (world / "run" / "metrics.jsonl").read_text()
+    command("train", *again)
+    assert (world / "run" / "metrics.jsonl").read_text() == log
+    assert cli.main([str(word) for word in ("train", *again, "--model.n-layer", 2)]) == 1
     assert "holds a run with another model.n_layer" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ping_llm.config import Config, config_from_dict, config_to_dict
-from ping_llm.data.files import sync
+from ping_llm.data.files import sync, write_atomically
 from ping_llm.model import GPT
 
 FORMAT_VERSION = 1
@@ -51,10 +51,8 @@ class Checkpoint:
 def save_config(run_dir: Path, config: Config) -> None:
     """Writes config.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    aside = run_dir / (CONFIG_NAME + _ASIDE)
-    _write_json(aside, {"format_version": FORMAT_VERSION, "config": config_to_dict(config)})
-    aside.replace(run_dir / CONFIG_NAME)
-    sync(run_dir)
+    values = {"format_version": FORMAT_VERSION, "config": config_to_dict(config)}
+    write_atomically(run_dir / CONFIG_NAME, json.dumps(values, indent=1) + "\n")
 
 
 def load_config(run_dir: Path) -> Config | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm.config import Config, config_to_dict
+from ping_llm.data.files import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 LINE_EVERY_S = 10.0
@@ -105,9 +106,7 @@ def _truncate(path: Path, last_step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last_step]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ping_llm.axes import label_log_ticks
 from ping_llm.data.summary import Summary
 from ping_llm.data.tokenization import decode_rtt
 
@@ -71,7 +72,7 @@ def _plot_rtts(summary: Summary, path: Path) -> Path:
     axes.set_xscale("log")
     axes.set(xlim=(edges[first], edges[last + 1]), ylim=(0, None), xlabel="RTT (ms)", ylabel="answers (% an octave)")
     axes.set_title(f"RTTs of {_short_name(summary)}", fontsize=11)
-    _label_ticks(axes.xaxis, *axes.get_xlim())
+    label_log_ticks(axes.xaxis, *axes.get_xlim())
     return _finish(figure, axes, path)
 
 
@@ -116,7 +117,7 @@ def _plot_networks(summary: Summary, path: Path, bits: int) -> Path:
     extent = (0, 16, 16, 0)  # in /8s, whatever the networks are
     image = axes.imshow(world, norm=norm, cmap="viridis_r", interpolation="nearest", extent=extent)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="both", label="median RTT (ms)")
-    _label_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
+    label_log_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
     axes.set_xticks(range(17), [])
     axes.set_yticks(range(17), [])
     axes.grid(color="white", linewidth=1)
@@ -136,15 +137,6 @@ def _plot_networks(summary: Summary, path: Path, bits: int) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
-
-
-def _label_ticks(axis, low: float, high: float) -> None:
-    """Plain numbers on a log axis: evenly spread where it spans less than a factor of 5, else at 1, 2 and 5."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axis.set_major_locator(MaxNLocator(7) if high / low < 5 else LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _short_name(summary: Summary) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ping_llm.axes import label_log_ticks
 from ping_llm.inference.distribution import RTTDistribution
 
 _COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a")
@@ -38,7 +39,7 @@ def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=
         _draw(axes, truth, "true law", edges, _TRUTH)
     axes.set_xscale("log")
     axes.set(xlabel="RTT (ms)", ylabel="density per log-ms", title=title, ylim=(0, None))
-    _label_ticks(axes)
+    label_log_ticks(axes.xaxis, *axes.get_xlim())
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,3 @@ def _draw(axes, law, name: str, edges: np.ndarray, color: str) -> None:
     label = f"{name}: median {law.median:.4g} ms, 5–95 % {low:.4g}–{high:.4g} ms, P(fail) {law.p_fail:.1%}"
     axes.plot(np.sqrt(edges[:-1] * edges[1:]), density, color=color, linewidth=1.7, label=label)
     axes.axvline(law.median, color=color, linestyle="--", linewidth=1)
-
-
-def _label_ticks(axes) -> None:
-    """Plain numbers: evenly spread where the axis spans less than a factor of 4, else at 1, 2 and 5 of each decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(MaxNLocator(8) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -35,8 +35,8 @@ def test_rate_is_above_zero_and_at_most_the_peak_at_every_step(shares):
 
 def test_progress_is_by_steps_or_by_time_whichever_is_further():
     by_steps = TrainConfig(total_steps=100)
-    assert [schedule.progress(step, 1e9, by_steps) for step in (0, 50, 100)] == [0, 0.5, 1]
+    assert [schedule.progress(step, 10**9, 1e9, by_steps) for step in (0, 50, 100)] == [0, 0.5, 1]
     by_both = TrainConfig(total_steps=100, max_minutes=2)
-    assert schedule.progress(10, 60, by_both) == 0.5
-    assert schedule.progress(90, 60, by_both) == 0.9
-    assert schedule.progress(1, 120, by_both) == 1
+    assert schedule.progress(10, 0, 60, by_both) == 0.5
+    assert schedule.progress(90, 0, 60, by_both) == 0.9
+    assert schedule.progress(1, 0, 120, by_both) == 1

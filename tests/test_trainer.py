@@ -17,7 +17,9 @@ from ping_llm import trainer
 from ping_llm.checkpoint import load_latest
 from ping_llm.config import Config, ModelConfig, TrainConfig
 from ping_llm.model import GPT, pick_device
-from ping_llm.trainer import Objective, train
+from ping_llm.distributed import Ranks
+from ping_llm.objective import Objective
+from ping_llm.trainer import Feed, train
 
 MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
 
@@ -43,11 +45,11 @@ def make_windows(count: int, seed: int) -> torch.Tensor:
     return F.pad(measurement.flatten(1), (0, 5), value=-1)
 
 
-def make_batches(config: Config, start_step: int, device: torch.device):
+def make_batches(config: Config, start_step: int, device: torch.device, rank: int, world: int):
     """Batch i is a function of i alone."""
     step = start_step
     while True:
-        yield make_windows(config.train.batch_size, seed=step).to(device)
+        yield make_windows(config.train.batch_size, seed=step)[rank::world].to(device)
         step += 1
 
 
@@ -56,15 +58,15 @@ def val_windows(config: Config) -> torch.Tensor:
 
 
 def run(config: Config, load_batches=make_batches) -> trainer.RunState:
-    return train(config, load_batches, val_windows)
+    return train(config, Feed(load_batches, val_windows, lambda config: None))
 
 
 def interrupted_at(step: int, interrupt):
     """`make_batches`, but `interrupt()` is called while the batch of `step` is fetched, the first time."""
     calls = []
 
-    def load_batches(config: Config, start_step: int, device: torch.device):
-        for current, batch in enumerate(make_batches(config, start_step, device), start_step):
+    def load_batches(config: Config, start_step: int, device: torch.device, rank: int, world: int):
+        for current, batch in enumerate(make_batches(config, start_step, device, rank, world), start_step):
             if current == step and not calls:
                 calls.append(interrupt())
             yield batch
@@ -77,7 +79,7 @@ def metrics(config: Config) -> list[dict]:
 
 
 def losses(config: Config) -> list[dict]:
-    timing = {"time_s", "tokens_per_s", "data_wait_share"}
+    timing = {"time_s", "tokens_per_s", "data_wait_share", "peak_memory_gb"}
     return [{name: value for name, value in line.items() if name not in timing} for line in metrics(config)]
 
 
@@ -164,7 +166,7 @@ def test_gradient_accumulation_weighs_tokens_not_micro_batches():
     for grad_accum in (1, 4):
         model = GPT(MODEL, generator=torch.Generator().manual_seed(0))
         config = make_config(Path("unused"), grad_accum=grad_accum)
-        Objective(config, model, torch.device("cpu")).backward(tokens)
+        Objective(config, model, Ranks(torch.device("cpu"))).backward(tokens)
         gradients.append(model.head.weight.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
@@ -175,7 +177,7 @@ def test_evaluation_is_sums_over_counts_of_all_windows():
     model.head.weight.data *= 300
     windows = make_windows(10, seed=3)
     windows[8:, 30:] = -1
-    values = Objective(config, model, torch.device("cpu")).evaluate(windows)
+    values = Objective(config, model, Ranks(torch.device("cpu"))).evaluate(windows)
     with torch.no_grad():
         nats = F.cross_entropy(model(windows[:, :-1]).mT, windows[:, 1:], ignore_index=-1, reduction="none")
     assert values["val_loss"] == pytest.approx((nats.sum() / (windows[:, 1:] >= 0).sum()).item(), rel=1e-5)
@@ -192,8 +194,8 @@ def poisoned(monkeypatch, steps) -> list[int]:
     """Makes the gradients of some steps, counted from 0, NaN; returns the list of steps taken, which grows."""
     taken, backward = [], Objective.backward
 
-    def spoil(self, tokens):
-        result = backward(self, tokens)
+    def spoil(self, tokens, *votes, **options):
+        result = backward(self, tokens, *votes, **options)
         if len(taken) in steps:
             self.forward.head.weight.grad[0, 0] = math.nan
         taken.append(len(taken))
@@ -250,20 +252,20 @@ def test_the_last_rate_is_low_but_not_zero(uninterrupted):
 
 
 def test_exhausted_memory_says_what_to_try(tmp_path, monkeypatch):
-    def exhausted(*_):
+    def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Objective, "backward", exhausted)
-    with pytest.raises(ValueError, match=r"train\.batch_size=8 and train\.grad_accum=2; pass --train\.grad-accum 4"):
+    with pytest.raises(ValueError, match=r"micro-batches of 4 windows .*; pass --train\.grad-accum 4"):
         run(make_config(tmp_path, grad_accum=2))
 
 
 def test_batches_are_closed_when_the_run_ends(tmp_path):
     closed = []
 
-    def load_batches(config, start_step, device):
+    def load_batches(*given):
         try:
-            yield from make_batches(config, start_step, device)
+            yield from make_batches(*given)
         finally:
             closed.append(True)
 

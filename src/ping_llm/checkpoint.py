@@ -6,7 +6,7 @@
         state.json                               format version, checksums of both, and the run's counters
 
 A checkpoint is written aside, flushed to the disk and renamed, so a folder of that name is whole; older ones go only
-then. Nothing is unpickled.
+then. Nothing is unpickled. `Saver` does this beside the training, in a thread.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import hashlib
 import json
 import logging
 import math
+import os
+import re
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,6 +74,67 @@ def load_config(run_dir: Path) -> Config | None:
     return config_from_dict(values, str(path))
 
 
+class Saver:
+    """Writes the checkpoints of a run in a thread of its own, one at a time, and prunes; a context manager.
+
+    `note` is told of a checkpoint that could not be written: the ones before it stay, and training goes on, for the next
+    may succeed. Only if the last one of a run fails too does the block end with an OSError.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, note: Callable[[str], None]) -> None:
+        self.run_dir, self.keep, self.note = run_dir, keep, note
+        self.buffers: dict[str, Tensor] = {}  # of all tensors, allocated once: pinned where they come from a GPU
+        self.thread: threading.Thread | None = None
+        self.failed: OSError | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.wait()
+        if self.failed is not None and kind is None:
+            raise self.failed
+
+    def save(
+        self, step: int, model_state: dict[str, Tensor], optimizer_state: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Copies the tensors, after a save that is still under way, and returns; see `save` below."""
+        self.wait()
+        model, optimizer = self._copy("model.", model_state), self._copy("optimizer.", optimizer_state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are under way until then
+        self.thread = threading.Thread(target=self._write, args=(step, model, optimizer, state), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _copy(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            if prefix + name not in self.buffers:
+                self.buffers[prefix + name] = torch.empty_like(
+                    tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
+                )
+            copies[name] = self.buffers[prefix + name].copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            save(self.run_dir, step, model, optimizer, state)
+            self.failed = None
+            prune(self.run_dir, self.keep)
+        except OSError as error:
+            last = next((folder.name for folder in _folders(self.run_dir)), "none")
+            reason = error.strerror or str(error)
+            text = f"the checkpoint of step {step} could not be written ({reason}); the last good one is {last}"
+            self.failed = OSError(f"{text}; make room in {self.run_dir} and run the same command again")
+            self.note(f"warning: {text}, and training goes on")
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -76,22 +142,24 @@ def save(
     optimizer_state: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
-    """Writes one checkpoint and returns its folder; `state` is plain JSON, its "val_loss" (nats) decides the best."""
+    """Writes one checkpoint and returns its folder; `state` is plain JSON, its "val_loss" (nats) decides the best.
+
+    The tensors lie on the CPU, each in memory of its own. An OSError leaves nothing behind.
+    """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     aside = folder.with_name(folder.name + _ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    sync(run_dir)
-    checksums = {}
-    for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
-        # Copies: safetensors refuses tensors that share memory, as the momenta of equal shapes do.
-        save_file(
-            {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, aside / name
-        )
-        sync(aside / name)
-        checksums[name] = _sha256(aside / name)
-    _write_json(aside / STATE_NAME, {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state})
-    sync(aside)
+    try:
+        sync(run_dir)
+        checksums = {}
+        for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
+            checksums[name] = _write_tensors(aside / name, tensors)
+        _write_json(aside / STATE_NAME, {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state})
+        sync(aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
+        raise
     shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can stand here: a whole one would have been resumed
     aside.rename(folder)
     sync(folder.parent)
@@ -195,6 +263,19 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is of format {values['format_version']}, this program reads {FORMAT_VERSION}; update ping-llm"
         )
     return values
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file and returns its hash; it is on the disk when this returns."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # which is no OSError, and keeps its number in its words
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    sync(path)
+    return _sha256(path)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -202,12 +202,28 @@ def rtt(
     commands.rtt(model, src, dst or dst_prefix, at or None, context, json, plot, truth, device)
 
 
+def plot(run: Positional[Path], out: Path | None = None) -> None:
+    """Draw the curves of a training run: loss per field, validation, learning rate, gradient norm, throughput.
+
+    Args:
+        run: folder of the run.
+        out: folder for the pictures; RUN/plots if absent.
+    """
+    from ping_llm.run_plots import plot_run
+
+    for picture in plot_run(run, out):
+        print(picture)
+
+
 def _train(argv: list[str]) -> None:
     from ping_llm.config import parse_config
 
     config = parse_config(argv, "ping-llm train")
     # Threads of OpenMP spin while they wait: with any other work on the machine, training would take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ping-llm" / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     from ping_llm.trainer import train
 
     train(config)
@@ -228,6 +244,7 @@ _COMMANDS = {
     "prepare": _options(prepare),
     "inspect": _options(inspect),
     "train": _train,
+    "plot": _options(plot),
     "inference": _inference,
 }
 _HELP = {
@@ -236,6 +253,7 @@ _HELP = {
     "prepare": prepare.__doc__,
     "inspect": inspect.__doc__,
     "train": "Train a model: CONFIG.toml [--section.option value …].",
+    "plot": plot.__doc__,
     "inference": "Ask a trained model: rtt.",
 }
 

@@ -91,10 +91,12 @@ class OptimConfig:
     """Steps over which the momentum rises."""
     weight_decay: float = 0.1
     """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """How the rates run after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
     warmup_share: float = 0.02
     """Share of the run in which the rates rise."""
     cooldown_share: float = 0.4
-    """Share of the run, at its end, in which the rates fall linearly."""
+    """Share of the run, at its end, in which the rates fall linearly; of wsd."""
     final_lr_share: float = 0.01
     """Rate at both ends of the run as a share of the peak."""
     grad_clip: float = 1.0
@@ -141,28 +143,35 @@ class TrainConfig:
     run_dir: Path = field(default=Path("runs/tiny"), metadata=RESUMABLE)
     """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
     total_steps: int = 1000
-    """Optimiser steps in the run; the schedules stretch over them."""
+    """Optimiser steps in the run. Of the limits total_steps, target_tokens and max_minutes the one that is reached first
+    ends the run, and the schedules stretch over it. 0 = no limit."""
+    target_tokens: int = 0
+    """Tokens trained on, padding not counted. 0 = no limit."""
     max_minutes: float = 0.0
-    """Minutes of training steps, evaluations and saves not counted; the run ends, its schedules complete, by this or by
-    total_steps, whichever comes first. 0 = no limit."""
+    """Minutes of training steps, evaluations and saves not counted. 0 = no limit."""
     batch_size: int = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
     grad_accum: int = field(default=1, metadata=RESUMABLE)
-    """Micro-batches in one step; batch_size must be a multiple."""
+    """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward pass; auto = bf16 where the device multiplies it natively. Logits and loss are always fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward pass; auto = bf16 where the device multiplies it natively. Logits and loss are always fp32. fp16, for
+    GPUs without bf16, scales the loss so that small gradients do not vanish."""
     compile: bool = field(default=False, metadata=RESUMABLE)
     """torch.compile the model."""
     checkpoint_every: int = field(default=500, metadata=RESUMABLE)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints, which a thread writes while training goes on; the last step is always saved."""
     keep_checkpoints: int = field(default=2, metadata=RESUMABLE)
     """Newest checkpoints kept, besides the best."""
     eval_every: int = field(default=250, metadata=RESUMABLE)
     """Steps between evaluations on the fixed windows of val."""
     eval_windows: int = 256
     """Fixed windows of val."""
+    eval_queries: int = 256
+    """Fixed pings of val whose RTT each evaluation asks for, exactly; 0 = none."""
+    sample_every: int = field(default=1000, metadata=RESUMABLE)
+    """Steps between looks at what the model says: made-up measurements and one RTT. 0 = never."""
     log_every: int = field(default=10, metadata=RESUMABLE)
     """Steps between lines of metrics.jsonl."""
     wandb: Literal["disabled", "offline", "online"] = field(default="disabled", metadata=RESUMABLE)
@@ -171,9 +180,14 @@ class TrainConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        _require("train", self, 1, math.inf, "total_steps", "batch_size", "grad_accum", "checkpoint_every")
-        _require("train", self, 1, math.inf, "keep_checkpoints", "eval_every", "eval_windows", "log_every")
-        _require("train", self, 0, math.inf, "max_minutes")
+        _require("train", self, 1, math.inf, "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints")
+        _require("train", self, 1, math.inf, "eval_every", "eval_windows", "log_every")
+        _require("train", self, 0, math.inf, "total_steps", "target_tokens", "max_minutes", "eval_queries")
+        _require("train", self, 0, math.inf, "sample_every")
+        if not (self.total_steps or self.target_tokens or self.max_minutes):
+            raise ValueError(
+                "give one of train.total_steps, train.target_tokens and train.max_minutes, else no run ends"
+            )
         if self.batch_size % self.grad_accum:
             raise ValueError(
                 f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}"

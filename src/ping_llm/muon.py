@@ -1,7 +1,8 @@
 """Gradients of matrices in, orthogonalised steps out: Muon, for all matrices of a shape at once.
 
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the nearest
-semi-orthogonal matrix, found approximately by five Newton–Schulz iterations.
+semi-orthogonal matrix, found approximately by five Newton–Schulz iterations. Those are nearly all of its cost, so the
+processes of a run share them; the momenta, which are cheap, are the same in each.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ping_llm.distributed import Ranks
 from ping_llm.model import native_bf16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values end between about 0.7 and 1.2
@@ -35,9 +38,12 @@ class Muon:
     A step is lr · √max(1, rows/columns) times the orthogonalised matrix, torch.optim.Muon's `adjust_lr_fn="original"`:
     then the change in a layer's output depends on neither width, and one rate fits all of them. (`match_rms_adamw`
     would copy AdamW's step size instead, which needs a new rate at each width.)
+
+    Each of `ranks` holds the same gradients; it orthogonalises its share of the matrices of each shape and sends the
+    result to the others.
     """
 
-    def __init__(self, matrices: dict[str, nn.Parameter], initial_lr: float) -> None:
+    def __init__(self, matrices: dict[str, nn.Parameter], initial_lr: float, ranks: Ranks | None = None) -> None:
         self.initial_lr = self.lr = initial_lr
         self.names: dict[torch.Size, list[str]] = defaultdict(list)
         for name, matrix in matrices.items():
@@ -48,8 +54,8 @@ class Muon:
             shape: torch.stack([torch.zeros_like(matrices[name]) for name in names])
             for shape, names in self.names.items()
         }
-        device = next(iter(matrices.values())).device
-        self.dtype = torch.bfloat16 if native_bf16(device) else torch.float32  # the iteration bears either
+        self.ranks = ranks or Ranks(next(iter(matrices.values())).device)
+        self.dtype = torch.bfloat16 if native_bf16(self.ranks.device) else torch.float32  # the iteration bears either
 
     @torch.no_grad()
     def step(self, momentum: float, weight_decay: float) -> None:
@@ -58,10 +64,17 @@ class Muon:
             matrices = [self.matrices[name] for name in names]
             gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, A, B)
             average = self.momenta[shape].lerp_(gradients, 1 - momentum)
-            update = orthogonalize(gradients.lerp_(average, momentum), self.dtype).float()  # Nesterov: looks ahead
+            update = self._orthogonalize(gradients.lerp_(average, momentum)).float()  # Nesterov: looks ahead
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(matrices, 1 - self.lr * weight_decay)
             torch._foreach_add_(matrices, list(update.unbind()), alpha=-self.lr * scale)
+
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+        """`orthogonalize` of (n, A, B) matrices that all processes hold, each taking n / world of them."""
+        share = -(-len(matrices) // self.ranks.world)
+        mine = matrices[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        filled = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # equal shares, for the exchange
+        return self.ranks.gather(orthogonalize(filled, self.dtype))[: len(matrices)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The momentum of each matrix under its name; views."""

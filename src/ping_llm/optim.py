@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ping_llm.config import OptimConfig
+from ping_llm.distributed import Ranks
 from ping_llm.model import GPT
 from ping_llm.muon import Muon
 
@@ -16,13 +17,14 @@ class Optimizer:
     """Both optimisers; each parameter of the model is in exactly one group.
 
     `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head". Embedding and head have no weight
-    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width.
+    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the
+    processes that share the work of a step; this one alone by default.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig) -> None:
+    def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None) -> None:
         matrices = dict(model.blocks.named_parameters(prefix="blocks"))
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-        self.muon = Muon(matrices, config.muon_lr)
+        self.muon = Muon(matrices, config.muon_lr, ranks)
         self.adamw = torch.optim.AdamW(
             [
                 {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},

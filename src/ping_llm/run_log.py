@@ -7,13 +7,16 @@ import math
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ping_llm.config import Config, config_to_dict
+from ping_llm.config import FIELDS, Config, config_to_dict
 from ping_llm.data.files import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
+MACHINE_NAME = "machine.json"
+SAMPLES_NAME = "samples.txt"
 LINE_EVERY_S = 10.0
 
 
@@ -31,16 +34,16 @@ class RunLog:
         self.first_progress = self.progress = None
         self.wandb = _start_wandb(config)
         self.file = path.open("a")
-        self.bar, self.task = _progress_bar()
+        self.live = _LiveLines() if sys.stdout.isatty() else None
 
     def __enter__(self) -> RunLog:
-        if self.bar is not None:
-            self.bar.start()
+        if self.live is not None:
+            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.live is not None:
+            self.live.stop()
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -48,31 +51,39 @@ class RunLog:
     def write(self, step: int, **scalars: float) -> None:
         """Records scalars measured after `step` steps; what is not finite becomes null."""
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self._append(json.dumps({"step": step, **values}) + "\n")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
-        text = _summary(scalars)
-        if self.bar is None:
-            self._print_line(step, text, always="val_loss" in scalars)
-        elif "val_loss" in scalars:
-            self.bar.console.print(f"step {step:,}  {text}", highlight=False)
-        else:
-            self.bar.update(self.task, text=text)
+        trained, validated = summary(scalars), validation_summary(scalars)
+        if self.live is None:
+            self._print_line(step, "  ".join(filter(None, (trained, validated))), always=bool(validated))
+            return
+        if validated:
+            self.note(f"step {step:,}  {validated}")
+        if trained:
+            self.live.show(trained)
 
     def note(self, text: str) -> None:
         """Says something once."""
-        if self.bar is None:
+        if self.live is None:
             print(text, flush=True)
         else:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.live.print(text)
 
     def show_progress(self, step: int, progress: float) -> None:
         """Moves the progress line; `progress` is the share of the run that is done."""
         self.first_progress = progress if self.first_progress is None else self.first_progress
         self.progress = progress
-        if self.bar is not None:
-            self.bar.update(self.task, completed=min(1.0, progress), step=f"{step:,}")
+        if self.live is not None:
+            self.live.advance(step, progress)
+
+    def _append(self, line: str) -> None:
+        """Adds to metrics.jsonl; a full disk costs lines of it, not the run."""
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
 
     def _print_line(self, step: int, text: str, always: bool) -> None:
         """One line where no live one can be: after each evaluation, and else no more often than LINE_EVERY_S."""
@@ -87,18 +98,62 @@ class RunLog:
         print(f"step {step:,}  {text}{left}", flush=True)
 
 
+class SilentLog:
+    """A RunLog that says and writes nothing: that of every process but the main one."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, step: int, **scalars: float) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def show_progress(self, step: int, progress: float) -> None:
+        """Nothing."""
+
+
 _SUMMARY = {
-    "loss": "loss {:.4f}",
-    "loss_rtt": "rtt {:.4f} nats",
-    "val_loss": "val loss {:.4f}",
-    "val_loss_rtt": "val rtt {:.4f} nats",
-    "val_rtt_bits": "{:.3f} bits per RTT",
+    "lr": "lr {:.2g}",
     "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "data_wait_share": "waits {:.1%}",
+    "padding": "padding {:.1%}",
+    "grad_norm": "gradient {:.2g}",
+    "peak_memory_gb": "{:.1f} GB",
 }
 
 
-def _summary(scalars: dict[str, float]) -> str:
-    return "  ".join(form.format(scalars[name]) for name, form in _SUMMARY.items() if name in scalars)
+def summary(scalars: Mapping[str, float]) -> str:
+    """What a line of training says: loss, bits a token of each field, rates; empty if nothing of it was measured."""
+    if "loss" not in scalars:
+        return ""
+    bits = [
+        f"{field} {nats / math.log(2):.2f}"
+        for field in FIELDS
+        if math.isfinite(nats := scalars.get(f"loss_{field}", math.nan))
+    ]
+    told = [form.format(scalars[name]) for name, form in _SUMMARY.items() if name in scalars]
+    if scalars.get("skipped_steps"):
+        told.append(f"{scalars['skipped_steps']:.0f} steps skipped")
+    return "  ".join([f"loss {scalars['loss']:.4f}", f"bits a token: {' '.join(bits)}", *told])
+
+
+_VALIDATION_SUMMARY = {
+    "val_loss": "val: loss {:.4f}",
+    "val_loss_rtt": "rtt {:.4f} nats",
+    "val_rtt_bits": "{:.3f} bits per RTT",
+    "val_median_rel_error": "median error {:.1%}",
+}
+
+
+def validation_summary(scalars: Mapping[str, float]) -> str:
+    """What a line of an evaluation says; empty if there was none."""
+    return "  ".join(form.format(scalars[name]) for name, form in _VALIDATION_SUMMARY.items() if name in scalars)
 
 
 def _truncate(path: Path, last_step: int) -> None:
@@ -117,20 +172,45 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _progress_bar() -> tuple[Any, Any]:
-    """A live line on a terminal, (None, None) elsewhere."""
-    if not sys.stdout.isatty():
-        return None, None
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+class _LiveLines:
+    """Two lines on a terminal that change in place: how far the run is, and what its last step was like."""
 
-    bar = Progress(
-        TextColumn("step {task.fields[step]}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    return bar, bar.add_task("", total=1.0, step="0", text="")
+    def __init__(self) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.task = self.bar.add_task("", total=1.0, step="0")
+        self.live = Live(self.bar, refresh_per_second=4)
+
+    def start(self) -> None:
+        """Shows the lines."""
+        self.live.start()
+
+    def stop(self) -> None:
+        """Leaves them as they are."""
+        self.live.stop()
+
+    def advance(self, step: int, progress: float) -> None:
+        """Moves the bar."""
+        self.bar.update(self.task, completed=min(1.0, progress), step=f"{step:,}")
+
+    def show(self, text: str) -> None:
+        """Puts a text under the bar."""
+        from rich.console import Group
+        from rich.text import Text
+
+        self.live.update(Group(self.bar, Text(text)))
+
+    def print(self, text: str) -> None:
+        """Prints above the lines."""
+        self.live.console.print(text, highlight=False, markup=False)
 
 
 def _wandb_id(run_dir: Path) -> str:

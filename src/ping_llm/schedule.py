@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 from ping_llm.config import OptimConfig, TrainConfig
 
 
-def progress(step: int, elapsed_s: float, config: TrainConfig) -> float:
-    """Share of the run that lies behind, by steps or by trained time, whichever is further; the run ends at 1.
+def progress(step: int, tokens: int, elapsed_s: float, config: TrainConfig) -> float:
+    """Share of the run that lies behind, by the limit that is nearest: steps, tokens or trained time. It ends at 1.
 
-    Without a time budget it depends on the step alone, so a resumed run repeats it to the bit.
+    Without a limit of time it depends on steps and tokens alone, so a resumed run repeats it to the bit.
     """
-    share = step / config.total_steps
-    return max(share, elapsed_s / (60 * config.max_minutes)) if config.max_minutes else share
+    done = ((step, config.total_steps), (tokens, config.target_tokens), (elapsed_s, 60 * config.max_minutes))
+    return max(value / limit for value, limit in done if limit)
 
 
 def lr_scale(progress: float, config: OptimConfig) -> float:
-    """Share of the peak rate: a linear rise, a plateau, a linear fall to `final_lr_share`; above 0 for every progress.
+    """Share of the peak rate, from `final_lr_share` to 1, so above 0 for every progress.
 
-    The rise starts at `final_lr_share` too, so that the first step trains.
+    A linear rise over `warmup_share`; then a plateau and a linear fall over `cooldown_share` (wsd), or half a period of a
+    cosine (cosine). The rise starts, and the fall ends, at `final_lr_share`.
     """
     rise = progress / config.warmup_share if config.warmup_share else 1.0
-    fall = (1 - progress) / config.cooldown_share if config.cooldown_share else 1.0
+    if config.schedule == "cosine":
+        after = (progress - config.warmup_share) / (1 - config.warmup_share) if config.warmup_share < 1 else 0.0
+        fall = (1 + math.cos(math.pi * min(1.0, max(0.0, after)))) / 2
+    else:
+        fall = (1 - progress) / config.cooldown_share if config.cooldown_share else 1.0
     return config.final_lr_share + (1 - config.final_lr_share) * max(0.0, min(1.0, rise, fall))
 
 

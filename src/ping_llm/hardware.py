@@ -1,0 +1,67 @@
+"""A device in, what it is and what it could do at best out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = re.search(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s at best; None where no data sheet tells them."""
+    if device.type != "cuda":
+        return None
+    name = device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+
+
+def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
+    """What a report should say of where a run ran."""
+    return {
+        "device": device_name(device),
+        "peak_flops": peak_flops(device),
+        "host_cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _read(path: str) -> str:
+    """The text of a file of the system; empty where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ping_llm import schedule
+from ping_llm.calibrate import calibrate_run
 from ping_llm.checkpoint import Saver
 from ping_llm.config import FIELDS, Config, TrainConfig
 from ping_llm.data.rows import manifest_sha256
@@ -113,6 +114,8 @@ class Training:
             self._announce(log)
             self._loop(batches, log, saver, stop)
         if ranks.is_main:
+            if self.questions is not None and self.state.progress(config.train) >= 1:
+                calibrate_run(config, ranks.device)
             print(f"report: {write_report(config.train.run_dir)}")
         return self.state
 
@@ -129,12 +132,15 @@ class Training:
             lr_scale = schedule.lr_scale(progress, config.optim)
             votes = (stop.is_set(), clock if self.ranks.is_main else 0.0)  # all processes stop after the same step
             sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
-            grad_norm = self.step(lr_scale, progress)
+            grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
             trained, stopped, elapsed_s = sum(totals[: len(FIELDS)].tolist()), *totals[len(FIELDS) :].tolist()
+            self.apply_gradients(grad_norm, lr_scale, progress)
             state.count(config, int(trained), elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
             step_s = time.perf_counter() - started
             clock, progress = clock + step_s, state.progress(config.train)
+            if speed.first:
+                log.note(f"compiled: the first step took {step_s:.0f} s")
             speed.add(step_s, wait_s, trained)
             log.show_progress(state.step, progress)
 
@@ -160,17 +166,21 @@ class Training:
         if stopped and progress < 1:
             log.note(f"stopped after step {state.step:,}; run the same command again to continue")
 
-    def step(self, lr_scale: float, progress: float) -> float:
-        """Applies the gradients, unless they are not finite; clears them; returns their norm. Waits for the device."""
-        config, state = self.config.optim, self.state
-        if state.loss_scale != 1:
-            torch._foreach_div_([p.grad for p in self.model.parameters()], state.loss_scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf).item()
-        if math.isfinite(norm):
+    def gradient_norm(self) -> float:
+        """Takes the loss scale out of the gradients and clips them; returns their norm before that."""
+        if self.state.loss_scale != 1:
+            torch._foreach_div_([p.grad for p in self.model.parameters()], self.state.loss_scale)
+        most = self.config.optim.grad_clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
+
+    def apply_gradients(self, grad_norm: float, lr_scale: float, progress: float) -> None:
+        """Takes the optimiser's step, unless the gradients are not finite, and clears them."""
+        config = self.config.optim
+        if math.isfinite(grad_norm):
             self.optimizer.set_lrs(lr_scale)
-            self.optimizer.step(schedule.momentum(state.step, config), schedule.weight_decay(progress, config))
+            momentum, weight_decay = schedule.momentum(self.state.step, config), schedule.weight_decay(progress, config)
+            self.optimizer.step(momentum, weight_decay)
         self.model.zero_grad()
-        return norm
 
     def _give_up_if_hopeless(self) -> None:
         """Ends a run whose gradients stay non-finite; adapts the loss scale of fp16."""

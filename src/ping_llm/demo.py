@@ -164,7 +164,8 @@ def _example(name: str, src: str, dst: str, time_s: int, laws: dict, true_law, f
 
 def ask(model, history: History, places: np.ndarray, with_context: bool) -> list:
     """The model's law of each measurement at `places`: all of both addresses and the time told."""
-    from ping_llm.inference.query import Context, Query
+    from ping_llm.inference.context import Context
+    from ping_llm.inference.query import Query
 
     queries = []
     for place in places:

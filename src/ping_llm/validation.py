@@ -11,9 +11,10 @@ from ping_llm.config import Config
 from ping_llm.data.measurement import format_address, is_ipv4
 from ping_llm.data.rows import RowReader
 from ping_llm.distributed import Ranks
+from ping_llm.inference.context import Context
 from ping_llm.inference.generation import format_measurements, generate
 from ping_llm.inference.predictor import PingModel
-from ping_llm.inference.query import Context, Endpoint, Query
+from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model import GPT
 from ping_llm.objective import Objective
 
@@ -54,7 +55,7 @@ class Questions:
         for start in range(0, len(places), BATCH):
             chosen = places[start : start + BATCH]
             with objective.autocast():
-                laws = model.rtt_many([self.queries[i] for i in chosen])
+                laws = model.rtt_many([self.queries[i] for i in chosen], src_known="all")
             medians = np.array([law.median for law in laws])
             error = np.abs(medians - self.rtt_ms[chosen]) / self.rtt_ms[chosen]
             errors[start : start + len(chosen)] = torch.from_numpy(error)
@@ -72,7 +73,7 @@ def describe(gpt: GPT, questions: Questions | None, seed: int) -> str:
     lines = [format_measurements(generate(gpt, next(gpt.parameters()).device, SAMPLES, seed=seed))]
     if questions is not None:
         query, rtt_ms = questions.queries[0], questions.rtt_ms[0]
-        law = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query])[0]
+        law = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
         src, dst = (format_address(end.packed) for end in (query.src, query.dst))
         low, median, high = law.quantile(np.array([0.05, 0.5, 0.95]))
         said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {law.p_fail:.1%})"

@@ -155,7 +155,7 @@ def _checked_length(prompt: int, grammar: Grammar, measurements: int, seq_len: i
             f"measurements={measurements} may take {longest} tokens after a prompt of {prompt}, "
             f"and the model reads {seq_len}: {fits} fit; {todo}"
         )
-    return longest + 1  # whether the last measurement goes on may be drawn once more
+    return longest
 
 
 @torch.inference_mode()

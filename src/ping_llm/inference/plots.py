@@ -10,54 +10,67 @@ import numpy as np
 from ping_llm.axes import label_log_ticks
 from ping_llm.inference.distribution import RTTDistribution
 
-_COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a")
+_COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a", "#0e8a8a", "#9a6700", "#cf222e")
 _TRUTH = "#d1660f"
-_BINS = 120
+_BINS = 80
 _LEAST_BIN = 0.002  # in log-ms, four codes: the density is averaged over bins, finer ones would show single codes
+_UNEVEN = 15  # ×; on a linear axis the flatter laws would vanish
 
 
 def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=None) -> None:
-    """Draws the densities of one or several laws over log-RTT, each with median, 5–95 % band and P(fail).
+    """Draws the densities of one to eight laws over log-RTT, each with median, 5–95 % filled and P(fail) in the legend.
 
     `truth`, if any, has `cdf`, `quantile`, `median` and `p_fail`, and is drawn beside them. Laws that fail with certainty
-    have no density and are left out.
+    have no density and stand in the legend alone. Where peaks differ by more than 15 ×, density is on a log axis.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = {name: law for name, law in laws.items() if law.p_fail < 1}
-    if not drawn:
+    if len(laws) > len(_COLORS):
+        raise ValueError(f"{title}: {len(laws)} laws in one picture cannot be told apart; draw at most {len(_COLORS)}")
+    if all(law.p_fail >= 1 for law in laws.values()):
         raise ValueError(f"{title}: every ping fails with certainty, so there is no RTT to draw")
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    edges = _bins([*drawn.values(), *([truth] if truth is not None else [])])
-    for color, (name, law) in zip(_COLORS, drawn.items(), strict=False):
-        axes.axvspan(law.quantile(0.05), law.quantile(0.95), color=color, alpha=0.08, linewidth=0)
-        _draw(axes, law, name, edges, color)
-    if truth is not None:
-        _draw(axes, truth, "true law", edges, _TRUTH)
+    shown = [(name, law, color) for color, (name, law) in zip(_COLORS, laws.items(), strict=False)]
+    shown += [("true law", truth, _TRUTH)] if truth is not None else []
+    figure, axes = plt.subplots(figsize=(8, 4.2 + 0.2 * len(shown)), layout="constrained")
+    wide = max(len(name) for name, _, _ in shown)
+    peaks = [_draw(axes, law, name.ljust(wide), color) for name, law, color in shown]
+    peaks = [peak for peak in peaks if peak]
     axes.set_xscale("log")
     axes.set(xlabel="RTT (ms)", ylabel="density per log-ms", title=title, ylim=(0, None))
+    if max(peaks) > _UNEVEN * min(peaks):
+        axes.set_yscale("log")
+        axes.set_ylim(min(peaks) / 20, max(peaks) * 1.5)
     label_log_ticks(axes.xaxis, *axes.get_xlim())
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower left", frameon=False, prop={"family": "monospace", "size": 8})
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _bins(laws: list) -> np.ndarray:
-    """Edges in ms of the bins that hold all but the outermost 1 % of every law; a tenth more is shown on either side."""
-    low, high = np.log(min(law.quantile(0.01) for law in laws)), np.log(max(law.quantile(0.99) for law in laws))
+def _draw(axes, law, name: str, color: str) -> float:
+    """Draws one law; its highest density, 0 if it has none."""
+    if law.p_fail >= 1:
+        axes.plot([], [], color=color, linewidth=1.7, label=f"{name}  always fails")
+        return 0.0
+    edges = _bins(law)
+    middle = np.sqrt(edges[:-1] * edges[1:])
+    density = np.diff(law.cdf(edges)) / np.diff(np.log(edges))
+    low, high = law.quantile(0.05), law.quantile(0.95)
+    label = f"{name}  median {law.median:>6.4g} ms   5–95 % {low:>6.4g} – {high:<6.4g} ms   P(fail) {law.p_fail:>5.1%}"
+    axes.plot(middle, density, color=color, linewidth=1.7, label=label)
+    inner = np.unique(np.concatenate([[low, high], middle[(middle > low) & (middle < high)]]))
+    axes.fill_between(inner, np.interp(inner, middle, density), color=color, alpha=0.12, linewidth=0)
+    axes.vlines(law.median, 0, np.interp(law.median, middle, density), color=color, linestyle="--", linewidth=1)
+    return float(density.max())
+
+
+def _bins(law) -> np.ndarray:
+    """Edges in ms of the bins that hold all but the outermost 1 % of a law; a tenth more is shown on either side."""
+    low, high = np.log(law.quantile(0.005)), np.log(law.quantile(0.995))
     margin = max(0.1 * (high - low), 0.01)
     count = min(_BINS, int((high - low + 2 * margin) / _LEAST_BIN))
     return np.exp(np.linspace(low - margin, high + margin, count + 1))
-
-
-def _draw(axes, law, name: str, edges: np.ndarray, color: str) -> None:
-    density = np.diff([law.cdf(edge) for edge in edges]) / np.diff(np.log(edges))
-    low, high = law.quantile(0.05), law.quantile(0.95)
-    label = f"{name}: median {law.median:.4g} ms, 5–95 % {low:.4g}–{high:.4g} ms, P(fail) {law.p_fail:.1%}"
-    axes.plot(np.sqrt(edges[:-1] * edges[1:]), density, color=color, linewidth=1.7, label=label)
-    axes.axvline(law.median, color=color, linestyle="--", linewidth=1)

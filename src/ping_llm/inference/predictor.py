@@ -1,98 +1,219 @@
-"""A run folder and queries in, exact RTT distributions out: two forward passes for any number of queries.
-
-A query is a measurement whose result comes last and is not told. One pass over context, source, destination and time
-gives P(FAILED), P(RTT_START) and P(byte 1); a second pass runs all 256 values of byte 1 side by side over the same cache
-and gives P(byte 2 | byte 1). That is the probability of every possible result; nothing is sampled.
-"""
+"""A run folder and questions in, exact answers out."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ping_llm.checkpoint import load_model
-from ping_llm.data import tokenization as tk
+from ping_llm.inference import destinations as searching
+from ping_llm.inference import ranking, scoring
+from ping_llm.inference.batch import answer_table
+from ping_llm.inference.calibration import Calibration
+from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
-from ping_llm.inference.query import Context, Prompt, Query, build_prompt
-from ping_llm.model import GPT, KVCache, pick_device, sibling_mask
+from ping_llm.inference.distributions import RTTDistributions
+from ping_llm.inference.engine import LEAST_MASS, read_contexts, result_laws
+from ping_llm.inference.prefixes import has_partial_byte, prefix_law
+from ping_llm.inference.prompt import build_prompt
+from ping_llm.inference.query import Query, SrcKnown, told_name
+from ping_llm.model import GPT, pick_device
 
-_BYTES = slice(tk.BYTE_0, tk.VOCAB_SIZE)
+CHUNK = 64  # questions answered together: their laws take 33 MB
+LEAST_WEIGHT = 1e-4  # of what is told of the source: lengths of less are not asked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PingModel:
-    """A trained model that answers questions about pings."""
+    """A trained model that answers questions about pings.
+
+    Values of byte 1 of an RTT less likely than `least_mass` are not looked into; 0 computes all 65,536 codes.
+    """
 
     gpt: GPT
     device: torch.device
+    calibration: Calibration = field(default_factory=Calibration)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    least_mass: float = LEAST_MASS
 
     @classmethod
-    def load(cls, path: Path | str, device: str = "auto") -> PingModel:
-        """Loads the best checkpoint of a run folder; ValueError if there is none."""
+    def load(cls, path: Path | str, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> PingModel:
+        """Loads the best checkpoint of a run folder, or one checkpoint; ValueError if there is none.
+
+        In bf16 answers come faster; probabilities differ by some percent of themselves.
+        """
         chosen = pick_device(device)
         gpt, _, _ = load_model(Path(path), chosen)
-        return cls(gpt, chosen)
+        return cls(gpt, chosen, Calibration.load(Path(path)), precision)
 
     def rtt(
         self,
-        src: str,
-        dst: str,
+        src: str | None,
+        dst: str | None,
         at: dt.datetime | str | float | None = None,
         context: pa.Table | Sequence[dict] | None = None,
+        src_known: SrcKnown = "auto",
     ) -> RTTDistribution:
-        """The law of the result of a ping from `src` to `dst`, each an address or a prefix of whole bytes.
+        """The law of the result of a ping from `src` to `dst`, each an address, a prefix, or None for any.
 
         `at` is a time (ISO 8601, UTC unless it says otherwise; a datetime; Unix seconds) or None for any time.
         `context` holds earlier measurements of the same source: columns src_addr, dst_addr, rtt (ms, −1 = failed) and,
-        optionally, event_time. What does not fit the sequence is left out, oldest first.
+        optionally, event_time. Of what does not fit the sequence the most recent, and those of the same destination, stay.
+        `src_known` is how much of the source is told: all, none, a prefix length, or auto: the mixture of the answers
+        under several lengths, weighted by how likely each makes the context (see `src_weights` of the answer).
         """
-        return self.rtt_many([Query.parse(src, dst, at, Context.parse(context))])[0]
+        query = Query.parse(src, dst, at, Context.parse(context))
+        return self.rtt_many([query], src_known)[0]
 
-    def rtt_many(self, queries: Sequence[Query]) -> list[RTTDistribution]:
-        """The law of each query's result, in two forward passes over all of them together."""
-        if not queries:
-            return []
-        prompts = [build_prompt(query, self.gpt.config.seq_len) for query in queries]
-        codes, p_fail, total = self._results(prompts)
-        return [
-            RTTDistribution(codes[i], float(p_fail[i]), float(total[i]), 2, prompt.context_measurements)
-            for i, prompt in enumerate(prompts)
+    def rtt_many(
+        self, queries: Sequence[Query] | pa.Table, src_known: SrcKnown = "auto", context: pa.Table | None = None
+    ) -> list[RTTDistribution] | pa.Table:
+        """The law of each query's result; questions that share a context read it once.
+
+        Of a table of queries (Arrow, pandas, or records), with or without a table of context, the answers are a table of
+        statistics: see `batch.answer_table`.
+        """
+        if isinstance(queries, Sequence) and all(isinstance(query, Query) for query in queries):
+            if context is not None:
+                raise ValueError("a Query holds its own context; pass a table of queries, or no context")
+            return [law for laws in self.laws(queries, src_known) for law in laws]
+        return answer_table(self, queries, context, src_known)
+
+    def laws(self, queries: Sequence[Query], src_known: SrcKnown = "auto") -> Iterator[RTTDistributions]:
+        """The laws of the queries' results, in order, CHUNK at a time."""
+        for first in range(0, len(queries), CHUNK):
+            some = queries[first : first + CHUNK]
+            if any(map(has_partial_byte, some)):
+                yield RTTDistributions.of([self._law(query, src_known) for query in some])
+            else:
+                yield self._laws(some, src_known)
+
+    def log_prob(
+        self,
+        measurements: pa.Table | Sequence[dict],
+        order: Sequence[str] = ("src", "dst", "rtt"),
+        context: pa.Table | Sequence[dict] | None = None,
+    ) -> np.ndarray:
+        """Log-probability in nats of each measurement, its fields told in `order`; see `scoring.log_prob`."""
+        return scoring.log_prob(self, measurements, order, context)
+
+    def order_consistency(self, measurements: pa.Table | Sequence[dict]) -> scoring.OrderConsistency:
+        """How far log p(src, dst, rtt) depends on the order of the fields; see `scoring.order_consistency`."""
+        return scoring.order_consistency(self, measurements)
+
+    def score(
+        self,
+        measurements: pa.Table | Sequence[dict],
+        history: int = scoring.HISTORY,
+        src_known: SrcKnown = "auto",
+        anomaly_at: float | None = None,
+    ) -> pa.Table:
+        """The measurements with how surprising each is after those before it; see `scoring.score`."""
+        return scoring.score(self, measurements, history, src_known, anomaly_at)
+
+    def rank(
+        self,
+        src: str | None,
+        candidates: Sequence[str],
+        at: dt.datetime | str | float | None = None,
+        context: pa.Table | Sequence[dict] | None = None,
+        src_known: SrcKnown = "auto",
+    ) -> ranking.Ranking:
+        """Which candidate is nearest, and how sure that is; see `ranking.rank`."""
+        return ranking.rank(self, src, candidates, at, context, src_known)
+
+    def destinations(self, src: str, **asked) -> searching.FoundAddresses:
+        """The likeliest destinations of pings from `src`, given the RTT or not; see `destinations.destinations`."""
+        return searching.destinations(self, src, **asked)
+
+    def complete(self, prefix: str, **asked) -> searching.FoundAddresses:
+        """The likeliest whole addresses of a partial one, at either end of a ping; see `destinations.complete`."""
+        return searching.complete(self, prefix, **asked)
+
+    def rtt_by_completion(self, src: str | None, dst: str, **asked) -> searching.CompletionAverage:
+        """The law of pings to a prefix, averaged over its likeliest addresses; see `destinations.rtt_by_completion`."""
+        return searching.rtt_by_completion(self, src, dst, **asked)
+
+    def weighted_variants(self, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
+        """The question with as much of the source told as `src_known` says, and how much each counts; those that do."""
+        variants = list(query.variants(src_known))
+        evidence = np.zeros(len(variants))
+        with self.autocast():
+            if len(variants) > 1 and len(query.context):
+                contexts = [build_prompt(variant, self.gpt.config.seq_len).context for variant in variants]
+                evidence = read_contexts(self.gpt, contexts).log_likelihood
+            prior, _ = self._log_priors([variants])
+        weights = _weights(prior + evidence, np.zeros(len(variants), dtype=np.int64))
+        asked = np.flatnonzero(weights >= LEAST_WEIGHT)
+        return [variants[i] for i in asked], weights[asked] / weights[asked].sum()
+
+    def autocast(self) -> torch.autocast | nullcontext:
+        """The precision of the forward passes, as a context; fp32 leaves that of the caller."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _law(self, query: Query, src_known: SrcKnown) -> RTTDistribution:
+        return prefix_law(self, query, src_known) if has_partial_byte(query) else self._laws([query], src_known)[0]
+
+    def _laws(self, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistributions:
+        variants = [list(query.variants(src_known)) for query in queries]
+        owner = np.repeat(np.arange(len(queries)), [len(told) for told in variants])  # (B,) query of each prompt
+        flat = [variant for told in variants for variant in told]
+        prompts = [build_prompt(variant, self.gpt.config.seq_len) for variant in flat]
+        contexts, context_of = _distinct([prompt.context for prompt in prompts])
+        mixed = len(prompts) > len(queries)
+        shared = len(contexts) < len(prompts) or (mixed and any(len(context) for context in contexts))
+        with self.autocast():
+            read = read_contexts(self.gpt, contexts) if shared and any(map(len, contexts)) else None
+            if not mixed:
+                return result_laws(self.gpt, prompts, read, context_of, self.least_mass)
+            evidence = np.zeros(len(prompts)) if read is None else read.log_likelihood[context_of]
+            prior, prior_passes = self._log_priors(variants)
+            weights = _weights(prior + evidence, owner)
+            asked = np.flatnonzero(weights >= LEAST_WEIGHT)
+            laws = result_laws(self.gpt, [prompts[i] for i in asked], read, context_of[asked], self.least_mass)
+        names = [told_name(variant.src) if variant.src else "all" for variant in flat]
+        laws = laws.mixtures(owner[asked], weights[asked], [names[i] for i in asked])
+        return dataclasses.replace(laws, forward_passes=laws.forward_passes + prior_passes)
+
+    def _log_priors(self, variants: Sequence[Sequence[Query]]) -> tuple[np.ndarray, int]:
+        """Logarithm of how much each variant of each query counts before its context is read, (B,), and passes it took.
+
+        That is its share on val, if the source is as familiar to the model as those of val are.
+        """
+        longest = [told[-1].src for told in variants]
+        whole = [i for i, src in enumerate(longest) if src is not None and not src.is_prefix]
+        passes = int(bool(self.calibration.familiar) and bool(whole))
+        novelty = np.zeros(len(variants))
+        if passes:
+            log_p = scoring.source_log_prob(self, [longest[i] for i in whole])
+            novelty[whole] = [self.calibration.novelty(longest[i], p) for i, p in zip(whole, log_p, strict=True)]
+        priors = [
+            self.calibration.log_weights([query.src for query in told], new) if told[0].src else np.zeros(len(told))
+            for told, new in zip(variants, novelty.tolist(), strict=True)
         ]
+        return np.concatenate(priors), passes
 
-    @torch.inference_mode()
-    def _results(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """P(code) (B, 65,536), P(failed) (B,), normalised, and the mass (B,) they had, of results after B prompts.
 
-        The mass is a share of all that the model could say but what is legal there and no result: a query asks for its
-        result now, not whether a timestamp comes first.
-        """
-        lengths = np.array([len(prompt.tokens) for prompt in prompts])
-        tokens = np.full((len(prompts), lengths.max() + 1), tk.PADDING, dtype=np.int64)
-        for line, prompt in zip(tokens, prompts, strict=True):
-            line[: len(prompt.tokens)] = prompt.tokens
-            line[len(prompt.tokens)] = tk.RTT_START
-        cache = KVCache()
-        logits = self.gpt(torch.from_numpy(tokens).to(self.device), cache)  # (B, T, V)
-        batch = torch.arange(len(prompts), device=self.device)
-        end = torch.from_numpy(lengths).to(self.device)
-        role = logits[batch, end - 1].double().softmax(-1)  # (B, V) after the last told field
-        first = logits[batch, end].double().softmax(-1)[:, _BYTES]  # (B, 256) after RTT_START
+def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """How much each variant counts among those of its query, (B,)."""
+    log_weight = log_weight - np.maximum.reduceat(log_weight, np.flatnonzero(np.diff(owner, prepend=-1)))[owner]
+    weight = np.exp(log_weight)
+    return weight / np.bincount(owner, weight)[owner]
 
-        siblings = torch.arange(tk.BYTE_0, tk.VOCAB_SIZE, device=self.device).expand(len(prompts), 256)
-        positions = (end + 1)[:, None].expand(-1, 256)
-        logits = self.gpt(siblings, cache.fork(), positions, sibling_mask(cache, 256))  # (B, 256, V)
-        second = logits.double().softmax(-1)[..., _BYTES]  # (B, byte 1, byte 2)
 
-        codes = (role[:, tk.RTT_START, None, None] * first[..., None] * second).flatten(1)  # (B, 65,536)
-        failed = role[:, tk.FAILED]
-        mass = codes.sum(1) + failed
-        no_result = torch.stack([role[i, prompt.also_legal].sum() for i, prompt in enumerate(prompts)])
-        total = mass / (1 - no_result)
-        codes, failed = codes / mass[:, None], failed / mass
-        return codes.cpu().numpy(), failed.cpu().numpy(), total.clamp(max=1.0).cpu().numpy()
+def _distinct(contexts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The different ones among token sequences, and which of them each is, (n,)."""
+    places: dict[bytes, int] = {}
+    which = np.array([places.setdefault(context.tobytes(), len(places)) for context in contexts])
+    return [np.frombuffer(key, dtype=np.int64) for key in places], which

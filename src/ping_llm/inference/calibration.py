@@ -1,0 +1,70 @@
+"""What a model's answers on val say of how to read its other answers: in and out as a small file of the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ping_llm.data.files import write_atomically
+from ping_llm.inference.query import Endpoint, told_name
+
+CALIBRATION_NAME = "calibration.json"
+LEAST_SHARE = 0.001  # of every told length: a context may still speak for it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted on val; without it, questions without context are answered with all of the source told.
+
+    `src_weights[family][told]` is the share in which the answers under each told length of the source, without context,
+    are best mixed; family is ipv4 or ipv6, told is none, a prefix length like /16, or all. `surprise` holds ascending
+    values of the model's own p-value of the results of val: a right model's are uniform. Val holds no sources that training
+    has not shown, so its shares say nothing of new ones, which `familiar[family]` tells apart: log P(address of the source)
+    that 95 % of the results of val exceed.
+    """
+
+    src_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    surprise: tuple[float, ...] = ()
+    familiar: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """That of a run folder, or of the one above a checkpoint; an empty one where none was written."""
+        for folder in (path, path.parent.parent):
+            file = folder / CALIBRATION_NAME
+            if file.exists():
+                try:
+                    values = json.loads(file.read_text())
+                    return cls(values["src_weights"], tuple(values["surprise"]), values["familiar"])
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{file} is damaged; delete it to answer without") from None
+        return cls()
+
+    def save(self, run_dir: Path) -> None:
+        """Writes calibration.json."""
+        values = {"src_weights": self.src_weights, "surprise": list(self.surprise), "familiar": self.familiar}
+        write_atomically(run_dir / CALIBRATION_NAME, json.dumps(values, indent=1) + "\n")
+
+    def novelty(self, src: Endpoint, log_p: float) -> float:
+        """How likely a whole source is one that training has not shown, from log P(its address) under the model."""
+        familiar = self.familiar.get(_family(src))
+        return 0.0 if familiar is None else 1 / (1 + math.exp(min(log_p - familiar, 700.0)))
+
+    def log_weights(self, told: Sequence[Endpoint], novelty: float = 0.0) -> np.ndarray:
+        """Logarithm of how much the answers under each told length of one source count before any context is read, (L,).
+
+        The shortest comes first; the longest stands for all that are longer too. The lengths of a novel source count alike.
+        """
+        weights = self.src_weights.get(_family(told[0]), {})
+        shares = np.array([weights.get(told_name(src), 0.0) for src in told])
+        shares[-1] = max(1 - shares[:-1].sum(), 0.0)
+        return np.log(np.maximum((1 - novelty) * shares + novelty / len(told), LEAST_SHARE))
+
+
+def _family(src: Endpoint) -> str:
+    return "ipv4" if src.width == 4 else "ipv6"

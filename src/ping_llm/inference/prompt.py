@@ -1,0 +1,123 @@
+"""A question in, the tokens up to where its result comes next out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ping_llm.data import tokenization as tk
+from ping_llm.inference.context import Context
+from ping_llm.inference.query import Endpoint, Query
+
+SAME_DST_SHARE = 0.5  # of a context that is too long: at most so many measurements are kept for their destination alone
+_NOT_TOLD = 9.0  # sorts a field behind the result
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Tokens up to where the result of the query comes next.
+
+    The first `context_length` tokens are the context. `also_legal` are the tokens other than a result that the grammar
+    allows at the end: a query does not ask for them.
+    """
+
+    tokens: np.ndarray  # (T,) int64
+    context_length: int
+    also_legal: np.ndarray  # (n,) int64
+    context_measurements: int
+
+    @property
+    def context(self) -> np.ndarray:
+        """Tokens of the context."""
+        return self.tokens[: self.context_length]
+
+
+def build_prompt(query: Query, seq_len: int) -> Prompt:
+    """Context and query as tokens. Of a context that does not fit in seq_len tokens, some measurements are kept: those of
+    the same destination, up to half of them, and the most recent."""
+    context, (tokens, starts) = query.context, _encode(query, query.context)
+    if not _fits(tokens, seq_len) and len(context):
+        ranked = _most_useful_first(query)
+        fitting, too_many = 0, len(context)  # measurements; all do not fit, none may have to
+        while too_many - fitting > 1:
+            count = (fitting + too_many) // 2
+            tokens, _ = _encode(query, context.take(np.sort(ranked[:count])))
+            fitting, too_many = (count, too_many) if _fits(tokens, seq_len) else (fitting, count)
+        context = context.take(np.sort(ranked[:fitting]))
+        tokens, starts = _encode(query, context)
+    tokens = tokens[: len(tokens) - 1 - _tokens_after_result(query)]  # FAILED stands where the result comes
+    return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
+
+
+def _fits(tokens: np.ndarray, seq_len: int) -> bool:
+    return len(tokens) + 1 <= seq_len  # FAILED gives way to RTT_START and byte 1
+
+
+def _most_useful_first(query: Query) -> np.ndarray:
+    """Places of the context, (n,): of each pair one of the same destination and one of any, the most recent first."""
+    newest_first = np.arange(len(query.context))[::-1]
+    if query.dst is None:
+        return newest_first
+    same = newest_first[query.dst.covers(query.context.dst[newest_first])]
+    rank = np.empty(len(query.context))
+    rank[newest_first] = np.arange(len(newest_first))
+    rank[same] = np.minimum(rank[same], np.arange(len(same)) / SAME_DST_SHARE - 0.5)
+    return np.argsort(rank, kind="stable")
+
+
+def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """The context, then the query as a failed ping: its FAILED token stands where the result comes."""
+    count = len(context) + 1
+    src_end = query.src or Endpoint(query.dst.packed, 0)  # of any source the family must be told: that of the other end
+    dst_end = query.dst or Endpoint(query.src.packed, 1)
+    src = np.concatenate([context.src, np.frombuffer(src_end.packed, np.uint8)[None]])
+    dst = np.concatenate([context.dst, np.frombuffer(dst_end.packed, np.uint8)[None]])
+    src_bytes, dst_bytes = (np.where(tk.is_ipv4(packed), 4, 16) for packed in (src, dst))
+    share = src_end.told_bytes / src_end.width
+    src_bytes = (share * src_bytes).astype(np.int64)  # a window cuts all its sources alike
+    dst_bytes[-1] = dst_end.told_bytes
+    timed, time_s = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.int64)
+    if query.time_s is not None:
+        timed[-1], time_s[-1] = True, query.time_s
+        if context.time_s is not None:
+            timed[:-1], time_s[:-1] = True, context.time_s
+    fields = tk.Fields(
+        src=src,
+        dst=dst,
+        src_bytes=src_bytes,
+        dst_bytes=dst_bytes,
+        rtt_ms=np.append(context.rtt_ms, -1.0),
+        time_s=time_s,
+        timed=timed,
+        order=np.concatenate([np.tile(tk.RESULT_LAST, (len(context), 1)), [_order(query)]]),
+        window=np.zeros(count, dtype=np.int64),
+    )
+    return tk.encode(fields)
+
+
+def _order(query: Query) -> np.ndarray:
+    """Of the query's fields. A prefix goes first: after a whole address it is plain that no more of it comes."""
+    dst_first = query.src is None or (query.dst is not None and query.dst.is_prefix and not query.src.is_prefix)
+    order = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
+    order[[end is None for end in (query.src, query.dst)] + [False, False]] = _NOT_TOLD
+    return order
+
+
+def _tokens_after_result(query: Query) -> int:
+    return 1 if query.src is None else 2 if query.dst is None else 0
+
+
+def _also_legal(query: Query) -> np.ndarray:
+    """A timestamp, if none is told; an end that is not told; more bytes of the address told last, if it is a prefix."""
+    legal = []
+    if query.src is None:
+        legal += [tk.SRC_IPV4, tk.SRC_IPV6]
+    if query.dst is None:
+        legal += [tk.DST_IPV4, tk.DST_IPV6]
+    if query.time_s is None:
+        legal.append(tk.TIMESTAMP_ABS)
+        ends = [end for end in (query.src, query.dst) if end is not None]
+        if all(end.is_prefix for end in ends):
+            legal += range(tk.BYTE_0, tk.VOCAB_SIZE)
+    return np.array(legal, dtype=np.int64)

@@ -5,6 +5,7 @@ Nothing heavy is imported before the options are parsed, so that `--help` answer
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ping_llm.data.choices import Packets, Split, Traceroute
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
+_WARNINGS_OF_A_KIND = 3
 Positional = tyro.conf.Positional
 
 
@@ -93,7 +95,7 @@ def fetch(
     if dump:
         wanted = hourly_dumps(archive, type, dump, hours)
     else:
-        from ping_llm.inference.query import parse_time
+        from ping_llm.inference.context import parse_time
 
         span = parse_time(start), parse_time(stop)
         wanted = results(api, msm, *span, probes, format, chunk_hours, packed=not plain)
@@ -169,39 +171,6 @@ def inspect(
             print(picture, file=sys.stderr)
 
 
-def rtt(
-    model: Path,
-    src: str,
-    dst: str = "",
-    dst_prefix: str = "",
-    at: str = "",
-    context: Path | None = None,
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    plot: Path | None = None,
-    truth: Path | None = None,
-    device: str = "auto",
-) -> None:
-    """The law of the RTT between two hosts, exactly.
-
-    Args:
-        model: run folder of a trained model.
-        src: source address, or a prefix such as 192.0.2.0/24.
-        dst: destination address.
-        dst_prefix: destination prefix such as 198.51.0.0/16, instead of an address.
-        at: time of the ping, ISO 8601 (UTC if it names no zone). If absent, any time, and those of the context are not told.
-        context: earlier measurements of the source (.parquet, .csv, .json): src_addr, dst_addr, rtt, event_time.
-        json: print one JSON object.
-        plot: draw the density to this image file.
-        truth: truth.json of a synthetic dump: its law is drawn, or printed, beside the answer.
-        device: cpu, cuda or auto.
-    """
-    from ping_llm.inference import commands
-
-    if bool(dst) == bool(dst_prefix):
-        raise ValueError("give either --dst ADDRESS or --dst-prefix PREFIX/LENGTH")
-    commands.rtt(model, src, dst or dst_prefix, at or None, context, json, plot, truth, device)
-
-
 def plot(run: Positional[Path], out: Path | None = None) -> None:
     """Draw the curves of a training run: loss per field, validation, learning rate, gradient norm, throughput.
 
@@ -213,6 +182,35 @@ def plot(run: Positional[Path], out: Path | None = None) -> None:
 
     for picture in plot_run(run, out):
         print(picture)
+
+
+def plan(
+    config: Positional[Path],
+    gpu: str = "h100",
+    gpus: int = 1,
+    mfu: float = 0.4,
+    grad_accum: int = 0,
+    prices: Path | None = None,
+) -> None:
+    """Tell what a training run will take, before it is paid for: memory, hours, dollars.
+
+    Args:
+        config: TOML file of the run.
+        gpu: kind of GPU, one of the price table.
+        gpus: how many, over all machines.
+        mfu: share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md tells what it reached.
+        grad_accum: micro-batches a step, instead of those of the file.
+        prices: price table; configs/prices.toml if absent.
+    """
+    import dataclasses
+
+    from ping_llm.config import load_config
+    from ping_llm.cost import GPU, PRICES, plan_cost
+
+    run = load_config(config)
+    train = dataclasses.replace(run.train, grad_accum=grad_accum or run.train.grad_accum)
+    planned = plan_cost(dataclasses.replace(run, train=train), GPU.named(gpu, prices or PRICES), gpus, mfu)
+    print("\n".join(planned.lines()))
 
 
 def _train(argv: list[str]) -> None:
@@ -229,11 +227,15 @@ def _train(argv: list[str]) -> None:
     train(config)
 
 
-def _inference(argv: list[str]) -> None:
-    _dispatch(argv, {"rtt": _options(rtt, "inference ")}, {"rtt": rtt.__doc__}, "ping-llm inference")
+def _inference(argv: list[str]) -> int | None:
+    from ping_llm.inference.cli import COMMANDS
+
+    commands = {name: _options(function, "inference ") for name, function in COMMANDS.items()}
+    help_texts = {name: function.__doc__ for name, function in COMMANDS.items()}
+    return _dispatch(argv, commands, help_texts, "ping-llm inference")
 
 
-def _options(function: Callable[..., None], prefix: str = "") -> Callable[[list[str]], None]:
+def _options(function: Callable[..., int | None], prefix: str = "") -> Callable[[list[str]], int | None]:
     """A command whose options are the parameters of a function."""
     return lambda argv: tyro.cli(function, args=argv, prog=f"ping-llm {prefix}{function.__name__}")
 
@@ -245,6 +247,7 @@ _COMMANDS = {
     "inspect": _options(inspect),
     "train": _train,
     "plot": _options(plot),
+    "plan": _options(plan),
     "inference": _inference,
 }
 _HELP = {
@@ -254,11 +257,12 @@ _HELP = {
     "inspect": inspect.__doc__,
     "train": "Train a model: CONFIG.toml [--section.option value …].",
     "plot": plot.__doc__,
-    "inference": "Ask a trained model: rtt.",
+    "plan": plan.__doc__,
+    "inference": "Ask a trained model: rtt, batch, dst, rank, sample, score.",
 }
 
 
-def _dispatch(argv: list[str], commands: dict[str, Callable], help_texts: dict[str, str], prog: str) -> None:
+def _dispatch(argv: list[str], commands: dict[str, Callable], help_texts: dict[str, str], prog: str) -> int | None:
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     lines = [f"  {name:10} {help_texts[name].splitlines()[0]}" for name in commands]
@@ -272,9 +276,12 @@ def _dispatch(argv: list[str], commands: dict[str, Callable], help_texts: dict[s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 after one line that says what was wrong, 130 if interrupted."""
+    """Runs a command; returns its exit code: 0, what the command says, 1 after one line that says what was wrong, or 130
+    if interrupted."""
+    log, warnings = logging.getLogger("ping_llm"), _WarningLines()
+    log.addHandler(warnings)
     try:
-        _dispatch(sys.argv[1:] if argv is None else argv, _COMMANDS, _HELP, "ping-llm")
+        return _dispatch(sys.argv[1:] if argv is None else argv, _COMMANDS, _HELP, "ping-llm") or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -289,4 +296,25 @@ def main(argv: list[str] | None = None) -> int:
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         print(f"error: {told}", file=sys.stderr)
         return 1
-    return 0
+    finally:
+        log.removeHandler(warnings)
+        warnings.close()
+
+
+class _WarningLines(logging.Handler):
+    """Warnings of the package as lines on standard error; of one kind the first few, and how many more there were."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: dict[str, int] = {}  # by the text before its arguments are filled in
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told[record.msg] = self.told.get(record.msg, 0) + 1
+        if self.told[record.msg] <= _WARNINGS_OF_A_KIND:
+            print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr)
+
+    def close(self) -> None:
+        more = sum(max(count - _WARNINGS_OF_A_KIND, 0) for count in self.told.values())
+        if more:
+            print(f"warning: {more:,} more of the kinds above", file=sys.stderr)
+        super().close()

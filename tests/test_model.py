@@ -45,6 +45,9 @@ def test_parameter_count_of_each_config(name, parameters):
 def test_flops_per_token_by_hand():
     # 6·(98,304,000 in blocks + 170,880 in the head) + 12·20·640·1024 of attention
     assert flops_per_token(load_config(CONFIGS / "small.toml").model) == 748_135_680
+    # 6·(679,477,248 + 410,112) + 12·24·1536·1024, and 6·(1,228,800 + 42,720) + 12·4·160·256
+    assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_532_308_992
+    assert flops_per_token(load_config(CONFIGS / "tiny.toml").model) == 9_595_200
     assert flops_per_token(ModelConfig(n_layer=4, n_embd=160, n_head=5, seq_len=384)) == 10_578_240
 
 

@@ -106,3 +106,20 @@ def test_a_restored_optimizer_takes_the_same_steps():
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     assert all(value.isfinite().all() for value in restored.state_dict().values())
     assert len(state) == 2 * 6 + 2 * 3  # a momentum for each matrix; step and two moments for embedding and head
+
+
+def test_muon_step_by_hand():
+    """One matrix: a Nesterov average, orthogonalised, times lr and √(rows / columns); the weight decays before."""
+    weight, first, second = (normal(12, 4, seed=seed) for seed in range(3))
+    parameter = nn.Parameter(weight.clone())
+    muon = Muon({"weight": parameter}, initial_lr=0.5)
+    muon.dtype = torch.float32
+    average, expected = torch.zeros(12, 4), weight
+    for gradient in (first, second):
+        parameter.grad = gradient.clone()
+        muon.step(momentum=0.8, weight_decay=0.1)
+        average = 0.8 * average + 0.2 * gradient
+        ahead = 0.8 * average + 0.2 * gradient
+        expected = expected * (1 - 0.5 * 0.1) - 0.5 * 3**0.5 * orthogonalize(ahead[None], torch.float32)[0]
+    torch.testing.assert_close(parameter.detach(), expected)
+    assert torch.equal(parameter.grad, second)  # left as it was

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import gc
 import math
 import os
 import signal
@@ -12,53 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from training_runs import MODEL, assert_same_weights, losses, make_batches, make_config, make_windows, metrics, run
 
-from ping_llm import trainer
 from ping_llm.checkpoint import load_latest
-from ping_llm.config import Config, ModelConfig, TrainConfig
-from ping_llm.model import GPT, pick_device
+from ping_llm.config import Config
 from ping_llm.distributed import Ranks
+from ping_llm.model import GPT, pick_device
 from ping_llm.objective import Objective
-from ping_llm.trainer import Feed, train
-
-MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
-
-
-def make_config(run_dir: Path, **train_fields) -> Config:
-    defaults = {"total_steps": 12, "batch_size": 8, "checkpoint_every": 6, "eval_every": 6, "eval_windows": 8}
-    fields = defaults | {"log_every": 1, "device": "cpu", "precision": "fp32"} | train_fields
-    return Config(model=MODEL, train=TrainConfig(run_dir=run_dir, **fields))
-
-
-def make_windows(count: int, seed: int) -> torch.Tensor:
-    """Windows (count, 65) whose RTT is told by the source: five measurements each, the rest is padding."""
-    generator = torch.Generator().manual_seed(seed)
-    source = torch.randint(11, 267, (count, 5), generator=generator)
-    failed = torch.rand(count, 5, generator=generator) < 0.2
-    measurement = torch.full((count, 5, 12), 0)
-    measurement[..., 1], measurement[..., 2:6] = 1, 200
-    measurement[..., 5] = source
-    measurement[..., 6], measurement[..., 7] = 3, 99
-    measurement[..., 8] = 8
-    measurement[..., 9], measurement[..., 10] = 60, source
-    measurement[..., 11] = torch.where(failed, 10, 6)
-    return F.pad(measurement.flatten(1), (0, 5), value=-1)
-
-
-def make_batches(config: Config, start_step: int, device: torch.device, rank: int, world: int):
-    """Batch i is a function of i alone."""
-    step = start_step
-    while True:
-        yield make_windows(config.train.batch_size, seed=step)[rank::world].to(device)
-        step += 1
-
-
-def val_windows(config: Config) -> torch.Tensor:
-    return make_windows(config.train.eval_windows, seed=10**6)
-
-
-def run(config: Config, load_batches=make_batches) -> trainer.RunState:
-    return train(config, Feed(load_batches, val_windows, lambda config: None))
 
 
 def interrupted_at(step: int, interrupt):
@@ -74,22 +34,6 @@ def interrupted_at(step: int, interrupt):
     return load_batches
 
 
-def metrics(config: Config) -> list[dict]:
-    return [json.loads(line) for line in (config.train.run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(config: Config) -> list[dict]:
-    timing = {"time_s", "tokens_per_s", "data_wait_share", "peak_memory_gb"}
-    return [{name: value for name, value in line.items() if name not in timing} for line in metrics(config)]
-
-
-def assert_same_weights(a: Config, b: Config) -> None:
-    first, second = load_latest(a.train.run_dir), load_latest(b.train.run_dir)
-    assert first.step == second.step
-    for one, other in ((first.model, second.model), (first.optimizer, second.optimizer)):
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Config:
     config = make_config(tmp_path_factory.mktemp("uninterrupted"))
@@ -100,7 +44,7 @@ def uninterrupted(tmp_path_factory) -> Config:
 def test_training_lowers_the_loss_of_every_field_it_can_predict(tmp_path):
     config = make_config(tmp_path, total_steps=60, eval_every=60, log_every=20)
     state = run(config)
-    lines = metrics(config)
+    lines = metrics(config.train.run_dir)
     assert [line["step"] for line in lines] == [0, 20, 40, 60]
     assert lines[0]["val_loss"] == pytest.approx(math.log(267), abs=0.01)
     assert lines[-1]["val_loss"] < 1 and lines[-1]["val_loss_structure"] < 0.3 and lines[-1]["val_loss_dst"] < 0.3
@@ -123,8 +67,8 @@ def test_resumed_run_equals_uninterrupted(tmp_path, uninterrupted, number):
     resumed = run(config)
     assert (resumed.step, resumed.samples_consumed, resumed.tokens) == (12, 96, 12 * 8 * 59)
     assert resumed.elapsed_s > state.elapsed_s > 0
-    assert losses(config) == losses(uninterrupted)
-    assert_same_weights(config, uninterrupted)
+    assert losses(config.train.run_dir) == losses(uninterrupted.train.run_dir)
+    assert_same_weights(config.train.run_dir, uninterrupted.train.run_dir)
 
 
 def test_a_crash_repeats_the_steps_after_the_last_checkpoint(tmp_path, uninterrupted):
@@ -135,12 +79,14 @@ def test_a_crash_repeats_the_steps_after_the_last_checkpoint(tmp_path, uninterru
 
     with pytest.raises(RuntimeError, match="power cut"):
         run(config, interrupted_at(9, crash))
-    assert [line["step"] for line in metrics(config)] == list(range(10)) and load_latest(tmp_path).step == 6
+    assert [line["step"] for line in metrics(config.train.run_dir)] == list(range(10)) and load_latest(
+        tmp_path
+    ).step == 6
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')  # a line that was being written
     run(config)
-    assert losses(config) == losses(uninterrupted)
-    assert_same_weights(config, uninterrupted)
+    assert losses(config.train.run_dir) == losses(uninterrupted.train.run_dir)
+    assert_same_weights(config.train.run_dir, uninterrupted.train.run_dir)
 
 
 def test_a_damaged_checkpoint_repeats_from_the_one_before(tmp_path, uninterrupted):
@@ -149,8 +95,8 @@ def test_a_damaged_checkpoint_repeats_from_the_one_before(tmp_path, uninterrupte
     with (tmp_path / "checkpoints/step-00000012/model.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert run(config).step == 12
-    assert losses(config) == losses(uninterrupted)
-    assert_same_weights(config, uninterrupted)
+    assert losses(config.train.run_dir) == losses(uninterrupted.train.run_dir)
+    assert_same_weights(config.train.run_dir, uninterrupted.train.run_dir)
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted):
@@ -210,7 +156,7 @@ def test_a_step_with_a_nan_gradient_changes_nothing_but_the_counters(tmp_path, m
     poisoned(monkeypatch, {3})
     state = run(config)
     assert state.step == 6 and state.skipped_steps == 1 and state.skipped_in_a_row == 0
-    assert metrics(config)[4]["grad_norm"] is None
+    assert metrics(config.train.run_dir)[4]["grad_norm"] is None
     checkpoints = {}
     for step in (5, 4, 3):
         for newer in tmp_path.glob("checkpoints/*"):
@@ -226,10 +172,14 @@ def test_a_step_with_a_nan_gradient_changes_nothing_but_the_counters(tmp_path, m
 def test_twenty_nan_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
     config = make_config(tmp_path, total_steps=100, checkpoint_every=4, eval_every=100)
     taken = poisoned(monkeypatch, range(5, 100))
-    with pytest.raises(ValueError, match="gradients of 20 steps in a row were not finite"):
+    with pytest.raises(
+        ValueError, match="gradients of 20 steps in a row were not finite, up to step 25; the last"
+    ) as end:
         run(config)
+    assert "\n" not in str(end.value)
     assert len(taken) == 25
     kept = load_latest(tmp_path)
+    assert kept.step == 24 and kept.state["skipped_in_a_row"] == 19
     assert all(value.isfinite().all() for value in kept.model.values())
 
 
@@ -243,11 +193,11 @@ def test_a_time_budget_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path
     config = make_config(tmp_path, total_steps=10**6, max_minutes=0.3 / 60, eval_every=10**6, checkpoint_every=10**6)
     state = run(config)
     assert 0.3 <= state.elapsed_s < 5 and state.step < 10**5
-    assert load_latest(tmp_path).step == state.step and metrics(config)[-1]["val_loss"] == state.val_loss
+    assert load_latest(tmp_path).step == state.step and metrics(config.train.run_dir)[-1]["val_loss"] == state.val_loss
 
 
 def test_the_last_rate_is_low_but_not_zero(uninterrupted):
-    rates = [line["lr"] for line in metrics(uninterrupted)[1:]]
+    rates = [line["lr"] for line in metrics(uninterrupted.train.run_dir)[1:]]
     assert 0 < rates[-1] < 0.3 * max(rates) and max(rates) == pytest.approx(0.02)
 
 
@@ -319,3 +269,55 @@ def test_wandb_without_a_key_suggests_offline(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r"--train\.wandb offline"):
         run(make_config(tmp_path, wandb="online"))
+
+
+def test_a_number_of_tokens_ends_the_run_and_stretches_the_schedule(tmp_path):
+    config = make_config(tmp_path, total_steps=0, target_tokens=9 * 8 * 59 + 1, eval_every=100)
+    state = run(config)
+    assert (state.step, state.tokens) == (10, 10 * 8 * 59)  # the step that reaches it is the last
+    rates = [line["lr"] for line in metrics(tmp_path)[1:]]
+    assert rates[0] == pytest.approx(0.01 * 0.02) and max(rates) == rates[3] == pytest.approx(0.02)
+    assert rates[-1] < rates[-2] < rates[-3] < 0.02
+    assert "val_loss" in metrics(tmp_path)[-1] and load_latest(tmp_path).step == 10
+
+
+def test_garbage_is_collected_between_runs_not_in_steps(tmp_path):
+    seen = []
+
+    def load_batches(*given):
+        for batch in make_batches(*given):
+            seen.append(gc.isenabled())
+            yield batch
+
+    run(make_config(tmp_path, total_steps=3), load_batches)
+    assert seen == [False] * 3 and gc.isenabled() and gc.get_freeze_count() == 0
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(
+            make_config(tmp_path / "other"), interrupted_at(1, lambda: (_ for _ in ()).throw(RuntimeError("power cut")))
+        )
+    assert gc.isenabled()
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    def interrupt_twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make_config(tmp_path), interrupted_at(8, interrupt_twice))
+    assert load_latest(tmp_path).step == 6
+    assert run(make_config(tmp_path)).step == 12
+
+
+def test_lines_hold_what_was_promised(uninterrupted):
+    lines = metrics(uninterrupted.train.run_dir)
+    assert [line["step"] for line in lines] == list(range(13))
+    always = {"step", "time_s", "tokens", "loss", "lr", "grad_norm", "skipped_steps", "tokens_per_s", "padding"}
+    always |= {"data_wait_share", "peak_memory_gb", *(f"loss_{field}" for field in ("structure", "src", "dst", "rtt"))}
+    for line in lines[1:]:
+        assert always <= line.keys() and "mfu" not in line  # no data sheet tells the peak of a CPU
+        assert line["tokens"] == line["step"] * 8 * 59 and line["lr"] > 0 and line["tokens_per_s"] > 0
+        assert 0 <= line["data_wait_share"] < 1 and line["grad_norm"] > 0 and 0.01 < line["peak_memory_gb"] < 100
+    times_s = [line["time_s"] for line in lines]
+    assert times_s == sorted(times_s) and 0 < times_s[-1] < 60
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 6, 12]

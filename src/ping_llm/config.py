@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import math
+import sys
 import tomllib
 import typing
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -226,9 +229,28 @@ def parse_config(argv: list[str], prog: str) -> Config:
         default, argv = load_config(argv[0]), argv[1:]
     elif not ({"-h", "--help"} & set(argv)):
         raise ValueError(f"{prog} needs a config file as its first argument, for example configs/tiny.toml")
-    return tyro.cli(
-        Config, default=default, args=argv, prog=f"{prog} CONFIG.toml", description="Train a model on probe rows."
-    )
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return tyro.cli(
+                Config,
+                default=default,
+                args=argv,
+                prog=f"{prog} CONFIG.toml",
+                description="Train a model on probe rows.",
+            )
+    except SystemExit as stopped:
+        if (wrong := _value_error(stopped)) is not None:  # tyro would show it in a box of many lines
+            raise wrong from None
+        print(errors.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _value_error(error: BaseException | None) -> ValueError | None:
+    """What a check of these classes said, if that is what led to an error."""
+    while error is not None and type(error) is not ValueError:
+        error = error.__context__
+    return error
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _join(device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
-    except (dist.DistError, RuntimeError) as error:
+    except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"the processes of this run did not find each other ({reason}); start all of them with torchrun, with one "

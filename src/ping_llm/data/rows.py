@@ -265,6 +265,8 @@ class RowReader:
             for name in ("probe_id", "measurements", "ipv6_measurements", "first_time_s", "last_time_s")
         )
         self.paths = shard_paths(self.folder, part)
+        if not self.paths:
+            raise self._damaged(f"every shard of {part}")
         self._source = None
 
     def __len__(self) -> int:

@@ -95,7 +95,7 @@ def test_a_bad_dump_is_one_clear_line(tmp_path, name):
     ("argv", "message"),
     [
         (["inference", "rtt", "--model", "RUN", "--src", "192.0.2.1", "--dst", "198.51.100.7"], "no checkpoint in"),
-        (["inference", "rtt", "--model", "RUN", "--src", "192.0.2.1"], "give either --dst ADDRESS or --dst-prefix"),
+        (["inference", "rtt", "--model", "RUN"], "give --src ADDRESS, --dst ADDRESS"),
         (["train", "CONFIG"], 'run "ping-llm prepare'),
         (["train", "absent.toml"], "no config file absent.toml"),
         (["train"], "needs a config file as its first argument"),

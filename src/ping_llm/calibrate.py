@@ -23,7 +23,7 @@ from ping_llm.inference.scoring import HISTORY, own_p_values, source_log_prob
 from ping_llm.model import GPT
 
 UNFAMILIAR_SHARE = 0.05  # of the results of val are of sources as strange to the model as a new one may be
-SURPRISE_SHARE = 4  # of so many results one is also asked for with its history, which takes some twenty times as long
+SURPRISE_SHARE = 5  # of so many results one is also asked for with its history, which takes some twenty times as long
 _BACK = 256  # measurements of a probe that are searched for those of the same source
 _BATCH = 64  # prompts read together
 

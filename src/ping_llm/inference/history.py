@@ -43,6 +43,7 @@ class History:
         _, src = np.unique(
             measured.src.view(f"V{ADDRESS_BYTES}").ravel(), return_inverse=True
         )  # (n,) number of the source
+        src = src.ravel()
         time_s = np.zeros(count) if measured.time_s is None else measured.time_s
         self.measured = measured
         self.order = np.lexsort((time_s, src))  # (n,) rows by source, then time; lexsort keeps the order of equals

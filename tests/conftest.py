@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side; threads of torch that spin would slow them all
 
 import numpy as np
 import pyarrow as pa

@@ -248,3 +248,23 @@ def test_what_ended_the_training_is_not_hidden_by_a_failed_save(tmp_path, monkey
         saver.save(1, {"weight": torch.ones(3)}, {}, {})
         raise ValueError("not finite")
     assert not threads()
+
+
+def test_any_error_of_the_thread_ends_the_run_and_is_told(tmp_path, monkeypatch):
+    said = []
+
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", exhausted)
+    with pytest.raises(MemoryError), checkpoint.Saver(tmp_path, 2, said.append) as saver:
+        saver.save(1, {"w": torch.zeros(2)}, {}, {"val_loss": None})
+    assert "step 1 could not be written (MemoryError())" in said[0]
+
+
+def test_a_counter_that_was_tampered_with_is_damage(tmp_path):
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    path = tmp_path / "checkpoints/step-00000002/state.json"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+    assert checkpoint.load_latest(tmp_path).step == 1

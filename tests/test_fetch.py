@@ -278,7 +278,7 @@ def test_two_fetches_do_not_write_to_one_folder(server, tmp_path):
     first = threading.Thread(target=fetch, args=(wanted, tmp_path, QUICK))
     first.start()
     wait_for(lambda: server.requests)
-    with pytest.raises(ValueError, match="another fetch writes to"):
+    with pytest.raises(ValueError, match="another process writes to"):
         fetch(wanted, tmp_path, QUICK)
     server.release.set()
     first.join()

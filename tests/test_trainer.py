@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -321,3 +322,41 @@ def test_lines_hold_what_was_promised(uninterrupted):
     times_s = [line["time_s"] for line in lines]
     assert times_s == sorted(times_s) and 0 < times_s[-1] < 60
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 6, 12]
+
+
+def test_a_resumed_run_draws_the_random_numbers_that_an_uninterrupted_one_would(tmp_path):
+    def random_batches(config, start_step, *_):
+        while True:
+            yield make_windows(config.train.batch_size, seed=int(torch.randint(10**6, ())))
+
+    def stopped_in_step_8(config, start_step, *given):
+        for step, batch in enumerate(random_batches(config, start_step, *given), start_step):
+            if step == 7:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    whole, halves = make_config(tmp_path / "whole"), make_config(tmp_path / "halves")
+    run(whole, random_batches)
+    assert run(halves, stopped_in_step_8).step == 8
+    run(halves, random_batches)
+    assert losses(whole.train.run_dir) == losses(halves.train.run_dir)
+    assert_same_weights(whole.train.run_dir, halves.train.run_dir)
+
+
+def test_a_second_trainer_is_kept_out_of_a_run_folder(tmp_path):
+    config = make_config(tmp_path)
+
+    def second():
+        with pytest.raises(ValueError, match="another process writes to"):
+            run(config)
+
+    assert run(config, interrupted_at(3, second)).step == 12
+
+
+def test_the_folder_of_a_run_that_saved_nothing_yet_is_not_taken_over(tmp_path):
+    run(make_config(tmp_path, total_steps=1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    metrics_before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"another train\.total_steps"):
+        run(make_config(tmp_path, total_steps=2))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics_before

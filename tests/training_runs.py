@@ -23,7 +23,7 @@ from ping_llm.run_state import RunState
 from ping_llm.trainer import Feed, train
 
 MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
-TIMING = {"time_s", "tokens_per_s", "data_wait_share", "peak_memory_gb"}
+TIMING = {"time_s", "tokens_per_s", "data_wait_share", "save_share", "peak_memory_gb"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # Processes forked from one that has imported everything and started no thread: each begins at once.

@@ -78,14 +78,14 @@ class Saver:
     """Writes the checkpoints of a run in a thread of its own, one at a time, and prunes; a context manager.
 
     `note` is told of a checkpoint that could not be written: the ones before it stay, and training goes on, for the next
-    may succeed. Only if the last one of a run fails too does the block end with an OSError.
+    may succeed. Only if the last one of a run fails too does the block end with what went wrong, an OSError for a disk.
     """
 
     def __init__(self, run_dir: Path, keep: int, note: Callable[[str], None]) -> None:
         self.run_dir, self.keep, self.note = run_dir, keep, note
         self.buffers: dict[str, Tensor] = {}  # of all tensors, allocated once: pinned where they come from a GPU
         self.thread: threading.Thread | None = None
-        self.failed: OSError | None = None
+        self.failed: Exception | None = None
 
     def __enter__(self) -> Saver:
         return self
@@ -126,13 +126,18 @@ class Saver:
         try:
             save(self.run_dir, step, model, optimizer, state)
             self.failed = None
-            prune(self.run_dir, self.keep)
-        except OSError as error:
+        except Exception as error:  # nothing may be lost in silence because a thread ended
             last = next((folder.name for folder in _folders(self.run_dir)), "none")
-            reason = error.strerror or str(error)
+            reason = getattr(error, "strerror", None) or repr(error)
             text = f"the checkpoint of step {step} could not be written ({reason}); the last good one is {last}"
-            self.failed = OSError(f"{text}; make room in {self.run_dir} and run the same command again")
+            told = OSError(f"{text}; make room in {self.run_dir} and run the same command again")
+            self.failed = told if isinstance(error, OSError) else error
             self.note(f"warning: {text}, and training goes on")
+            return
+        try:
+            prune(self.run_dir, self.keep)
+        except (OSError, ValueError) as error:
+            self.note(f"warning: older checkpoints in {self.run_dir} stay ({error})")
 
 
 def save(
@@ -155,7 +160,8 @@ def save(
         checksums = {}
         for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
             checksums[name] = _write_tensors(aside / name, tensors)
-        _write_json(aside / STATE_NAME, {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state})
+        values = {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state}
+        _write_json(aside / STATE_NAME, values | {"state_sha256": _json_sha256(values)})
         sync(aside)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
@@ -241,6 +247,8 @@ def _verified_state(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """state.json, after the checksums of the files `names`; _Damaged if one is wrong."""
     try:
         state = _read_json(folder / STATE_NAME)
+        if state.pop("state_sha256") != _json_sha256(state):
+            raise _Damaged(f"{STATE_NAME} does not match its checksum")
         for name in names:
             if _sha256(folder / name) != state["sha256"][name]:
                 raise _Damaged(f"{name} does not match its checksum")
@@ -281,6 +289,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
     sync(path)
+
+
+def _json_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

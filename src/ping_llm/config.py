@@ -136,6 +136,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require("loss", self, 0, math.inf, *FIELDS)
+        if not any(getattr(self, name) for name in FIELDS):
+            raise ValueError("one weight of [loss] must be above 0, else nothing is learned")
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(LossConfig))  # a field's number is its place here
@@ -166,7 +168,7 @@ class TrainConfig:
     checkpoint_every: int = field(default=500, metadata=RESUMABLE)
     """Steps between checkpoints, which a thread writes while training goes on; the last step is always saved."""
     keep_checkpoints: int = field(default=2, metadata=RESUMABLE)
-    """Newest checkpoints kept, besides the best."""
+    """Newest checkpoints kept, besides the best of those whose step was evaluated."""
     eval_every: int = field(default=250, metadata=RESUMABLE)
     """Steps between evaluations on the fixed windows of val."""
     eval_windows: int = 256
@@ -191,9 +193,16 @@ class TrainConfig:
             raise ValueError(
                 "give one of train.total_steps, train.target_tokens and train.max_minutes, else no run ends"
             )
-        if self.batch_size % self.grad_accum:
+        self.check_processes(1)
+
+    def check_processes(self, processes: int) -> None:
+        """ValueError unless a step's windows can be dealt to so many processes and their micro-batches."""
+        pieces = processes * self.grad_accum
+        if self.batch_size % pieces:
+            among = f" times the {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}"
+                f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}{among}; "
+                f"pass --train.batch-size {max(1, round(self.batch_size / pieces)) * pieces}"
             )
 
 

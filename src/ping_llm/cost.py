@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
-from ping_llm.hardware import PEAK_BF16_FLOPS
+from ping_llm.hardware import named_peak_flops
 from ping_llm.model import VOCAB_SIZE, flops_per_token, parameter_count
 
-PRICES = Path(__file__).parents[2] / "configs" / "prices.toml"
+PRICES = Path(__file__).with_name("prices.toml")
 ASSUMED_MFU = 0.40
 """Share of the peak that training is taken to reach. Assumed: nothing of this project has been measured on a GPU."""
 ACTIVATION_BYTES = 42
@@ -34,7 +34,7 @@ class GPU:
         table = tomllib.loads(prices.read_text())["gpu"]
         if name.lower() not in table:
             raise ValueError(f"{prices} tells no price of {name!r}, only of {', '.join(table)}; add it there")
-        peak = next((flops for part, flops in PEAK_BF16_FLOPS.items() if part.lower() == name.lower()), None)
+        peak = named_peak_flops(name)
         if peak is None:
             raise ValueError(f"the peak of {name!r} is not known; add it to PEAK_BF16_FLOPS in ping_llm/hardware.py")
         return cls(name.lower(), peak_flops=peak, **table[name.lower()])
@@ -52,6 +52,7 @@ class CostPlan:
     steps: float
     tokens_per_s: float
     fixed_gb: float  # a GPU: weights, gradients, optimiser
+    grad_accum: int  # micro-batches a step
     micro_batch: int  # windows, a GPU
     activations_gb: float  # a GPU, of such a micro-batch
     largest_micro_batch: int  # that fits
@@ -74,9 +75,12 @@ class CostPlan:
     def lines(self) -> list[str]:
         """What `ping-llm plan` prints."""
         what = f"{self.gpus} × {self.gpu.name.upper()} at {self.mfu:.0%} of {self.gpu.peak_flops / 1e12:,.0f} TFLOP/s"
-        advice = "fits" if self.fits else f"does not fit: pass --train.grad-accum {self._enough_pieces()}"
-        if not self.largest_micro_batch:
-            advice = "not even one window fits; take GPUs with more memory, or a smaller model"
+        if self.fits:
+            advice = "the batch fits"
+        elif self.largest_micro_batch:
+            advice = f"the batch does not fit: pass --train.grad-accum {self._enough_pieces()}"
+        else:
+            advice = "take GPUs with more memory, or a smaller model"
         return [
             f"{self.parameters / 1e6:,.1f}M parameters on {what} (assumed unless you measured it)",
             f"tokens          {self.tokens:>16,.0f}   in {self.steps:,.0f} steps",
@@ -85,11 +89,13 @@ class CostPlan:
             f"dollars         {self.dollars:>16,.0f}   at {self.gpu.dollars_per_hour:.2f} a GPU and hour",
             f"GB a GPU        {self.fixed_gb + self.activations_gb:>16.1f}   of {self.gpu.memory_gb:g}: "
             f"{self.fixed_gb:.1f} weights and optimiser, {self.activations_gb:.1f} a micro-batch of {self.micro_batch}",
-            f"largest batch   {self.largest_micro_batch:>16,}   windows a GPU and micro-batch; the batch {advice}",
+            f"largest batch   {self.largest_micro_batch:>16,}   windows a GPU and micro-batch; {advice}",
         ]
 
     def _enough_pieces(self) -> int:
-        return -(-self.micro_batch // max(1, self.largest_micro_batch))
+        """The fewest micro-batches a step that fit."""
+        windows = self.micro_batch * self.grad_accum  # of a step, for each GPU
+        return next(n for n in range(1, windows + 1) if windows % n == 0 and windows // n <= self.largest_micro_batch)
 
 
 def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> CostPlan:
@@ -97,12 +103,9 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
 
     FLOPs are those of `flops_per_token`, spent at `mfu` of the peak.
     """
-    pieces = gpus * config.train.grad_accum
-    if gpus < 1 or config.train.batch_size % pieces:
-        raise ValueError(
-            f"train.batch_size={config.train.batch_size} must be a multiple of {gpus} GPUs times train.grad_accum="
-            f"{config.train.grad_accum}"
-        )
+    if gpus < 1:
+        raise ValueError(f"gpus={gpus} must be at least 1")
+    config.train.check_processes(gpus)
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu} must be a share of the peak, above 0 and at most 1")
     step_tokens = config.train.batch_size * config.model.seq_len
@@ -110,7 +113,8 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     if not any(limits):
         raise ValueError("the run ends by train.max_minutes alone; give train.total_steps or train.target_tokens")
     steps = min(limit for limit in limits if limit)
-    micro_batch, fixed_gb = config.train.batch_size // pieces, fixed_bytes(config.model) / 1e9
+    micro_batch = config.train.batch_size // (gpus * config.train.grad_accum)
+    fixed_gb = fixed_bytes(config.model) / 1e9
     window_gb = activation_bytes(config.model) / 1e9
     room = gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb
     return CostPlan(
@@ -122,6 +126,7 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
         steps=steps,
         tokens_per_s=gpus * gpu.peak_flops * mfu / flops_per_token(config.model),
         fixed_gb=fixed_gb,
+        grad_accum=config.train.grad_accum,
         micro_batch=micro_batch,
         activations_gb=micro_batch * window_gb,
         largest_micro_batch=max(0, int(room / window_gb)),
@@ -141,4 +146,3 @@ def activation_bytes(model: ModelConfig) -> int:
     """Bytes that one window of a micro-batch takes until its backward pass."""
     blocks = ACTIVATION_BYTES * model.n_layer * model.n_embd
     return model.seq_len * (blocks + 10 * VOCAB_SIZE)  # logits in bf16 and fp32, and their gradient
-

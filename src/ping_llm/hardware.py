@@ -13,6 +13,7 @@ PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -35,8 +36,13 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s at best; None where no data sheet tells them."""
     if device.type != "cuda":
         return None
-    name = device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return named_peak_flops(device_name(device))
+
+
+def named_peak_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s at best of a device of that name; None where no data sheet tells them."""
+    fits = (peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{re.escape(part)}\b", name, re.IGNORECASE))
+    return next(fits, None)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -204,7 +204,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
 
 def _rms_norm(x: Tensor) -> Tensor:
     """Scales the last axis to a root mean square of 1; no weights. Accumulates in fp32 whatever the dtype of x."""
-    return F.rms_norm(x, x.shape[-1:])
+    return F.rms_norm(x, x.shape[-1:]).to(x.dtype)  # autocast of some devices would answer in fp32
 
 
 def _rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

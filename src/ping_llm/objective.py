@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -32,13 +33,8 @@ class Objective:
 
     def __init__(self, config: Config, model: GPT, ranks: Ranks) -> None:
         self.model, self.ranks, self.device = model, ranks, ranks.device
-        pieces = ranks.world * config.train.grad_accum
-        if config.train.batch_size % pieces:
-            raise ValueError(
-                f"train.batch_size={config.train.batch_size} must be a multiple of train.grad_accum="
-                f"{config.train.grad_accum} times the {ranks.world} processes"
-            )
-        self.micro_batch = config.train.batch_size // pieces  # windows
+        config.train.check_processes(ranks.world)
+        self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
         self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
         self.weights = field_weights(config.loss).to(self.device)  # (5,)
@@ -57,10 +53,8 @@ class Objective:
         """Targets (B, T), −1 = ignored, and their fields (B, T) of windows (B, T+1)."""
         return tokens[:, 1:], token_fields(tokens, self.role_fields, self.byte_fields)[:, 1:]
 
-    def sums(self, inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
+    def sums(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
         """Sum of the cross-entropy of each field in nats, (5,), of this process."""
-        # A batch of another size, the last of an evaluation, would be compiled anew.
-        forward = self.forward if len(inputs) == self.micro_batch else self.model
         with self.autocast():
             logits = forward(inputs)  # (B, T, V) fp32
         return field_losses(logits, targets, fields)[0]
@@ -82,19 +76,24 @@ class Objective:
         micro_batches = list(zip(*parts, strict=True))
         for number, (inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
             with self._exchange(number == len(micro_batches)):
-                micro_sums = self.sums(inputs, micro_targets, micro_fields)
+                micro_sums = self.sums(self.forward, inputs, micro_targets, micro_fields)
                 ((self.weights * micro_sums).sum() * scale).float().backward()
             sums += micro_sums.detach()
         return sums, totals
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> dict[str, float]:
-        """Nats per target, overall and per field, and bits per result, over windows (n, T+1), shared by the processes."""
+        """Nats per target, overall and per field, and bits per result, over windows (n, T+1), shared by the processes.
+
+        The model is not compiled here: without gradients, and for a last batch that is smaller, it would be anew.
+        """
         totals = torch.zeros(2 * len(FIELDS) + 1, dtype=torch.float64, device=self.device)
         for part in windows[self.ranks.rank :: self.ranks.world].split(self.micro_batch):
+            if not len(part):
+                continue  # fewer windows than processes
             tokens = part.to(self.device)
             targets, fields = self.targets(tokens)
-            sums = self.sums(tokens[:, :-1].clamp(min=0), targets, fields)
+            sums = self.sums(self.model, tokens[:, :-1].clamp(min=0), targets, fields)
             counts = field_masks(targets, fields).sum(dim=(1, 2))
             totals += torch.cat([sums, counts, count_results(targets, fields)[None]])
         sums, counts, results = self.ranks.sum(totals).split([len(FIELDS), len(FIELDS), 1])

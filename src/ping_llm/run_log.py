@@ -28,7 +28,8 @@ class RunLog:
     """
 
     def __init__(self, config: Config, resumed_step: int | None) -> None:
-        path = config.train.run_dir / METRICS_NAME
+        self.run_dir = config.train.run_dir
+        path = self.run_dir / METRICS_NAME
         _truncate(path, -1 if resumed_step is None else resumed_step)
         self.begun = self.last_line = time.monotonic()
         self.first_progress = self.progress = None
@@ -44,9 +45,13 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        try:
+            self.file.close()
+        except OSError:  # writes what a full disk did not take; that it did not was said
+            pass
+        finally:
+            if self.wandb is not None:
+                self.wandb.finish()
 
     def write(self, step: int, **scalars: float) -> None:
         """Records scalars measured after `step` steps; what is not finite becomes null."""
@@ -69,6 +74,15 @@ class RunLog:
             print(text, flush=True)
         else:
             self.live.print(text)
+
+    def show_samples(self, step: int, text: str) -> None:
+        """Shows what the model says by now, and adds it to samples.txt."""
+        self.note(text)
+        try:
+            with (self.run_dir / SAMPLES_NAME).open("a") as file:
+                file.write(f"step {step}\n{text}\n\n")
+        except OSError as error:
+            self.note(f"warning: {SAMPLES_NAME} misses the samples of step {step} ({error.strerror})")
 
     def show_progress(self, step: int, progress: float) -> None:
         """Moves the progress line; `progress` is the share of the run that is done."""
@@ -111,6 +125,9 @@ class SilentLog:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def show_samples(self, step: int, text: str) -> None:
         """Nothing."""
 
     def show_progress(self, step: int, progress: float) -> None:

@@ -12,6 +12,7 @@ from ping_llm import schedule
 from ping_llm.checkpoint import Checkpoint, load_config, load_latest, save_config
 from ping_llm.config import Config, TrainConfig, differing_fields
 from ping_llm.data.files import write_atomically
+from ping_llm.data.rows import MANIFEST_NAME
 from ping_llm.distributed import Ranks
 from ping_llm.hardware import machine_facts
 from ping_llm.model import GPT, parameter_count
@@ -19,6 +20,7 @@ from ping_llm.objective import resolve_precision
 from ping_llm.optim import Optimizer
 from ping_llm.run_log import MACHINE_NAME
 
+ROWS_MANIFEST_NAME = "rows_manifest.json"  # of the rows that a run learns from: it is asked nothing that they hold
 FIRST_LOSS_SCALE = 2.0**15
 LOSS_SCALE_STEPS = 2000  # in a row without overflow, after which the loss scale of fp16 doubles
 
@@ -65,20 +67,19 @@ class RunState:
 
 
 def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | None:
-    """Writes config and machine into the run folder; the checkpoint to continue, ValueError if its config differs."""
+    """Writes config, machine and the manifest of the rows into the run folder; the checkpoint to continue, ValueError if
+    its config differs."""
     run_dir = config.train.run_dir
     resumed, old = load_latest(run_dir), load_config(run_dir)
-    if resumed is not None:
-        if old is None:
-            raise ValueError(
-                f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir"
-            )
-        names = differing_fields(old, config)
-        names += ["data.rows"] if resumed.state.get("rows_sha256") != rows_sha256 else []
-        if names:
-            raise ValueError(
-                f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or what it had"
-            )
+    if resumed is not None and old is None:
+        raise ValueError(f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir")
+    names = differing_fields(old, config) if old is not None else []
+    if resumed is not None and resumed.state.get("rows_sha256") != rows_sha256:
+        names.append("data.rows")
+    if names:
+        raise ValueError(
+            f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or what it had"
+        )
     facts = machine_facts(ranks.device) | {
         "processes": ranks.world,
         "precision": resolve_precision(config.train.precision, ranks.device),
@@ -88,6 +89,9 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     try:
         save_config(run_dir, config)
         write_atomically(run_dir / MACHINE_NAME, json.dumps(facts, indent=1) + "\n")
+        manifest = config.data.rows / MANIFEST_NAME
+        if manifest.is_file():
+            write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
     except OSError as error:
         raise ValueError(
             f"the run folder {run_dir} cannot be written ({error.strerror}); pass another --train.run-dir"

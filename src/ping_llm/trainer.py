@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,15 @@ from ping_llm import schedule
 from ping_llm.calibrate import calibrate_run
 from ping_llm.checkpoint import Saver
 from ping_llm.config import FIELDS, Config, TrainConfig
+from ping_llm.data.files import write_lock
 from ping_llm.data.rows import manifest_sha256
 from ping_llm.distributed import Ranks, processes
 from ping_llm.hardware import peak_flops, peak_memory_gb
+from ping_llm.inference.calibration import CALIBRATION_NAME
 from ping_llm.model import GPT, flops_per_token, parameter_count
 from ping_llm.objective import Objective
 from ping_llm.optim import Optimizer
-from ping_llm.run_log import SAMPLES_NAME, RunLog, SilentLog
+from ping_llm.run_log import RunLog, SilentLog
 from ping_llm.run_report import write_report
 from ping_llm.run_state import RunState, open_run, restore
 from ping_llm.validation import Questions, describe
@@ -68,7 +70,14 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
     """
     feed = feed or Feed.of_rows()
     with processes(config.train.device) as ranks, _stop_flag() as stop, _memory_advice(config.train, ranks):
-        return Training.begin(config, feed, ranks).run(stop)
+        training = Training.begin(config, feed, ranks)
+        with write_lock(config.train.run_dir, config.train.run_dir / ".lock") if ranks.is_main else nullcontext():
+            trained = training.run(stop)
+        state, asks, main = training.state, training.questions is not None, ranks.is_main
+        del training  # its memory goes before a second model comes
+    if main:
+        _conclude(config, state, trained, asks, ranks.device)
+    return state
 
 
 @dataclass
@@ -88,9 +97,13 @@ class Training:
     @classmethod
     def begin(cls, config: Config, feed: Feed, ranks: Ranks) -> Training:
         """Reads all that a run needs, so that what is wrong with it is said before anything is done."""
-        ranks.on_main(lambda: check_batch(config, ranks.world))
+        ranks.on_main(lambda: config.train.check_processes(ranks.world))
         read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.questions(config)))
         rows_sha256, windows, questions = ranks.share(read)
+        if manifest_sha256(config.data.rows) != rows_sha256:
+            raise ValueError(
+                f"process {ranks.rank} finds other rows in {config.data.rows} than the main one; copy them"
+            )
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks))
         torch.manual_seed(config.seed)  # nothing below draws from it today; whatever comes to must repeat on resume
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
@@ -101,9 +114,9 @@ class Training:
             state = RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, questions)
 
-    def run(self, stop: threading.Event) -> RunState:
-        """Trains to the end, or until `stop` is set in any process."""
-        config, ranks = self.config, self.ranks
+    def run(self, stop: threading.Event) -> bool:
+        """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
+        config, ranks, begun = self.config, self.ranks, self.state.step
         log = RunLog(config, self.state.step or None) if ranks.is_main else SilentLog()
         with (
             log,
@@ -113,11 +126,7 @@ class Training:
         ):
             self._announce(log)
             self._loop(batches, log, saver, stop)
-        if ranks.is_main:
-            if self.questions is not None and self.state.progress(config.train) >= 1:
-                calibrate_run(config, ranks.device)
-            print(f"report: {write_report(config.train.run_dir)}")
-        return self.state
+        return self.state.step > begun
 
     def _loop(self, batches: Iterator[Tensor], log: RunLog, saver: Saver, stop: threading.Event) -> None:
         """Fetch, forward and backward, step; then what is due."""
@@ -145,13 +154,11 @@ class Training:
             log.show_progress(state.step, progress)
 
             over, line = progress >= 1, {}
+            if stopped and not over:
+                self._save(saver, clock)  # before all else: who asks to stop may not wait for long
             if over or state.step % config.train.log_every == 0:
                 sums = self.ranks.sum(sums.double())
-                line = {
-                    "time_s": elapsed_s,
-                    "tokens": state.tokens,
-                    **self.objective.means(sums, totals[: len(FIELDS)]),
-                }
+                line = {"time_s": clock, "tokens": state.tokens, **self.objective.means(sums, totals[: len(FIELDS)])}
                 line |= {"lr": config.optim.muon_lr * lr_scale, "grad_norm": grad_norm}
                 line |= {"skipped_steps": state.skipped_steps, **speed.rates()}
             if over or state.step % config.train.eval_every == 0:
@@ -161,8 +168,8 @@ class Training:
                 log.write(state.step, **line)
             if config.train.sample_every and (over or state.step % config.train.sample_every == 0):
                 self._show_samples(log)
-            if over or stopped or state.step % config.train.checkpoint_every == 0:
-                self._save(saver)
+            if over or (not stopped and state.step % config.train.checkpoint_every == 0):
+                speed.held_s += self._save(saver, clock)
         if stopped and progress < 1:
             log.note(f"stopped after step {state.step:,}; run the same command again to continue")
 
@@ -205,19 +212,19 @@ class Training:
 
     def _show_samples(self, log: RunLog) -> None:
         if self.ranks.is_main:
-            text = describe(self.model, self.questions, seed=self.state.step)
-            log.note(text)
-            with (self.config.train.run_dir / SAMPLES_NAME).open("a") as file:
-                file.write(f"step {self.state.step}\n{text}\n\n")
+            log.show_samples(self.state.step, describe(self.model, self.questions, seed=self.state.step))
 
-    def _save(self, saver: Saver) -> None:
-        """Saves everything that the next step depends on."""
+    def _save(self, saver: Saver, elapsed_s: float) -> float:
+        """Saves everything that the next step depends on; the seconds that training was held up."""
         if not self.ranks.is_main:
-            return
+            return 0.0
+        started = time.perf_counter()
         tensors = self.optimizer.state_dict() | {"rng.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        saver.save(self.state.step, self.model.state_dict(), tensors, dataclasses.asdict(self.state))
+        state = dataclasses.replace(self.state, elapsed_s=elapsed_s)
+        saver.save(state.step, self.model.state_dict(), tensors, dataclasses.asdict(state))
+        return time.perf_counter() - started
 
     def _announce(self, log: RunLog) -> None:
         config, step, world = self.config, self.state.step, self.ranks.world
@@ -240,6 +247,7 @@ class _Speed:
         self.step_flops = self.places * flops_per_token(config.model) / ranks.world
         self.first = config.train.compile  # the step that compiles tells nothing of the others
         self.sums, self.steps = torch.zeros(3, dtype=torch.float64), 0
+        self.held_s = 0.0  # by saves, which no step counts
 
     def add(self, *values: float) -> None:
         """Seconds of a step, of them for data, and targets trained on by all processes."""
@@ -250,7 +258,7 @@ class _Speed:
         self.steps += 1
 
     def rates(self) -> dict[str, float]:
-        """Targets a second, the shares of padding and of the time spent waiting for data, MFU, memory; starts anew.
+        """Targets a second, the shares of padding and of the time spent for data and for saves, MFU, memory; starts anew.
 
         MFU is the share of the device's peak that the model's FLOPs take, padding included as it is computed too.
         """
@@ -260,22 +268,21 @@ class _Speed:
             return memory
         rates = {"tokens_per_s": tokens / seconds, "padding": 1 - tokens / (self.steps * self.places)}
         rates["data_wait_share"] = wait_s / seconds
+        rates["save_share"] = self.held_s / (seconds + self.held_s)
         if self.peak:
             rates["mfu"] = self.steps * self.step_flops / seconds / self.peak
         self.sums.zero_()
-        self.steps = 0
+        self.steps, self.held_s = 0, 0.0
         return rates | memory
 
 
-def check_batch(config: Config, world: int) -> None:
-    """ValueError unless a step's batch can be dealt to `world` processes and their micro-batches."""
-    batch_size, grad_accum = config.train.batch_size, config.train.grad_accum
-    if batch_size % (world * grad_accum):
-        near = max(1, round(batch_size / (world * grad_accum))) * world * grad_accum
-        raise ValueError(
-            f"train.batch_size={batch_size} must be a multiple of the {world} processes times train.grad_accum="
-            f"{grad_accum}; pass --train.batch-size {near}"
-        )
+def _conclude(config: Config, state: RunState, trained: bool, asks: bool, device: torch.device) -> None:
+    """What a finished run leaves besides its model: calibration, and a report, which a stopped one leaves too."""
+    run_dir = config.train.run_dir
+    if asks and state.progress(config.train) >= 1 and (trained or not (run_dir / CALIBRATION_NAME).exists()):
+        print("calibrating on val", flush=True)
+        calibrate_run(config, device)
+    print(f"report: {write_report(run_dir)}")
 
 
 @contextmanager

@@ -6,14 +6,12 @@ under which terms. What is under way is in the folder `.fetch`; a fetch that was
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -24,7 +22,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ping_llm.data.disk import full_disk_is_one_line
 from ping_llm.data.download import Client, Manners, Refused, download_file, download_results
-from ping_llm.data.files import file_sha256, move_atomically, write_atomically
+from ping_llm.data.files import file_sha256, move_atomically, write_atomically, write_lock
 from ping_llm.data.progress import show_progress
 
 RECORD_NAME = "fetch.json"
@@ -130,7 +128,7 @@ def fetch(wanted: Sequence[Wanted], out: Path | str, manners: Manners | None = N
     """
     client = Client(manners or Manners(), key)
     out = Path(out)
-    with _alone(out / SCRATCH_NAME):
+    with write_lock(out, out / SCRATCH_NAME / "lock"):
         ledger = Ledger(out)
         todo = [file for file in wanted if not ledger.holds(file)]
         try:
@@ -282,20 +280,6 @@ def _share(advance: Callable[[float], None], lock: threading.Lock) -> Callable[[
             shown = share
 
     return progress
-
-
-@contextmanager
-def _alone(scratch: Path) -> Iterator[None]:
-    """Keeps a second fetch out of a folder."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another fetch writes to {scratch.parent}; wait for it, or choose another --out"
-            ) from None
-        yield
 
 
 def _checked_base(url: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,6 +31,21 @@ def move_atomically(aside: Path, path: Path) -> None:
     sync(aside)
     aside.replace(path)
     sync(path.parent)
+
+
+@contextmanager
+def write_lock(folder: Path, file: Path) -> Iterator[None]:
+    """Keeps a second process from writing into a folder, by a lock on a file of it; ValueError if one does.
+
+    It ends with the process, however that ends.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to {folder}; wait for it, or choose another folder") from None
+        yield
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,10 @@ def training_batches(config: Config, start_step: int, device: torch.device, rank
         steps = to_device(next(iterator), device)[skipped:]
         while True:
             yield from (step.long() for step in steps[:-1])
-            last, steps = steps[-1], to_device(next(iterator), device)  # is copied while the last one is trained on
+            last, steps = (
+                steps[-1],
+                to_device(next(iterator), device),
+            )  # copied before the last one is trained on
             yield last.long()
     finally:
         iterator.close()

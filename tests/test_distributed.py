@@ -245,6 +245,6 @@ def test_a_batch_that_two_processes_cannot_share_is_one_clear_line(rows_folder, 
     config = write_config(tmp_path / "config.toml", rows_folder, batch_size=7)
     code, _, errors = finish(start(config, world=2))
     assert code != 0
-    expected = "error: train.batch_size=7 must be a multiple of the 2 processes times train.grad_accum=1; "
+    expected = "error: train.batch_size=7 must be a multiple of train.grad_accum=1 times the 2 processes; "
     assert error_lines(errors) == [expected + "pass --train.batch-size 8"]
     assert not (tmp_path / "run").exists()

@@ -62,7 +62,7 @@ def test_rows_that_cannot_be_trained_on(tmp_path, error_of, rows):
 
 def test_options_that_do_not_fit(error_of, rows):
     assert error_of(rows, batch_size=6, grad_accum=4).endswith(
-        "train.batch_size=6 must be a multiple of train.grad_accum=4"
+        "train.batch_size=6 must be a multiple of train.grad_accum=4; pass --train.batch-size 8"
     )
     nothing = {"total_steps": 0, "target_tokens": 0, "max_minutes": 0.0}
     assert "give one of train.total_steps, train.target_tokens and train.max_minutes" in error_of(rows, **nothing)

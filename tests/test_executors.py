@@ -1,13 +1,11 @@
 """Where the tasks of `prepare` run leaves no trace in the rows, and what goes wrong there is one clear line."""
 
 import bz2
-import importlib.util
 import os
 import signal
 import stat
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from ping_llm.data import executors, tasks, unpack
 from ping_llm.data import prepare as prepare_module
 from ping_llm.data.executors import open_executor, run_tasks
 from ping_llm.data.parallel_unpack import unpack_parallel
-from ping_llm.data.plan import MIN_BUCKETS
 from ping_llm.data.prepare import plan_rows, prepare
 from ping_llm.data.synthetic import synthesize
 
@@ -166,26 +163,6 @@ def test_slurm_jobs_make_the_same_bytes(dumps, tmp_path, monkeypatch):
         prepare(dumps, tmp_path / "b", workers=2, executor="dask-slurm")
     assert len(list(tmp_path.glob("job-*.log"))) == 2
     assert files(tmp_path / "a") == files(tmp_path / "b")
-
-
-@pytest.mark.filterwarnings("ignore:.*executing locally")
-def test_containers_of_modal_make_the_same_bytes_over_a_volume_that_is_kept_up_to_date(dumps, tmp_path, monkeypatch):
-    path = Path(__file__).parents[1] / "scripts" / "prepare_modal.py"
-    spec = importlib.util.spec_from_file_location("prepare_modal", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    calls = []
-    volume = SimpleNamespace(commit=lambda: calls.append("commit"), reload=lambda: calls.append("reload"))
-    monkeypatch.setattr(script, "volume", volume)
-    monkeypatch.setattr(script, "CONTAINERS", 1)  # one thread: here the tasks share a process
-    monkeypatch.setattr(script, "run_task", SimpleNamespace(remote=script.run_task.local))
-    inputs = list(map(str, dumps))
-    manifest = script.prepare_rows.local(inputs, str(tmp_path / "a"), "one", "pingbench", "off")
-    prepare(dumps, tmp_path / "b", workers=1)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert sum(manifest["parts"].values()) == 1800
-    tasks_run = len(dumps) + MIN_BUCKETS
-    assert calls == ["commit", "reload", "commit", "reload"] * tasks_run + ["commit"]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(dumps, tmp_path, capsys, monkeypatch):

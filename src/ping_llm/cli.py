@@ -125,7 +125,8 @@ def prepare(
         split: train, val and test parts by the rules of PingBench, or everything into train.
         keep_going: use what can be read of a damaged file instead of stopping.
         shards: files of each part, at most; 0 = by the size of the dumps.
-        executor: local (processes), dask-local, dask-slurm, or dask=tcp://HOST:PORT for a running Dask cluster.
+        executor: local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
+            slurm/prepare.sbatch calls.
         traceroute: leave traceroutes out, or learn from replies of their targets, or from those of all hops.
         dry_run: print the plan with the estimated sizes and time, and write nothing.
     """
@@ -249,6 +250,7 @@ def eval(
         device: cpu, cuda or auto.
         precision: of the model's answers.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training; LightGBM's threads spin as well
     from ping_llm.eval.run import EvalOptions, evaluate, resolve_folders
 
     data, out = resolve_folders(run, data, out, baselines_only)

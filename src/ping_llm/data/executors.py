@@ -6,6 +6,7 @@ Tasks are pure functions over files, so any executor whose workers see the same 
     dask-local          a Dask cluster of processes on this machine
     dask-slurm          Dask workers as SLURM jobs, one core and one worker each unless Dask's jobqueue.yaml says otherwise
     dask=tcp://…:8786   a running Dask cluster, by the address of its scheduler
+    array               none: the tasks that are left are written down for a job array, see job_array.py
     dask                the cluster that DASK_SCHEDULER_ADDRESS names, else dask-local
 """
 
@@ -20,9 +21,10 @@ from multiprocessing import get_context
 from queue import SimpleQueue
 from threading import Lock
 
+from ping_llm.data.job_array import TaskFile
 from ping_llm.data.orphans import end_with_parent
 
-LOCAL, DASK, DASK_LOCAL, DASK_SLURM, DASK_AT = "local", "dask", "dask-local", "dask-slurm", "dask="
+LOCAL, ARRAY, DASK, DASK_LOCAL, DASK_SLURM, DASK_AT = "local", "array", "dask", "dask-local", "dask-slurm", "dask="
 JOB_MEMORY = "2GB"
 """Asked of SLURM for a worker; one takes below 1 GB."""
 CONNECT_TIMEOUT_S = 30
@@ -44,6 +46,8 @@ def open_executor(name: str, workers: int) -> Iterator[Executor]:
         if name == LOCAL:
             with _Inline() if workers == 1 else _spawned(workers) as pool:
                 yield pool  # spawned: a fork would copy the threads' locks of DuckDB and Arrow
+        elif name == ARRAY:
+            yield TaskFile()
         else:
             with _dask_cluster(name, workers) as cluster, _dask_client(cluster) as pool:
                 yield pool
@@ -53,14 +57,17 @@ def open_executor(name: str, workers: int) -> Iterator[Executor]:
 
 def check_executor(name: str) -> None:
     """ValueError if `name` is not one of those above."""
-    if name not in (LOCAL, DASK, DASK_LOCAL, DASK_SLURM) and not (name.startswith(DASK_AT) and "://" in name):
+    if name not in (LOCAL, ARRAY, DASK, DASK_LOCAL, DASK_SLURM) and not (name.startswith(DASK_AT) and "://" in name):
         raise ValueError(
-            f"no executor {name!r}; there are local, dask, dask-local, dask-slurm and dask=tcp://HOST:PORT"
+            f"no executor {name!r}; there are local, dask, dask-local, dask-slurm and dask=tcp://HOST:PORT, and "
+            "array for job arrays"
         )
 
 
 def run_tasks(pool: Executor, function: Callable, tasks: Sequence, done: Callable[[int, dict], None]) -> list[dict]:
     """The reports of all tasks, in order; `done(i, report)` is called as each comes in, and may raise to stop the rest."""
+    if isinstance(pool, TaskFile):
+        return pool.run(function, tasks, done)
     reports: list[dict] = [{}] * len(tasks)
     futures: list[Future] = []
     finished: SimpleQueue[int] = SimpleQueue()

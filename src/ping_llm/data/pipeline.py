@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import signal
 import weakref
 from collections.abc import Generator
 from functools import partial
@@ -134,6 +135,9 @@ def keep_buffers() -> None:
 
 
 def _begin_worker(trainer: int, *_: object) -> None:
-    """Run first in a loader process."""
+    """Run first in a loader process. Signals that reach the whole group of processes are for the trainer: it may want a
+    batch more before it saves, and ends its loaders itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(trainer)
     keep_buffers()

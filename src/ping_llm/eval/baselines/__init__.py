@@ -1,0 +1,34 @@
+"""The sixteen predictors that a model is compared with: they see the same rows, and choose everything on val."""
+
+from __future__ import annotations
+
+from ping_llm.eval.baselines.base import Baseline, PointBaseline
+from ping_llm.eval.baselines.coordinates import VIVALDI_2D, VIVALDI_8D
+from ping_llm.eval.baselines.factors import DMFSGD_METHOD, LOG_FACTORS
+from ping_llm.eval.baselines.history import EMA_FAST, EMA_SLOW, LAST_SEEN, ROLLING_MEDIAN, PairHistory
+from ping_llm.eval.baselines.neighbours import PREFIX_KNN, PROFILE_KNN
+from ping_llm.eval.baselines.simple import ADDITIVE, DESTINATION_MEDIAN, GLOBAL_MEDIAN, SOURCE_MEDIAN
+from ping_llm.eval.baselines.stack import Stack
+from ping_llm.eval.baselines.trees import LightGBM, TreeSettings
+
+
+def all_baselines(trees: TreeSettings | None = None) -> list[Baseline]:
+    """New ones, not fitted, in the order in which they build on each other; the stack shares its members.
+
+    Fit all of them on the same objects, and let all predict the same view object: what they share is made once.
+    """
+    simple = [GLOBAL_MEDIAN, SOURCE_MEDIAN, DESTINATION_MEDIAN, ADDITIVE]
+    history = [LAST_SEEN, EMA_FAST, EMA_SLOW, ROLLING_MEDIAN]
+    pair_history, dmfsgd = PairHistory(), PointBaseline(DMFSGD_METHOD)
+    profile_knn, lightgbm = PointBaseline(PROFILE_KNN), LightGBM(trees)
+    return [
+        *(PointBaseline(method) for method in (*simple, *history)),
+        pair_history,
+        *(PointBaseline(method) for method in (VIVALDI_2D, VIVALDI_8D)),
+        dmfsgd,
+        PointBaseline(LOG_FACTORS),
+        profile_knn,
+        PointBaseline(PREFIX_KNN),
+        lightgbm,
+        Stack([pair_history, dmfsgd, profile_knn, lightgbm]),
+    ]

@@ -1,0 +1,120 @@
+"""Training measurements in, network coordinates out: RTT = distance in a Euclidean space + two heights.
+
+Vivaldi (Dabek et al., SIGCOMM 2004): each measurement pulls both ends like a spring, by a step that depends on how sure
+either is of where it stands. Measurements are taken in random batches; the pulls of one node within a batch are averaged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ping_llm.eval.baselines.base import Learned, PointMethod
+from ping_llm.eval.baselines.pairs import Pairs
+from ping_llm.eval.baselines.simple import Additive
+from ping_llm.eval.columns import Measurements, QueryView
+
+ERROR_STEP = POSITION_STEP = 0.25
+"""Vivaldi's ce and cc."""
+
+PLACING_PASSES = 60
+"""Pulls of a new source by all that it is told."""
+
+LEAST_RTT_MS, LEAST_HEIGHT_MS = 0.1, 0.05
+BATCHES = 32
+"""A pass has about as many batches; a node of few pairs is then pulled by one at a time."""
+
+
+class Vivaldi:
+    """Positions (n, dims) and heights (n,) in ms of sources, then destinations; new sources are placed by context."""
+
+    def __init__(self, train: Measurements, dims: int, passes: int = 60, seed: int = 0) -> None:
+        self.pairs = pairs = Pairs.of(train)
+        self.additive = Additive(train)
+        sources = len(pairs.probes)
+        rng = np.random.default_rng([seed, dims])
+        nodes = sources + len(pairs.dst_ids)
+        self.position = rng.normal(0, 1, (nodes, dims))
+        self.height = np.full(nodes, 1.0)
+        self.error = np.ones(nodes)
+        rtt_ms = np.maximum(np.exp(pairs.log_ms), LEAST_RTT_MS)
+        ends = np.stack([pairs.source, sources + pairs.destination])  # (2, P)
+        for _ in range(passes):
+            for batch in np.array_split(rng.permutation(len(pairs)), min(BATCHES, len(pairs))):
+                self._pull(ends[:, batch], rtt_ms[batch])
+
+    def _pull(self, ends: np.ndarray, rtt_ms: np.ndarray) -> None:
+        """Moves both ends of a batch of pairs; ends (2, b)."""
+        node, other = np.concatenate([ends, ends[::-1]], axis=1)
+        rtt_ms = np.tile(rtt_ms, 2)
+        weight = self.error[node] / (self.error[node] + self.error[other])
+        away, height_share, distance = _spring(
+            self.position[node], self.height[node], self.position[other], self.height[other]
+        )
+        relative_error = np.abs(distance - rtt_ms) / rtt_ms
+        force = POSITION_STEP * weight * (rtt_ms - distance)
+        count = np.maximum(np.bincount(node, minlength=len(self.height)), 1)
+        for column in range(self.position.shape[1]):
+            pulls = np.bincount(node, force * away[:, column], len(self.height))
+            self.position[:, column] += pulls / count
+        self.height = np.maximum(
+            self.height + np.bincount(node, force * height_share, len(self.height)) / count, LEAST_HEIGHT_MS
+        )
+        step = ERROR_STEP * weight * (np.minimum(relative_error, 1.0) - self.error[node])
+        self.error += np.bincount(node, step, len(self.height)) / count
+
+    def __call__(self, view: QueryView) -> np.ndarray:
+        pairs, predicted = self.pairs, self.additive(view)
+        source, destination = pairs.source_of(view.probe), pairs.destination_of(view.dst_id)
+        known = np.flatnonzero((source >= 0) & (destination >= 0))
+        there = len(pairs.probes) + destination
+        predicted[known] = _log_distance(
+            self.position[source[known]],
+            self.height[source[known]],
+            self.position[there[known]],
+            self.height[there[known]],
+        )
+        told = (pairs.destination_of(view.context_dst_id) >= 0) & ~np.isnan(view.context_log_ms)
+        new = np.flatnonzero((source < 0) & (destination >= 0) & told.any(axis=1))
+        if len(new):
+            position, height = self._place(view.take(new), told[new])
+            predicted[new] = _log_distance(position, height, self.position[there[new]], self.height[there[new]])
+        return predicted
+
+    def _place(self, view: QueryView, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (q, dims) and heights (q,) of new sources: pulled from the middle by what they are told."""
+        there = len(self.pairs.probes) + self.pairs.destination_of(view.context_dst_id)
+        anchors, anchor_heights = self.position[there], self.height[there]  # (q, K, dims), (q, K)
+        rtt_ms = np.maximum(np.exp(np.where(told, view.context_log_ms, 0.0)), LEAST_RTT_MS)
+        count = told.sum(axis=1)
+        sources = slice(len(self.pairs.probes))
+        position = np.tile(self.position[sources].mean(axis=0), (len(view), 1))
+        height = np.full(len(view), np.median(self.height[sources]))
+        for turn in range(PLACING_PASSES):
+            away, height_share, distance = _spring(position[:, None], height[:, None], anchors, anchor_heights)
+            force = np.where(told, rtt_ms - distance, 0.0) * (1 - turn / PLACING_PASSES) / count[:, None]
+            position = position + (force[:, :, None] * away).sum(axis=1)
+            height = np.maximum(height + (force * height_share).sum(axis=1), LEAST_HEIGHT_MS)
+        return position, height
+
+
+def _spring(
+    position: np.ndarray, height: np.ndarray, other: np.ndarray, other_height: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair of nodes the unit vector away from the other (…, dims), its height part (…,), the distance in ms."""
+    apart = position - other
+    flat = np.sqrt((apart**2).sum(axis=-1))
+    distance = flat + height + other_height
+    return apart / np.maximum(distance, 1e-9)[..., None], (height + other_height) / distance, distance
+
+
+def _log_distance(position: np.ndarray, height: np.ndarray, other: np.ndarray, other_height: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(_spring(position, height, other, other_height)[2], LEAST_RTT_MS))
+
+
+def learn_vivaldi(train: Measurements, dims: int, passes: int = 60) -> Learned:
+    """See `Vivaldi`."""
+    return Vivaldi(train, dims, passes)
+
+
+VIVALDI_2D = PointMethod("vivaldi_2d", lambda train: learn_vivaldi(train, 2))
+VIVALDI_8D = PointMethod("vivaldi_8d", lambda train: learn_vivaldi(train, 8))

@@ -1,0 +1,149 @@
+"""Sources and results of pings in, the probability of each destination out: popularity × RTT histogram (Bayes).
+
+A destination is as likely as its source asked for it, smoothed by all sources, times how likely the result is for that
+pair: its histogram of log-RTT, smoothed by residuals around additive biases. A share of the mass is for destinations
+that were never seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ping_llm.eval.baselines.pairs import find, hide
+from ping_llm.eval.baselines.simple import Additive
+from ping_llm.eval.columns import Measurements, Queries, log_rtt
+
+BIN_LOG_MS = 0.05
+EDGES = np.arange(-7.0, 15.5, BIN_LOG_MS)
+BINS = len(EDGES) + 2
+FAILED = BINS - 1
+"""The bin of pings without an answer; the first and the last but one are open."""
+
+RESIDUAL_EDGES = np.arange(-6.0, 6.01, BIN_LOG_MS)
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+"""Pings that the coarser law is worth; chosen on val."""
+
+CELLS = 4_000_000
+
+
+class DestinationBayes:
+    """P(destination | source, result) over `destinations` (D,), the addresses seen in train, and all others together."""
+
+    name = "destination_bayes"
+
+    def __init__(self) -> None:
+        self.choices: dict[str, Any] = {}
+
+    def fit(self, train: Measurements, val: Queries) -> None:
+        """Chooses, by the log-probability of val's destinations, how much is smoothed and kept for unseen ones.
+
+        What is chosen for is train without some sources, destinations and pairs, as the test parts have them.
+        """
+        self._count(hide(train, 0))
+        asked = val.measurements.dst_id[val.rows]
+        self._unseen = float(((find(self.destinations, asked) < 0).sum() + 1) / (len(val) + 2))
+        chosen = val.take(np.arange(0, len(val), max(1, len(val) // 1000)))
+        _, popularity, result = max(
+            (self._mean_log_probability(chosen, popularity, result), popularity, result)
+            for popularity in STRENGTHS
+            for result in STRENGTHS
+        )
+        self.choices = {"popularity_strength": popularity, "result_strength": result, "unseen_share": self._unseen}
+        self._count(train)
+
+    def _count(self, train: Measurements) -> None:
+        self._additive = Additive(train)
+        self.destinations, destination = np.unique(train.dst_id, return_inverse=True)
+        self._probes, source = np.unique(train.probe, return_inverse=True)
+        self._pair_keys, pair = np.unique(self._key(source, destination), return_inverse=True)
+        self._pair_count = np.bincount(pair)
+        self._source_count = np.bincount(source)
+        self._popularity = np.bincount(destination) / len(train)
+        failed = train.rtt_ms < 0
+        self._fail_rate = (np.bincount(destination, failed) + failed.mean()) / (np.bincount(destination) + 1)
+        self._result_keys, self._result_count = np.unique(pair * BINS + _bins(train.rtt_ms), return_counts=True)
+        residual = (train.log_ms - self._expected(source, destination))[~failed]
+        counts = np.bincount(np.digitize(residual, RESIDUAL_EDGES), minlength=len(RESIDUAL_EDGES) + 1)
+        self._residual = (counts + 0.1) / (counts + 0.1).sum()
+        self._any_result = (np.bincount(_bins(train.rtt_ms), minlength=BINS) + 0.1) / (len(train) + 0.1 * BINS)
+
+    def log_probability(self, probe: np.ndarray, rtt_ms: np.ndarray) -> np.ndarray:
+        """(q, D + 1) natural log; the last column is of all destinations that train does not hold."""
+        return self._log_probability(
+            probe, rtt_ms, self.choices["popularity_strength"], self.choices["result_strength"]
+        )
+
+    def _log_probability(self, probe: np.ndarray, rtt_ms: np.ndarray, popularity: float, result: float) -> np.ndarray:
+        size = max(1, CELLS // len(self.destinations))
+        parts = []
+        for start in range(0, len(probe), size):
+            source, bins = find(self._probes, probe[start : start + size]), _bins(rtt_ms[start : start + size])
+            log_ms = log_rtt(rtt_ms[start : start + size])
+            known = (1 - self._unseen) * self._asked(source, popularity) * self._results(source, bins, log_ms, result)
+            joint = np.concatenate([known, (self._unseen * self._any_result[bins])[:, None]], axis=1)
+            parts.append(np.log(joint / joint.sum(axis=1, keepdims=True)))
+        return np.concatenate(parts)
+
+    def _asked(self, source: np.ndarray, strength: float) -> np.ndarray:
+        """(q, D) how often each source asks for each destination."""
+        pair = self._pairs_of(source)
+        count = np.where(pair >= 0, self._pair_count[pair], 0)
+        total = np.where(source >= 0, self._source_count[source], 0)
+        return (count + strength * self._popularity) / (total + strength)[:, None]
+
+    def _results(self, source: np.ndarray, bins: np.ndarray, log_ms: np.ndarray, strength: float) -> np.ndarray:
+        """(q, D) the probability of the bin of the result, from each destination."""
+        pair = self._pairs_of(source)
+        at = find(self._result_keys, np.where(pair >= 0, pair * BINS + bins[:, None], -1))
+        count = np.where(at >= 0, self._result_count[at], 0)
+        total = np.where(pair >= 0, self._pair_count[pair], 0)
+        every = np.arange(len(self.destinations))
+        residual = np.nan_to_num(log_ms)[:, None] - self._expected(source[:, None], every[None])
+        answered = (1 - self._fail_rate) * self._residual[np.digitize(residual, RESIDUAL_EDGES)]
+        prior = np.where((bins == FAILED)[:, None], self._fail_rate, answered)
+        return (count + strength * prior) / (total + strength)
+
+    def _expected(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """Additive log-ms of sources, −1 = not seen, and destinations; shapes broadcast."""
+        at = np.where(source >= 0, self._additive.pairs.source_of(self._probes[source]), -1)
+        bias = np.where(at >= 0, self._additive.source_bias[at], 0.0)
+        return bias + self._additive.without_source(self.destinations[destination])
+
+    def _pairs_of(self, source: np.ndarray) -> np.ndarray:
+        """(q, D) places of each source's pairs, −1 = not measured."""
+        every = np.arange(len(self.destinations))
+        return find(self._pair_keys, np.where(source[:, None] >= 0, self._key(source[:, None], every), -1))
+
+    def _key(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        return source.astype(np.int64) * len(self.destinations) + destination
+
+    def _mean_log_probability(self, queries: Queries, popularity: float, result: float) -> float:
+        asked = find(self.destinations, queries.measurements.dst_id[queries.rows])
+        log_probability = self._log_probability(queries.probe, queries.rtt_ms, popularity, result)
+        return float(log_probability[np.arange(len(asked)), asked].mean())  # −1 is the last column: all others
+
+
+def prefix_ranks(log_probability: np.ndarray, of_known: np.ndarray, of_asked: np.ndarray) -> np.ndarray:
+    """(q,) how many prefixes are likelier than the right one, ties against it; the number of all if it is not known.
+
+    `of_known` (D,) and `of_asked` (q,) are `prefix_ids` of the destinations and of the answers.
+    """
+    prefixes, group = np.unique(of_known, return_inverse=True)
+    right = find(prefixes, of_asked)
+    ranks = np.full(len(right), len(prefixes))
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(len(prefixes)))
+    for start in range(0, len(right), max(1, CELLS // len(of_known))):
+        rows = slice(start, start + max(1, CELLS // len(of_known)))
+        mass = np.add.reduceat(np.exp(log_probability[rows, : len(of_known)])[:, order], starts, axis=1)
+        at = right[rows]
+        own = np.take_along_axis(mass, np.maximum(at, 0)[:, None], 1)
+        ranks[rows] = np.where(at >= 0, (mass >= own).sum(axis=1) - 1, len(prefixes))
+    return ranks
+
+
+def _bins(rtt_ms: np.ndarray) -> np.ndarray:
+    """The bin of each result."""
+    return np.where(rtt_ms < 0, FAILED, np.digitize(np.nan_to_num(log_rtt(rtt_ms)), EDGES))

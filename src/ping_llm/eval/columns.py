@@ -1,0 +1,239 @@
+"""Probe rows in, columns of measurements and of queries out.
+
+A query asks for the RTT of one measurement; it may be told up to K earlier measurements of the same source. What a
+predictor is given, `QueryView`, holds copies of what it may know and no reference to the table: answers are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ping_llm.data.hashing import hash_keys
+from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
+from ping_llm.data.rows import RowReader
+from ping_llm.data.splits import as_text
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """n measurements of any sources, as columns over one table of a distinct addresses."""
+
+    src_id: np.ndarray  # (n,) int32, into addresses
+    dst_id: np.ndarray  # (n,) int32, into addresses
+    probe: np.ndarray  # (n,) int64, the source's group: RIPE Atlas prb_id, else negative and told by its address
+    time_s: np.ndarray  # (n,) int64, Unix seconds
+    rtt_ms: np.ndarray  # (n,) float32, −1 = failed
+    part: np.ndarray  # (n,) int8, into parts
+    addresses: np.ndarray  # (a, 16) uint8
+    parts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.time_s)
+
+    @classmethod
+    def from_rows(cls, rows: Path | str, parts: Sequence[str]) -> Measurements:
+        """All measurements of these parts of a folder of rows, part by part; ValueError if one holds none."""
+        columns = {name: [] for name in ("src", "dst", "probe_id", "time_s", "rtt_ms", "part")}
+        tables, places = [], 0
+        for part, name in enumerate(parts):
+            for row in RowReader(rows, name):
+                columns["src"].append(places + row.src.astype(np.int64))
+                columns["dst"].append(places + len(row.src_addresses) + row.dst.astype(np.int64))
+                tables += [row.src_addresses, row.dst_addresses]
+                places += len(row.src_addresses) + len(row.dst_addresses)
+                columns["probe_id"].append(np.full(len(row), row.probe_id, dtype=np.int64))
+                columns["time_s"].append(row.time_s)
+                columns["rtt_ms"].append(row.rtt_ms)
+                columns["part"].append(np.full(len(row), part, dtype=np.int8))
+        src, dst, probe_id, time_s, rtt_ms, part = (np.concatenate(column) for column in columns.values())
+        addresses, place = _distinct(np.concatenate(tables))
+        src_id, dst_id = place[src], place[dst]
+        return cls(src_id, dst_id, _group(probe_id, src_id, addresses), time_s, rtt_ms, part, addresses, tuple(parts))
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[Measurements]) -> Measurements:
+        """The measurements of all tables, in order, over one table of addresses; parts keep their names."""
+        addresses, place = _distinct(np.concatenate([table.addresses for table in tables]))
+        starts = np.cumsum([0] + [len(table.addresses) for table in tables])
+        parts = tuple(dict.fromkeys(name for table in tables for name in table.parts))
+        columns = zip(
+            *(
+                (
+                    place[start + table.src_id],
+                    place[start + table.dst_id],
+                    table.probe,
+                    table.time_s,
+                    table.rtt_ms,
+                    np.array([parts.index(name) for name in table.parts], dtype=np.int8)[table.part],
+                )
+                for start, table in zip(starts[:-1], tables, strict=True)
+            ),
+            strict=True,
+        )
+        return cls(*(np.concatenate(column) for column in columns), addresses, parts)
+
+    def take(self, rows: np.ndarray) -> Measurements:
+        """The measurements at `rows`: places, or (n,) bool. The table of addresses is shared."""
+        columns = ("src_id", "dst_id", "probe", "time_s", "rtt_ms", "part")
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
+
+    def of_part(self, name: str) -> Measurements:
+        """The measurements of one part."""
+        return self.take(self.rows_of_part(name))
+
+    def rows_of_part(self, name: str) -> np.ndarray:
+        """Places of the measurements of one part."""
+        if name not in self.parts:
+            raise ValueError(f'no part "{name}" here, only {", ".join(self.parts)}')
+        return np.flatnonzero(self.part == self.parts.index(name))
+
+    @cached_property
+    def log_ms(self) -> np.ndarray:
+        """(n,) float64, log of the RTT in ms; NaN where there was no answer."""
+        return log_rtt(self.rtt_ms)
+
+    def prefix_ids(self, ipv4_bits: int, ipv6_bits: int) -> np.ndarray:
+        """(a,) which prefix of whole bytes each address lies in, counted from 0."""
+        return prefix_ids(self.addresses, ipv4_bits, ipv6_bits)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryView:
+    """What a predictor may know of q queries; column j of the context is the j-th most recent measurement told."""
+
+    src_id: np.ndarray  # (q,) int32, into addresses
+    dst_id: np.ndarray  # (q,) int32
+    probe: np.ndarray  # (q,) int64
+    time_s: np.ndarray  # (q,) int64
+    context_dst_id: np.ndarray  # (q, K) int32, −1 = none
+    context_time_s: np.ndarray  # (q, K) int64
+    context_rtt_ms: np.ndarray  # (q, K) float32, −1 = failed, NaN = none
+    addresses: np.ndarray  # (a, 16) uint8
+
+    def __len__(self) -> int:
+        return len(self.time_s)
+
+    @cached_property
+    def context_log_ms(self) -> np.ndarray:
+        """(q, K) float64, log of the RTT in ms; NaN where there was no answer or no measurement."""
+        return log_rtt(self.context_rtt_ms)
+
+    def take(self, rows: np.ndarray) -> QueryView:
+        """The queries at `rows`."""
+        arrays = {name: value[rows] for name, value in self._columns().items()}
+        return replace(self, **arrays)
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        names = ("src_id", "dst_id", "probe", "time_s", "context_dst_id", "context_time_s", "context_rtt_ms")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """q queries with their answers: places in a table that holds the measurements asked for and those told."""
+
+    measurements: Measurements
+    rows: np.ndarray  # (q,) places of the measurements asked for
+    context: np.ndarray  # (q, K) places of earlier measurements of the same source, most recent first; −1 = none
+
+    def __post_init__(self) -> None:
+        if self.context.ndim != 2 or len(self.context) != len(self.rows):
+            raise ValueError(f"the context of {len(self.rows)} queries has shape {self.context.shape}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def rtt_ms(self) -> np.ndarray:
+        """(q,) the answers, −1 = failed."""
+        return self.measurements.rtt_ms[self.rows]
+
+    @property
+    def probe(self) -> np.ndarray:
+        """(q,) the group of each query's source."""
+        return self.measurements.probe[self.rows]
+
+    def told(self, k: int) -> Queries:
+        """The same queries, told the first k of their context."""
+        return replace(self, context=self.context[:, :k])
+
+    def take(self, rows: np.ndarray) -> Queries:
+        """The queries at `rows`."""
+        return replace(self, rows=self.rows[rows], context=self.context[rows])
+
+    def view(self) -> QueryView:
+        """The queries without their answers."""
+        table, told = self.measurements, self.context >= 0
+        return QueryView(
+            src_id=table.src_id[self.rows],
+            dst_id=table.dst_id[self.rows],
+            probe=table.probe[self.rows],
+            time_s=table.time_s[self.rows],
+            context_dst_id=np.where(told, table.dst_id[self.context], np.int32(-1)),
+            context_time_s=np.where(told, table.time_s[self.context], 0),
+            context_rtt_ms=np.where(told, table.rtt_ms[self.context], np.float32(np.nan)),
+            addresses=table.addresses,
+        )
+
+
+def earlier_measurements(
+    measurements: Measurements, rows: np.ndarray, count: int, other_destinations: bool = False
+) -> np.ndarray:
+    """(q, count) places of the latest measurements of each row's source before its second, most recent first, −1 = none.
+
+    With `other_destinations` those of the row's own destination are passed over, in a reach of 8 · count.
+    """
+    order = np.lexsort((measurements.time_s, measurements.probe))
+    probe, time_s = measurements.probe[order], measurements.time_s[order]
+    first = np.flatnonzero(np.r_[True, (np.diff(probe) != 0) | (np.diff(time_s) != 0)])
+    second_starts = np.repeat(first, np.diff(np.r_[first, len(order)]))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = second_starts
+    found = np.full((len(rows), count), -1, dtype=np.int32)
+    for start in range(0, len(rows), 20_000):  # bounds the memory at some tens of MB
+        asked = rows[start : start + 20_000]
+        back = place[asked][:, None] - 1 - np.arange(count * (8 if other_destinations else 1))  # (q, reach)
+        earlier = order[np.maximum(back, 0)]
+        usable = (back >= 0) & (measurements.probe[earlier] == measurements.probe[asked][:, None])
+        if other_destinations:
+            usable &= measurements.dst_id[earlier] != measurements.dst_id[asked][:, None]
+        found[start : start + len(asked)] = first_true(usable, earlier, count)
+    return found
+
+
+def first_true(usable: np.ndarray, values: np.ndarray, count: int, missing: float = -1) -> np.ndarray:
+    """(q, count) the first `count` of the values (q, m) of each row that are usable (q, m), then `missing`."""
+    order = np.argsort(~usable, axis=1, kind="stable")[:, :count]
+    kept = np.where(np.take_along_axis(usable, order, 1), np.take_along_axis(values, order, 1), missing)
+    return np.pad(kept, ((0, 0), (0, count - kept.shape[1])), constant_values=missing)
+
+
+def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:
+    """log of RTTs in ms, float64; NaN where there is none (−1, NaN). Clocks that gave 0 count as 1 µs."""
+    with np.errstate(invalid="ignore"):
+        return np.where(rtt_ms >= 0, np.log(np.maximum(rtt_ms, 1e-3, dtype=np.float64)), np.nan)
+
+
+def prefix_ids(addresses: np.ndarray, ipv4_bits: int, ipv6_bits: int) -> np.ndarray:
+    """(a,) which prefix of whole bytes each of (a, 16) addresses lies in, counted from 0 in ascending order."""
+    kept = np.where(is_ipv4(addresses), 12 + ipv4_bits // 8, ipv6_bits // 8)
+    cut = np.where(np.arange(ADDRESS_BYTES) < kept[:, None], addresses, 0).astype(np.uint8)
+    return _distinct(cut)[1]
+
+
+def _distinct(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones of (m, 16) addresses, ascending, and (m,) int32 where each stands among them."""
+    distinct, place = np.unique(as_text(addresses), return_inverse=True)
+    return distinct.view(np.uint8).reshape(-1, ADDRESS_BYTES), place.astype(np.int32)
+
+
+def _group(probe_id: np.ndarray, src_id: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+    """(n,) the group: the probe, and a negative number made of the source address where the probe is unknown."""
+    high, low = (hash_keys(addresses, salt).astype(np.int64) for salt in (b"group/high", b"group/low"))
+    by_address = -2 - ((high << 30) | (low >> 2))
+    return np.where(probe_id < 0, by_address[src_id], probe_id)

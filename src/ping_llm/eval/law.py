@@ -1,0 +1,129 @@
+"""Quantiles of log-RTT in, every statistic of the law they stand for out, in closed form.
+
+A law's CDF is piecewise linear between its quantiles, so its density is constant between two of them. The support is
+that of the RTT codes, 1 µs to 71 min, and the outermost 0.1 % on either side is spread evenly to its end: no result has
+density 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ping_llm.data.tokenization import rtt_code_edges_ms
+
+LEVELS = np.array([0, 0.001, 0.005, 0.01, 0.02, *np.linspace(0.05, 0.95, 19), 0.98, 0.99, 0.995, 0.999, 1])
+INNER_LEVELS = LEVELS[1:-1]
+"""The quantiles that a predictor gives; those of 0 and 1 are the ends of the support."""
+
+SUPPORT = tuple(float(edge) for edge in np.log(rtt_code_edges_ms()[[0, -1]]))
+"""Log-ms."""
+
+LEAST_WIDTH = 2.0**-11
+"""Log-ms that a whole law spans at least: one RTT code, so that repeats of one RTT have no infinite density."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantileLaws:
+    """The laws of q answered pings; values (q, L) are ascending log-ms at levels (L,), or (q, L) if each has its own."""
+
+    values: np.ndarray
+    levels: np.ndarray = field(default_factory=lambda: LEVELS)
+
+    @classmethod
+    def from_quantiles(cls, quantiles: np.ndarray) -> QuantileLaws:
+        """Laws with these (q, L − 2) quantiles in log-ms at INNER_LEVELS; crossed ones are put in order."""
+        if quantiles.ndim != 2 or quantiles.shape[1] != len(INNER_LEVELS) or not np.isfinite(quantiles).all():
+            raise ValueError(f"quantiles must be (q, {len(INNER_LEVELS)}) finite numbers, not {quantiles.shape}")
+        low, high = SUPPORT
+        inner = np.sort(quantiles, axis=1) + LEAST_WIDTH * (INNER_LEVELS - 0.5)
+        room = LEAST_WIDTH * INNER_LEVELS
+        inner = np.clip(inner, low + room, high - LEAST_WIDTH + room)
+        ends = np.ones((len(inner), 1))
+        return cls(np.concatenate([low * ends, inner, high * ends], axis=1))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, rows: np.ndarray | slice) -> QuantileLaws:
+        """The laws at `rows`."""
+        return QuantileLaws(self.values[rows], self.levels if self.levels.ndim == 1 else self.levels[rows])
+
+    def quantile(self, levels: np.ndarray) -> np.ndarray:
+        """(q, Q) log-ms below which a share levels (Q,) of the answers lies."""
+        asked = np.broadcast_to(levels, (len(self), len(levels)))
+        return interpolate_rows(asked, np.broadcast_to(self.levels, self.values.shape), self.values)
+
+    @property
+    def median(self) -> np.ndarray:
+        """(q,) log-ms."""
+        return self.quantile(np.array([0.5]))[:, 0]
+
+    def cdf(self, log_ms: np.ndarray) -> np.ndarray:
+        """(q,) or (q, m): P(log-RTT ≤ log_ms) of each law."""
+        x = log_ms.reshape(len(self), -1)
+        return interpolate_rows(x, self.values, np.broadcast_to(self.levels, self.values.shape)).reshape(log_ms.shape)
+
+    def log_density(self, log_ms: np.ndarray) -> np.ndarray:
+        """(q,) log of the density per log-ms of each law at its own log_ms (q,), clamped to the support."""
+        segment = self._segment(np.clip(log_ms, *SUPPORT))
+        rows = np.arange(len(self))
+        mass = np.diff(np.broadcast_to(self.levels, self.values.shape))[rows, segment]
+        return np.log(mass) - np.log(np.diff(self.values)[rows, segment])
+
+    def crps(self, log_ms: np.ndarray) -> np.ndarray:
+        """(q,) ∫ (CDF(x) − 1[x ≥ log_ms])² dx in log-ms, exact; log_ms (q,) is clamped to the support."""
+        y = np.clip(log_ms, *SUPPORT)[:, None]
+        at_y = self.cdf(y)
+        below_x = np.minimum(self.values, y)  # the knots up to y, the rest folded onto it
+        below_f = np.where(self.values < y, self.levels, at_y)
+        above_x = np.maximum(self.values, y)
+        above_f = 1 - np.where(self.values > y, self.levels, at_y)
+        return (_integral_of_square(below_x, below_f) + _integral_of_square(above_x, above_f)).sum(axis=1)
+
+    def _segment(self, log_ms: np.ndarray) -> np.ndarray:
+        """(q,) the segment of each law in which its log_ms lies."""
+        return np.clip((self.values <= log_ms[:, None]).sum(axis=1) - 1, 0, self.values.shape[1] - 2)
+
+
+def _integral_of_square(x: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """(q, L − 1) ∫ f² of f linear between the knots x (q, L)."""
+    return np.diff(x) * (f[:, 1:] ** 2 + f[:, 1:] * f[:, :-1] + f[:, :-1] ** 2) / 3
+
+
+def interpolate_rows(x: np.ndarray, knots: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(q, m) values of q piecewise-linear functions at x (q, m); knots (q, L) ascend; constant beyond the ends."""
+    segment = np.clip(_count_not_above(x, knots) - 1, 0, knots.shape[1] - 2)
+    left, right = np.take_along_axis(knots, segment, 1), np.take_along_axis(knots, segment + 1, 1)
+    below, above = np.take_along_axis(values, segment, 1), np.take_along_axis(values, segment + 1, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(right > left, (x - left) / (right - left), 1.0)
+    share = np.clip(share, 0, 1)
+    return (1 - share) * below + share * above
+
+
+def _count_not_above(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    """(q, m) how many of its row's knots (q, L), ascending, are at most x (q, m)."""
+    count = np.empty(x.shape, dtype=np.int64)
+    if x.shape[1] < 8:
+        for column in range(x.shape[1]):
+            count[:, column] = (knots <= x[:, column, None]).sum(axis=1)
+        return count
+    for start in range(0, len(x), 1000):  # rows laid end to end, one search; few, so that offsets cost no precision
+        part = knots[start : start + 1000]
+        low = min(part.min(), x[start : start + 1000].min())
+        high = max(part.max(), x[start : start + 1000].max())
+        offset = (np.arange(len(part)) * 2 * (high - low + 1))[:, None]
+        found = np.searchsorted((part + offset).ravel(), (x[start : start + 1000] + offset).ravel(), "right")
+        count[start : start + 1000] = found.reshape(len(part), -1) - np.arange(len(part))[:, None] * part.shape[1]
+    return count
+
+
+def pool(laws: list[QuantileLaws], weights: np.ndarray) -> QuantileLaws:
+    """The linear pools Σ w F of m laws each, weights (q, m) summing to 1: exact, its knots are those of all members."""
+    low, high = (laws[0].values[:, [end]] for end in (0, -1))
+    inner = np.sort(np.concatenate([law.values[:, 1:-1] for law in laws], axis=1), axis=1)
+    knots = np.concatenate([low, inner, high], axis=1)  # (q, M)
+    levels = sum(weight[:, None] * law.cdf(knots) for law, weight in zip(laws, weights.T, strict=True))
+    return QuantileLaws(knots, np.maximum.accumulate(levels, axis=1))

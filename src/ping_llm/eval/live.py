@@ -1,0 +1,71 @@
+"""Hosts in, what the system's `ping` measures out: to ask a model about pings of right now."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ping_llm.inference.predictor import PingModel
+
+_REPLY = re.compile(r"icmp_seq=(\d+) .*?time[=<]([\d.]+) ?ms")
+_SENT = re.compile(r"(\d+) packets transmitted")
+_ADDRESS = re.compile(r"^PING \S+ ?\(([0-9a-fA-F.:]+)\)|^PING ([0-9a-fA-F:]+)\(", re.MULTILINE)
+SLACK_S = 10
+
+
+def parse_ping(text: str) -> tuple[str, list[float]]:
+    """The address that Linux's ping (iputils or BusyBox) asked, and an RTT in ms for each packet sent, −1 = no answer."""
+    address, sent = _ADDRESS.search(text), _SENT.search(text)
+    if not address or not sent:
+        first = text.strip().splitlines()[0] if text.strip() else "nothing"
+        raise ValueError(f"the output of ping cannot be read: it said {first!r}")
+    rtts: dict[int, float] = {}
+    for number, rtt_ms in _REPLY.findall(text.replace(" seq=", " icmp_seq=")):
+        rtts.setdefault(int(number), float(rtt_ms))  # a duplicate comes later
+    missing = int(sent[1]) - len(rtts)
+    return address[1] or address[2], list(rtts.values()) + [-1.0] * missing
+
+
+def ping(host: str, count: int = 3, wait_s: int = 2) -> tuple[str, list[float]]:
+    """Pings a host; ValueError if there is no ping, or the host has no address."""
+    if host.startswith("-") or not shutil.which("ping"):
+        raise ValueError(f"{host!r} cannot be pinged; give a host name or an address, on a system that has ping")
+    argv = ["ping", "-n", "-c", str(count), "-W", str(wait_s), host]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=count * (wait_s + 1) + SLACK_S, check=False)
+    if not _SENT.search(done.stdout):
+        reason = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        raise ValueError(f"{host} cannot be pinged: {reason[0]}")
+    return parse_ping(done.stdout)
+
+
+def ping_all(src: str, hosts: list[str], count: int = 3) -> list[dict]:
+    """Measurements of each host, as `PingModel` takes them, in the order in which they were made."""
+    measured = []
+    for host in hosts:
+        started = int(time.time())
+        address, rtts = ping(host, count)
+        pings = [
+            {"src_addr": src, "dst_addr": address, "event_time": started + i, "rtt": x} for i, x in enumerate(rtts)
+        ]
+        measured += pings
+    return measured
+
+
+def compare_live(model: PingModel, src: str, hosts: list[str], count: int = 3) -> list[dict]:
+    """A line for each host: what the model expected, told the pings of the hosts before, and what came."""
+    context, lines = [], []
+    for host in hosts:
+        measured = ping_all(src, [host], count)
+        law = model.rtt(src, measured[0]["dst_addr"], at=measured[0]["event_time"], context=context)
+        answers = sorted(one["rtt"] for one in measured if one["rtt"] >= 0)
+        line = {"host": host, "address": measured[0]["dst_addr"], "expected_ms": float(law.median)}
+        line |= {"low_ms": float(law.quantile(0.05)), "high_ms": float(law.quantile(0.95)), "p_fail": float(law.p_fail)}
+        lines.append(line | {"measured_ms": answers[len(answers) // 2] if answers else None, "told": len(context)})
+        context = sorted(context + measured, key=lambda one: one["event_time"])
+        while context and len(hosts) > 1 and time.time() < context[-1]["event_time"]:
+            time.sleep(0.2)  # the next question is about a time that is not before its context
+    return lines

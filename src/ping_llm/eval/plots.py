@@ -1,0 +1,251 @@
+"""The results of PingBench in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ping_llm.axes import label_log_ticks
+from ping_llm.eval.metrics import PIT_BINS
+from ping_llm.eval.report import cell_name, subject
+from ping_llm.eval.results import ERROR_LEVELS
+
+FAR = ("test-s5", "external")
+"""Splits far from the training data: their calibration has a picture of its own."""
+
+SHOWN_K = 5
+_BEST = "best baseline"
+_COLORS = {_BEST: "#57606a", "stack": "#8250df", "lightgbm": "#1a7f37", "pair_history": "#9a6700"}
+_COLORS |= {"global_median": "#bfc5cc", "true law": "#d1660f", "profile_knn": "#0e8a8a"}
+_MODEL_COLORS = ("#1f6feb", "#bf3989", "#54aeff")
+_BASELINES = ("global_median", "pair_history", "lightgbm", "stack")
+_TITLES = {
+    "test-s1": "S1 pair, future",
+    "test-s2": "S2 new pair",
+    "test-s3": "S3 new source",
+    "test-s4": "S4 new destination",
+    "test-s5": "S5 both new",
+    "external": "other rows",
+}
+
+
+def plot_results(results: Mapping[str, Any], out: Path) -> list[Path]:
+    """Draws what there is to draw as PNGs into a folder; gives their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    pictures: dict[str, Callable] = {
+        "ratio_by_cell": _ratios,
+        "error_cdf": _error_cdfs,
+        "error_by_k": _errors_by_k,
+        "calibration": lambda results: _calibration(results, far=False),
+        "calibration_far": lambda results: _calibration(results, far=True),
+        "loss_per_field": _losses,
+        "densities": _densities,
+    }
+    paths = []
+    for name, draw in pictures.items():
+        figure = draw(results)
+        if figure is not None:
+            paths.append(out / f"{name}.png")
+            figure.savefig(paths[-1], dpi=120)
+            _close(figure)
+    return paths
+
+
+def _close(figure) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+
+
+def _panels(count: int, columns: int, width: float, height: float):
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    )
+    for unused in axes.flat[count:]:
+        unused.set_axis_off()
+    for used in axes.flat[:count]:
+        used.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _shown(results: Mapping[str, Any]) -> dict[str, str]:
+    """Methods that are drawn, each with its color: the model, the true law, and some baselines."""
+    kinds = {name: one["kind"] for name, one in results["methods"].items()}
+    models = [name for name, kind in kinds.items() if kind == "model"]
+    shown = [name for name in _BASELINES if name in kinds] or [name for name in kinds if kinds[name] == "baseline"][:4]
+    colors = dict(zip(models, _MODEL_COLORS, strict=False))
+    others = {name: _COLORS.get(name, "#57606a") for name in [*shown, *(n for n, k in kinds.items() if k == "truth")]}
+    return colors | others
+
+
+def _cells(results: Mapping[str, Any], **wanted: Any) -> list[Mapping[str, Any]]:
+    return [cell for cell in results["cells"] if all(cell[name] == value for name, value in wanted.items())]
+
+
+def _splits(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(cell["split"] for cell in results["cells"]))
+
+
+def _legend(figure, axes, columns: int = 4) -> None:
+    handles = {}
+    for axis in axes.flat:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
+
+
+def _ratios(results: Mapping[str, Any]):
+    """Split × cell: the CRPS ratio of the model, or without one of the stack, to the best baseline."""
+    import matplotlib.pyplot as plt
+
+    name = subject(results) or ("stack" if "stack" in results["methods"] else None)
+    if name is None:
+        return None
+    splits, columns = _splits(results), list(dict.fromkeys(cell_name(cell) for cell in results["cells"]))
+    ratio, high = (np.full((len(splits), len(columns)), np.nan) for _ in range(2))
+    for cell in results["cells"]:
+        at, line = (splits.index(cell["split"]), columns.index(cell_name(cell))), cell["methods"][name]
+        ratio[at], high[at] = line["crps_ratio"] or np.nan, (cell["counts"] and line["ratio_interval"][1]) or np.nan
+    figure, axis = plt.subplots(figsize=(2.6 + 0.78 * len(columns), 1.7 + 0.55 * len(splits)), layout="constrained")
+    image = axis.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(ratio):
+        if np.isfinite(value):
+            text = f"{value:.2f}" + ("*" if high[row, column] < 1 else "")
+            dark = abs(np.log2(value)) > 0.65
+            axis.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=30, ha="right")
+    axis.set_yticks(range(len(splits)), [_TITLES.get(split, split) for split in splits], fontsize=9)
+    axis.set_title(f"CRPS of {name} ÷ best baseline of the cell; * = surely below 1", fontsize=11, loc="left")
+    bar = figure.colorbar(image, ticks=[-1, -0.5, 0, 0.5, 1], pad=0.01)
+    bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
+    return figure
+
+
+def _error_cdfs(results: Mapping[str, Any]):
+    cells = _cells(results, k=SHOWN_K, draw="other")
+    if not cells:
+        return None
+    figure, axes = _panels(len(cells), 3, 4.2, 3.3)
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        for name, color in _shown(results).items():
+            errors = np.array(cell["methods"][name]["error_quantiles"], dtype=float)
+            axis.plot(np.maximum(errors, 1e-4), ERROR_LEVELS, color=color, linewidth=1.6, label=name)
+        axis.set_xscale("log")
+        axis.set(xlim=(1e-3, 10), ylim=(0, 1), title=_TITLES.get(cell["split"], cell["split"]))
+        axis.set_xticks([1e-3, 1e-2, 0.1, 1, 10], ["0.1 %", "1 %", "10 %", "100 %", "1000 %"])
+        axis.grid(alpha=0.25)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of queries below")
+    title = f"Relative error of the predicted median, told {SHOWN_K} pings to other destinations"
+    figure.suptitle(title, fontsize=11)
+    _legend(figure, axes)
+    return figure
+
+
+def _errors_by_k(results: Mapping[str, Any]):
+    splits = _splits(results)
+    figure, axes = _panels(2 * len(splits), len(splits), 3.4, 2.9)
+    for column, split in enumerate(splits):
+        both = axes.flat[column], axes.flat[len(splits) + column]
+        for axis, draw in zip(both, ("recent", "other"), strict=True):
+            cells = [*_cells(results, split=split, k=0), *_cells(results, split=split, draw=draw)]
+            ks = [cell["k"] for cell in cells]
+            for name, color in _shown(results).items():
+                errors = [100 * (cell["methods"][name]["median_rel_error"] or np.nan) for cell in cells]
+                axis.plot(range(len(ks)), errors, "o-", color=color, markersize=3.5, linewidth=1.6, label=name)
+            axis.set_yscale("log")
+            axis.set_xticks(range(len(ks)), ks)
+            axis.set_title(f"{_TITLES.get(split, split)}, {draw}", fontsize=10)
+            axis.grid(alpha=0.25)
+        limits = [axis.get_ylim() for axis in both]
+        low, high = min(low for low, _ in limits), max(high for _, high in limits)
+        for axis in both:
+            axis.set_ylim(low, high)
+            label_log_ticks(axis.yaxis, low, high)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("median relative error (%)")
+    for axis in axes[-1]:
+        axis.set_xlabel("earlier pings told")
+    _legend(figure, axes)
+    return figure
+
+
+def _calibration(results: Mapping[str, Any], far: bool):
+    """Above how often the answer lies below each quantile, below the histogram of the PIT."""
+    cells = [cell for cell in _cells(results, k=SHOWN_K, draw="other") if (cell["split"] in FAR) == far]
+    if not cells:
+        return None
+    figure, axes = _panels(2 * len(cells), max(2, len(cells)), 3.6, 3.0)
+    edges = np.linspace(0, 1, PIT_BINS + 1)
+    for column, cell in enumerate(cells):
+        reliability, histogram = axes.flat[column], axes.flat[len(cells) + column]
+        reliability.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+        histogram.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        for name, color in _shown(results).items():
+            if name == "global_median":
+                continue
+            shares = np.array(cell["methods"][name]["pit_histogram"], dtype=float)
+            reliability.plot(edges, np.r_[0, np.cumsum(shares)], color=color, linewidth=1.6, label=name)
+            histogram.stairs(shares * PIT_BINS, edges, color=color, linewidth=1.4)
+        reliability.set_title(_TITLES.get(cell["split"], cell["split"]), fontsize=11)
+        reliability.set(xlim=(0, 1), ylim=(0, 1), xlabel="quantile")
+        histogram.set(xlim=(0, 1), ylim=(0, None), xlabel="PIT")
+    axes.flat[0].set_ylabel("share of answers below")
+    axes.flat[len(cells)].set_ylabel("density (1 = calibrated)")
+    title = "Calibration" + (" far from the training data" if far else "")
+    figure.suptitle(f"{title}, told {SHOWN_K} pings to other destinations", fontsize=11)
+    _legend(figure, axes, 4 if len(cells) > 2 else 2)
+    return figure
+
+
+def _losses(results: Mapping[str, Any]):
+    losses = results.get("loss_per_field")
+    if not losses:
+        return None
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for line in losses.values() for name in line))
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    width = 0.8 / len(losses)
+    for number, (part, line) in enumerate(losses.items()):
+        at = np.arange(len(names)) + (number - (len(losses) - 1) / 2) * width
+        color = plt.get_cmap("viridis")(0.9 * number / max(1, len(losses) - 1))
+        axis.bar(at, [line.get(name, np.nan) for name in names], width * 0.92, color=color, label=part)
+    axis.set_xticks(range(len(names)), [{"src": "source", "dst": "destination", "rtt": "RTT"}.get(n, n) for n in names])
+    axis.set(ylabel="nats a token", title="Loss per field, fields in any order, as in training")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, ncols=2)
+    return figure
+
+
+def _densities(results: Mapping[str, Any]):
+    examples = results.get("examples")
+    if not examples:
+        return None
+    figure, axes = _panels(len(examples), 2, 5.6, 2.5)
+    for axis, example in zip(axes.flat, examples, strict=False):
+        at = np.asarray(example["rtt_ms_at"])
+        for (name, density), color in zip(example["density"].items(), (_MODEL_COLORS[0], "#8250df"), strict=False):
+            axis.plot(at, density, color=color, linewidth=1.5, label=name)
+            axis.fill_between(at, np.asarray(density, dtype=float), color=color, alpha=0.1, linewidth=0)
+        axis.axvline(example["rtt_ms"], color="#d1660f", linewidth=1.4, linestyle="--", label="observed")
+        axis.set_xscale("log")
+        axis.set(ylim=(0, None), xlim=(at[0], at[-1]))
+        label_log_ticks(axis.xaxis, at[0], at[-1])
+        axis.set_title(f"{_TITLES.get(example['split'], example['split'])}: {example['title']}", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("density per log-ms", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("RTT (ms)", fontsize=9)
+    _legend(figure, axes)
+    return figure

@@ -1,0 +1,204 @@
+"""The results of PingBench in, report.md out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ping_llm.data.files import write_atomically
+
+REPORT_NAME = "report.md"
+DETAIL_KS = (0, 5, 30)
+FEW = 20_000
+_EMPTY = "–"
+
+
+def write_report(results: Mapping[str, Any], out: Path, pictures: Sequence[Path] = ()) -> Path:
+    """Writes report.md into a folder; gives its path."""
+    sections = [("", _head(results)), ("Headline", _headline(results))]
+    sections += [(name, _split(results, name, split)) for name, split in results["splits"].items()]
+    sections += [
+        ("Failures", _failures(results)),
+        ("What the model says of other fields", _other_fields(results)),
+        ("Settings chosen on val", _choices(results)),
+        ("Pictures", [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]),
+    ]
+    text = "# PingBench\n"
+    for title, lines in sections:
+        if lines:
+            text += "\n" + (f"## {title}\n\n" if title else "") + "\n".join(lines) + "\n"
+    path = out / REPORT_NAME
+    write_atomically(path, text)
+    return path
+
+
+def subject(results: Mapping[str, Any]) -> str | None:
+    """The method that the report is about: the first of the model; None without a model."""
+    return next((name for name, one in results["methods"].items() if one["kind"] == "model"), None)
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """How a table names a cell of a split."""
+    return "k = 0" if cell["k"] == 0 else f"{cell['draw']} {cell['k']}"
+
+
+def _head(results: Mapping[str, Any]) -> list[str]:
+    lines = [f"Rows {results['data']}, run {results['run'] or 'none'}, seed {results['seed']}."]
+    if results["train_rows"] != results["data"]:
+        lines.append(f"Baselines learned from {results['train_rows']}.")
+    if results["quick"]:
+        lines.append("A quick look: fewer queries, and smaller trees than a full run has.")
+    if results["model_queries_per_cell"]:
+        count = results["model_queries_per_cell"]
+        lines.append(
+            f"Tables are over the queries that every method answered: of each cell the first {count:,} at most."
+        )
+    if results["leak"]:
+        warning = f"**LEAK: {results['leak']}. These numbers are no measure of quality.**"
+        lines += ["", f'<span style="color:red">{warning}</span>', ""]
+    lines += [
+        "",
+        "A query is told k earlier measurements of its source: the most `recent`, or those of `other` destinations. Every",
+        "source weighs the same. CRPS in log-ms, lower is better; intervals of 95 % are from 1,000 draws of the sources.",
+    ]
+    return lines
+
+
+def _headline(results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, line in results["headline"].items():
+        low, high = line["interval"]
+        cells = f"{line['cells']}" + (f" (+ {line['cells_too_small']} too small)" if line["cells_too_small"] else "")
+        ratio = f"{_number(line['geometric_mean'])} ({_number(low)}–{_number(high)})"
+        rows.append((name, ratio, f"{line['win_rate']:.0%}", cells))
+    if not rows and subject(results):
+        return ["No cell has enough answers and sources to count; ask more queries of each."]
+    if not rows:
+        return ["No model was asked; the tables show what it would have to beat."]
+    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", "cells won", "cells")
+    return _table(head, rows)
+
+
+def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | None) -> list[str]:
+    cells = [cell for cell in results["cells"] if cell["split"] == name]
+    if split is None or not split["queries"] or not cells:
+        return ["No measurements: nothing was asked."]
+    lines = [
+        f"{split['queries']:,} queries of {split['sources']:,} sources, from {split['measurements']:,} measurements."
+    ]
+    if split["queries"] < min(FEW, split["wanted"]):
+        lines.append(f"Fewer than the {split['wanted']:,} asked for: there are no more, at most 50 a source.")
+    small = [cell_name(cell) for cell in cells if not cell["counts"]]
+    if small:
+        which = "all cells" if len(small) == len(cells) else ", ".join(small)
+        lines.append(f"Too few answers or sources to count in the headline: {which}.")
+    full = {draw: f"{shares['30']:.0%}" for draw, shares in split["full_context_share"].items()}
+    lines.append(
+        f"30 earlier measurements were there for {full['recent']} (recent) and {full['other']} (other) of them."
+    )
+    head = ("CRPS, log-ms", *(cell_name(cell) for cell in cells))
+    rows = [(name, *(_crps(cell, name) for cell in cells)) for name in cells[0]["methods"]]
+    asked = subject(results)
+    if asked:
+        rows.append(("**ratio to the best baseline**", *(_ratio(cell["methods"][asked]) for cell in cells)))
+    return [*lines, "", *_table(head, rows), "", *_details(results, cells)]
+
+
+def _crps(cell: Mapping[str, Any], method: str) -> str:
+    text = _number(cell["methods"][method]["crps_log"])
+    return f"**{text}**" if method == cell["best_baseline"] else text
+
+
+def _ratio(method: Mapping[str, Any]) -> str:
+    low, high = method["ratio_interval"]
+    return f"{_number(method['crps_ratio'])} ({_number(low)}–{_number(high)})"
+
+
+def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of some cells: the best baseline, and every method that is none."""
+    head = ("", "method", "NLL nats", "bits/RTT", "median err", "p90 err", "≤ 10 %", "≤ 25 %")
+    head += ("50/80/90 % cover", "width 90 %", "PIT KS")
+    rows = []
+    for cell in (cell for cell in cells if cell["k"] in DETAIL_KS):
+        others = [name for name, one in results["methods"].items() if one["kind"] != "baseline"]
+        for name in (cell["best_baseline"], *others):
+            line = cell["methods"][name]
+            percent = (_percent(line[key]) for key in ("median_rel_error", "p90_rel_error"))
+            within = (_percent(share) for share in line["within"].values())
+            cover = " / ".join(_percent(share, 0) for share in line["coverage"].values())
+            numbers = (_number(line["rtt_nll_nats"]), _number(line["rtt_bits"]), *percent, *within, cover)
+            rows.append((cell_name(cell), name, *numbers, _number(line["width_log"]["90"]), _number(line["pit_ks"])))
+    return _table(head, rows)
+
+
+def _failures(results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for cell in (cell for cell in results["cells"] if cell["k"] in DETAIL_KS and cell["draw"] != "other"):
+        others = [name for name, one in results["methods"].items() if one["kind"] != "baseline"]
+        for name in (cell["best_baseline"], *others):
+            line = cell["methods"][name]
+            label = name if name in others else "baselines (smoothed rates)"
+            scores = (_number(line[key]) for key in ("fail_brier", "fail_log_loss", "fail_auc"))
+            rows.append((cell["split"], cell_name(cell), label, _percent(line["fail_rate"]), *scores))
+    return _table(("split", "", "method", "base rate", "Brier", "log-loss", "AUC"), rows)
+
+
+def _other_fields(results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if losses := results.get("loss_per_field"):
+        names = list(dict.fromkeys(name for line in losses.values() for name in line))
+        rows = [(part, *(_number(line.get(name)) for name in names)) for part, line in losses.items()]
+        lines += ["Loss in nats a token, fields in any order, as in training:", "", *_table(("", *names), rows), ""]
+    if orders := results.get("order_consistency"):
+        rows = [(split, _number(one["std_nats"]), f"{one['measurements']:,}") for split, one in orders.items()]
+        head = ("", "std of log p(src, dst, rtt) over the six orders, nats", "measurements")
+        lines += [*_table(head, rows), "", "0.3 nats or less is good.", ""]
+    if found := results.get("destinations"):
+        lines += ["Which destination answered, given source and RTT; hits among the likeliest 1 / 10 / 100:", ""]
+        rows = [
+            (split, name, _number(one[name]["bits"]), *_hit_rates(one[name]["hit_rate"]), f"{one['queries']:,}")
+            for split, one in found.items()
+            if one["queries"]
+            for name in ("model", "destination_bayes")
+        ]
+        head = ("", "method", "bits per destination", "/8 (v6 /24)", "/16 (/32)", "/24 (/48)", "/32 (/128)", "queries")
+        lines += _table(head, rows)
+    return lines
+
+
+def _hit_rates(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return [" / ".join(_percent(share, 0) for share in of.values()) for of in rates.values()]
+
+
+def _choices(results: Mapping[str, Any]) -> list[str]:
+    chosen = {name: one["choices"] for name, one in results["methods"].items() if one["choices"]}
+    return [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for name, values in chosen.items()]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def lines_as_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Records as a table for a terminal."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [names] + [[_cell(line.get(name)) for name in names] for line in lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _cell(value: Any) -> str:
+    return _number(value) if value is None or isinstance(value, float) else str(value)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return _EMPTY
+    return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return _EMPTY if value is None else f"{100 * value:.{digits}f} %"

@@ -1,0 +1,361 @@
+"""Baselines on made-up networks whose answers are known: they find what there is to find, and see no answer."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ping_llm.eval.baselines import TreeSettings, all_baselines
+from ping_llm.eval.baselines.base import PointBaseline, PointMethod, evidence
+from ping_llm.eval.baselines.coordinates import Vivaldi
+from ping_llm.eval.baselines.destinations import DestinationBayes, prefix_ranks
+from ping_llm.eval.baselines.factors import DMFSGD, LogFactors
+from ping_llm.eval.baselines.failure import FailureRates
+from ping_llm.eval.baselines.history import learn_ema, learn_last, learn_rolling_median
+from ping_llm.eval.baselines.neighbours import PrefixNeighbours, ProfileNeighbours
+from ping_llm.eval.baselines.pairs import Pairs
+from ping_llm.eval.baselines.simple import Additive, learn_destination, learn_global
+from ping_llm.eval.baselines.stack import best_weights, crps_matrices
+from ping_llm.eval.baselines.trees import LightGBM
+from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, first_true, log_rtt
+from ping_llm.eval.law import INNER_LEVELS, QuantileLaws, pool
+from ping_llm.eval.metrics import aggregate, score
+
+SOURCES, DESTINATIONS, NEW_SOURCES, NOISE = 60, 40, 10, 0.02
+PARTS = ("train", "val", "new_pair", "new_source", "future")
+SMALL_TREES = TreeSettings(trees=40, leaves=15, rate=0.15, least_leaf=20, practice_queries=3_000, threads=1)
+
+
+def low_rank(rng) -> np.ndarray:
+    """RTTs in ms that are the product of non-negative factors of rank 3."""
+    return 20 * rng.gamma(2, 1, (SOURCES, 3)) @ rng.gamma(2, 1, (3, DESTINATIONS)) / 3
+
+
+def euclidean(rng) -> np.ndarray:
+    """RTTs in ms that are distances in a plane of 200 ms a side, plus heights."""
+    here, there = rng.uniform(0, 200, (SOURCES, 1, 2)), rng.uniform(0, 200, (1, DESTINATIONS, 2))
+    heights = rng.uniform(1, 15, (SOURCES, 1)) + rng.uniform(1, 15, (1, DESTINATIONS))
+    return np.sqrt(((here - there) ** 2).sum(axis=-1)) + heights
+
+
+def log_low_rank(rng) -> np.ndarray:
+    """RTTs in ms whose logarithm is biases plus a product of rank 3."""
+    biases = rng.normal(0, 0.4, (SOURCES, 1)) + rng.normal(0, 0.4, (1, DESTINATIONS))
+    return 50 * np.exp(biases + rng.normal(0, 0.4, (SOURCES, 3)) @ rng.normal(0, 0.6, (3, DESTINATIONS)))
+
+
+def addresses() -> np.ndarray:
+    """20.s.0.1 of sources, then 30.d.0.1 of destinations."""
+    packed = np.zeros((SOURCES + DESTINATIONS, 16), dtype=np.uint8)
+    packed[:, 10:12], packed[:, 15] = 255, 1
+    packed[:SOURCES, 12], packed[SOURCES:, 12] = 20, 30
+    packed[:SOURCES, 13], packed[SOURCES:, 13] = np.arange(SOURCES), np.arange(DESTINATIONS)
+    return packed
+
+
+@cache
+def network(kind, repeats: int = 6, seed: int = 0) -> Measurements:
+    """Every pair `repeats` times at random times of a day, 2 % noise, 5 % failed; a tenth of the pairs is new."""
+    rng = np.random.default_rng(seed)
+    rtt_ms = kind(rng)
+    source, destination = (axis.ravel() for axis in np.indices((SOURCES, DESTINATIONS)))
+    source, destination = np.tile(source, repeats), np.tile(destination, repeats)
+    time_s = 1_700_000_000 + rng.permutation(len(source)) * 6
+    hidden = rng.random((SOURCES, DESTINATIONS)) < 0.1
+    age = (time_s - time_s.min()) / np.ptp(time_s)
+    part = np.select(
+        [source >= SOURCES - NEW_SOURCES, hidden[source, destination], age > 0.85, age > 0.7], [3, 2, 4, 1], 0
+    )
+    observed = rtt_ms[source, destination] * rng.lognormal(0, NOISE, len(source))
+    observed[rng.random(len(source)) < 0.05] = -1
+    return Measurements(
+        *(source.astype(np.int32), (SOURCES + destination).astype(np.int32), source.astype(np.int64), time_s),
+        *(observed.astype(np.float32), part.astype(np.int8), addresses(), PARTS),
+    )
+
+
+def queries_of(table: Measurements, part: str, count: int = 400, told: int = 30, other: bool = True) -> Queries:
+    """The latest of a part, so that most of each context is there; no query is told another query's answer."""
+    rows = table.rows_of_part(part)
+    rows = rows[np.argsort(table.time_s[rows])][-count:]
+    context = earlier_measurements(table, rows, 8 * told, other_destinations=other)
+    return Queries(table, rows, first_true((context >= 0) & ~np.isin(context, rows), context, told))
+
+
+def relative_errors(learned, queries: Queries) -> np.ndarray:
+    answered = queries.take(np.flatnonzero(queries.rtt_ms >= 0))
+    return np.abs(np.exp(learned(answered.view()) - log_rtt(answered.rtt_ms)) - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "learn", "floors"),
+    [
+        (euclidean, lambda train: Vivaldi(train, 2), 3),
+        (euclidean, lambda train: Vivaldi(train, 8), 3),
+        (low_rank, lambda train: DMFSGD(train, 10, 1e-3), 2),
+        (log_low_rank, lambda train: LogFactors(train, 10, 0.01), 2),
+    ],
+)
+def test_pairs_never_seen_are_predicted_to_a_few_times_the_noise(kind, learn, floors):
+    """The noise floor is the median relative error of the true RTT, 0.674 · 2 %."""
+    table = network(kind)
+    learned = learn(table.of_part("train"))
+    error = np.median(relative_errors(learned, queries_of(table, "new_pair")))
+    assert error < floors * 0.674 * NOISE
+    assert (
+        error < 0.3 * np.median(relative_errors(Additive(table.of_part("train")), queries_of(table, "new_pair"))) + 0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "learn", "least_error"),
+    [
+        (euclidean, lambda train: Vivaldi(train, 2), 0.06),
+        (low_rank, lambda train: DMFSGD(train, 10, 1e-3), 0.08),
+        (log_low_rank, lambda train: LogFactors(train, 10, 0.01), 0.05),
+        (low_rank, lambda train: ProfileNeighbours(train, 1), 0.25),
+        (low_rank, Additive, 0.25),
+    ],
+)
+def test_new_sources_are_placed_by_their_context(kind, learn, least_error):
+    table = network(kind)
+    learned, queries = learn(table.of_part("train")), queries_of(table, "new_source")
+    told = [np.median(relative_errors(learned, queries.told(k))) for k in (0, 5, 30)]
+    assert told[2] < told[1] < told[0]
+    assert told[2] < least_error
+
+
+def test_profile_neighbours_find_the_twin():
+    table = network(low_rank)
+    rtt_ms = table.rtt_ms.copy()
+    twin = table.src_id == SOURCES - 1  # a new source, made the twin of source 7
+    of_seven = {
+        d: np.median(rtt_ms[(table.src_id == 7) & (table.dst_id == d) & (rtt_ms > 0)]) for d in set(table.dst_id)
+    }
+    rtt_ms[twin] = [of_seven[d] for d in table.dst_id[twin]]
+    table = replace(table, rtt_ms=rtt_ms)
+    train = table.of_part("train")
+    queries = queries_of(table, "new_source")
+    queries = queries.take(np.flatnonzero(queries.probe == SOURCES - 1))
+    seven = Pairs.of(train.take(train.src_id == 7))
+    asked = seven.destination_of(queries.view().dst_id)
+    predicted = ProfileNeighbours(train, 1)(queries.told(10).view())
+    assert (asked >= 0).sum() > 20
+    np.testing.assert_allclose(predicted[asked >= 0], seven.log_ms[asked[asked >= 0]], rtol=1e-6)
+
+
+def test_prefix_neighbours_take_the_longest_common_prefixes_first():
+    table = network(low_rank)
+    train = table.of_part("train")
+    queries = queries_of(table, "new_pair", 50)
+    predicted = PrefixNeighbours(train, neighbours=20)(queries.view())
+    pairs = Pairs.of(train)
+    for query, found in zip(queries.view().dst_id, predicted, strict=True):
+        same = pairs.log_ms[pairs.dst_ids[pairs.destination] == query]  # all sources share their /8
+        assert len(same) >= 20 and same.min() <= found <= same.max()
+
+
+def test_history_is_train_then_what_the_context_tells():
+    """Against plain loops over each pair's series."""
+    table = network(euclidean)
+    train, queries = table.of_part("train"), queries_of(table, "future", 200, other=False)
+    view, rate = queries.view(), 0.3
+    last, ema, median = (learn(train) for learn in (learn_last, lambda t: learn_ema(t, rate), learn_rolling_median))
+    found = np.stack([learned(view) for learned in (last, ema, median)], axis=1)
+    answered, checked = table.rtt_ms >= 0, 0
+    for row, context, got in zip(queries.rows, queries.context, found, strict=True):
+        known = np.union1d(table.rows_of_part("train"), context[context >= 0])
+        pair = known[(table.probe[known] == table.probe[row]) & (table.dst_id[known] == table.dst_id[row])]
+        pair = pair[answered[pair]]
+        series = np.log(table.rtt_ms[pair[np.argsort(table.time_s[pair])]].astype(float))
+        if not len(series):
+            continue
+        average = series[0]
+        for value in series[1:]:
+            average += rate * (value - average)
+        np.testing.assert_allclose(got, [series[-1], average, np.median(series[-10:])])
+        checked += 1
+    assert checked > 150
+
+
+def test_settings_are_chosen_and_laws_calibrated_for_pairs_never_seen():
+    """A method that remembers pairs, and guesses the rest badly, is not trusted for what it remembers."""
+
+    def learn(train, remembers: bool):
+        pairs, fallback = Pairs.of(train), learn_destination(train) if not remembers else learn_global(train)
+
+        def predict(view):
+            value = pairs.matrix[pairs.source_of(view.probe), pairs.destination_of(view.dst_id)]
+            return np.where(pairs.has_pair(view), value, fallback(view))
+
+        return predict
+
+    table = network(log_low_rank)
+    method = PointMethod("memory", learn, ({"remembers": True}, {"remembers": False}))
+    baseline = PointBaseline(method)
+    baseline.fit(table.of_part("train"), queries_of(table, "val", 2000))
+    assert baseline.choices == {"remembers": False}
+    for part in ("new_pair", "future"):
+        queries = queries_of(table, part, 1000).told(0)
+        prediction = baseline.predict(queries.view())
+        cell = aggregate(score(prediction.laws, prediction.p_fail, queries.rtt_ms), queries.probe)
+        assert 0.84 < cell.coverage[90] < 0.96, part
+        assert (cell.width_log[90] < 0.12) == (part == "future")  # ± 1.64 · 2 % where the pair is known
+
+
+def test_evidence_tells_what_is_known_of_the_pair():
+    table = network(euclidean)
+    pairs = Pairs.of(table.of_part("train"))
+    kinds = {
+        part: evidence(pairs, queries_of(table, part).told(5).view()) for part in ("future", "new_pair", "new_source")
+    }
+    assert [int(np.median(kind[:, 0])) for kind in kinds.values()] == [0, 2, 4]
+    assert set(kinds["future"][:, 1]) <= {1, 2}
+    own = queries_of(table, "new_source", other=False)
+    assert (evidence(pairs, own.view())[:, 0] == 5).any()  # told of the very pair
+
+
+def test_failure_rates_are_shrunk_from_the_pair_to_its_ends():
+    table = network(euclidean, repeats=12)
+    rtt_ms = np.where(table.rtt_ms < 0, 20, table.rtt_ms).copy()
+    rng = np.random.default_rng(3)
+    rtt_ms[(table.dst_id == SOURCES) & (rng.random(len(table)) < 0.5)] = -1  # a destination that loses half
+    measured = set(table.dst_id[(table.part == 0) & (table.src_id == 0)] - SOURCES) - {0}
+    silent = min(measured & set(table.dst_id[(table.part == 0) & (table.src_id == 1)] - SOURCES))
+    rtt_ms[(table.src_id == 0) & (table.dst_id == SOURCES + silent)] = -1  # a pair that never answers
+    table = replace(table, rtt_ms=rtt_ms)
+    rates = FailureRates()
+    rates.fit(table.of_part("train"), queries_of(table, "val"))
+
+    def p_fail(source, destination, told: int = 0, failed: int = 0):
+        rows = np.flatnonzero(table.src_id == source)[:1]
+        context = np.full((1, 10), -1)
+        view = Queries(table, rows, context).view()
+        told_rtt = np.where(np.arange(10) < failed, -1.0, np.where(np.arange(10) < told, 20.0, np.nan))
+        dst = np.where(np.arange(10) < told, SOURCES + destination, -1)
+        late = np.full((1, 10), table.time_s.max() + 1)
+        view = replace(
+            view,
+            dst_id=np.array([SOURCES + destination], dtype=np.int32),
+            context_dst_id=dst[None],
+            context_rtt_ms=told_rtt[None],
+            context_time_s=late,
+        )
+        return float(rates.p_fail(view)[0])
+
+    assert p_fail(5, 5) < 0.02
+    assert 0.4 < np.mean([p_fail(source, 0) for source in range(40)]) < 0.6
+    assert p_fail(0, silent) > 0.6 > 0.1 > p_fail(1, silent)
+    new = SOURCES - 1
+    assert 0.3 < p_fail(new, 0) < 0.7  # an unknown source: the destination's rate
+    assert p_fail(new, 5, told=10, failed=10) > 0.5 > 0.1 > p_fail(new, 5, told=10, failed=0)
+
+
+@pytest.mark.slow
+def test_tree_quantiles_are_roughly_calibrated_where_pairs_are_known_and_new():
+    table = network(log_low_rank)
+    baseline = LightGBM(SMALL_TREES)
+    baseline.fit(table.of_part("train"), queries_of(table, "val", 1500))
+    for part in ("future", "new_pair", "new_source"):
+        queries = queries_of(table, part, 800).told(10)
+        prediction = baseline.predict(queries.view())
+        cell = aggregate(score(prediction.laws, prediction.p_fail, queries.rtt_ms), queries.probe)
+        assert {"future": 0.8, "new_pair": 0.68, "new_source": 0.68}[part] < cell.coverage[90] < 0.98, part
+        assert 0.3 < cell.coverage[50] < 0.7, part
+        assert cell.median_rel_error < {"future": 0.02, "new_pair": 0.06, "new_source": 0.12}[part]
+
+
+def test_crps_of_a_pool_is_the_quadratic_form_and_the_weights_minimise_it():
+    rng = np.random.default_rng(0)
+    y = rng.normal(3, 0.3, 300)
+    places = rng.normal(3, 0.2, (300, 1)), y[:, None] + rng.normal(0, 0.4, (300, 1)), np.full((300, 1), 5.0)
+    spread = np.linspace(-0.4, 0.4, len(INNER_LEVELS))
+    laws = [QuantileLaws.from_quantiles(place + spread) for place in places]
+    matrices = crps_matrices(laws, y)
+    for i, law in enumerate(laws):
+        np.testing.assert_allclose(matrices[:, i, i], law.crps(y), rtol=1e-9, atol=1e-12)
+    weights = np.tile([0.2, 0.5, 0.3], (300, 1))
+    pooled = pool(laws, weights).crps(y)
+    np.testing.assert_allclose(np.einsum("qi,qij,qj->q", weights, matrices, weights), pooled, rtol=1e-9)
+    matrix = matrices.mean(axis=0)
+    best = best_weights(matrix)
+    assert best.sum() == pytest.approx(1) and best[2] < 0.01 and (best >= 0).all()
+    for other in rng.dirichlet(np.ones(3), 200):
+        assert best @ matrix @ best <= other @ matrix @ other + 1e-6
+
+
+def test_destinations_are_found_by_their_rtt_and_popularity():
+    table = network(euclidean)
+    bayes = DestinationBayes()
+    bayes.fit(table.of_part("train"), queries_of(table, "val"))
+    queries = queries_of(table, "future", 400)
+    log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
+    np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1)
+    asked = table.dst_id[queries.rows]
+    ids = table.prefix_ids(32, 128)
+    answered = queries.rtt_ms > 0
+    ranks = prefix_ranks(log_p, ids[bayes.destinations], ids[asked])
+    assert (ranks[answered] < 5).mean() > 0.75  # by chance 0.125
+    assert (ranks[~answered] < 5).mean() < 0.5
+    eights = table.prefix_ids(8, 16)
+    assert (prefix_ranks(log_p, eights[bayes.destinations], eights[asked]) == 0).all()  # all lie in 30.0.0.0/8
+    by_hand = [
+        (row[: len(bayes.destinations)] >= row[np.searchsorted(bayes.destinations, d)]).sum() - 1
+        for row, d in zip(log_p, asked, strict=True)
+    ]
+    np.testing.assert_array_equal(ranks, by_hand)
+
+
+@cache
+def predictions_with_answers_permuted(seed: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Fits and asks every baseline about test queries whose answers were permuted (None: left as they are)."""
+    table = network(log_low_rank, repeats=4)
+    asked = [queries_of(table, part, 60, told=10) for part in ("new_pair", "new_source", "future")]
+    rows = np.concatenate([queries.rows for queries in asked])
+    if seed is not None:
+        rtt_ms = table.rtt_ms.copy()
+        rtt_ms[rows] = np.random.default_rng(seed).permutation(rtt_ms[rows])
+        table = replace(table, rtt_ms=rtt_ms)
+    context = np.concatenate([queries.context for queries in asked])
+    view = Queries(table, rows, np.where(np.isin(context, rows), -1, context)).view()
+    train, val = table.of_part("train"), queries_of(table, "val", 400, told=10)
+    answers = {}
+    trees = replace(SMALL_TREES, trees=5, practice_queries=400)
+    for baseline in all_baselines(trees):
+        baseline.fit(train, val)
+        prediction = baseline.predict(view)
+        answers[baseline.name] = prediction.laws.values, prediction.p_fail
+    return answers
+
+
+@pytest.mark.slow
+@settings(max_examples=1, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_baseline_depends_on_the_answers(seed):
+    before, after = predictions_with_answers_permuted(None), predictions_with_answers_permuted(seed)
+    assert len(before) == 17 and before.keys() == after.keys()
+    for name, arrays in before.items():
+        for one, other in zip(arrays, after[name], strict=True):
+            assert np.array_equal(one, other), name
+    assert all(np.isfinite(values).all() for values, _ in before.values())
+
+
+@pytest.mark.slow
+def test_the_stack_is_better_than_each_member_over_all_and_near_the_best_in_each_part():
+    table = network(log_low_rank, repeats=4)
+    train, val = table.of_part("train"), queries_of(table, "val", 800, told=10)
+    stack = all_baselines(replace(SMALL_TREES, trees=20))[-1]
+    stack.fit(train, val)
+    crps = {member.name: [] for member in (*stack.members, stack)}
+    for part in ("future", "new_pair", "new_source"):
+        queries = queries_of(table, part, 500, told=10)
+        queries = queries.take(np.flatnonzero(queries.rtt_ms >= 0))
+        view = queries.view()
+        for member in (*stack.members, stack):
+            crps[member.name].append(member.predict(view).laws.crps(log_rtt(queries.rtt_ms)).mean())
+    best = np.min([crps[member.name] for member in stack.members], axis=0)
+    assert (np.array(crps["stack"]) < 1.25 * best).all(), crps
+    assert np.sum(crps["stack"]) < min(np.sum(crps[member.name]) for member in stack.members), crps

@@ -24,7 +24,7 @@ from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.engine import LEAST_MASS, read_contexts, result_laws
 from ping_llm.inference.prefixes import has_partial_byte, prefix_law
-from ping_llm.inference.prompt import build_prompt
+from ping_llm.inference.prompt import build_prompt, fitting_context
 from ping_llm.inference.query import Query, SrcKnown, told_name
 from ping_llm.model import GPT, pick_device
 
@@ -49,7 +49,8 @@ class PingModel:
     def load(cls, path: Path | str, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> PingModel:
         """Loads the best checkpoint of a run folder, or one checkpoint; ValueError if there is none.
 
-        In bf16 answers come faster; probabilities differ by some percent of themselves.
+        In bf16 answers come faster: no event was seen to differ in probability from fp32 by more than 0.02, nor a median of
+        a trained model by more than 1 %.
         """
         chosen = pick_device(device)
         gpt, _, _ = load_model(Path(path), chosen)
@@ -145,7 +146,7 @@ class PingModel:
 
     def weighted_variants(self, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
         """The question with as much of the source told as `src_known` says, and how much each counts; those that do."""
-        variants = list(query.variants(src_known))
+        variants = self._variants(query, src_known)
         evidence = np.zeros(len(variants))
         with self.autocast():
             if len(variants) > 1 and len(query.context):
@@ -162,11 +163,22 @@ class PingModel:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def _variants(self, query: Query, src_known: SrcKnown) -> list[Query]:
+        """The question under each told length, least told first, all after the context that fits where most is told.
+
+        So their likelihoods are of the same measurements: the length under which fewest fit would win by that alone.
+        """
+        variants = list(query.variants(src_known))
+        if len(variants) == 1 or not len(query.context):
+            return variants
+        context = fitting_context(variants[-1], self.gpt.config.seq_len)
+        return [dataclasses.replace(variant, context=context) for variant in variants]
+
     def _law(self, query: Query, src_known: SrcKnown) -> RTTDistribution:
         return prefix_law(self, query, src_known) if has_partial_byte(query) else self._laws([query], src_known)[0]
 
     def _laws(self, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistributions:
-        variants = [list(query.variants(src_known)) for query in queries]
+        variants = [self._variants(query, src_known) for query in queries]
         owner = np.repeat(np.arange(len(queries)), [len(told) for told in variants])  # (B,) query of each prompt
         flat = [variant for told in variants for variant in told]
         prompts = [build_prompt(variant, self.gpt.config.seq_len) for variant in flat]
@@ -184,7 +196,9 @@ class PingModel:
             laws = result_laws(self.gpt, [prompts[i] for i in asked], read, context_of[asked], self.least_mass)
         names = [told_name(variant.src) if variant.src else "all" for variant in flat]
         laws = laws.mixtures(owner[asked], weights[asked], [names[i] for i in asked])
-        return dataclasses.replace(laws, forward_passes=laws.forward_passes + prior_passes)
+        mixed_of = zip(laws.src_weights, variants, strict=True)
+        named = np.array([shares if len(told) > 1 else {} for shares, told in mixed_of], dtype=object)
+        return dataclasses.replace(laws, forward_passes=laws.forward_passes + prior_passes, src_weights=named)
 
     def _log_priors(self, variants: Sequence[Sequence[Query]]) -> tuple[np.ndarray, int]:
         """Logarithm of how much each variant of each query counts before its context is read, (B,), and passes it took.

@@ -34,20 +34,28 @@ class Prompt:
 
 
 def build_prompt(query: Query, seq_len: int) -> Prompt:
-    """Context and query as tokens. Of a context that does not fit in seq_len tokens, some measurements are kept: those of
-    the same destination, up to half of them, and the most recent."""
+    """Context and query as tokens; of a context that does not fit in seq_len tokens, see `fitting_context`."""
     context, (tokens, starts) = query.context, _encode(query, query.context)
     if not _fits(tokens, seq_len) and len(context):
-        ranked = _most_useful_first(query)
-        fitting, too_many = 0, len(context)  # measurements; all do not fit, none may have to
-        while too_many - fitting > 1:
-            count = (fitting + too_many) // 2
-            tokens, _ = _encode(query, context.take(np.sort(ranked[:count])))
-            fitting, too_many = (count, too_many) if _fits(tokens, seq_len) else (fitting, count)
-        context = context.take(np.sort(ranked[:fitting]))
+        context = fitting_context(query, seq_len)
         tokens, starts = _encode(query, context)
     tokens = tokens[: len(tokens) - 1 - _tokens_after_result(query)]  # FAILED stands where the result comes
     return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
+
+
+def fitting_context(query: Query, seq_len: int) -> Context:
+    """The context of a query, or what of it fits in seq_len tokens: some measurements of the same destination, up to half,
+    and the most recent."""
+    tokens, _ = _encode(query, query.context)
+    if _fits(tokens, seq_len) or not len(query.context):
+        return query.context
+    ranked = _most_useful_first(query)
+    fitting, too_many = 0, len(query.context)  # measurements; all do not fit, none may have to
+    while too_many - fitting > 1:
+        count = (fitting + too_many) // 2
+        tokens, _ = _encode(query, query.context.take(np.sort(ranked[:count])))
+        fitting, too_many = (count, too_many) if _fits(tokens, seq_len) else (fitting, count)
+    return query.context.take(np.sort(ranked[:fitting]))
 
 
 def _fits(tokens: np.ndarray, seq_len: int) -> bool:

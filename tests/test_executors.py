@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -173,7 +173,7 @@ def ask(model, history: History, places: np.ndarray, with_context: bool) -> list
         context = history.context(place) if with_context else None
         queries.append(Query.parse(src, dst, time_s, Context.of_measurements(context)))
     batches = [queries[i : i + BATCH] for i in range(0, len(queries), BATCH)]
-    return [law for batch in batches for law in model.rtt_many(batch)]
+    return [law for batch in batches for law in model.rtt_many(batch, src_known="all")]
 
 
 def _ends(history: History, place: int) -> tuple[str, str, int]:

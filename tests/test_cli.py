@@ -100,7 +100,10 @@ def test_a_bad_dump_is_one_clear_line(tmp_path, name):
         (["train", "absent.toml"], "no config file absent.toml"),
         (["train"], "needs a config file as its first argument"),
         (["inference", "rt"], "no command 'rt'; there are rtt"),
-        (["retrain"], "no command 'retrain'; there are synth, fetch, prepare, inspect, train, plot, eval, plan, inference"),
+        (
+            ["retrain"],
+            "no command 'retrain'; there are synth, fetch, prepare, inspect, train, plot, eval, plan, inference",
+        ),
     ],
 )
 def test_a_bad_command_is_one_clear_line(tmp_path, argv, message):

@@ -10,7 +10,7 @@ from ping_llm.eval.baselines.history import ROLLING_MEDIAN
 from ping_llm.eval.baselines.neighbours import PROFILE_KNN
 from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN
 from ping_llm.eval.columns import Measurements
-from ping_llm.eval.queries import COUNTS, QUERIES_PER_SOURCE, SplitQueries, choose_rows, draw_splits
+from ping_llm.eval.queries import COUNTS, QUERIES_PER_SOURCE, SplitQueries, choose_rows, draw_splits, draw_val
 
 PARTS = ("train", "val", "test-s1")
 SOURCES, DESTINATIONS = 12, 9
@@ -67,6 +67,31 @@ def test_the_same_seed_gives_the_same_queries_and_another_does_not():
         assert getattr(one, name).rows.tobytes() == getattr(same, name).rows.tobytes()
         assert getattr(one, name).context.tobytes() == getattr(same, name).context.tobytes()
     assert (one.recent.rows != other.recent.rows).any()
+
+
+def test_no_answer_of_a_test_part_reaches_a_prediction_but_by_the_context_of_its_query():
+    """Test parts that lie between train and val in time, as new pairs and new destinations do: all of their answers may be
+    others, and what is fitted, and said without context, stays as it is."""
+    table = make_table()
+    held_out = table.dst_id % 3 == 0
+    table = replace(table, part=np.where(held_out, 3, table.part).astype(np.int8), parts=(*PARTS, "test-s2"))
+    tests = np.isin(table.part, [2, 3])
+    rtt_ms = table.rtt_ms.copy()
+    rtt_ms[tests] = np.random.default_rng(1).permutation(rtt_ms[tests])
+    assert (rtt_ms != table.rtt_ms).sum() > 1000
+    predictions = []
+    for shown in (table, replace(table, rtt_ms=rtt_ms)):
+        train, val = shown.of_part("train"), draw_val(shown, 200, seed=0)
+        assert np.isin(val.measurements.part, [0, 1]).all() and (val.context >= 0).sum() > 1000
+        view = SplitQueries.draw(shown, "test-s2", 200, seed=0).recent.told(0).view()
+        for method in (GLOBAL_MEDIAN, ADDITIVE, ROLLING_MEDIAN, PROFILE_KNN):
+            baseline = PointBaseline(method)
+            baseline.fit(train, val)
+            prediction = baseline.predict(view)
+            predictions.append((prediction.laws.values, prediction.p_fail))
+    for before, after in zip(predictions[:4], predictions[4:], strict=True):
+        np.testing.assert_array_equal(before[0], after[0])
+        np.testing.assert_array_equal(before[1], after[1])
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -1,5 +1,7 @@
 """The chances of candidates to be nearest are those of a race of independent pings, and sum to one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.config import ModelConfig
+from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.predictor import PingModel
 from ping_llm.inference.ranking import fastest
 from ping_llm.model import GPT
@@ -84,19 +87,44 @@ def test_chances_are_those_of_simulated_races():
 
 
 def test_rank_of_a_model_is_the_race_of_its_laws(model):
+    """Under each told length of the source by itself: which it is does not change from candidate to candidate."""
     candidates = ["198.51.100.7", "203.0.113.5", "198.51.100.0/24", "192.0.2.77"]
-    context = [{"src_addr": "192.0.2.1", "dst_addr": "198.51.100.9", "rtt": 12.5}]
-    ranking = model.rank("192.0.2.1", candidates, "2026-01-01", context)
-    laws = {c: model.rtt("192.0.2.1", c, "2026-01-01", context) for c in candidates}
-    codes, p_fail = np.stack([law.code_probability for law in laws.values()]), [law.p_fail for law in laws.values()]
-    expected = dict(zip(candidates, fastest(codes, np.array(p_fail))[0], strict=True))
+    asked = {"at": "2026-01-01", "context": [{"src_addr": "192.0.2.1", "dst_addr": "198.51.100.9", "rtt": 12.5}]}
+    ranking = model.rank("192.0.2.1", candidates, **asked)
+    lengths = {"none": "none", "/8": 8, "/16": 16, "/24": 24, "all": "all"}
+    laws = {c: model.rtt("192.0.2.1", c, **asked) for c in candidates}
+    expected = np.zeros(len(candidates))
+    for name, told in lengths.items():
+        told_laws = [model.rtt("192.0.2.1", c, **asked, src_known=told) for c in candidates]
+        codes, p_fail = np.stack([law.code_probability for law in told_laws]), [law.p_fail for law in told_laws]
+        expected += laws[candidates[0]].src_weights.get(name, 0.0) * fastest(codes, np.array(p_fail))[0]
+    expected = dict(zip(candidates, expected, strict=True))
     rows = ranking.table.to_pylist()
     assert [row["dst_addr"] for row in rows] == sorted(candidates, key=lambda c: -expected[c])
     for row in rows:
         law = laws[row["dst_addr"]]
-        assert row["p_fastest"] == pytest.approx(expected[row["dst_addr"]], rel=1e-4)
+        assert row["p_fastest"] == pytest.approx(expected[row["dst_addr"]], rel=1e-3)
         assert (row["median_ms"], row["p_fail"]) == pytest.approx((law.median, law.p_fail), rel=1e-3)
     assert sum(row["p_fastest"] for row in rows) + ranking.p_none == pytest.approx(1, abs=1e-6)
+
+
+def test_two_worlds_that_agree_on_the_winner_leave_no_doubt(model, monkeypatch):
+    """Fast in one world, slow in the other, but A always first: a race of the mixed laws would say 3/4."""
+    slow = {"192.0.2.5": (10, 30), "192.0.2.6": (20, 40)}
+
+    def laws(self, queries, src_known="auto"):
+        for query in queries:
+            codes = np.zeros((1, 65_536))
+            codes[0, slow[str(query.dst)][query.src.told_bytes == 0]] = 1.0
+            yield RTTDistributions(codes, np.zeros(1))
+
+    def worlds(self, query, src_known):
+        return [dataclasses.replace(query, src=query.src.cut(n)) for n in (0, 4)], np.array([0.5, 0.5])
+
+    monkeypatch.setattr(type(model), "laws", laws)
+    monkeypatch.setattr(type(model), "weighted_variants", worlds)
+    rows = model.rank("192.0.2.1", list(slow)).table.to_pylist()
+    assert [(row["dst_addr"], row["p_fastest"]) for row in rows] == [("192.0.2.5", 1.0), ("192.0.2.6", 0.0)]
 
 
 @pytest.mark.parametrize(

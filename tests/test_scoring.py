@@ -190,7 +190,8 @@ def test_p_values_of_draws_from_the_law_are_uniform():
 
 def test_calibrated_p_values_are_ranks_among_those_of_val():
     surprise = [0.1, 0.2, 0.2, 0.9]
-    assert calibrated_p_values(np.array([0.0, 0.1, 0.2, 1.0]), surprise).tolist() == [0.2, 0.4, 0.8, 1.0]
+    assert calibrated_p_values(np.array([0.05, 0.1, 0.2, 1.0]), surprise).tolist() == [0.1, 0.4, 0.8, 1.0]
+    assert calibrated_p_values(np.array([0.0001]), surprise)[0] == pytest.approx(0.0002)  # rarer than any of val
     assert calibrated_p_values(np.array([0.3]), ()).tolist() == [0.3]
 
 

@@ -109,6 +109,13 @@ def choose_rows(probe: np.ndarray, rows: np.ndarray, count: int, rng: np.random.
     return shuffled[dealt[turn[dealt] < QUERIES_PER_SOURCE][:count]]
 
 
+def draw_val(table: Measurements, count: int, seed: int) -> Queries:
+    """Queries of val to choose settings on, told measurements of train and val alone: test parts lie between them in time,
+    and their answers must be no part of what a method is fitted on."""
+    known = np.isin(table.part, [table.parts.index(part) for part in ("train", "val")])
+    return SplitQueries.draw(table.take(known), "val", count, seed).mixed()
+
+
 def draw_splits(table: Measurements, splits: Sequence[str], count: int, seed: int) -> list[SplitQueries]:
     """The queries of each split; ValueError if there is none at all."""
     drawn = [SplitQueries.draw(table, split, count, seed) for split in splits]

@@ -18,7 +18,7 @@ from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.leak import LeakCheck
 from ping_llm.eval.metrics import Scores, score
 from ping_llm.eval.plots import plot_results
-from ping_llm.eval.queries import EXTERNAL, QUERIES_PER_SPLIT, SPLITS, Cell, SplitQueries, draw_splits
+from ping_llm.eval.queries import EXTERNAL, QUERIES_PER_SPLIT, SPLITS, Cell, SplitQueries, draw_splits, draw_val
 from ping_llm.eval.report import write_report
 from ping_llm.eval.results import CellScores, ScoreWriter, headline, make_bootstrap, summarize_cell
 
@@ -94,7 +94,7 @@ class Bench:
             asked = Measurements.from_rows(data, [part for part, count in counts.items() if count])
             asked = replace(asked, part=np.zeros(len(asked), dtype=np.int8), parts=splits)
             table = Measurements.concatenate([known, asked])
-        val = SplitQueries.draw(table, "val", queries, seed).mixed()
+        val = draw_val(table, queries, seed)
         drawn = draw_splits(table, splits, queries, seed)
         empty = () if EXTERNAL in splits else tuple(split for split in SPLITS if split not in splits)
         return cls(table.of_part("train"), val, drawn, empty)
@@ -208,6 +208,12 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], LeakCheck, Path]
     leak.refuse(options.allow_leak)
     model = replace(PingModel.load(options.run, options.device, options.precision), least_mass=LEAST_MASS)
     train_rows = options.train_rows or (options.data if leak.same_rows else config.data.rows)
+    if leak.same_rows and train_rows.resolve() != options.data.resolve():
+        # Of another folder all parts are asked, also those that the run has learned from.
+        leak = LeakCheck(
+            False, f"{run} has learned from {options.data}, of which --train-rows makes everything a question"
+        )
+        leak.refuse(options.allow_leak)
     if not (train_rows / "manifest.json").is_file():
         raise ValueError(f"the rows {train_rows}, that {run} learned from, are gone; name them with --train-rows")
     return [ModelMethod(model, known) for known in options.src_known], leak, train_rows

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.measurement import FAILED_RTT_MS
-from ping_llm.inference.context import Context, parse_time
+from ping_llm.inference.context import Context, as_table, parse_time
 from ping_llm.inference.distribution import QUANTILES
 from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.history import columns_of
@@ -76,19 +76,6 @@ def answer_table(
     if not used:
         log.warning("no question is of a source of the context, at a later time; the context was not used")
     return questions.answers(columns)
-
-
-def as_table(table: object) -> pa.Table:
-    """A table of Arrow, pandas or whatever else hands out Arrow data; records, or columns, as dicts; ValueError if none."""
-    if isinstance(table, pa.Table):
-        return table
-    try:
-        if isinstance(table, Sequence) and not isinstance(table, str):
-            return pa.Table.from_pylist(list(table))
-        return pa.table(table)
-    except (pa.ArrowException, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"a {type(table).__name__} is no table ({reason}); pass one of Arrow or pandas") from None
 
 
 def check_columns(table: pa.Table, what: str, needed: Sequence[str] = ("src_addr", "dst_addr")) -> None:
@@ -303,13 +290,14 @@ def _times(column: pa.ChunkedArray, errors: dict[int, str]) -> list[int | None]:
     """Unix seconds of each row, None where there is none; what is wrong goes into `errors`."""
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)  # Python knows no nanoseconds
+    values = [None if value != value else value for value in column.to_pylist()]  # NaN is no time
     times: dict[object, int | ValueError | None] = {None: None, "": None}
-    for value in set(column.to_pylist()) - times.keys():
+    for value in set(values) - times.keys():
         try:
             times[value] = parse_time(value)
         except ValueError as error:
             times[value] = error
-    found = [times[value] for value in column.to_pylist()]
+    found = [times[value] for value in values]
     errors |= {row: str(time_s) for row, time_s in enumerate(found) if isinstance(time_s, ValueError)}
     return found
 

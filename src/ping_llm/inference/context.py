@@ -13,6 +13,9 @@ import pyarrow as pa
 
 from ping_llm.data.measurement import ADDRESS_BYTES, pack_addresses
 
+LAST_TIME_S = 253_402_300_799
+"""9999-12-31T23:59:59Z: later times cannot be shown."""
+
 log = logging.getLogger(__name__)
 
 
@@ -29,15 +32,15 @@ class Context:
         return len(self.rtt_ms)
 
     @classmethod
-    def parse(cls, measurements: pa.Table | Sequence[dict] | None) -> Context:
-        """Takes a table, or records, with src_addr, dst_addr, rtt (ms, −1 = failed) and, optionally, event_time.
+    def parse(cls, measurements: object) -> Context:
+        """Takes a table (see `as_table`) or None, of src_addr, dst_addr, rtt (ms, −1 = failed) and maybe event_time.
 
         ValueError names the row that is wrong. Measurements out of time order are put in order, with a warning.
         """
-        if measurements is None or len(measurements) == 0:
+        table = None if measurements is None else as_table(measurements)
+        if table is None or not table.num_rows:
             nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
             return cls(nothing, nothing, np.zeros(0), None)
-        table = measurements if isinstance(measurements, pa.Table) else pa.Table.from_pylist(list(measurements))
         for column in ("src_addr", "dst_addr", "rtt"):
             if column not in table.column_names:
                 raise ValueError(f"the context has no column {column}; it has {', '.join(table.column_names)}")
@@ -70,6 +73,19 @@ class Context:
         return Context(self.src[rows], self.dst[rows], self.rtt_ms[rows], time_s)
 
 
+def as_table(table: object) -> pa.Table:
+    """A table of Arrow, pandas or whatever else hands out Arrow data; records, or columns, as dicts; ValueError if none."""
+    if isinstance(table, pa.Table):
+        return table
+    try:
+        if isinstance(table, Sequence) and not isinstance(table, str):
+            return pa.Table.from_pylist(list(table))
+        return pa.table(table)
+    except (pa.ArrowException, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"a {type(table).__name__} is no table ({reason}); pass one of Arrow or pandas") from None
+
+
 def parse_time(value: dt.datetime | dt.date | str | float) -> int:
     """Unix seconds of a datetime, a date (its first second), ISO 8601 text or a number; without a zone it is UTC."""
     if isinstance(value, str):
@@ -81,15 +97,18 @@ def parse_time(value: dt.datetime | dt.date | str | float) -> int:
         value = dt.datetime.combine(value, dt.time())
     if isinstance(value, dt.datetime):
         value = (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).timestamp()
-    if not isinstance(value, int | float) or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a time between 1970 and the end of the calendar")
+    if not isinstance(value, int | float) or not 0 <= value <= LAST_TIME_S:
+        raise ValueError(f"{value!r} is not a time in seconds between 1970 and 9999; of milliseconds give a thousandth")
     return int(value)
 
 
 def parse_times(column: pa.ChunkedArray) -> np.ndarray:
     """Unix seconds of a column of times, (n,) int64: `parse_time` of each; ValueError names the first that is none."""
     if pa.types.is_integer(column.type) and not column.null_count:
-        return column.to_numpy().astype(np.int64)
+        time_s = column.to_numpy().astype(np.int64)
+        for value in (time_s.min(), time_s.max()):
+            parse_time(int(value))
+        return time_s
     return np.array([parse_time(value) for value in column.to_pylist()], dtype=np.int64)
 
 

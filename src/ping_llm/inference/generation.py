@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ping_llm.data import tokenization as tk
+from ping_llm.inference.context import LAST_TIME_S
 from ping_llm.inference.grammar import Grammar, follow
 from ping_llm.model import GPT, KVCache
 
@@ -24,7 +25,6 @@ GENERATED_SCHEMA = pa.schema(
         ("sequence", pa.int64()),  # 0 to count − 1; its measurements follow one another
     ]
 )
-LAST_TIME_S = 253_402_300_799  # 9999-12-31T23:59:59Z: later times cannot be shown
 _BATCH = 256  # sequences generated side by side: their keys and values lie in memory together
 
 

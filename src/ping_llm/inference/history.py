@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4, pack_addresses
-from ping_llm.inference.context import Context, parse_time
+from ping_llm.inference.context import Context, as_table, parse_time
 from ping_llm.inference.query import Endpoint, Query
 
 
-def columns_of(measurements: pa.Table | Sequence[dict], row_name: str = "row") -> Context:
+def columns_of(measurements: object, row_name: str = "row") -> Context:
     """The measurements of a table, or of records, in their order: src_addr, dst_addr, rtt (ms, −1 = failed), event_time.
 
     ValueError names the row, as `row_name`, that is wrong. event_time may be missing. They may be of several sources.
     """
-    table = measurements if isinstance(measurements, pa.Table) else pa.Table.from_pylist(list(measurements))
+    table = as_table(measurements)
     if not table.num_rows:
         return Context.parse(None)
     for column in ("src_addr", "dst_addr", "rtt"):

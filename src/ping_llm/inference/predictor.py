@@ -23,6 +23,7 @@ from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.engine import LEAST_MASS, read_contexts, result_laws
+from ping_llm.inference.generation import generate
 from ping_llm.inference.prefixes import has_partial_byte, prefix_law
 from ping_llm.inference.prompt import build_prompt, fitting_context
 from ping_llm.inference.query import Query, SrcKnown, told_name
@@ -44,6 +45,10 @@ class PingModel:
     calibration: Calibration = field(default_factory=Calibration)
     precision: Literal["fp32", "bf16"] = "fp32"
     least_mass: float = LEAST_MASS
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={self.precision!r} must be fp32 or bf16")
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> PingModel:
@@ -131,6 +136,11 @@ class PingModel:
     ) -> ranking.Ranking:
         """Which candidate is nearest, and how sure that is; see `ranking.rank`."""
         return ranking.rank(self, src, candidates, at, context, src_known)
+
+    def generate(self, count: int, **asked) -> pa.Table:
+        """`count` measurements that the model makes up, or completes from a prompt; see `generation.generate`."""
+        with self.autocast():
+            return generate(self.gpt, self.device, count, **asked)
 
     def destinations(self, src: str, **asked) -> searching.FoundAddresses:
         """The likeliest destinations of pings from `src`, given the RTT or not; see `destinations.destinations`."""

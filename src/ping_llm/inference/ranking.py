@@ -12,6 +12,7 @@ candidates is then made to be what it is, Π (S_j + p_j) − Π S_j. So the prob
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from ping_llm.data.tokenization import RTT_CODES
 from ping_llm.inference.context import Context
+from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.query import Query, SrcKnown
 
 if TYPE_CHECKING:
@@ -58,13 +60,17 @@ def rank(
     ValueError where there is no candidate, one is no address, or one is named twice. The laws take 0.26 MB a candidate.
     """
     queries = _queries(src, candidates, at, Context.parse(context))
-    codes = np.empty((len(queries), RTT_CODES), dtype=np.float32)
-    p_fail, median_ms, first = np.empty(len(queries)), np.empty(len(queries)), 0
-    for laws in model.laws(queries, src_known):
-        chosen = slice(first, first + len(laws))
-        codes[chosen], p_fail[chosen], median_ms[chosen] = laws.code_probability, laws.p_fail, laws.median
-        first += len(laws)
-    p_fastest, expected_rank = fastest(codes, p_fail)
+    about_src = queries[0] if src is None else dataclasses.replace(queries[0], dst=None)
+    races = []
+    # How much of the source is told is one and the same for all candidates: each length is a race of its own.
+    for told, weight in zip(*model.weighted_variants(about_src, src_known), strict=True):
+        codes, p_fail = _laws(model, [dataclasses.replace(query, src=told.src) for query in queries])
+        races.append((weight, codes, p_fail, *fastest(codes, p_fail), p_fail.prod()))
+    codes, p_fail, p_fastest, expected_rank, p_none = (
+        sum(weight * values for weight, values in zip((race[0] for race in races), column, strict=True))
+        for column in list(zip(*races, strict=True))[1:]
+    )
+    median_ms = RTTDistributions(codes / (codes.sum(axis=1) + p_fail)[:, None], p_fail).median
     order = np.lexsort((median_ms, -p_fastest))
     columns = {
         "dst_addr": [str(queries[i].dst) for i in order],
@@ -73,7 +79,17 @@ def rank(
         "median_ms": pa.array(median_ms[order], mask=np.isnan(median_ms[order])),
         "p_fail": p_fail[order],
     }
-    return Ranking(pa.table(columns), float(p_fail.prod()))
+    return Ranking(pa.table(columns), float(p_none))
+
+
+def _laws(model: PingModel, queries: list[Query]) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the codes, (n, 65,536) float32, and of failure, (n,), with just as much told as the queries tell."""
+    codes, p_fail, first = np.empty((len(queries), RTT_CODES), dtype=np.float32), np.empty(len(queries)), 0
+    for laws in model.laws(queries, "all"):
+        chosen = slice(first, first + len(laws))
+        codes[chosen], p_fail[chosen] = laws.code_probability, laws.p_fail
+        first += len(laws)
+    return codes, p_fail
 
 
 def _queries(src: str | None, candidates: Sequence[str], at: object, context: Context) -> list[Query]:
@@ -102,7 +118,7 @@ def fastest(codes: np.ndarray, p_fail: np.ndarray) -> tuple[np.ndarray, np.ndarr
     wins, beaten = np.zeros(n), np.zeros(n)
     slower = (
         p_fail.copy()
-    )  # (n,) P(result beyond the codes looked at so far), from the slowest on: keeps small ones exact
+    )  # (n,) P(result beyond the codes looked at so far); from the slowest on small ones stay exact
     for end in range(codes.shape[1], 0, -_CODES_AT_ONCE):
         p = codes[:, max(end - _CODES_AT_ONCE, 0) : end].astype(np.float64)  # (n, c)
         beyond = slower[:, None] + np.cumsum(p[:, ::-1], axis=1)[:, ::-1]  # P(code ≥ c)

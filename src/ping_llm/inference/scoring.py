@@ -180,10 +180,14 @@ def own_p_values(laws: RTTDistributions, observed_ms: np.ndarray, rng: np.random
 
 
 def calibrated_p_values(own: np.ndarray, surprise: Sequence[float]) -> np.ndarray:
-    """(rank + 1) / (n + 1) of own p-values (m,) among the n ascending ones of val; as they are without any."""
+    """(rank + 1) / (n + 1) of own p-values (m,) among the n ascending ones of val; as they are without any.
+
+    Below the least of val there is nothing to rank: there it is 1 / (n + 1), times the share of that least value.
+    """
     if not len(surprise):
         return own
-    return (np.searchsorted(np.asarray(surprise), own, "right") + 1) / (len(surprise) + 1)
+    ranked = (np.searchsorted(np.asarray(surprise), own, "right") + 1) / (len(surprise) + 1)
+    return ranked * np.minimum(1.0, own / max(surprise[0], np.finfo(float).tiny))
 
 
 def dump_table(path: Path | str) -> pa.Table:

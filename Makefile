@@ -23,7 +23,7 @@ test: install
 
 # A SLURM of two virtual nodes, where Debian's packages can be installed; elsewhere the tests say why they skip.
 test-slurm: install
-	@command -v slurmctld munged >/dev/null || { apt-get update -q && apt-get install -yq slurm-wlm munge; } || true
+	@(command -v slurmctld && command -v munged) >/dev/null || { apt-get update -q && apt-get install -yq slurm-wlm munge; } || true
 	$(VENV)/bin/python -m pytest -rs tests/test_slurm.py
 
 lint: install

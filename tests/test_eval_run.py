@@ -293,6 +293,7 @@ def test_headline_by_hand():
     line = headline(cells, kinds)
     assert set(line) == {"model"}
     assert line["model"]["geometric_mean"] == pytest.approx(1.0)  # √(0.5 · 2)
+    assert line["model"]["by_draw"] == {cells[0].draw: pytest.approx(1.0)}
     assert line["model"]["win_rate"] == 0.5
     assert (line["model"]["cells"], line["model"]["cells_too_small"]) == (2, 1)
     assert geometric_mean([0.5, 0.5, 4]) == pytest.approx(1)

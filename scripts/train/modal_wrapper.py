@@ -56,7 +56,9 @@ image = (
     modal.Image.debian_slim(python_version="3.11")
     .apt_install("g++")  # torch.compile calls it
     .add_local_file(REPOSITORY / "constraints.txt", PINS, copy=True)
-    .pip_install_from_pyproject(str(REPOSITORY / "pyproject.toml"), ["plots"], extra_options=f"--constraint {PINS}")
+    .pip_install_from_pyproject(
+        str(REPOSITORY / "pyproject.toml"), ["plots", "baselines"], extra_options=f"--constraint {PINS}"
+    )
     .add_local_python_source("ping_llm")
 )
 app = modal.App("ping-llm", image=image)

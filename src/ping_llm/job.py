@@ -253,7 +253,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         numbers = [int(argv.pop(0)) for _ in range(3)] if name == "judge" else []
         config = parse_config(argv, "ping-llm train") if name != "gpus" else None
-        device = config.train.device if config else "cpu" if "cpu" in argv else "auto"
+        asks_no_gpu = "--baselines-only" in argv or any(word in ("cpu", "--device=cpu") for word in argv)
+        device = config.train.device if config else "cpu" if asks_no_gpu else "auto"
         node = Node.from_environment(device)
         if name == "check":
             print(*dataclasses.astuple(check(config, node)))

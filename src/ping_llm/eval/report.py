@@ -65,18 +65,23 @@ def _head(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_DRAWS = ("none", "recent", "other")
+
+
 def _headline(results: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, line in results["headline"].items():
         low, high = line["interval"]
         cells = f"{line['cells']}" + (f" (+ {line['cells_too_small']} too small)" if line["cells_too_small"] else "")
         ratio = f"{_number(line['geometric_mean'])} ({_number(low)}–{_number(high)})"
-        rows.append((name, ratio, f"{line['win_rate']:.0%}", cells))
+        by_draw = (_number(line["by_draw"][draw]) if draw in line["by_draw"] else "–" for draw in _DRAWS)
+        rows.append((name, ratio, *by_draw, f"{line['win_rate']:.0%}", cells))
     if not rows and subject(results):
         return ["No cell has enough answers and sources to count; ask more queries of each."]
     if not rows:
         return ["No model was asked; the tables show what it would have to beat."]
-    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", "cells won", "cells")
+    told = ("k = 0", "recent", "other")
+    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", *told, "cells won", "cells")
     return _table(head, rows)
 
 

@@ -120,7 +120,8 @@ def error_quantiles(scores: Scores, source: np.ndarray) -> np.ndarray:
 
 def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """For each method that is no baseline: the geometric mean of its CRPS ratios to each cell's best baseline, and how
-    many cells it wins: where the upper bound of the ratio's interval is below 1."""
+    many cells it wins: where the upper bound of the ratio's interval is below 1. Draws are told apart: with pings of the
+    same pair in the context the task is another."""
     counted = [cell for cell in cells if cell.counts]
     lines = {}
     for name in (name for name, kind in kinds.items() if kind != "baseline"):
@@ -130,6 +131,10 @@ def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str,
         low, high = interval(np.exp(np.mean(np.log([one.ratio_replicates for one in of_method]), axis=0)))
         lines[name] = {
             "geometric_mean": geometric_mean([one.crps_ratio for one in of_method]),
+            "by_draw": {
+                draw: geometric_mean([cell.methods[name].crps_ratio for cell in counted if cell.draw == draw])
+                for draw in sorted({cell.draw for cell in counted})
+            },
             "interval": (low, high),
             "win_rate": float(np.mean([one.ratio_interval[1] < 1 for one in of_method])),
             "cells": len(counted),

@@ -8,24 +8,16 @@ A run stands there like for like only if it learned from nothing but the protoco
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from ping_llm.data.rows import read_manifest
 from ping_llm.eval.columns import Measurements
 from ping_llm.eval.earlier import EarlierProtocol, compare
-from ping_llm.eval.report import lines_as_text
+from ping_llm.eval.script import run_script, script_parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of rows")
-    parser.add_argument("--run", type=Path, help="run folder of a trained model")
-    parser.add_argument("--queries", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args(argv)
+def answer(options: argparse.Namespace) -> list[dict]:
     parts = [part for part, count in read_manifest(options.data)["parts"].items() if count]
     protocol = EarlierProtocol.of(Measurements.from_rows(options.data, parts), options.seed)
     models = []
@@ -34,12 +26,18 @@ def main(argv: list[str] | None = None) -> None:
         from ping_llm.inference.predictor import PingModel
 
         models = [ModelMethod(PingModel.load(options.run, options.device), "auto")]
-    lines = compare(protocol, protocol.queries(options.queries, options.seed), models, options.seed)
     print(f"{protocol.nodes} nodes, {len(protocol.train):,} pings to learn from, {len(protocol.test):,} to ask")
-    print(lines_as_text(lines))
-    if options.json:
-        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+    return compare(protocol, protocol.queries(options.queries, options.seed), models, options.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = script_parser(__doc__, run=False)
+    parser.add_argument("--data", type=Path, required=True, help="folder of rows")
+    parser.add_argument("--run", type=Path, help="run folder of a trained model")
+    parser.add_argument("--queries", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    return run_script(parser, answer, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

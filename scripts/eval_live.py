@@ -8,28 +8,24 @@ Each host is asked about after the pings of the hosts before it, as context.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import sys
 
 from ping_llm.eval.live import compare_live
-from ping_llm.eval.report import lines_as_text
+from ping_llm.eval.script import run_script, script_parser
 from ping_llm.inference.predictor import PingModel
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder of a trained model")
+def answer(options: argparse.Namespace) -> list[dict]:
+    return compare_live(PingModel.load(options.run, options.device), options.src, options.hosts, options.count)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = script_parser(__doc__)
     parser.add_argument("hosts", nargs="+", metavar="HOST")
     parser.add_argument("--src", required=True, help="the public address of this machine")
     parser.add_argument("--count", type=int, default=3, help="pings of each host")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args(argv)
-    lines = compare_live(PingModel.load(options.run, options.device), options.src, options.hosts, options.count)
-    print(lines_as_text(lines))
-    if options.json:
-        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+    return run_script(parser, answer, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -77,7 +77,9 @@ def processes_of_session(session: int) -> list[int]:
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes_and_leaves_no_process(dumps, whole, tmp_path, workers):
     want, seconds = whole
     rng, sessions, killed = random.Random(workers), [], 0
-    for _ in range(5):
+    for _ in range(20):
+        if killed == 4:
+            break
         process = subprocess.Popen(
             command(*dumps, "--out", tmp_path / "rows", "--workers", workers, *OPTIONS),
             start_new_session=True,
@@ -89,11 +91,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes_and_leaves_no_p
             process.wait(rng.uniform(0.4, 1.0) * seconds)
             assert files(tmp_path / "rows") == want
             shutil.rmtree(tmp_path / "rows")
+            seconds *= 0.8  # the machine is calmer than when the whole run was timed
         except subprocess.TimeoutExpired:
             process.kill()  # the parent alone: its workers must find out by themselves
             process.wait()
             killed += 1
-    assert killed >= 2
+    assert killed == 4
     done = run(*dumps, "--out", tmp_path / "rows", "--workers", workers, *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "rows") == want

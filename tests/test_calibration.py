@@ -72,7 +72,7 @@ def test_calibration_is_read_back_as_it_was_written(tmp_path):
         Calibration.load(tmp_path)
 
 
-def test_sources_that_are_strange_to_the_model_have_all_lengths_count_alike():
+def test_of_sources_that_are_strange_to_the_model_nothing_is_told():
     calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.0})
     src = Endpoint.parse("192.0.2.1")
     told = [src.cut(length) for length in range(5)]
@@ -80,7 +80,7 @@ def test_sources_that_are_strange_to_the_model_have_all_lengths_count_alike():
     assert calibration.novelty(src, -2.0) < 1e-4 and calibration.novelty(src, -1000.0) > 1 - 1e-6
     assert calibration.novelty(Endpoint.parse("2001:db8::1"), -1000.0) == 0  # of IPv6 val said nothing
     assert np.exp(calibration.log_weights(told)) == pytest.approx(list(SHARES.values()))
-    assert np.exp(calibration.log_weights(told, 1.0)) == pytest.approx([0.2] * 5)
+    assert np.exp(calibration.log_weights(told, 1.0)) == pytest.approx([1.0] + [LEAST_SHARE] * 4)
     assert np.exp(Calibration().log_weights(told)) == pytest.approx([LEAST_SHARE] * 4 + [1.0])
 
 
@@ -101,7 +101,8 @@ def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt
         weights[name] = law.src_weights
         assert law.forward_passes == 3  # the address, the prompts, their second bytes
     assert weights["familiar"] == pytest.approx(SHARES, rel=1e-3)
-    assert weights["strange"] == pytest.approx(dict.fromkeys(SHARES, 0.2), rel=1e-3)
+    rest = dict.fromkeys(SHARES, LEAST_SHARE / (1 + 4 * LEAST_SHARE))
+    assert weights["strange"] == pytest.approx(rest | {"none": 1 / (1 + 4 * LEAST_SHARE)}, rel=1e-3)
 
 
 @pytest.mark.parametrize("best", ["none", "/16", "all"])

@@ -58,12 +58,15 @@ class Calibration:
     def log_weights(self, told: Sequence[Endpoint], novelty: float = 0.0) -> np.ndarray:
         """Logarithm of how much the answers under each told length of one source count before any context is read, (L,).
 
-        The shortest comes first; the longest stands for all that are longer too. The lengths of a novel source count alike.
+        The shortest comes first; the longest stands for all that are longer too. Of a novel source the shortest counts: what
+        a model says of an address that it never saw is worse than what it says of any source.
         """
         weights = self.src_weights.get(_family(told[0]), {})
         shares = np.array([weights.get(told_name(src), 0.0) for src in told])
         shares[-1] = max(1 - shares[:-1].sum(), 0.0)
-        return np.log(np.maximum((1 - novelty) * shares + novelty / len(told), LEAST_SHARE))
+        shares *= 1 - novelty
+        shares[0] += novelty
+        return np.log(np.maximum(shares, LEAST_SHARE))
 
 
 def _family(src: Endpoint) -> str:

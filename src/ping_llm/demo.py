@@ -102,6 +102,7 @@ def demo(
         _command("prepare", dump, "--out", rows)
     with stages.stage("train"):
         budget = ["--train.total-steps", str(steps), "--train.max-minutes", str(minutes)]
+        budget += ["--train.eval-queries", "64"]  # a quarter, in evaluations and in the calibration at the end
         _command("train", str(_CONFIG), "--data.rows", rows, "--train.run-dir", run, *budget)
     with stages.stage("evaluate"):
         errors, valid, examples = evaluate(out)

@@ -196,10 +196,10 @@ def test_auto_weighs_the_lengths_by_bayes(exact, context, familiar):
     kept = context[-law.context_measurements :]
     assert law.context_measurements == model.rtt(SRC, DST, at, context, "all").context_measurements
     assert (len(kept) < len(context)) == (context is LONG)
-    # Of a source as strange as this one all lengths count alike, so far as it is strange.
+    # So far as the source is strange to the model, none of it is told.
     log_p_src = model.log_prob(UNTIMED[:1], ("src",))[0]
     novelty = 1 / (1 + np.exp(log_p_src - familiar["ipv4"])) if familiar else 0.0
-    prior = np.maximum((1 - novelty) * np.array(list(SHARES.values())) + novelty / 5, LEAST_SHARE)
+    prior = np.maximum((1 - novelty) * np.array(list(SHARES.values())) + novelty * np.eye(5)[0], LEAST_SHARE)
     weights = prior * np.exp([evidence(model.gpt, kept, told / 4) for told in range(5)])
     weights /= weights.sum()
     used = weights >= LEAST_WEIGHT

@@ -26,16 +26,16 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from ping_llm.data.atlas import parse_results
-from ping_llm.data.synthetic import synthesize
-from ping_llm.data.tasks import CHUNK_BYTES
-from ping_llm.data.unpack import read_chunks
+from ping_llm.data.ingest.atlas import parse_results
+from ping_llm.data.ingest.tasks import CHUNK_BYTES
+from ping_llm.data.ingest.unpack import read_chunks
+from ping_llm.data.synthetic.synthesize import synthesize
 
 WORKERS = 2
 DAYS = 1.0
 PREPARE = """
 import json, resource, sys
-from ping_llm.data.prepare import prepare
+from ping_llm.data.ingest.prepare import prepare
 manifest = prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]))
 usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 peak_mb = round(max(usage.ru_maxrss for usage in usages) / 1024)

@@ -12,8 +12,8 @@ import json
 import time
 from pathlib import Path
 
-from ping_llm.data.synthetic import Dump
-from ping_llm.data.world import build_world
+from ping_llm.data.synthetic.synthesize import Dump
+from ping_llm.data.synthetic.world import build_world
 
 
 def main() -> None:

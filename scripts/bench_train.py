@@ -65,9 +65,9 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
     """All numbers; prints them and writes them as they come."""
-    from ping_llm.hardware import machine_facts
-    from ping_llm.model import pick_device
-    from ping_llm.profiling import Effort, attention_ratios, matmul_peak
+    from ping_llm.model.gpt import pick_device
+    from ping_llm.system.hardware import machine_facts
+    from ping_llm.training.profiling import Effort, attention_ratios, matmul_peak
 
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
@@ -125,7 +125,7 @@ def measure_case(
     """One case on synthetic batches, and fed by the loader."""
     import torch
 
-    from ping_llm.profiling import free_memory, largest_batch, profile_training, with_train
+    from ping_llm.training.profiling import free_memory, largest_batch, profile_training, with_train
 
     started = time.perf_counter()
     if name == LARGEST and device.type == "cuda":
@@ -152,7 +152,7 @@ def measure_case(
 
 def fed(config: Config, rows: Path, device, effort) -> dict:
     """The loader's numbers, or why there are none."""
-    from ping_llm.profiling import profile_loader
+    from ping_llm.training.profiling import profile_loader
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=rows))
     try:
@@ -164,8 +164,8 @@ def fed(config: Config, rows: Path, device, effort) -> dict:
 def make_rows(scratch: Path, quick: bool) -> tuple[Path | None, str | None]:
     """Synthetic rows, or why there are none."""
     try:
-        from ping_llm.data.prepare import prepare
-        from ping_llm.data.synthetic import synthesize
+        from ping_llm.data.ingest.prepare import prepare
+        from ping_llm.data.synthetic.synthesize import synthesize
 
         size = {"probes": 30, "targets": 20} if quick else {"probes": 60, "targets": 50}
         synthesize(scratch / "dump", days=1.0, workers=1, **size)
@@ -177,7 +177,7 @@ def make_rows(scratch: Path, quick: bool) -> tuple[Path | None, str | None]:
 
 def print_case(case: dict) -> None:
     """A table of the numbers and one of what takes the most time."""
-    from ping_llm.profiling import markdown_table
+    from ping_llm.training.profiling import markdown_table
 
     title = f"{case['name']}, {case['batch_size']} × {case['seq_len']}, {case['precision']}, {case['steps']}"
     print("\n" + markdown_table((title, ""), [(label, cell(case, *place)) for label, place in ROWS.items()]))

@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ping_llm.checkpoint import load_model
 from ping_llm.eval.script import run_script, script_parser
 from ping_llm.eval.tokens import colored, part_windows, score_tokens
 from ping_llm.inference.predictor import PingModel
+from ping_llm.model.checkpoint import load_model
 
 
 def answer(options: argparse.Namespace) -> list[dict]:

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from ping_llm.data.download import Manners
-from ping_llm.data.fetch import hourly_dumps, results
+from ping_llm.data.ingest.download import Manners
+from ping_llm.data.ingest.fetch import hourly_dumps, results
 
 QUICK = Manners(requests_per_s=1000, tries=3, backoff_s=0.01, timeout_s=5, seed=0)
 RECENT_DAY = (datetime.now(UTC) - timedelta(days=2)).date()

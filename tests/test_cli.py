@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ping_llm.cli import main
-from ping_llm.data.truth import Truth
+from ping_llm.data.synthetic.truth import Truth
 
 RESULT = {
     "fw": 5080,

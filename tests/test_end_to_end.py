@@ -10,8 +10,8 @@ import pytest
 
 from ping_llm import PingModel, cli, demo
 from ping_llm.data.rows import read_manifest
+from ping_llm.data.synthetic.truth import RTTLaw, Truth
 from ping_llm.data.tokenization import RTT_CODES, rtt_code_edges_ms
-from ping_llm.data.truth import RTTLaw, Truth
 from ping_llm.inference.context import Context
 from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.query import Query

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ping_llm.checkpoint import load_latest
 from ping_llm.config import Config, ModelConfig, TrainConfig
-from ping_llm.run_state import RunState
-from ping_llm.trainer import Feed, train
+from ping_llm.model.checkpoint import load_latest
+from ping_llm.training.run_state import RunState
+from ping_llm.training.trainer import Feed, train
 
 MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
 TIMING = {"time_s", "tokens_per_s", "data_wait_share", "save_share", "peak_memory_gb"}
@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # Processes forked from one that has imported everything and started no thread: each begins at once.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ping_llm.trainer", "ping_llm.data.loader", "ping_llm.cli", "grain"])
+FORKS.set_forkserver_preload(["ping_llm.training.trainer", "ping_llm.data.loader", "ping_llm.cli", "grain"])
 
 
 def make_config(run_dir: Path, **train_fields) -> Config:

@@ -95,7 +95,7 @@ class ModalExecutor(Executor):
 @app.function(volumes=MOUNTS, cpu=1, memory=4096, timeout=HOURS_24_S, retries=again)
 def prepare_rows(inputs: list[str], out: str, options: dict[str, str]) -> dict:
     """`prepare`, each dump and each bucket in a container of its own: what the manifest counts, or an `error`."""
-    from ping_llm.data.prepare import prepare
+    from ping_llm.data.ingest.prepare import prepare
 
     try:
         manifest = prepare(inputs, out, CONTAINERS, executor=ModalExecutor(), **options)
@@ -108,8 +108,8 @@ def prepare_rows(inputs: list[str], out: str, options: dict[str, str]) -> dict:
 @app.function(volumes=MOUNTS, cpu=1, memory=2048, timeout=600)
 def look(toml: str, options: list[str], gpus: int) -> dict:
     """Where a run stands, or an `error`, told by a machine that costs little: its `step`, and the speed `measured`."""
-    from ping_llm.cloud import measured
-    from ping_llm.job import saved
+    from ping_llm.launch.modal_job import measured
+    from ping_llm.launch.slurm_job import saved
 
     data_volume.reload()
     runs_volume.reload()
@@ -128,8 +128,8 @@ def train_run(toml: str, options: list[str], gpus: int, local_disk: str = LOCAL_
     KeyboardInterrupt once it has saved because Modal takes the machine away: then Modal starts it again. RuntimeError
     when its time is up, or after a crash that left a new checkpoint: one of its tries.
     """
-    from ping_llm.cloud import SIGNAL, run_ranks
-    from ping_llm.job import copy_rows, saved
+    from ping_llm.launch.modal_job import SIGNAL, run_ranks
+    from ping_llm.launch.slurm_job import copy_rows, saved
 
     stop_at_s = time.monotonic() + STOP_AFTER_S
     with _config_file(toml) as file:
@@ -154,7 +154,7 @@ def train_run(toml: str, options: list[str], gpus: int, local_disk: str = LOCAL_
 @app.function(volumes=MOUNTS, gpu=INFERENCE_GPU, cpu=2.0, memory=8192, timeout=3600)
 def run_inference(arguments: list[str]) -> dict:
     """`ping-llm inference` with these arguments: its exit `code`, `output` and `errors`."""
-    from ping_llm.cloud import environment
+    from ping_llm.launch.modal_job import environment
 
     data_volume.reload()
     runs_volume.reload()
@@ -176,7 +176,7 @@ def _config_file(toml: str) -> Iterator[str]:
 def _check(argv: list[str], gpus: int) -> Config:
     """The config of a run; ValueError if it cannot be trained in this container."""
     from ping_llm.config import parse_config
-    from ping_llm.job import Node, check
+    from ping_llm.launch.slurm_job import Node, check
 
     config = parse_config(argv, "train")
     if not (config.data.rows / "manifest.json").is_file():
@@ -249,7 +249,7 @@ def prepare(*arguments: str) -> None:
 @app.local_entrypoint()
 def train(*arguments: str) -> None:
     """[--gpu KIND[:COUNT]] [--tokens-per-s N] [--wandb-secret NAME] [--local-disk DIR|none] CONFIG.toml [--section.option value …]"""  # noqa: E501
-    from ping_llm.cloud import Order
+    from ping_llm.launch.modal_job import Order
 
     with _one_line_errors():
         order = Order.parse(arguments, "modal run …::train", LOCAL_DISK, _place)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ping_llm.data.choices import Packets, Split, Traceroute
+from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
@@ -40,7 +40,7 @@ def synth(
         seed: the same seed gives the same bytes.
         workers: processes that write files; 0 = one a core.
     """
-    from ping_llm.data.synthetic import synthesize
+    from ping_llm.data.synthetic.synthesize import synthesize
 
     counts = synthesize(out, probes=probes, targets=targets, days=days, seed=seed, workers=workers)
     print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {out}")
@@ -89,8 +89,8 @@ def fetch(
         raise ValueError("give either --msm ID --start TIME --stop TIME, or --dump DAY")
     if (dump and probes) or (msm and hours):
         raise ValueError("--probes goes with --msm, and --hours with --dump")
-    from ping_llm.data.download import Manners
-    from ping_llm.data.fetch import KEY_VARIABLE, fetch, hourly_dumps, results, summary
+    from ping_llm.data.ingest.download import Manners
+    from ping_llm.data.ingest.fetch import KEY_VARIABLE, fetch, hourly_dumps, results, summary
 
     if dump:
         wanted = hourly_dumps(archive, type, dump, hours)
@@ -130,7 +130,7 @@ def prepare(
         traceroute: leave traceroutes out, or learn from replies of their targets, or from those of all hops.
         dry_run: print the plan with the estimated sizes and time, and write nothing.
     """
-    from ping_llm.data.prepare import plan_rows, prepare, summary
+    from ping_llm.data.ingest.prepare import plan_rows, prepare, summary
 
     if dry_run:
         return print(plan_rows(inputs, workers, packets, shards, executor).describe())
@@ -156,17 +156,17 @@ def inspect(
     """
     from json import dumps
 
-    from ping_llm.data.summary import summarize
+    from ping_llm.data.inspect.summary import summarize
 
     summary = summarize(path)
     if json:
         print(dumps(summary.to_json(top)))
     else:
-        from ping_llm.data.summary_tables import print_summary
+        from ping_llm.data.inspect.tables import print_summary
 
         print_summary(summary, top)
     if plots:
-        from ping_llm.data.summary_plots import plot_summary
+        from ping_llm.data.inspect.plots import plot_summary
 
         for picture in plot_summary(summary, plots, networks):
             print(picture, file=sys.stderr)
@@ -179,7 +179,7 @@ def plot(run: Positional[Path], out: Path | None = None) -> None:
         run: folder of the run.
         out: folder for the pictures; RUN/plots if absent.
     """
-    from ping_llm.run_plots import plot_run
+    from ping_llm.training.plots import plot_run
 
     for picture in plot_run(run, out):
         print(picture)
@@ -206,7 +206,7 @@ def plan(
     import dataclasses
 
     from ping_llm.config import load_config
-    from ping_llm.cost import GPU, PRICES, plan_cost
+    from ping_llm.launch.plan import GPU, PRICES, plan_cost
 
     run = load_config(config)
     train = dataclasses.replace(run.train, grad_accum=grad_accum or run.train.grad_accum)
@@ -269,7 +269,7 @@ def _train(argv: list[str]) -> None:
     # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ping-llm" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    from ping_llm.trainer import train
+    from ping_llm.training.trainer import train
 
     train(config)
 

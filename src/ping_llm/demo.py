@@ -126,7 +126,7 @@ def demo(
 def evaluate(out: Path) -> tuple[dict[str, dict], dict[str, float], list[dict]]:
     """For each part: median relative errors of the predicted median; the median of the raw mass on valid results; and one
     example, drawn beside the truth."""
-    from ping_llm.data.truth import Truth
+    from ping_llm.data.synthetic.truth import Truth
     from ping_llm.inference.predictor import PingModel
 
     history, truth, model = History.load(out / "rows"), Truth.load(out / "dump"), PingModel.load(out / "run")

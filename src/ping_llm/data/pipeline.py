@@ -20,9 +20,9 @@ from functools import partial
 import numpy as np
 
 from ping_llm.config import Config
-from ping_llm.data.orphans import end_with_parent
 from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.data.windows import Window, encode_windows, sample_window, windows_per_row
+from ping_llm.system.processes import end_with_parent
 
 LARGE_ROW_MEASUREMENTS = 10_000
 """About 0.1 MB, which takes as long to read as a window takes to draw and encode: 0.1 ms."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ping_llm.data.hashing import hash_keys
+from ping_llm.data.ingest.splits import as_text
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
 from ping_llm.data.rows import RowReader
-from ping_llm.data.splits import as_text
 
 
 @dataclass(frozen=True, eq=False)

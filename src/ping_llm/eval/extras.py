@@ -52,8 +52,8 @@ def model_extras(options: EvalOptions, methods: Methods, bench: Bench) -> dict[s
 
 def losses_per_field(options: EvalOptions, model: PingModel) -> dict[str, dict[str, float]]:
     """Nats a token of each field, on fixed windows of every part but train."""
-    from ping_llm.checkpoint import load_model
     from ping_llm.eval.tokens import part_windows, score_tokens
+    from ping_llm.model.checkpoint import load_model
 
     _, config, _ = load_model(options.run)
     parts = [part for part, count in read_manifest(options.data)["parts"].items() if count]

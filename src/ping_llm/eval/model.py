@@ -15,7 +15,7 @@ from ping_llm.eval.law import SUPPORT, QuantileLaws
 from ping_llm.eval.metrics import LEAST_P_FAIL, QUANTILE_LEVELS, Scores
 
 if TYPE_CHECKING:
-    from ping_llm.data.truth import Truth
+    from ping_llm.data.synthetic.truth import Truth
     from ping_llm.inference.predictor import PingModel
     from ping_llm.inference.query import Query
 
@@ -100,7 +100,7 @@ class TrueLaw:
 
     def predict(self, view: QueryView) -> Prediction:
         """Its quantiles, so fine that nothing depends on them; ValueError names an address of no network."""
-        from ping_llm.data.truth import shifted_log_logistic
+        from ping_llm.data.synthetic.truth import shifted_log_logistic
 
         texts = {place: format_address(view.addresses[place].tobytes()) for place in {*view.src_id, *view.dst_id}}
         paths = self.truth.paths([texts[i] for i in view.src_id], [texts[i] for i in view.dst_id])

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.axes import label_log_ticks
 from ping_llm.eval.metrics import PIT_BINS
 from ping_llm.eval.report import cell_name, subject
 from ping_llm.eval.results import ERROR_LEVELS
+from ping_llm.system.axes import label_log_ticks
 
 FAR = ("test-s5", "external")
 """Splits far from the training data: their calibration has a picture of its own."""

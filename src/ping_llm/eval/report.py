@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ping_llm.data.files import write_atomically
+from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
 DETAIL_KS = (0, 5, 30)

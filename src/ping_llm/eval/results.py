@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm.data.files import move_atomically
 from ping_llm.data.measurement import format_address
 from ping_llm.eval.bootstrap import SourceBootstrap, interval
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Aggregate, Scores, aggregate, source_means, source_weights
 from ping_llm.eval.queries import Cell, SplitQueries
+from ping_llm.system.files import move_atomically
 
 LEAST_ANSWERED, LEAST_SOURCES = 50, 5
 """A cell with fewer is told, but does not count in the headline."""

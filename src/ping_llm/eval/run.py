@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm.data.files import write_atomically
-from ping_llm.data.progress import show_progress
 from ping_llm.data.rows import read_manifest
 from ping_llm.eval.baselines import TreeSettings, all_baselines
 from ping_llm.eval.columns import Measurements, Queries
@@ -21,6 +19,8 @@ from ping_llm.eval.plots import plot_results
 from ping_llm.eval.queries import EXTERNAL, QUERIES_PER_SPLIT, SPLITS, Cell, SplitQueries, draw_splits, draw_val
 from ping_llm.eval.report import write_report
 from ping_llm.eval.results import CellScores, ScoreWriter, headline, make_bootstrap, summarize_cell
+from ping_llm.system.files import write_atomically
+from ping_llm.system.progress import show_progress
 
 if TYPE_CHECKING:
     from ping_llm.eval.model import ModelMethod
@@ -185,7 +185,7 @@ def resolve_folders(run: Path | None, data: Path | None, out: Path | None, basel
     if run is None and not baselines_only:
         raise ValueError("name the run folder of a trained model, or give --baselines-only")
     if data is None and run is not None:
-        from ping_llm.checkpoint import load_model
+        from ping_llm.model.checkpoint import load_model
 
         data = load_model(run)[1].data.rows
     if data is None or (out is None and run is None):
@@ -197,10 +197,10 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], LeakCheck, Path]
     """The model under each of `src_known`, whether it may know the answers, and the rows that baselines learn from."""
     if options.run is None:
         return [], LeakCheck(same_rows=True), options.train_rows or options.data
-    from ping_llm.checkpoint import load_config, load_model
     from ping_llm.eval.leak import check_leak
     from ping_llm.eval.model import ModelMethod
     from ping_llm.inference.predictor import PingModel
+    from ping_llm.model.checkpoint import load_config, load_model
 
     _, config, state = load_model(options.run)
     run = options.run if load_config(options.run) else options.run.parent.parent  # one checkpoint was named
@@ -222,7 +222,7 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], LeakCheck, Path]
 def _truth(options: EvalOptions) -> list:
     if options.truth is None:
         return []
-    from ping_llm.data.truth import Truth
+    from ping_llm.data.synthetic.truth import Truth
     from ping_llm.eval.model import TrueLaw
 
     return [TrueLaw(Truth.load(options.truth))]

@@ -15,7 +15,7 @@ from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, ROLE_NAMES
 from ping_llm.inference.predictor import PingModel
-from ping_llm.loss import token_fields
+from ping_llm.model.loss import token_fields
 
 _BATCH = 16
 _COLORS = ((0.1, 34), (0.7, 106), (2.0, 220), (4.0, 208), (np.inf, 196))  # nats at most: color of a 256-color terminal

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ping_llm.data.files import write_atomically
 from ping_llm.inference.query import Endpoint, told_name
+from ping_llm.system.files import write_atomically
 
 CALIBRATION_NAME = "calibration.json"
 LEAST_SHARE = 0.001  # of every told length: a context may still speak for it

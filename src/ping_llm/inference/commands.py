@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ping_llm.data import tokenization as tk
-from ping_llm.data.progress import show_progress
 from ping_llm.inference.batch import answer_table, check_columns
 from ping_llm.inference.context import Context, parse_time, read_table
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.output import STANDARD, check_output, print_table, read_input, records, show, write_table
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.inference.search import DST_ROLES, SRC_ROLES, address_tokens
+from ping_llm.system.progress import show_progress
 
 if TYPE_CHECKING:
     from ping_llm.inference.cli import ModelOptions, Situation
@@ -230,7 +230,7 @@ def _beginning(src: str, dst: str, at: str) -> list[int]:
 
 
 def _true_law(path: Path, src: str, dst: str, at: str):
-    from ping_llm.data.truth import Truth
+    from ping_llm.data.synthetic.truth import Truth
 
     return Truth.load(path).rtt_distribution(src, dst, parse_time(at) if at else None)
 

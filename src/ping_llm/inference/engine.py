@@ -17,7 +17,7 @@ from torch import Tensor
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.prompt import Prompt
-from ping_llm.model import GPT, KVCache, sibling_mask
+from ping_llm.model.gpt import GPT, KVCache, sibling_mask
 
 LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.context import LAST_TIME_S
 from ping_llm.inference.grammar import Grammar, follow
-from ping_llm.model import GPT, KVCache
+from ping_llm.model.gpt import GPT, KVCache
 
 GENERATED_SCHEMA = pa.schema(
     [

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from ping_llm.data.files import move_atomically
 from ping_llm.inference.context import read_table
+from ping_llm.system.files import move_atomically
 
 STANDARD = Path("-")  # standard input or output
 _PROBABILITY = ("p_", "probability", "share")  # beginnings of the names of columns shown in percent

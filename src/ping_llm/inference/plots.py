@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ping_llm.axes import label_log_ticks
 from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.system.axes import label_log_ticks
 
 _COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a", "#0e8a8a", "#9a6700", "#cf222e")
 _TRUTH = "#d1660f"

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ping_llm.checkpoint import load_model
 from ping_llm.inference import destinations as searching
 from ping_llm.inference import ranking, scoring
 from ping_llm.inference.batch import answer_table
@@ -27,7 +26,8 @@ from ping_llm.inference.generation import generate
 from ping_llm.inference.prefixes import has_partial_byte, prefix_law
 from ping_llm.inference.prompt import build_prompt, fitting_context
 from ping_llm.inference.query import Query, SrcKnown, told_name
-from ping_llm.model import GPT, pick_device
+from ping_llm.model.checkpoint import load_model
+from ping_llm.model.gpt import GPT, pick_device
 
 CHUNK = 64  # questions answered together: their laws take 33 MB
 LEAST_WEIGHT = 1e-4  # of what is told of the source: lengths of less are not asked

@@ -22,14 +22,14 @@ import torch
 
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, format_address, is_ipv4
-from ping_llm.data.progress import show_progress
 from ping_llm.data.rows import MANIFEST_NAME, ProbeRow, RowReader, read_manifest
 from ping_llm.inference.context import Context
 from ping_llm.inference.distributions import RTTDistributions
 from ping_llm.inference.grammar import Grammar, follow
 from ping_llm.inference.history import History, columns_of
 from ping_llm.inference.query import Endpoint, SrcKnown
-from ping_llm.model import KVCache
+from ping_llm.model.gpt import KVCache
+from ping_llm.system.progress import show_progress
 
 if TYPE_CHECKING:
     from ping_llm.inference.predictor import PingModel
@@ -195,7 +195,7 @@ def dump_table(path: Path | str) -> pa.Table:
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
         return _rows_table(path)
-    from ping_llm.data.prepare import prepare
+    from ping_llm.data.ingest.prepare import prepare
 
     with tempfile.TemporaryDirectory(prefix="ping-llm-") as scratch:
         prepare([str(path)], Path(scratch) / "rows", split="none", keep_going=True)

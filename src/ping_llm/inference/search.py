@@ -20,7 +20,7 @@ from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import ADDRESS_BYTES, IPV4_MAPPED_PREFIX
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Endpoint, Query
-from ping_llm.model import GPT, KVCache
+from ping_llm.model.gpt import GPT, KVCache
 
 DST_ROLES, SRC_ROLES = (tk.DST_IPV4, tk.DST_IPV6), (tk.SRC_IPV4, tk.SRC_IPV6)
 BATCH = 16  # prefixes expanded in one pass

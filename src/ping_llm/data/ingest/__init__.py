@@ -1,0 +1,1 @@
+"""Dumps in, probe rows out."""

@@ -1,0 +1,162 @@
+"""The name of an executor in, a `concurrent.futures.Executor` out: processes of this machine, or workers of Dask.
+
+Tasks are pure functions over files, so any executor whose workers see the same folders gives the same bytes.
+
+    local               processes of this machine
+    dask-local          a Dask cluster of processes on this machine
+    dask-slurm          Dask workers as SLURM jobs, one core and one worker each unless Dask's jobqueue.yaml says otherwise
+    dask=tcp://…:8786   a running Dask cluster, by the address of its scheduler
+    array               none: the tasks that are left are written down for a job array, see job_array.py
+    dask                the cluster that DASK_SCHEDULER_ADDRESS names, else dask-local
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from queue import SimpleQueue
+from threading import Lock
+
+from ping_llm.data.ingest.job_array import TaskFile
+from ping_llm.system.processes import end_with_parent
+
+LOCAL, ARRAY, DASK, DASK_LOCAL, DASK_SLURM, DASK_AT = "local", "array", "dask", "dask-local", "dask-slurm", "dask="
+JOB_MEMORY = "2GB"
+"""Asked of SLURM for a worker; one takes below 1 GB."""
+CONNECT_TIMEOUT_S = 30
+_WORKER_DIED = (
+    "a worker was killed, most likely for want of memory; repeat the command with fewer --workers: it continues"
+)
+
+_task_lock = Lock()
+
+
+@contextmanager
+def open_executor(name: str, workers: int) -> Iterator[Executor]:
+    """An executor of `workers` processes or jobs, closed at the end; ValueError for a name or a cluster that is not there.
+
+    A cluster that runs already has the workers that it has. One local worker is this process: no other is started.
+    """
+    check_executor(name)
+    try:
+        if name == LOCAL:
+            with _Inline() if workers == 1 else _spawned(workers) as pool:
+                yield pool  # spawned: a fork would copy the threads' locks of DuckDB and Arrow
+        elif name == ARRAY:
+            yield TaskFile()
+        else:
+            with _dask_cluster(name, workers) as cluster, _dask_client(cluster) as pool:
+                yield pool
+    except BrokenProcessPool:
+        raise ValueError(_WORKER_DIED) from None
+
+
+def check_executor(name: str) -> None:
+    """ValueError if `name` is not one of those above."""
+    if name not in (LOCAL, ARRAY, DASK, DASK_LOCAL, DASK_SLURM) and not (name.startswith(DASK_AT) and "://" in name):
+        raise ValueError(
+            f"no executor {name!r}; there are local, dask, dask-local, dask-slurm and dask=tcp://HOST:PORT, and "
+            "array for job arrays"
+        )
+
+
+def run_tasks(pool: Executor, function: Callable, tasks: Sequence, done: Callable[[int, dict], None]) -> list[dict]:
+    """The reports of all tasks, in order; `done(i, report)` is called as each comes in, and may raise to stop the rest."""
+    if isinstance(pool, TaskFile):
+        return pool.run(function, tasks, done)
+    reports: list[dict] = [{}] * len(tasks)
+    futures: list[Future] = []
+    finished: SimpleQueue[int] = SimpleQueue()
+
+    def take() -> None:
+        i = finished.get()
+        reports[i] = futures[i].result()
+        done(i, reports[i])
+
+    taken = 0
+    try:
+        for i, task in enumerate(tasks):
+            futures.append(pool.submit(function, task))
+            futures[i].add_done_callback(lambda _, i=i: finished.put(i))
+            while not finished.empty():
+                take()
+                taken += 1
+        for _ in range(len(tasks) - taken):
+            take()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return reports
+
+
+def _spawned(workers: int) -> Executor:
+    """Processes that end with this one, even if it is killed."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent, (os.getpid(),))
+
+
+class _Inline(Executor):
+    """Runs each task at once, in this process."""
+
+    def submit(self, function: Callable, /, *args: object) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+class _OneATime(Executor):
+    """Lets no worker run two tasks at once, however many threads it has: they would share a connection to DuckDB."""
+
+    def __init__(self, pool: Executor) -> None:
+        self.pool = pool
+
+    def submit(self, function: Callable, /, *args: object) -> Future:
+        return self.pool.submit(_run_alone, function, *args)
+
+
+def _run_alone(function: Callable, *args: object) -> object:
+    with _task_lock:
+        return function(*args)
+
+
+@contextmanager
+def _dask_cluster(name: str, workers: int) -> Iterator[object]:
+    """What a Dask client connects to: a cluster that is started for the time being, or an address."""
+    import dask
+    from distributed import LocalCluster
+
+    address = dask.config.get("scheduler-address", None) if name == DASK else name.partition("=")[2]
+    if address:
+        yield address
+    elif name in (DASK, DASK_LOCAL):
+        with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster:
+            yield cluster
+    else:
+        from dask_jobqueue import SLURMCluster
+
+        wanted = {"cores": 1, "processes": 1, "memory": JOB_MEMORY}
+        configured = {key: dask.config.get(f"jobqueue.slurm.{key}", None) for key in wanted}
+        if any(configured[key] for key in ("cores", "memory")):
+            wanted = {}
+        with SLURMCluster(**wanted) as cluster:
+            cluster.scale(jobs=workers)
+            yield cluster
+
+
+@contextmanager
+def _dask_client(cluster: object) -> Iterator[Executor]:
+    from distributed import Client, KilledWorker
+
+    try:
+        client = Client(cluster, timeout=CONNECT_TIMEOUT_S)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no Dask scheduler answers at {cluster} ({error}); start it, or check the address") from None
+    with client:
+        try:
+            yield _OneATime(client.get_executor(pure=False))
+        except KilledWorker:
+            raise ValueError(_WORKER_DIED) from None

@@ -1,0 +1,124 @@
+"""Names and sizes of dumps in, the plan of their preparation out: its tasks, and what they will take.
+
+Every number but the sizes of the files is an estimate. Rates are of one core at about 3 GHz, by scripts/bench_prepare.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from ping_llm.data.ingest.choices import Packets
+from ping_llm.data.ingest.executors import LOCAL
+from ping_llm.data.ingest.splits import PARTS
+
+BUCKET_MEASUREMENTS = 1_000_000
+"""Aimed at; sorting and writing takes about 300 bytes each, and groups are of uneven size."""
+MIN_BUCKETS = 4
+PACKETS_OF_A_RESULT = 3
+LEAST_RESULT_BYTES = {".bz2": 30, ".gz": 40, ".zst": 40, ".parquet": 10}
+"""Bytes that a result takes in a dump, from below; plain JSON takes 400. For the number of buckets only."""
+
+RESULT_BYTES = {".bz2": 37, ".gz": 55, ".zst": 55, ".parquet": 11}
+PLAIN_RESULT_BYTES = 480
+UNPACK_RESULTS_PER_S = {".bz2": 95_000, ".gz": 600_000, ".zst": 2_000_000, ".parquet": 10_000_000}
+PARSE_RESULTS_PER_S = 500_000
+REDUCE_MEASUREMENTS_PER_S = 500_000
+ROW_BYTES = 7
+"""Of a measurement in the finished rows."""
+SHARD_BYTES = 90_000
+"""Of a shard that holds next to nothing: ArrayRecord fills blocks of 64 kB."""
+SCRATCH_BYTES = 25
+"""Of a measurement in the pieces between the two rounds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with dumps of known (name, bytes)."""
+
+    dumps: tuple[tuple[str, int], ...]
+    packets: Packets
+    buckets: int
+    workers: int
+    executor: str
+
+    @property
+    def results(self) -> float:
+        """Lines of all dumps."""
+        return sum(size / RESULT_BYTES.get(_suffix(name), PLAIN_RESULT_BYTES) for name, size in self.dumps)
+
+    @property
+    def measurements(self) -> float:
+        return self.results * (PACKETS_OF_A_RESULT if self.packets == "all" else 1)
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of the finished rows."""
+        return self.measurements * ROW_BYTES + self.buckets * len(PARTS) * SHARD_BYTES
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all tasks, were they spread evenly."""
+        unpack = sum(
+            size / RESULT_BYTES[_suffix(name)] / UNPACK_RESULTS_PER_S[_suffix(name)]
+            for name, size in self.dumps
+            if _suffix(name) in RESULT_BYTES
+        )
+        parse, reduce = self.results / PARSE_RESULTS_PER_S, self.measurements / REDUCE_MEASUREMENTS_PER_S
+        return (unpack + parse + reduce) / self.workers
+
+    @property
+    def threads(self) -> int:
+        """That unpack a dump: more than one where processes on this machine would have no dump of their own."""
+        return max(1, self.workers // len(self.dumps)) if self.executor == LOCAL else 1
+
+    def describe(self) -> str:
+        """The plan as a table of text."""
+        size = sum(size for _, size in self.dumps)
+        table = [
+            ("inputs", f"{len(self.dumps):,} files, {_megabytes(size)}"),
+            ("executor", f"{self.executor}, {self.workers:,} workers"),
+            ("unpack, parse", f"{len(self.dumps):,} tasks, about {_rounded(self.results)} results"),
+            ("group, sort, split", f"{self.buckets:,} tasks, about {_rounded(self.measurements)} measurements"),
+            ("shards", f"at most {self.buckets:,} of each part"),
+            ("scratch", f"about {_megabytes(self.measurements * SCRATCH_BYTES)}"),
+            ("rows", f"about {_megabytes(self.row_bytes)}"),
+            ("time", f"about {_duration(self.seconds)}"),
+        ]
+        return "\n".join(f"{name:<20} {text}" for name, text in table)
+
+
+def bucket_count(dumps: Sequence[tuple[str, int]], packets: Packets) -> int:
+    """So many that a bucket fits well in memory; by the inputs alone, so that the shards are the same everywhere."""
+    results = sum(size / LEAST_RESULT_BYTES.get(_suffix(name), 400) for name, size in dumps)
+    return max(MIN_BUCKETS, round(results * (PACKETS_OF_A_RESULT if packets == "all" else 1) / BUCKET_MEASUREMENTS))
+
+
+def packed_share(name: str) -> float:
+    """Bytes in a dump of one plain byte."""
+    return RESULT_BYTES.get(_suffix(name), PLAIN_RESULT_BYTES) / PLAIN_RESULT_BYTES
+
+
+def _suffix(name: str) -> str:
+    return PurePath(name).suffix
+
+
+def _rounded(count: float) -> str:
+    """Two digits of a count, as an estimate deserves."""
+    digits = max(len(str(round(count))) - 2, 0)
+    return f"{round(count, -digits):,.0f}"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:,.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:,.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:,.1f} h"
+    )

@@ -1,0 +1,332 @@
+"""Dumps in, a folder of probe rows out: unpack, parse, group by probe, drop repeats, sort, split, write.
+
+Two rounds of pure tasks over files (see tasks): one a dump, then one a bucket of probes. All scratch is in the folder
+`.partial` of the output; a run that was killed goes on where it stopped. The result depends on the inputs and options alone:
+not on the number of workers, nor on the order of the inputs.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ping_llm.data.ingest.choices import Packets, Split, Traceroute
+from ping_llm.data.ingest.executors import LOCAL, check_executor, open_executor, run_tasks
+from ping_llm.data.ingest.fetch import RECORD_NAME
+from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
+from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
+from ping_llm.data.ingest.splits import PARTS, SplitRule
+from ping_llm.data.ingest.tasks import (
+    CHUNK_BYTES,
+    MapTask,
+    ReduceTask,
+    map_dump,
+    merge_sources,
+    pieces_written,
+    reduce_bucket,
+)
+from ping_llm.data.ingest.traceroute import REPLIES
+from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
+from ping_llm.data.synthetic.truth import TRUTH_NAME
+from ping_llm.system.disk import full_disk_is_one_line
+from ping_llm.system.files import file_sha256, write_atomically
+from ping_llm.system.progress import cores, show_progress
+
+PARTIAL_NAME = ".partial"
+DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet")
+IDENTITY_NAME = "identity.json"
+STDIN = "-"
+_NO_DUMPS = (TRUTH_NAME, RECORD_NAME)
+
+WATCH_EVERY_S = 1.0
+INLINE_S = 1.0
+"""What takes less is done in this process unless told otherwise: to start others takes as long."""
+
+
+@dataclass(frozen=True)
+class Dump:
+    """One input, as the manifest names it: equal dumps give equal rows."""
+
+    path: Path
+    name: str
+    bytes: int
+    sha256: str
+
+    def identity(self) -> dict:
+        """What tells a dump from another."""
+        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
+
+
+@full_disk_is_one_line
+def prepare(
+    inputs: Sequence[str | Path],
+    out: Path | str,
+    workers: int = 0,
+    packets: Packets = "one",
+    split: Split = "pingbench",
+    shards: int = 0,
+    keep_going: bool = False,
+    max_clock_skew_s: int = MAX_CLOCK_SKEW_S,
+    executor: str | Executor = LOCAL,
+    traceroute: Traceroute = "off",
+) -> dict:
+    """Turns Atlas dumps into probe rows in `out`; gives the manifest.
+
+    inputs: dumps (.bz2, .gz, .zst, plain, .parquet), folders of them, patterns like dump/*.bz2, "-" for standard input.
+    workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
+    keep_going: use what can be read of damaged dumps, and name them in the manifest.
+    traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
+    executor: where the tasks run, by a name of executors.py, or an open one whose workers see the same folders.
+    A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder.
+    """
+    out = Path(out)
+    if max_clock_skew_s < 0:
+        raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
+    partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
+    paths = _find_inputs(inputs, partial)
+    plan = _plan(paths, workers, packets, shards, executor)
+    dumps = _read_inputs(paths)
+    options = {"packets": packets, "split": split, "shards": shards, "max_clock_skew_s": max_clock_skew_s}
+    options["traceroute"] = traceroute
+    identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
+    if (out / MANIFEST_NAME).exists():
+        return _finished(out, identity)
+    _begin(out, partial, identity)
+    rule = SplitRule() if split == "pingbench" else None
+    with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
+        folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
+        maps = [
+            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute, plan.threads)
+            for dump, folder in zip(dumps, folders, strict=True)
+        ]
+        map_reports = _run_maps(pool, maps, dumps, keep_going)
+        merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
+        reduces = [
+            ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule)
+            for number in range(plan.buckets)
+        ]
+        with show_progress("group, sort, split", plan.buckets, "buckets") as advance:
+            reduce_reports = run_tasks(pool, reduce_bucket, reduces, lambda *_: advance(1))
+    manifest = _manifest(identity, map_reports, reduce_reports, rule)
+    manifest |= _publish([task.folder for task in reduces], out)
+    write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(partial, ignore_errors=True)  # a process of a killed run may live for a second yet, and write there
+    return manifest
+
+
+def plan_rows(
+    inputs: Sequence[str | Path], workers: int = 0, packets: Packets = "one", shards: int = 0, executor: str = LOCAL
+) -> Plan:
+    """What `prepare` of the same arguments would do; reads nothing but the sizes of the files, and writes nothing."""
+    if STDIN in map(str, inputs):
+        raise ValueError("standard input cannot be planned for, its size is not known; name files")
+    return _plan(_find_inputs(inputs, Path()), workers, packets, shards, executor)
+
+
+def summary(manifest: dict) -> str:
+    """The counters and parts of a manifest as a table of text."""
+    lines, measurements = manifest["lines"], manifest["measurements"]
+    table = [("lines read", lines["read"], "")]
+    table += [(f"  {name}", count, DROPPED_LINES.get(name, "")) for name, count in lines["counters"].items() if count]
+    table += [(f"measurements {name}", count, REPLIES.get(name, "")) for name, count in measurements.items()]
+    table += [(f"  {part}", count, f"{manifest['rows'][part]:,} rows") for part, count in manifest["parts"].items()]
+    text = [f"{name:<40} {count:>15,}  {note}".rstrip() for name, count, note in table]
+    return "\n".join(text + [f"kept going: {entry['problem']}" for entry in manifest["inputs"] if "problem" in entry])
+
+
+def _find_inputs(inputs: Sequence[str | Path], partial: Path) -> dict[Path, str]:
+    """The path of every input, and its name."""
+    if not inputs:
+        raise ValueError("no input; name the dumps, for example dump/ping-*.bz2, or their folder")
+    paths = {}
+    for path in map(Path, inputs):
+        if str(path) == STDIN:
+            paths[_spool_stdin(partial)] = "stdin"
+        elif path.is_dir():
+            paths |= {dump.resolve(): dump.name for dump in _dumps_in(path)}
+        elif not path.exists():
+            matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file()]
+            if not matches:
+                raise ValueError(f"no file {path}; check the name")
+            paths |= {match.resolve(): match.name for match in matches}
+        else:
+            paths[path.resolve()] = path.name
+    return paths
+
+
+def _plan(paths: dict[Path, str], workers: int, packets: Packets, shards: int, executor: str | Executor) -> Plan:
+    """The plan for dumps at paths with names."""
+    if workers < 0 or shards < 0:
+        raise ValueError(f"{workers=} and {shards=} must be 0 or more")
+    dumps = tuple((name, path.stat().st_size) for path, name in paths.items())
+    if isinstance(executor, str):
+        check_executor(executor)
+    name = executor if isinstance(executor, str) else type(executor).__name__
+    plan = Plan(dumps, packets, shards or bucket_count(dumps, packets), workers or cores(), name)
+    if not workers and name == LOCAL and plan.seconds < INLINE_S:
+        return replace(plan, workers=1)
+    return replace(plan, workers=min(plan.workers, max(len(dumps), plan.buckets)))
+
+
+def _read_inputs(paths: dict[Path, str]) -> list[Dump]:
+    """Every input with its hash, in an order that does not depend on the one given."""
+    with ThreadPoolExecutor(cores()) as threads:
+        hashes = list(threads.map(file_sha256, paths))
+    dumps = [Dump(path, name, path.stat().st_size, h) for (path, name), h in zip(paths.items(), hashes, strict=True)]
+    return sorted(dumps, key=lambda dump: (dump.name, dump.sha256))
+
+
+def _dumps_in(folder: Path) -> list[Path]:
+    """The files of a folder that are named like dumps; the truth of a synthetic one and the record of a fetch are none."""
+    dumps = [path for path in folder.iterdir() if path.suffix in DUMP_SUFFIXES and path.name not in _NO_DUMPS]
+    if not dumps:
+        raise ValueError(f"{folder} holds no dumps, that is, no files ending in {', '.join(DUMP_SUFFIXES)}")
+    return dumps
+
+
+def _spool_stdin(partial: Path) -> Path:
+    """Standard input as a file, which another process can read and a second look can hash."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "stdin").open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    return partial / "stdin"
+
+
+def _finished(out: Path, identity: dict) -> dict:
+    """The manifest that is there, if it is of the same plan."""
+    manifest = read_manifest(out)
+    fields = Dump.__dataclass_fields__.keys() - {"path"}
+    there = [{name: entry[name] for name in entry if name in fields} for entry in manifest["inputs"]]
+    shutil.rmtree(out / PARTIAL_NAME, ignore_errors=True)
+    if {"inputs": there, "options": manifest["options"]} != {name: identity[name] for name in ("inputs", "options")}:
+        raise ValueError(f"{out} holds the rows of other inputs or options; choose another --out or delete the folder")
+    print(f"{out} already holds these rows; nothing to do", file=sys.stderr)
+    return manifest
+
+
+def _begin(out: Path, partial: Path, identity: dict) -> None:
+    """Makes the scratch folder ready: with what an interrupted run of the same plan left in it, else empty."""
+    shards = [path for part in PARTS for path in out.glob(f"{part}-?????-of-?????.arrayrecord")]
+    if shards and not partial.exists():
+        raise ValueError(f"{out} holds shards but no {MANIFEST_NAME}; choose another --out or delete the folder")
+    text = json.dumps(identity, indent=1)
+    there = partial / IDENTITY_NAME
+    if not there.exists() or there.read_text() != text:
+        for old in (*partial.glob("input-*"), *partial.glob("bucket-*")):
+            shutil.rmtree(old)
+    partial.mkdir(parents=True, exist_ok=True)
+    for bucket in partial.glob("bucket-*"):  # killed while it published: some shards were moved out already
+        if shards:
+            shutil.rmtree(bucket)
+    for shard in shards:
+        shard.unlink()
+    write_atomically(there, text)
+
+
+def _run_maps(pool: Executor, tasks: Sequence[MapTask], dumps: Sequence[Dump], keep_going: bool) -> list[dict]:
+    """Parses all dumps, the large ones first so that no worker ends alone with one; ValueError at the first damaged one."""
+    order = sorted(range(len(tasks)), key=lambda i: (-dumps[i].bytes, i))
+    with _map_progress(tasks, dumps) as finished:
+
+        def done(i: int, report: dict) -> None:
+            if report["problem"] and not keep_going:
+                raise ValueError(f"{report['problem']}, or --keep-going with what can be read")
+            finished(order[i])
+
+        reports = run_tasks(pool, map_dump, [tasks[i] for i in order], done)
+    return [report for _, report in sorted(zip(order, reports, strict=True), key=lambda pair: pair[0])]
+
+
+@contextmanager
+def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of a dump that is done; how far the others are is told by their pieces.
+
+    That is an estimate, and stops short of the end: how well a dump is packed shows only there.
+    """
+    shown, lock, over = [0.0] * len(dumps), Lock(), Event()
+    scratch, numbers = tasks[0].folder.parent, {task.folder.name: i for i, task in enumerate(tasks)}
+
+    def show(i: int, size: float) -> None:
+        with lock:
+            more = max(size - shown[i], 0)
+            shown[i] += more
+            advance(more / 1e6)
+
+    def watch() -> None:
+        while not over.wait(WATCH_EVERY_S):
+            for name, pieces in pieces_written(scratch).items():
+                i = numbers[name]
+                show(i, min(pieces * CHUNK_BYTES * packed_share(dumps[i].name), 0.95 * dumps[i].bytes))
+
+    with show_progress("unpack, parse", sum(dump.bytes for dump in dumps) / 1e6, "MB") as advance:
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield lambda i: show(i, dumps[i].bytes)
+        finally:
+            over.set()
+            watcher.join()
+
+
+def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None) -> dict:
+    """The manifest but for what is known once the shards stand; ValueError if no measurement is left."""
+    counters = {name: sum(report[name] for report in reduces) for name in ("kept", "duplicate")}
+    counters |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in DROPPED_LINES}
+    read = sum(report["lines"] for report in maps)
+    assert sum(counters.values()) == read, f"{counters} do not add up to {read} lines"
+    parts = {part: sum(report["parts"][part] for report in reduces) for part in PARTS}
+    if not any(parts.values()):
+        used = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
+        raise ValueError(f"no measurement is left of {read:,} lines ({used}); prepare other dumps")
+    measurements = {"written": sum(parts.values())}
+    since_parsed = ("dropped_repeated", "dropped_held_out_source", "clamped_rtt")
+    measurements |= {name: sum(report[name] for report in reduces) for name in since_parsed}
+    if identity["options"]["traceroute"] != "off":
+        measurements |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in REPLIES}
+    inputs = [
+        entry | {"lines": report["lines"]} | ({"problem": report["problem"]} if report["problem"] else {})
+        for entry, report in zip(identity["inputs"], maps, strict=True)
+    ]
+    return identity | {
+        "inputs": inputs,
+        "packets": identity["options"]["packets"],
+        "lines": {"read": read, "counters": counters},
+        "measurements": measurements,
+        "parts": parts,
+        "split": rule.describe() if rule else {"name": "none"},
+    }
+
+
+def _publish(folders: Sequence[Path], out: Path) -> dict:
+    """Moves the shards of all buckets to their places and writes the index; gives {"rows", "shards": {part: n}}.
+
+    The shards of a part are numbered without gaps, though a bucket may hold nothing of it.
+    """
+    tables, rows, shards = [], {}, {}
+    indices = [pq.read_table(folder / INDEX_NAME) for folder in folders]
+    for part in PARTS:
+        held = [
+            (folder, index) for folder, index in zip(folders, indices, strict=True) if part in index["part"].to_pylist()
+        ]
+        for shard, (folder, index) in enumerate(held):
+            mine = index.filter(pc.equal(index["part"], part))
+            number = pa.array([shard] * len(mine), pa.int32())
+            tables.append(mine.set_column(index.column_names.index("shard"), "shard", number))
+            (folder / f"{part}.arrayrecord").rename(out / shard_name(part, shard, len(held)))
+        rows[part] = sum(len(table) for table in tables) - sum(rows.values())
+        shards[part] = len(held)
+    pq.write_table(pa.concat_tables(tables), out / f"{INDEX_NAME}.tmp")
+    (out / f"{INDEX_NAME}.tmp").replace(out / INDEX_NAME)
+    return {"rows": rows, "shards": shards}

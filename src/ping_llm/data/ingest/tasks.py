@@ -1,0 +1,314 @@
+"""The two kinds of task that `prepare` is made of: a dump in, pieces by bucket out; a bucket's pieces in, its shards out.
+
+A task is a pure function of its arguments and of the files it names. It writes into a folder aside and renames it at the
+end, so a folder under its final name is done, and a task that was killed is simply run again. A bucket holds whole groups,
+told by a hash of the group: a group's measurements can be sorted and split without looking at another bucket.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ping_llm.data.hashing import hash_below, hash_keys
+from ping_llm.data.ingest.atlas import parse_results
+from ping_llm.data.ingest.choices import Packets, Traceroute
+from ping_llm.data.ingest.results import RESULT_SCHEMA
+from ping_llm.data.ingest.splits import (
+    DROPPED,
+    KEY_BYTES,
+    PARTS,
+    Groups,
+    Sources,
+    SplitRule,
+    as_text,
+    assign_parts,
+    collect_sources,
+    group_measurements,
+)
+from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
+from ping_llm.data.ingest.unpack import DamagedDump, read_chunks
+from ping_llm.data.measurement import ADDRESS_BYTES
+from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
+from ping_llm.data.tokenization import clamped_rtts
+
+CHUNK_BYTES = 64 << 20
+"""Plain bytes parsed at once, some 140,000 results: the fixed cost of a query vanishes, and a worker's memory stays flat."""
+
+REPORT_NAME = "report.json"
+ASIDE = ".*.tmp"
+"""What follows the name of a folder while a task works on it."""
+
+SOURCES_NAME = "sources.arrow"
+_SEEN_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("address", pa.binary(ADDRESS_BYTES))])
+
+
+@dataclass(frozen=True)
+class MapTask:
+    """Parse one dump into `folder`."""
+
+    dump: Path
+    name: str  # of the dump in messages and in the manifest
+    folder: Path
+    buckets: int
+    packets: Packets
+    max_clock_skew_s: int
+    traceroute: Traceroute = "off"
+    threads: int = 1
+    """That unpack it."""
+
+
+@dataclass(frozen=True)
+class ReduceTask:
+    """Turn one bucket of the pieces in `inputs` into probe rows in `folder`."""
+
+    bucket: int
+    inputs: tuple[Path, ...]
+    sources: Path
+    folder: Path
+    rule: SplitRule | None  # None: everything is train
+
+
+def map_dump(task: MapTask) -> dict:
+    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "problem": why not all was read, or None}.
+
+    OSError if the pieces cannot be written: then the task is not done.
+    """
+    if task.folder.exists():
+        report = json.loads((task.folder / REPORT_NAME).read_text())
+        if not report["problem"]:  # a disk that would not be read may be well again
+            return report
+        shutil.rmtree(task.folder)
+    aside = _fresh_folder(task.folder)
+    lines, counters, problem = 0, Counter(), None
+    seen = _SEEN_SCHEMA.empty_table()
+    try:
+        for number, (read, table, counts) in enumerate(_parsed(task, aside / "chunk.ndjson")):
+            lines += read
+            counters.update(counts)
+            if table.num_rows:
+                batches, sources = _bucketed(table, task.buckets)
+                _write_piece(aside / f"piece-{number:05d}.arrow", batches)
+                seen = pa.concat_tables([seen, sources]).group_by(_SEEN_SCHEMA.names).aggregate([])
+    except DamagedDump as error:
+        problem = str(error)
+    if not problem and not lines - counters["blank_line"]:
+        problem = f"{task.name} is empty: it holds no results; get it again or leave it out"
+    elif not problem and counters["malformed_json"] + counters["blank_line"] == lines:
+        problem = (
+            f"{task.name} is no Atlas dump: none of its {lines:,} lines is a JSON result; get it again or leave it out"
+        )
+    _write_table(aside / SOURCES_NAME, seen)
+    return _finish(aside, task.folder, {"lines": lines, "counters": dict(counters), "problem": problem})
+
+
+def reduce_bucket(task: ReduceTask) -> dict:
+    """Pieces to shards; gives {"kept", "duplicate": lines, "parts", "dropped_…", "clamped_rtt": measurements}."""
+    if task.folder.exists():
+        return json.loads((task.folder / REPORT_NAME).read_text())
+    aside = _fresh_folder(task.folder)
+    results = _sorted_results(_read_bucket(task.inputs, task.bucket))
+    first, repeated = results.first_of_line, results.repeated
+    report = {"kept": int((first & ~repeated).sum()), "duplicate": int((first & repeated).sum())}
+    report["dropped_repeated"] = int(repeated.sum())
+    results = results.take(~repeated)
+    part = np.zeros(len(results.time_s), dtype=np.uint8)
+    if task.rule:
+        part = assign_parts(
+            *(results.groups, results.time_s, results.src, results.src_addresses, results.dst, results.dst_addresses),
+            *(_load_sources(task.sources), task.rule),
+        )
+    counts = np.bincount(part, minlength=DROPPED + 1).tolist()
+    report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out_source": counts[DROPPED]}
+    report["clamped_rtt"] = clamped_rtts(results.rtt_ms[part != DROPPED])
+    index = _write_shards(aside, results, part, task.bucket)
+    pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), aside / INDEX_NAME)
+    return _finish(aside, task.folder, report)
+
+
+def pieces_written(scratch: Path) -> Counter[str]:
+    """How many pieces the tasks that are at work have written so far, by the name that their folder will have."""
+    return Counter(piece.parent.name.partition(".")[0] for piece in scratch.glob(f"*{ASIDE}/piece-*"))
+
+
+def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
+    """Every source address of all inputs, its owner and whether a held-out group used it, in one file for all buckets."""
+    tables = [pa.ipc.open_file(folder / SOURCES_NAME).read_all() for folder in inputs]
+    seen = pa.concat_tables(tables).group_by(_SEEN_SCHEMA.names).aggregate([]).combine_chunks()
+    sources = collect_sources(_byte_matrix(seen["key"]), _byte_matrix(seen["address"]), rule)
+    columns = {
+        "address": _binary(sources.addresses),
+        "owner": _binary(sources.owner),
+        "held_out": pa.array(sources.held_out),
+    }
+    _write_table(path, pa.table(columns))
+
+
+def _load_sources(path: Path) -> Sources:
+    table = pa.ipc.open_file(path).read_all()
+    return Sources(_byte_matrix(table["address"]), _byte_matrix(table["owner"]), table["held_out"].to_numpy())
+
+
+def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
+    """Of each chunk of a dump: its lines, their measurements, and the counters of the rest."""
+    if is_parquet(task.dump):
+        for rows in read_rows(task.dump):
+            yield len(rows), *parse_rows(rows, task.packets)
+    else:
+        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES, task.threads):
+            yield (
+                chunk.lines,
+                *parse_results(chunk.path, chunk.lines, task.packets, task.max_clock_skew_s, task.traceroute),
+            )
+
+
+@dataclass(frozen=True)
+class _SortedResults:
+    """The packets of a bucket by group, then time; `repeated` marks those that an earlier line gave already."""
+
+    groups: Groups
+    probe_id: np.ndarray
+    msm_id: np.ndarray
+    time_s: np.ndarray
+    src: np.ndarray
+    dst: np.ndarray
+    rtt_ms: np.ndarray
+    packet: np.ndarray
+    first_of_line: np.ndarray
+    repeated: np.ndarray
+    src_addresses: np.ndarray
+    dst_addresses: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> _SortedResults:
+        """Those that an (n,) bool chooses."""
+        names = ("probe_id", "msm_id", "time_s", "src", "dst", "rtt_ms", "packet", "first_of_line", "repeated")
+        groups = Groups(self.groups.index[chosen], self.groups.keys)
+        return replace(self, groups=groups, **{name: getattr(self, name)[chosen] for name in names})
+
+
+def _sorted_results(table: pa.Table) -> _SortedResults:
+    """Sorts by every column, so that the order in which the pieces came leaves no trace."""
+    src, src_addresses = _ranked(table["src"])
+    dst, dst_addresses = _ranked(table["dst"])
+    names = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
+    probe_id, msm_id, time_s, rtt_ms, packet, first = (table[name].to_numpy() for name in names)
+    groups = group_measurements(probe_id, src, src_addresses)
+    when = groups.index << 32 | time_s
+    pair = dst << 32 | src
+    order = np.lexsort((first, rtt_ms.view(np.uint32), packet, pair, msm_id, when))  # as bits, −1 comes after every RTT
+    repeated = np.zeros(len(order), dtype=bool)
+    repeated[1:] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in (when, msm_id, pair, packet)])
+    columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, packet, first))
+    return _SortedResults(Groups(groups.index[order], groups.keys), *columns, repeated, src_addresses, dst_addresses)
+
+
+def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucket: int) -> list[dict]:
+    """One shard for each part that has measurements; gives their lines of the index."""
+    index = []
+    for number, name in enumerate(PARTS):
+        held = results.take(part == number)
+        if not len(held.time_s):
+            continue
+        borders = np.flatnonzero(np.diff(held.groups.index, prepend=-1, append=-1))
+        with ShardWriter(folder / f"{name}.arrayrecord", name, bucket) as shard:
+            for begin, end in pairwise(borders.tolist()):
+                columns = (held.time_s, held.msm_id, held.src, held.dst, held.rtt_ms)
+                columns = (column[begin:end] for column in columns)
+                shard.write(
+                    ProbeRow.from_codes(int(held.probe_id[begin]), *columns, held.src_addresses, held.dst_addresses)
+                )
+        index += shard.index
+    return index
+
+
+def _ranked(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int64 indices into the (A, 16) distinct addresses of a column, ascending."""
+    encoded = column.combine_chunks().dictionary_encode()
+    addresses = _byte_matrix(encoded.dictionary)
+    order = np.argsort(as_text(addresses))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[encoded.indices.to_numpy()], addresses[order]
+
+
+def _bucketed(table: pa.Table, buckets: int) -> tuple[list[pa.RecordBatch], pa.Table]:
+    """A table of RESULT_SCHEMA cut into one batch a bucket, and the distinct (group, source address) pairs in it."""
+    src, addresses = _ranked(table["src"])
+    groups = group_measurements(table["probe_id"].to_numpy(), src, addresses)
+    bucket = hash_below(hash_keys(groups.keys, b"bucket/"), buckets)[groups.index]
+    table = table.take(pa.array(np.argsort(bucket, kind="stable"))).combine_chunks()
+    ends = np.cumsum(np.bincount(bucket, minlength=buckets)).tolist()
+    batch = table.to_batches()[0]
+    batches = [batch.slice(begin, end - begin) for begin, end in pairwise([0, *ends])]
+    group, source = np.divmod(np.unique(groups.index * len(addresses) + src), len(addresses))
+    seen = {"key": _binary(groups.keys[group]), "address": _binary(addresses[source])}
+    return batches, pa.table(seen, schema=_SEEN_SCHEMA)
+
+
+def _read_bucket(inputs: Sequence[Path], bucket: int) -> pa.Table:
+    """The batches of one bucket from the pieces of all inputs."""
+    batches = []
+    for path in (piece for folder in inputs for piece in sorted(folder.glob("piece-*.arrow"))):
+        with pa.memory_map(str(path)) as source:
+            batches.append(pa.ipc.open_file(source).get_batch(bucket))
+    return pa.Table.from_batches(batches, RESULT_SCHEMA)
+
+
+def _write_piece(path: Path, batches: list[pa.RecordBatch]) -> None:
+    with pa.ipc.new_file(path, RESULT_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _binary(matrix: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """(n, k) uint8 as a column of k bytes."""
+    buffer = pa.py_buffer(np.ascontiguousarray(matrix))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(matrix.shape[1]), len(matrix), [None, buffer])
+
+
+def _byte_matrix(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
+    """The inverse of `_binary`."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    width = array.type.byte_width
+    raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint8)[: width * (array.offset + len(array))]
+    return raw.reshape(-1, width)[array.offset :]
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """An empty folder beside `folder`, in which a task works.
+
+    Its name is new: a process of a killed run may go on for a second, and must not write into the folder of its successor.
+    """
+    for left in folder.parent.glob(folder.name + ASIDE):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(folder.name + ASIDE.replace("*", uuid4().hex[:8]))
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _finish(aside: Path, folder: Path, report: dict) -> dict:
+    """Gives the folder its final name; if the same task was finished elsewhere meanwhile, that one stays."""
+    (aside / REPORT_NAME).write_text(json.dumps(report))
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(aside)
+    return report

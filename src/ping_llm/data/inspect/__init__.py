@@ -1,0 +1,1 @@
+"""Dumps or rows in, what they hold out."""

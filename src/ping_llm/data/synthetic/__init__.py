@@ -1,0 +1,1 @@
+"""A seed in, an Internet with known latency and its pings out."""

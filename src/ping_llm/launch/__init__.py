@@ -1,0 +1,1 @@
+"""A config in, its cost and its jobs on SLURM and Modal out."""

@@ -1,0 +1,1 @@
+"""Tokens in, logits, losses and checkpoints out. Knows nothing of data."""

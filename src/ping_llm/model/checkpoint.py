@@ -1,0 +1,301 @@
+"""The state of a run in, a folder that survives any interruption out; and the other way round.
+
+    runs/small/config.json                       format version and the resolved config
+    runs/small/checkpoints/step-00000200/
+        model.safetensors  optimizer.safetensors
+        state.json                               format version, checksums of both, and the run's counters
+
+A checkpoint is written aside, flushed to the disk and renamed, so a folder of that name is whole; older ones go only
+then. Nothing is unpickled. `Saver` does this beside the training, in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ping_llm.config import Config, config_from_dict, config_to_dict
+from ping_llm.model.gpt import GPT
+from ping_llm.system.files import sync, write_atomically
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+STATE_NAME = "state.json"
+MODEL_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+_ASIDE = ".partial"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, read and verified; tensors are on the CPU."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_config(run_dir: Path, config: Config) -> None:
+    """Writes config.json."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    values = {"format_version": FORMAT_VERSION, "config": config_to_dict(config)}
+    write_atomically(run_dir / CONFIG_NAME, json.dumps(values, indent=1) + "\n")
+
+
+def load_config(run_dir: Path) -> Config | None:
+    """The config of a run, None if the folder holds none; ValueError if a newer program wrote it or it is damaged."""
+    path = Path(run_dir) / CONFIG_NAME
+    if not path.exists():
+        return None
+    try:
+        values = _read_json(path)["config"]
+        if not isinstance(values, dict):
+            raise _Damaged
+    except (_Damaged, KeyError):
+        raise ValueError(f"{path} is damaged; restore it or start a new run folder") from None
+    return config_from_dict(values, str(path))
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread of its own, one at a time, and prunes; a context manager.
+
+    `note` is told of a checkpoint that could not be written: the ones before it stay, and training goes on, for the next
+    may succeed. Only if the last one of a run fails too does the block end with what went wrong, an OSError for a disk.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, note: Callable[[str], None]) -> None:
+        self.run_dir, self.keep, self.note = run_dir, keep, note
+        self.buffers: dict[str, Tensor] = {}  # of all tensors, allocated once: pinned where they come from a GPU
+        self.thread: threading.Thread | None = None
+        self.failed: Exception | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.wait()
+        if self.failed is not None and kind is None:
+            raise self.failed
+
+    def save(
+        self, step: int, model_state: dict[str, Tensor], optimizer_state: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Copies the tensors, after a save that is still under way, and returns; see `save` below."""
+        self.wait()
+        model, optimizer = self._copy("model.", model_state), self._copy("optimizer.", optimizer_state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are under way until then
+        self.thread = threading.Thread(target=self._write, args=(step, model, optimizer, state), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _copy(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            if prefix + name not in self.buffers:
+                self.buffers[prefix + name] = torch.empty_like(
+                    tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
+                )
+            copies[name] = self.buffers[prefix + name].copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            save(self.run_dir, step, model, optimizer, state)
+            self.failed = None
+        except Exception as error:  # nothing may be lost in silence because a thread ended
+            last = next((folder.name for folder in _folders(self.run_dir)), "none")
+            reason = getattr(error, "strerror", None) or repr(error)
+            text = f"the checkpoint of step {step} could not be written ({reason}); the last good one is {last}"
+            told = OSError(f"{text}; make room in {self.run_dir} and run the same command again")
+            self.failed = told if isinstance(error, OSError) else error
+            self.note(f"warning: {text}, and training goes on")
+            return
+        try:
+            prune(self.run_dir, self.keep)
+        except (OSError, ValueError) as error:
+            self.note(f"warning: older checkpoints in {self.run_dir} stay ({error})")
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model_state: dict[str, Tensor],
+    optimizer_state: dict[str, Tensor],
+    state: dict[str, Any],
+) -> Path:
+    """Writes one checkpoint and returns its folder; `state` is plain JSON, its "val_loss" (nats) decides the best.
+
+    The tensors lie on the CPU, each in memory of its own. An OSError leaves nothing behind.
+    """
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    aside = folder.with_name(folder.name + _ASIDE)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        sync(run_dir)
+        checksums = {}
+        for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
+            checksums[name] = _write_tensors(aside / name, tensors)
+        values = {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state}
+        _write_json(aside / STATE_NAME, values | {"state_sha256": _json_sha256(values)})
+        sync(aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can stand here: a whole one would have been resumed
+    aside.rename(folder)
+    sync(folder.parent)
+    return folder
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` and the best."""
+    folders = _folders(run_dir)
+    best = _best(folders)
+    for folder in folders[keep:]:
+        if folder != best:
+            shutil.rmtree(folder)
+    for aside in (run_dir / "checkpoints").glob(f"step-*{_ASIDE}"):
+        shutil.rmtree(aside)
+
+
+def load_latest(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, None if there is none at all; a damaged one is passed over with a warning."""
+    folders = _folders(Path(run_dir))
+    for folder in folders:
+        try:
+            state = _verified_state(folder, (MODEL_NAME, OPTIMIZER_NAME))
+        except _Damaged as error:
+            log.warning("%s is damaged (%s); trying the one before", folder, error)
+            continue
+        return Checkpoint(state["step"], load_file(folder / MODEL_NAME), load_file(folder / OPTIMIZER_NAME), state)
+    if folders:
+        raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or start a new run folder")
+    return None
+
+
+def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Config, dict[str, Any]]:
+    """The model of a run for inference, its config and its counters: the best by validation loss, else the newest."""
+    run_dir = Path(run_dir)
+    config, folders = load_config(run_dir), _folders(run_dir)
+    if config is None or not folders:
+        raise ValueError(f'no checkpoint in {run_dir}; run "ping-llm train" first')
+    best = _best(folders)
+    for folder in sorted(folders, key=lambda folder: folder != best):
+        try:
+            state = _verified_state(folder, (MODEL_NAME,))
+        except _Damaged as error:
+            log.warning("%s is damaged (%s); trying another one", folder, error)
+            continue
+        with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
+            model = GPT(config.model)
+        try:
+            model.load_state_dict(load_file(folder / MODEL_NAME), assign=True)
+        except RuntimeError:  # of several lines, one a tensor
+            raise ValueError(f"{folder} does not fit the model of {run_dir / CONFIG_NAME}; restore that file") from None
+        return model.to(device).eval(), config, state
+    raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or train again")
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """The checkpoints, newest first."""
+    return sorted((f for f in run_dir.glob("checkpoints/step-*") if f.suffix != _ASIDE), reverse=True)
+
+
+def _best(folders: list[Path]) -> Path | None:
+    """The checkpoint with the lowest validation loss; None if none was evaluated."""
+    losses = {}
+    for folder in folders:
+        try:
+            val_loss = _verified_state(folder, ()).get("val_loss")
+        except _Damaged:
+            continue
+        if val_loss is not None and math.isfinite(val_loss):
+            losses[folder] = val_loss
+    return min(losses, key=losses.get, default=None)
+
+
+def _verified_state(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """state.json, after the checksums of the files `names`; _Damaged if one is wrong."""
+    try:
+        state = _read_json(folder / STATE_NAME)
+        told = state.pop("state_sha256", None)  # the first checkpoints had none
+        if told not in (None, _json_sha256(state)):
+            raise _Damaged(f"{STATE_NAME} does not match its checksum")
+        for name in names:
+            if _sha256(folder / name) != state["sha256"][name]:
+                raise _Damaged(f"{name} does not match its checksum")
+    except OSError as error:
+        raise _Damaged(f"{Path(error.filename).name} cannot be read") from None
+    except (KeyError, TypeError):
+        raise _Damaged(f"{STATE_NAME} is incomplete") from None
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError:
+        raise _Damaged(f"{path.name} is no JSON") from None
+    if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
+        raise _Damaged(f"{path.name} has no format version")
+    if values["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of format {values['format_version']}, this program reads {FORMAT_VERSION}; update ping-llm"
+        )
+    return values
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file and returns its hash; it is on the disk when this returns."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # which is no OSError, and keeps its number in its words
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    sync(path)
+    return _sha256(path)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    sync(path)
+
+
+def _json_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Rows and a config in, a trained run out."""

@@ -1,0 +1,149 @@
+"""The environment that torchrun sets in, what the processes of a run do together out.
+
+Everything here also works in a process that is alone; then nothing is sent.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ping_llm.model.gpt import pick_device
+
+TIMEOUT = dt.timedelta(minutes=10)  # of one exchange; a process may be compiling, or looking at samples, meanwhile
+
+
+class PeerLost(ConnectionError):
+    """An exchange failed because another process of the run has ended."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one run as one of them sees them."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The equally shaped tensors of all processes, in the order of ranks along the first axis."""
+        if self.world == 1:
+            return values
+        gathered = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(gathered, values.contiguous())
+        return torch.cat(gathered)
+
+    def share(self, value: Any) -> Any:
+        """A small value of the main process, in every process; what the others pass is not looked at."""
+        if self.world == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def share_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """The tensors of the main process, on the CPU of every process; what the others pass is not looked at."""
+        if self.world == 1:
+            return tensors
+        kinds = self.share({n: (t.shape, t.dtype) for n, t in tensors.items()} if self.is_main else None)
+        received = {}
+        for name, (shape, dtype) in kinds.items():
+            sent = tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)
+            sent = sent.to(self.device)  # NCCL sends from the GPU alone
+            dist.broadcast(sent, src=0)
+            received[name] = sent.cpu()
+        return received
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Runs a function in the main process alone: its answer there, None elsewhere; an error ends all processes, but
+        only the main one says why."""
+        answer, error = None, None
+        if self.is_main:
+            try:
+                answer = function()
+            except (ValueError, OSError) as caught:
+                error = caught
+        failed = self.share(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)
+        return answer
+
+
+@contextmanager
+def processes(device_name: str) -> Iterator[Ranks]:
+    """Joins the processes that torchrun has started; ValueError if this machine cannot.
+
+    Each process of a machine has a GPU of its own, or all of them work on the CPU. PeerLost is raised out of the block if
+    another process ends before this one.
+    """
+    device, world = pick_device(device_name), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Ranks(device)
+        return
+    if device.type == "cuda":
+        device = _own_gpu()
+    _join(device)
+    try:
+        yield Ranks(device, dist.get_rank(), world)
+        dist.barrier()  # none takes the connections down while another still needs them
+    except RuntimeError as error:
+        if not _lost_peer(error):
+            raise
+        raise PeerLost(
+            f"process {dist.get_rank()} of {world} stops, because another one of this run ended; its own last line says "
+            "why. Run the same command again to continue from the last checkpoint"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the processes of this run did not find each other ({reason}); start all of them with torchrun, with one "
+            "--rdzv-endpoint that every machine can reach"
+        ) from None
+
+
+def _own_gpu() -> torch.device:
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(
+            f"torchrun started process {local_rank + 1} on a machine with {gpus} GPUs; pass --nproc-per-node {gpus}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether an exchange broke off: gloo and NCCL say so in words only."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return any(sign in text for sign in signs)

@@ -1,0 +1,90 @@
+"""Gradients of matrices in, orthogonalised steps out: Muon, for all matrices of a shape at once.
+
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the nearest
+semi-orthogonal matrix, found approximately by five Newton–Schulz iterations. Those are nearly all of its cost, so the
+processes of a run share them; the momenta, which are cheap, are the same in each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ping_llm.model.gpt import native_bf16
+from ping_llm.training.distributed import Ranks
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values end between about 0.7 and 1.2
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The semi-orthogonal matrices nearest to (n, A, B) ones, roughly, computed in `dtype`; zeros stay zeros."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # the Gram matrix is taken on the short side
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """Muon over named matrices, batched by shape.
+
+    A step is lr · √max(1, rows/columns) times the orthogonalised matrix, torch.optim.Muon's `adjust_lr_fn="original"`:
+    then the change in a layer's output depends on neither width, and one rate fits all of them. (`match_rms_adamw`
+    would copy AdamW's step size instead, which needs a new rate at each width.)
+
+    Each of `ranks` holds the same gradients; it orthogonalises its share of the matrices of each shape and sends the
+    result to the others.
+    """
+
+    def __init__(self, matrices: dict[str, nn.Parameter], initial_lr: float, ranks: Ranks | None = None) -> None:
+        self.initial_lr = self.lr = initial_lr
+        self.names: dict[torch.Size, list[str]] = defaultdict(list)
+        for name, matrix in matrices.items():
+            assert matrix.ndim == 2, f"{name} is of shape {tuple(matrix.shape)}"
+            self.names[matrix.shape].append(name)
+        self.matrices = matrices
+        self.momenta = {  # shape → (n, A, B)
+            shape: torch.stack([torch.zeros_like(matrices[name]) for name in names])
+            for shape, names in self.names.items()
+        }
+        self.ranks = ranks or Ranks(next(iter(matrices.values())).device)
+        self.dtype = torch.bfloat16 if native_bf16(self.ranks.device) else torch.float32  # the iteration bears either
+
+    @torch.no_grad()
+    def step(self, momentum: float, weight_decay: float) -> None:
+        """Applies the gradients of the matrices; `weight_decay` is decoupled, times the rate."""
+        for shape, names in self.names.items():
+            matrices = [self.matrices[name] for name in names]
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, A, B)
+            average = self.momenta[shape].lerp_(gradients, 1 - momentum)
+            update = self._orthogonalize(gradients.lerp_(average, momentum)).float()  # Nesterov: looks ahead
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_mul_(matrices, 1 - self.lr * weight_decay)
+            torch._foreach_add_(matrices, list(update.unbind()), alpha=-self.lr * scale)
+
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+        """`orthogonalize` of (n, A, B) matrices that all processes hold, each taking n / world of them."""
+        share = -(-len(matrices) // self.ranks.world)
+        mine = matrices[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        filled = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # equal shares, for the exchange
+        return self.ranks.gather(orthogonalize(filled, self.dtype))[: len(matrices)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The momentum of each matrix under its name; views."""
+        return {
+            name: momentum
+            for shape, names in self.names.items()
+            for name, momentum in zip(names, self.momenta[shape].unbind(), strict=True)
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        for name, momentum in self.state_dict().items():
+            momentum.copy_(state[name])

@@ -1,0 +1,117 @@
+"""Batches in, gradients and losses per field out, summed over all processes of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ping_llm.config import FIELDS, Config
+from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
+from ping_llm.model.gpt import GPT, native_bf16
+from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
+from ping_llm.training.distributed import Ranks
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; `auto` is bf16 where the device multiplies it natively."""
+    return name if name != "auto" else "bf16" if native_bf16(device) else "fp32"
+
+
+class Objective:
+    """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
+
+    A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches. Gradients are averaged over
+    the processes while those of the last one are still being computed.
+    """
+
+    def __init__(self, config: Config, model: GPT, ranks: Ranks) -> None:
+        self.model, self.ranks, self.device = model, ranks, ranks.device
+        config.train.check_processes(ranks.world)
+        self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
+        self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
+        self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
+        self.weights = field_weights(config.loss).to(self.device)  # (5,)
+        self.precision = resolve_precision(config.train.precision, self.device)
+        self.parallel = _parallel(model, ranks) if ranks.world > 1 else None
+        self.forward = self.parallel or model
+        if config.train.compile:
+            self.forward = torch.compile(self.forward)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward pass, as a context."""
+        dtype = _AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets (B, T), −1 = ignored, and their fields (B, T) of windows (B, T+1)."""
+        return tokens[:, 1:], token_fields(tokens, self.role_fields, self.byte_fields)[:, 1:]
+
+    def sums(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
+        """Sum of the cross-entropy of each field in nats, (5,), of this process."""
+        with self.autocast():
+            logits = forward(inputs)  # (B, T, V) fp32
+        return field_losses(logits, targets, fields)[0]
+
+    def backward(self, tokens: Tensor, *votes: float, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Adds `loss_scale` times the gradients of the loss over a step's batch, (B, T+1) in this process.
+
+        Returns the sums of the cross-entropy (5,) fp32 of this process, and float64 of all: the counts of targets (5,),
+        then the sums of the `votes` that each of them cast. Nothing here waits for the device.
+        """
+        targets, fields = self.targets(tokens)
+        counts = field_masks(targets, fields).sum(dim=(1, 2))
+        ballot = torch.tensor(votes, dtype=torch.float64).to(self.device, non_blocking=True)
+        totals = self.ranks.sum(torch.cat([counts.double(), ballot]))
+        # Of all micro-batches and processes, so that a token weighs the same in each; DDP divides by their number.
+        scale = self.ranks.world * loss_scale / (self.weights * totals[: len(FIELDS)]).sum()
+        sums = torch.zeros(len(FIELDS), device=self.device)
+        parts = (tensor.split(self.micro_batch) for tensor in (tokens[:, :-1].clamp(min=0), targets, fields))
+        micro_batches = list(zip(*parts, strict=True))
+        for number, (inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
+            with self._exchange(number == len(micro_batches)):
+                micro_sums = self.sums(self.forward, inputs, micro_targets, micro_fields)
+                ((self.weights * micro_sums).sum() * scale).float().backward()
+            sums += micro_sums.detach()
+        return sums, totals
+
+    @torch.no_grad()
+    def evaluate(self, windows: Tensor) -> dict[str, float]:
+        """Nats per target, overall and per field, and bits per result, over windows (n, T+1), shared by the processes.
+
+        The model is not compiled here: without gradients, and for a last batch that is smaller, it would be anew.
+        """
+        totals = torch.zeros(2 * len(FIELDS) + 1, dtype=torch.float64, device=self.device)
+        for part in windows[self.ranks.rank :: self.ranks.world].split(self.micro_batch):
+            if not len(part):
+                continue  # fewer windows than processes
+            tokens = part.to(self.device)
+            targets, fields = self.targets(tokens)
+            sums = self.sums(self.model, tokens[:, :-1].clamp(min=0), targets, fields)
+            counts = field_masks(targets, fields).sum(dim=(1, 2))
+            totals += torch.cat([sums, counts, count_results(targets, fields)[None]])
+        sums, counts, results = self.ranks.sum(totals).split([len(FIELDS), len(FIELDS), 1])
+        bits = (sums[RTT] / results).item() / math.log(2)
+        return {f"val_{name}": value for name, value in self.means(sums, counts).items()} | {"val_rtt_bits": bits}
+
+    def means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
+        """Loss and nats per target of each field from sums and counts of all processes; NaN for a field without targets."""
+        loss = (self.weights * sums).sum() / (self.weights * counts).sum()
+        values = torch.cat([loss[None], sums / counts]).tolist()
+        return dict(zip(("loss", *(f"loss_{name}" for name in FIELDS)), values, strict=True))
+
+    def _exchange(self, last: bool):
+        """Gradients are exchanged once, with those of the last micro-batch."""
+        return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
+
+
+def _parallel(model: GPT, ranks: Ranks) -> DistributedDataParallel:
+    device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+    # The gradients are views of the buffers that are sent: they are not copied.
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)

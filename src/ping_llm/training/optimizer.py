@@ -1,0 +1,77 @@
+"""A model with gradients in, a model after one step out: Muon for the block matrices, AdamW for embedding and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ping_llm.config import OptimConfig
+from ping_llm.model.gpt import GPT
+from ping_llm.training.distributed import Ranks
+from ping_llm.training.muon import Muon
+
+REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
+
+
+class Optimizer:
+    """Both optimisers; each parameter of the model is in exactly one group.
+
+    `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head". Embedding and head have no weight
+    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the
+    processes that share the work of a step; this one alone by default.
+    """
+
+    def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None) -> None:
+        matrices = dict(model.blocks.named_parameters(prefix="blocks"))
+        width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
+        self.muon = Muon(matrices, config.muon_lr, ranks)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
+                {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
+            ],
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.initial_lrs = {"matrices": config.muon_lr} | {g["name"]: g["lr"] for g in self.adamw.param_groups}
+        self._assert_partition(model)
+
+    def set_lrs(self, scale: float) -> None:
+        """Sets each group's rate to `scale` times its peak."""
+        self.muon.lr = self.initial_lrs["matrices"] * scale
+        for group in self.adamw.param_groups:
+            group["lr"] = self.initial_lrs[group["name"]] * scale
+
+    def step(self, momentum: float, weight_decay: float) -> None:
+        """Applies the gradients; both arguments are Muon's."""
+        self.muon.step(momentum, weight_decay)
+        self.adamw.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the next step depends on but rates and gradients: flat, tensors only."""
+        state = {f"muon.{name}.momentum": momentum for name, momentum in self.muon.state_dict().items()}
+        for group in self.adamw.param_groups:
+            for key, value in self.adamw.state[group["params"][0]].items():
+                state[f"adamw.{group['name']}.{key}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`, from any device."""
+        prefix, suffix = "muon.", ".momentum"
+        self.muon.load_state_dict(
+            {key[len(prefix) : -len(suffix)]: value for key, value in state.items() if key.startswith(prefix)}
+        )
+        for group in self.adamw.param_groups:
+            parameter, prefix = group["params"][0], f"adamw.{group['name']}."
+            self.adamw.state[parameter] = {
+                key[len(prefix) :]: value.to(parameter.device, copy=True)
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+
+    def _assert_partition(self, model: GPT) -> None:
+        grouped = [*self.muon.matrices.values(), *(p for g in self.adamw.param_groups for p in g["params"])]
+        identities = sorted(map(id, grouped))
+        assert identities == sorted(map(id, model.parameters())), f"{len(grouped)} parameters in groups"

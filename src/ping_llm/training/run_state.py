@@ -1,0 +1,119 @@
+"""A run folder in, how far its run has come out; and what a process must know to go on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+
+from ping_llm.config import Config, TrainConfig, differing_fields
+from ping_llm.data.rows import MANIFEST_NAME
+from ping_llm.model.checkpoint import Checkpoint, load_config, load_latest, save_config
+from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.system.files import write_atomically
+from ping_llm.system.hardware import machine_facts
+from ping_llm.training import schedule
+from ping_llm.training.distributed import Ranks
+from ping_llm.training.log import MACHINE_NAME
+from ping_llm.training.objective import resolve_precision
+from ping_llm.training.optimizer import Optimizer
+
+ROWS_MANIFEST_NAME = "rows_manifest.json"  # of the rows that a run learns from: it is asked nothing that they hold
+FIRST_LOSS_SCALE = 2.0**15
+LOSS_SCALE_STEPS = 2000  # in a row without overflow, after which the loss scale of fp16 doubles
+
+
+@dataclass
+class RunState:
+    """What a run has done so far; with weights, optimiser and config it is all that the rest of the run depends on."""
+
+    rows_sha256: str  # which rows it learns from
+    step: int = 0
+    samples_consumed: int = 0  # windows, over all processes
+    tokens: int = 0  # trained on, padding not counted
+    elapsed_s: float = 0.0  # spent in steps by the main process: not in evaluations, saves and pauses
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_scale: float = 1.0  # of fp16
+    unskipped_in_a_row: int = 0
+    val_loss: float | None = None  # of these very weights, None if they were not evaluated
+
+    @classmethod
+    def new(cls, rows_sha256: str, precision: str) -> RunState:
+        """Of a run that has not begun."""
+        return cls(rows_sha256, loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else 1.0)
+
+    def count(self, config: Config, tokens: int, elapsed_s: float, skipped: bool) -> None:
+        """Counts one step."""
+        self.step += 1
+        self.samples_consumed += config.train.batch_size
+        self.tokens, self.elapsed_s = self.tokens + tokens, elapsed_s
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.unskipped_in_a_row = 0 if skipped else self.unskipped_in_a_row + 1
+
+    def adapt_loss_scale(self) -> None:
+        """Halves it after a step that was skipped, doubles it after LOSS_SCALE_STEPS that were not."""
+        if self.skipped_in_a_row:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self.unskipped_in_a_row % LOSS_SCALE_STEPS == 0:
+            self.loss_scale *= 2
+
+    def progress(self, config: TrainConfig) -> float:
+        """Share of the run that lies behind."""
+        return schedule.progress(self.step, self.tokens, self.elapsed_s, config)
+
+
+def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | None:
+    """Writes config, machine and the manifest of the rows into the run folder; the checkpoint to continue, ValueError if
+    its config differs."""
+    run_dir = config.train.run_dir
+    resumed, old = load_latest(run_dir), load_config(run_dir)
+    if resumed is not None and old is None:
+        raise ValueError(f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir")
+    names = differing_fields(old, config) if old is not None else []
+    if resumed is not None and resumed.state.get("rows_sha256") != rows_sha256:
+        names.append("data.rows")
+    if names:
+        raise ValueError(
+            f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or what it had"
+        )
+    facts = machine_facts(ranks.device) | {
+        "processes": ranks.world,
+        "precision": resolve_precision(config.train.precision, ranks.device),
+        "compiled": config.train.compile,
+        "parameters": parameter_count(config.model),
+    }
+    try:
+        save_config(run_dir, config)
+        write_atomically(run_dir / MACHINE_NAME, json.dumps(facts, indent=1) + "\n")
+        manifest = config.data.rows / MANIFEST_NAME
+        if manifest.is_file():
+            write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"the run folder {run_dir} cannot be written ({error.strerror}); pass another --train.run-dir"
+        ) from None
+    return resumed
+
+
+def restore(checkpoint: Checkpoint | None, ranks: Ranks, model: GPT, optimizer: Optimizer) -> RunState | None:
+    """Puts the main process's checkpoint into model, optimiser and random generators of all; None if it has none."""
+    values = ranks.share(checkpoint.state if checkpoint else None)
+    if values is None:
+        return None
+    names = [f.name for f in dataclasses.fields(RunState)]
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(
+            f"the checkpoint of step {values['step']} does not tell {', '.join(missing)}; start a new run folder"
+        )
+    model.load_state_dict(ranks.share_tensors(checkpoint.model if checkpoint else None))
+    tensors = dict(ranks.share_tensors(checkpoint.optimizer if checkpoint else None))
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda_rng = tensors.pop("rng.cuda", None)
+    if cuda_rng is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_rng)
+    optimizer.load_state_dict(tensors)
+    return RunState(**{name: values[name] for name in names})

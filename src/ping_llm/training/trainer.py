@@ -1,0 +1,338 @@
+"""A config in, a trained run folder out: the training loop, and what it does when something goes wrong.
+
+The loop knows its place by one number, `RunState.step`: batches, schedules and logs follow from it, so a run that was
+stopped and continued takes the same steps as one that was not, whatever the number of processes. Only the main process
+touches the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ping_llm.config import FIELDS, Config, TrainConfig
+from ping_llm.data.rows import manifest_sha256
+from ping_llm.inference.calibration import CALIBRATION_NAME
+from ping_llm.model.checkpoint import Saver
+from ping_llm.model.gpt import GPT, flops_per_token, parameter_count
+from ping_llm.system.files import write_lock
+from ping_llm.system.hardware import peak_flops, peak_memory_gb
+from ping_llm.training import schedule
+from ping_llm.training.calibration import calibrate_run
+from ping_llm.training.distributed import Ranks, processes
+from ping_llm.training.log import RunLog, SilentLog
+from ping_llm.training.objective import Objective
+from ping_llm.training.optimizer import Optimizer
+from ping_llm.training.report import write_report
+from ping_llm.training.run_state import RunState, open_run, restore
+from ping_llm.training.validation import Questions, describe
+
+MAX_SKIPPED_IN_A_ROW = 20
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a run learns from, and what it is measured on.
+
+    `batches(config, start_step, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of
+    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `questions(config)` may be None.
+    """
+
+    batches: Callable[[Config, int, torch.device, int, int], Iterator[Tensor]]
+    windows: Callable[[Config], Tensor]
+    questions: Callable[[Config], Questions | None]
+
+    @classmethod
+    def of_rows(cls) -> Feed:
+        """The probe rows of `config.data.rows`."""
+        from ping_llm.data.loader import training_batches, validation_windows
+
+        return cls(training_batches, validation_windows, Questions.load)
+
+
+def train(config: Config, feed: Feed | None = None) -> RunState:
+    """Trains until the run is over or a signal asks to stop, saves, and returns where it stands.
+
+    The run folder is continued if it holds a checkpoint. Under torchrun all processes train one model together.
+    ValueError: the folder is of another config, the batch cannot be divided, memory ran out, or the gradients stayed
+    non-finite. ConnectionError: another process ended.
+    """
+    feed = feed or Feed.of_rows()
+    with processes(config.train.device) as ranks, _stop_flag() as stop, _memory_advice(config.train, ranks):
+        training = Training.begin(config, feed, ranks)
+        with write_lock(config.train.run_dir, config.train.run_dir / ".lock") if ranks.is_main else nullcontext():
+            trained = training.run(stop)
+        state, asks, main = training.state, training.questions is not None, ranks.is_main
+        del training  # its memory goes before a second model comes
+    if main:
+        _conclude(config, state, trained, asks, ranks.device)
+    return state
+
+
+@dataclass
+class Training:
+    """A run as one of its processes holds it."""
+
+    config: Config
+    feed: Feed
+    ranks: Ranks
+    state: RunState
+    model: GPT
+    optimizer: Optimizer
+    objective: Objective
+    windows: Tensor  # (n, seq_len + 1), of val
+    questions: Questions | None
+
+    @classmethod
+    def begin(cls, config: Config, feed: Feed, ranks: Ranks) -> Training:
+        """Reads all that a run needs, so that what is wrong with it is said before anything is done."""
+        ranks.on_main(lambda: config.train.check_processes(ranks.world))
+        read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.questions(config)))
+        rows_sha256, windows, questions = ranks.share(read)
+        if manifest_sha256(config.data.rows) != rows_sha256:
+            raise ValueError(
+                f"process {ranks.rank} finds other rows in {config.data.rows} than the main one; copy them"
+            )
+        checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks))
+        torch.manual_seed(config.seed)  # nothing below draws from it today; whatever comes to must repeat on resume
+        model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
+        optimizer = Optimizer(model, config.optim, ranks)
+        state = restore(checkpoint, ranks, model, optimizer)
+        objective = Objective(config, model, ranks)
+        if state is None:
+            state = RunState.new(rows_sha256, objective.precision)
+        return cls(config, feed, ranks, state, model, optimizer, objective, windows, questions)
+
+    def run(self, stop: threading.Event) -> bool:
+        """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
+        config, ranks, begun = self.config, self.ranks, self.state.step
+        log = RunLog(config, self.state.step or None) if ranks.is_main else SilentLog()
+        with (
+            log,
+            Saver(config.train.run_dir, config.train.keep_checkpoints, log.note) as saver,
+            closing(self.feed.batches(config, self.state.step, ranks.device, ranks.rank, ranks.world)) as batches,
+            _frozen_garbage(),
+        ):
+            self._announce(log)
+            self._loop(batches, log, saver, stop)
+        return self.state.step > begun
+
+    def _loop(self, batches: Iterator[Tensor], log: RunLog, saver: Saver, stop: threading.Event) -> None:
+        """Fetch, forward and backward, step; then what is due."""
+        config, state, speed = self.config, self.state, _Speed(self)
+        if state.step == 0:
+            log.write(0, time_s=0.0, tokens=0, **self._evaluate())
+        progress, stopped, clock = state.progress(config.train), False, state.elapsed_s
+        while progress < 1 and not stopped:
+            started = time.perf_counter()
+            tokens = next(batches)
+            wait_s = time.perf_counter() - started
+            lr_scale = schedule.lr_scale(progress, config.optim)
+            votes = (stop.is_set(), clock if self.ranks.is_main else 0.0)  # all processes stop after the same step
+            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
+            grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
+            trained, stopped, elapsed_s = sum(totals[: len(FIELDS)].tolist()), *totals[len(FIELDS) :].tolist()
+            self.apply_gradients(grad_norm, lr_scale, progress)
+            state.count(config, int(trained), elapsed_s, skipped=not math.isfinite(grad_norm))
+            self._give_up_if_hopeless()
+            step_s = time.perf_counter() - started
+            clock, progress = clock + step_s, state.progress(config.train)
+            if speed.first:
+                log.note(f"compiled: the first step took {step_s:.0f} s")
+            speed.add(step_s, wait_s, trained)
+            log.show_progress(state.step, progress)
+
+            over, line = progress >= 1, {}
+            if stopped and not over:
+                self._save(saver, clock)  # before all else: who asks to stop may not wait for long
+            if over or state.step % config.train.log_every == 0:
+                sums = self.ranks.sum(sums.double())
+                line = {"time_s": clock, "tokens": state.tokens, **self.objective.means(sums, totals[: len(FIELDS)])}
+                line |= {"lr": config.optim.muon_lr * lr_scale, "grad_norm": grad_norm}
+                line |= {"skipped_steps": state.skipped_steps, **speed.rates()}
+            if over or state.step % config.train.eval_every == 0:
+                line |= self._evaluate()
+            state.val_loss = line.get("val_loss")
+            if line:
+                log.write(state.step, **line)
+            if config.train.sample_every and (over or state.step % config.train.sample_every == 0):
+                self._show_samples(log)
+            if over or (not stopped and state.step % config.train.checkpoint_every == 0):
+                speed.held_s += self._save(saver, clock)
+        if stopped and progress < 1:
+            log.note(f"stopped after step {state.step:,}; run the same command again to continue")
+
+    def gradient_norm(self) -> float:
+        """Takes the loss scale out of the gradients and clips them; returns their norm before that."""
+        if self.state.loss_scale != 1:
+            torch._foreach_div_([p.grad for p in self.model.parameters()], self.state.loss_scale)
+        most = self.config.optim.grad_clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
+
+    def apply_gradients(self, grad_norm: float, lr_scale: float, progress: float) -> None:
+        """Takes the optimiser's step, unless the gradients are not finite, and clears them."""
+        config = self.config.optim
+        if math.isfinite(grad_norm):
+            self.optimizer.set_lrs(lr_scale)
+            momentum, weight_decay = schedule.momentum(self.state.step, config), schedule.weight_decay(progress, config)
+            self.optimizer.step(momentum, weight_decay)
+        self.model.zero_grad()
+
+    def _give_up_if_hopeless(self) -> None:
+        """Ends a run whose gradients stay non-finite; adapts the loss scale of fp16."""
+        if self.objective.precision == "fp16":
+            self.state.adapt_loss_scale()
+        if self.state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return
+        if not self.ranks.is_main:
+            raise SystemExit(1)  # all processes have the same gradients: one says so
+        raise ValueError(
+            f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, up to step {self.state.step}; "
+            "the last checkpoint is from before: lower the rates of [optim], or set train.precision to fp32"
+        )
+
+    def _evaluate(self) -> dict[str, float]:
+        """What is known of the model from val."""
+        gc.collect()  # what evaluations leave; the loop leaves nothing
+        values = self.objective.evaluate(self.windows)
+        if self.questions is not None:
+            values["val_median_rel_error"] = self.questions.median_rel_error(self.objective, self.ranks)
+        return values
+
+    def _show_samples(self, log: RunLog) -> None:
+        if self.ranks.is_main:
+            log.show_samples(self.state.step, describe(self.model, self.questions, seed=self.state.step))
+
+    def _save(self, saver: Saver, elapsed_s: float) -> float:
+        """Saves everything that the next step depends on; the seconds that training was held up."""
+        if not self.ranks.is_main:
+            return 0.0
+        started = time.perf_counter()
+        tensors = self.optimizer.state_dict() | {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        state = dataclasses.replace(self.state, elapsed_s=elapsed_s)
+        saver.save(state.step, self.model.state_dict(), tensors, dataclasses.asdict(state))
+        return time.perf_counter() - started
+
+    def _announce(self, log: RunLog) -> None:
+        config, step, world = self.config, self.state.step, self.ranks.world
+        start = f"continues after step {step:,}" if step else "starts"
+        where = f"{self.ranks.device.type} in {self.objective.precision}" + (
+            f", {world} processes" if world > 1 else ""
+        )
+        log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
+        if config.train.compile:
+            log.note("compiling the model: the first step takes a minute or more, the next time less")
+
+
+class _Speed:
+    """Sums of time and tokens since the last line of the log."""
+
+    def __init__(self, training: Training) -> None:
+        config, ranks = training.config, training.ranks
+        self.device, self.peak = ranks.device, peak_flops(ranks.device)
+        self.places = config.train.batch_size * config.model.seq_len  # of a step; padding takes some of them
+        self.step_flops = self.places * flops_per_token(config.model) / ranks.world
+        self.first = config.train.compile  # the step that compiles tells nothing of the others
+        self.sums, self.steps = torch.zeros(3, dtype=torch.float64), 0
+        self.held_s = 0.0  # by saves, which no step counts
+
+    def add(self, *values: float) -> None:
+        """Seconds of a step, of them for data, and targets trained on by all processes."""
+        if self.first:
+            self.first = False
+            return
+        self.sums += torch.tensor(values, dtype=torch.float64)
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Targets a second, the shares of padding and of the time spent for data and for saves, MFU, memory; starts anew.
+
+        MFU is the share of the device's peak that the model's FLOPs take, padding included as it is computed too.
+        """
+        seconds, wait_s, tokens = self.sums.tolist()
+        memory = {"peak_memory_gb": peak_memory_gb(self.device)}
+        if not self.steps:
+            return memory
+        rates = {"tokens_per_s": tokens / seconds, "padding": 1 - tokens / (self.steps * self.places)}
+        rates["data_wait_share"] = wait_s / seconds
+        rates["save_share"] = self.held_s / (seconds + self.held_s)
+        if self.peak:
+            rates["mfu"] = self.steps * self.step_flops / seconds / self.peak
+        self.sums.zero_()
+        self.steps, self.held_s = 0, 0.0
+        return rates | memory
+
+
+def _conclude(config: Config, state: RunState, trained: bool, asks: bool, device: torch.device) -> None:
+    """What a finished run leaves besides its model: calibration, and a report, which a stopped one leaves too."""
+    run_dir = config.train.run_dir
+    if asks and state.progress(config.train) >= 1 and (trained or not (run_dir / CALIBRATION_NAME).exists()):
+        print("calibrating on val", flush=True)
+        calibrate_run(config, device)
+    print(f"report: {write_report(run_dir)}")
+
+
+@contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Keeps the garbage collector out of the steps: it would look through all of torch's objects, a process at a time."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@contextmanager
+def _stop_flag() -> Iterator[threading.Event]:
+    """An event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT interrupts at once. Handlers are put back."""
+    stop = threading.Event()
+
+    def request(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+    previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _memory_advice(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Turns exhausted memory into one line that says what to try."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        windows = config.batch_size // ranks.world  # of a step, for each process
+        larger = [n for n in range(config.grad_accum + 1, windows + 1) if windows % n == 0]
+        advice = "take a smaller model or a shorter model.seq_len"
+        if larger:
+            advice = f"pass --train.grad-accum {larger[0]}, for micro-batches of {windows // larger[0]}"
+        raise ValueError(
+            f"out of memory with micro-batches of {windows // config.grad_accum} windows (train.batch_size="
+            f"{config.batch_size}, train.grad_accum={config.grad_accum}); {advice}"
+        ) from None

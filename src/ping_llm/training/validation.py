@@ -1,0 +1,81 @@
+"""Rows of val in, how well a model in training answers out: fixed windows, fixed questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ping_llm.config import Config
+from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.data.rows import RowReader
+from ping_llm.inference.context import Context
+from ping_llm.inference.generation import format_measurements, generate
+from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.query import Endpoint, Query
+from ping_llm.model.gpt import GPT
+from ping_llm.training.distributed import Ranks
+from ping_llm.training.objective import Objective
+
+SAMPLES = 4  # made-up measurements
+BATCH = 32  # questions in one pass: 256 values of byte 1 each
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Pings of val that were answered: both addresses and the time are told, no context."""
+
+    queries: list[Query]
+    rtt_ms: np.ndarray  # (n,)
+
+    @classmethod
+    def load(cls, config: Config) -> Questions | None:
+        """`train.eval_queries` of them, evenly spaced over probes and time; None if none are asked for or answered."""
+        count, rows = config.train.eval_queries, RowReader(config.data.rows, "val")
+        ends = np.cumsum(rows.measurements)
+        # Twice as many as needed, as some pings fail.
+        places = np.unique(np.linspace(0, ends[-1] - 1, 2 * count).astype(np.int64))
+        found = []
+        for number in np.unique(np.searchsorted(ends, places, "right")) if count else ():
+            row, first = rows[int(number)], ends[number] - rows.measurements[number]
+            inside = places[(places >= first) & (places < ends[number])] - first
+            found += [(_query(row, int(place)), float(row.rtt_ms[place])) for place in inside if row.rtt_ms[place] > 0]
+        if not found:
+            return None
+        kept = [found[i] for i in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
+        return cls([query for query, _ in kept], np.array([rtt_ms for _, rtt_ms in kept]))
+
+    def median_rel_error(self, objective: Objective, ranks: Ranks) -> float:
+        """Median of |predicted median − actual| / actual over all questions, which the processes share."""
+        model = PingModel(objective.model, ranks.device)
+        each = -(-len(self.queries) // ranks.world)
+        errors = torch.full((each,), torch.nan, dtype=torch.float64)
+        places = range(ranks.rank, len(self.queries), ranks.world)
+        for start in range(0, len(places), BATCH):
+            chosen = places[start : start + BATCH]
+            with objective.autocast():
+                laws = model.rtt_many([self.queries[i] for i in chosen], src_known="all")
+            medians = np.array([law.median for law in laws])
+            error = np.abs(medians - self.rtt_ms[chosen]) / self.rtt_ms[chosen]
+            errors[start : start + len(chosen)] = torch.from_numpy(error)
+        return ranks.gather(errors.to(ranks.device)).nanmedian().item()
+
+
+def _query(row, place: int) -> Query:
+    src, dst = (a.tobytes() for a in (row.src_addresses[row.src[place]], row.dst_addresses[row.dst[place]]))
+    src, dst = (Endpoint(a, 4 if is_ipv4(np.frombuffer(a, np.uint8)) else 16) for a in (src, dst))
+    return Query(src, dst, int(row.times(np.array([place]))[0]), Context.parse(None))
+
+
+def describe(gpt: GPT, questions: Questions | None, seed: int) -> str:
+    """What a model says by now: a few measurements that it makes up, and the RTT of one ping of val beside the real one."""
+    lines = [format_measurements(generate(gpt, next(gpt.parameters()).device, SAMPLES, seed=seed))]
+    if questions is not None:
+        query, rtt_ms = questions.queries[0], questions.rtt_ms[0]
+        law = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
+        src, dst = (format_address(end.packed) for end in (query.src, query.dst))
+        low, median, high = law.quantile(np.array([0.05, 0.5, 0.95]))
+        said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {law.p_fail:.1%})"
+        lines.append(f"{src} → {dst}: {said}; it was {rtt_ms:.4g} ms")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Dumps of every shape and compression as lines; damage is named after all that could be read."""
+
+import bz2
+import gzip
+import json
+import random
+import string
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pings import ndjson, ping, write
+
+from ping_llm.data.ingest import atlas, unpack
+from ping_llm.data.ingest.tasks import MapTask, map_dump
+
+
+def read(path):
+    return b"".join(unpack.read_lines(path))
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "gz", "zst", "ndjson"])
+def test_every_compression_is_told_by_its_content(tmp_path, suffix):
+    plain = ndjson(*(ping(timestamp=i) for i in range(1, 5000)))
+    path = write(tmp_path / f"a.{suffix}", plain)
+    assert read(path) == plain
+    assert read(path.rename(tmp_path / "renamed")) == plain
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, gzip.compress, zstandard.ZstdCompressor().compress])
+def test_streams_that_follow_each_other_in_a_file_are_all_read(tmp_path, pack):
+    path = tmp_path / "a"
+    path.write_bytes(b"".join(pack(ndjson(ping(timestamp=i))) for i in range(1, 40)))
+    assert read(path) == ndjson(*(ping(timestamp=i) for i in range(1, 40)))
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "gz", "zst"])
+def test_a_truncated_stream_gives_what_it_holds_then_names_the_byte(tmp_path, suffix):
+    rng = random.Random(0)
+    noise = ("".join(rng.choices(string.ascii_letters, k=300)) for _ in range(10_000))
+    path = write(tmp_path / f"a.{suffix}", ndjson(*(ping(msm_name=text) for text in noise)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    size, blocks = path.stat().st_size, unpack.read_lines(path)
+    readable = b""
+    with pytest.raises(unpack.DamagedDump, match=rf"a.{suffix} is cut off: .* byte {size:,}; get it again"):
+        for block in blocks:
+            readable += block
+    assert readable.count(b"\n") > 3000
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "gz", "zst"])
+def test_a_corrupt_stream_is_one_clear_error(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", ndjson(*(ping(timestamp=i) for i in range(1, 20_000))))
+    packed = bytearray(path.read_bytes())
+    packed[len(packed) // 2 :] = random.Random(0).randbytes(len(packed) - len(packed) // 2)
+    path.write_bytes(packed)
+    with pytest.raises(unpack.DamagedDump, match=rf"a.{suffix} is corrupt between bytes 0 and {len(packed):,} \("):
+        read(path)
+
+
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
+    unreadable = Path("/proc/self/mem")  # nothing lies at its byte 0: an I/O error
+    if not unreadable.exists():
+        pytest.skip("needs a file that gives an I/O error")
+    with pytest.raises(
+        unpack.DamagedDump, match=r"mem cannot be read at byte 0 \(Input/output error\); check the file"
+    ):
+        list(unpack.read_lines(unreadable))
+    report = map_dump(MapTask(unreadable, "mem", tmp_path / "input-00000", 2, "one", 86_400))
+    assert "cannot be read at byte 0" in report["problem"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("block", [7, 1000, 1 << 20])
+def test_api_arrays_become_lines(tmp_path, monkeypatch, indent, block):
+    monkeypatch.setattr(unpack, "BLOCK_BYTES", block)
+    results = [ping(timestamp=i, msm_name='] } , "x": é') for i in range(1, 30)]
+    path = tmp_path / "a.json"
+    shapes = {"array": results, "latest": {"7": results[:10], "-3": [], "12": results[10:]}}
+    for shape in shapes.values():
+        if block == 7 and shape is shapes["latest"]:
+            continue  # the shape is told by the first block
+        path.write_text(json.dumps(shape, indent=indent))
+        assert [json.loads(line) for line in read(path).splitlines()] == results
+
+
+@pytest.mark.parametrize("cut", [1, 300, 700])
+def test_a_truncated_array_gives_its_whole_elements_and_is_an_error(tmp_path, cut):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([ping(timestamp=i) for i in range(1, 30)])[:-cut])
+    blocks, lines = unpack.read_lines(path), []
+    with pytest.raises(unpack.DamagedDump, match=r"a\.json is cut off"):
+        for block in blocks:
+            lines += block.splitlines()
+    assert 27 <= sum(line.endswith(b"}") for line in lines) <= 29
+
+
+def test_elements_that_are_no_results_still_count(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[1, "12", null, {"a": [{}]}, [3], 45]')
+    assert read(path).splitlines() == [b"1", b'"12"', b"null", b'{"a": [{}]}', b"3", b"45"]
+
+
+def test_an_enormous_line_counts_as_one_malformed_line(tmp_path):
+    good = ndjson(ping())
+    path = write(tmp_path / "a", good + b'{"fw":1,"a":"' + b"x" * (20 << 20) + b'"}\n' + good)
+    chunks = [
+        atlas.parse_results(c.path, c.lines)
+        for c in unpack.read_chunks(path, tmp_path / "scratch", chunk_bytes=1 << 16)
+    ]
+    assert sum(table.num_rows for table, _ in chunks) == 2
+    assert sum(dropped["malformed_json"] for _, dropped in chunks) == 1
+
+
+def test_a_byte_order_mark_and_a_missing_last_newline_are_nothing(tmp_path):
+    path = write(tmp_path / "a", b"\xef\xbb\xbf" + ndjson(ping(), ping()).rstrip())
+    assert read(path) == ndjson(ping(), ping())
+
+
+@settings(derandomize=True)
+@given(data=st.binary(max_size=400), sizes=st.lists(st.integers(1, 50), min_size=1))
+def test_blocks_cut_anywhere_give_the_same_lines(data, sizes):
+    blocks, at = [], 0
+    while at < len(data):
+        size = sizes[len(blocks) % len(sizes)]
+        blocks.append(data[at : at + size])
+        at += size
+    lines = list(unpack.whole_lines(blocks))
+    assert all(block.endswith(b"\n") for block in lines)
+    assert b"".join(lines) == data + (b"" if data.endswith(b"\n") or not data else b"\n")

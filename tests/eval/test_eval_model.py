@@ -1,0 +1,63 @@
+"""The model's scores in PingBench are those of its single answers, query for query."""
+
+import numpy as np
+import pytest
+import torch
+
+from ping_llm.config import ModelConfig
+from ping_llm.data.measurement import format_address, pack_address
+from ping_llm.eval.columns import Measurements
+from ping_llm.eval.metrics import QUANTILE_LEVELS
+from ping_llm.eval.model import ModelMethod
+from ping_llm.eval.queries import SplitQueries
+from ping_llm.inference.predictor import PingModel
+from ping_llm.model.gpt import GPT
+
+
+@pytest.fixture(scope="module")
+def model() -> PingModel:
+    gpt = GPT(ModelConfig(n_layer=1, n_embd=32, n_head=2, seq_len=256)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in gpt.parameters():  # zero-initialised projections would make every answer alike
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return PingModel(gpt, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def queries():
+    """Pings of three sources, one of them with an IPv6 destination, in no order; some fail."""
+    rng = np.random.default_rng(0)
+    texts = ["192.0.2.1", "192.0.2.2", "198.51.100.3", "203.0.113.4", "203.0.113.5", "2001:db8::6"]
+    addresses = np.array([list(pack_address(text)) for text in texts], dtype=np.uint8)
+    count = 120
+    src, dst = rng.integers(0, 3, count), rng.integers(3, 6, count)
+    rtt_ms = np.where(rng.random(count) < 0.2, -1, rng.lognormal(3, 1, count)).astype(np.float32)
+    time_s = 1_700_000_000 + np.sort(rng.integers(0, 10_000, count))
+    part = np.where(np.arange(count) < 60, 0, 1).astype(np.int8)
+    columns = (src.astype(np.int32), dst.astype(np.int32), src.astype(np.int64), time_s, rtt_ms, part)
+    table = Measurements(*columns, addresses, ("train", "test-s1"))
+    return SplitQueries.draw(table, "test-s1", 24, seed=1).recent.told(5)
+
+
+@pytest.mark.parametrize("src_known", ["all", "none", "auto"])
+def test_scores_are_those_of_single_answers(model, queries, src_known):
+    scores = ModelMethod(model, src_known).scores(queries, np.random.default_rng(0))
+    table = queries.measurements
+    text = [format_address(address.tobytes()) for address in table.addresses]
+    assert (np.diff(queries.probe) < 0).any() and (queries.rtt_ms < 0).any()  # they are put in order, and back
+    for i, row in enumerate(queries.rows):
+        context = [
+            {"src_addr": text[table.src_id[j]], "dst_addr": text[table.dst_id[j]], "event_time": int(table.time_s[j])}
+            | {"rtt": float(table.rtt_ms[j])}
+            for j in queries.context[i][queries.context[i] >= 0][::-1]
+        ]
+        end = text[table.src_id[row]], text[table.dst_id[row]], int(table.time_s[row])
+        law, rtt_ms = model.rtt(*end, context, src_known), float(table.rtt_ms[row])
+        assert scores.p_fail[i] == pytest.approx(law.p_fail, rel=1e-3)
+        assert scores.nll_nats[i] == pytest.approx(-law.log_density(rtt_ms), rel=1e-3, abs=1e-4)
+        np.testing.assert_allclose(scores.quantiles_ms[i], law.quantile(np.array(QUANTILE_LEVELS)), rtol=1e-2)
+        if rtt_ms > 0:
+            assert scores.crps_log[i] == pytest.approx(law.crps(rtt_ms), rel=1e-3)
+            assert scores.pit[i] == pytest.approx(law.pit(rtt_ms), abs=1e-2)
+        else:
+            assert np.isnan(scores.crps_log[i]) and np.isnan(scores.pit[i])

@@ -1,0 +1,92 @@
+"""Claims about what a run will take, against numbers by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from paths import CONFIGS
+
+from ping_llm.config import Config, ModelConfig, TrainConfig, load_config
+from ping_llm.launch.plan import GPU, PRICES, activation_bytes, fixed_bytes, plan_cost
+
+SMALL, FULL = load_config(CONFIGS / "small.toml"), load_config(CONFIGS / "full.toml")
+ROUND = GPU("round", memory_gb=100, dollars_per_hour=2.0, peak_flops=1e15)
+
+
+def with_train(config: Config, **fields) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def test_hours_and_dollars_by_hand():
+    """small: 6 · (12·640²·20 + 267·640) + 12·20·640·1024 = 748,135,680 FLOPs a token; 20,000 steps of 128 × 1,024 tokens."""
+    plan = plan_cost(SMALL, ROUND, gpus=4, mfu=0.5)
+    tokens_per_s = 4 * 0.5e15 / 748_135_680
+    assert plan.tokens == 20_000 * 128 * 1024 and plan.tokens_per_s == pytest.approx(tokens_per_s)
+    assert plan.hours == pytest.approx(2_621_440_000 / tokens_per_s / 3600)
+    assert plan.dollars == pytest.approx(4 * 2.0 * plan.hours)
+
+
+def test_more_gpus_are_faster_at_the_same_price():
+    one, eight = (plan_cost(SMALL, ROUND, gpus) for gpus in (1, 8))
+    assert one.hours == pytest.approx(8 * eight.hours) and one.dollars == pytest.approx(eight.dollars)
+    assert (one.micro_batch, eight.micro_batch) == (128, 16)
+
+
+def test_the_nearest_limit_ends_the_run():
+    assert plan_cost(with_train(SMALL, target_tokens=131_072_000), ROUND, 1).steps == 1000
+    assert plan_cost(with_train(SMALL, target_tokens=10**12), ROUND, 1).steps == 20_000
+    assert plan_cost(with_train(SMALL, total_steps=0, target_tokens=10**12), ROUND, 1).tokens == 10**12
+
+
+def test_weights_and_optimizer_by_hand():
+    """One block of width 64: 12·64² = 49,152 weights of matrices at 14 bytes, 2·267·64 of the vocabulary at 18; Muon's
+    largest stack holds 4·64² weights at 8 bytes."""
+    assert fixed_bytes(ModelConfig(n_layer=1, n_embd=64, n_head=2)) == 14 * 49_152 + 18 * 34_176 + 8 * 16_384
+
+
+def test_the_largest_batch_is_the_largest_that_fits():
+    plan = plan_cost(SMALL, ROUND, gpus=1)
+    room = 0.92 * 100e9 - fixed_bytes(SMALL.model)
+    assert plan.largest_micro_batch == int(room // activation_bytes(SMALL.model)) and plan.fits == (
+        plan.largest_micro_batch >= 128
+    )
+
+
+@pytest.mark.parametrize(("gpu", "pieces"), [("l40s", 4), ("l4", 16)])
+def test_a_batch_that_does_not_fit_is_cut_as_advised(gpu, pieces):
+    """full.toml takes two micro-batches of 32 windows on each of 8 GPUs."""
+    plan = plan_cost(FULL, GPU.named(gpu), gpus=8)
+    assert not plan.fits and any(line.endswith(f"--train.grad-accum {pieces}") for line in plan.lines())
+    assert plan_cost(with_train(FULL, grad_accum=pieces), GPU.named(gpu), gpus=8).fits
+    assert not plan_cost(with_train(FULL, grad_accum=pieces // 2), GPU.named(gpu), gpus=8).fits
+
+
+def test_the_configs_fit_the_machines_that_their_first_line_names():
+    assert plan_cost(FULL, GPU.named("h100"), gpus=8).fits and plan_cost(SMALL, GPU.named("h100"), gpus=1).fits
+
+
+def test_every_gpu_of_the_price_table_is_known():
+    for name in ("a100", "H100", "h200", "b200", "l40s", "l4"):
+        gpu = GPU.named(name)
+        assert gpu.dollars_per_hour > 0 and gpu.peak_flops > 1e14 and gpu.memory_gb >= 24
+    assert PRICES.is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "gpus", "mfu", "message"),
+    [
+        ({}, 3, 0.4, "times the 3 processes"),
+        ({}, 0, 0.4, "gpus=0 must be at least 1"),
+        ({}, 1, 1.2, "mfu=1.2 must be a share"),
+        ({"total_steps": 0, "max_minutes": 5.0}, 1, 0.4, "give train.total_steps or train.target_tokens"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_error(change, gpus, mfu, message):
+    with pytest.raises(ValueError, match=message):
+        plan_cost(with_train(Config(train=TrainConfig(batch_size=64)), **change), ROUND, gpus, mfu)
+
+
+def test_an_unknown_gpu_names_those_that_are_known():
+    with pytest.raises(ValueError, match=r"no price of 'k80', only of a100, h100"):
+        GPU.named("k80")

@@ -1,0 +1,293 @@
+"""The files for Docker and Kubernetes fit each other and the program; none of the two runs here."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pytest
+import yaml
+from paths import ROOT
+
+from ping_llm.config import parse_config
+
+# Docker
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One of a Dockerfile."""
+
+    stage: int  # 0 = before the first FROM
+    name: str
+    value: str
+
+
+def instructions(text: str) -> list[Instruction]:
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    joined, stage, found = "\n".join(lines).replace("\\\n", " "), 0, []
+    for line in joined.splitlines():
+        name, _, value = line.partition(" ")
+        stage += name == "FROM"
+        found.append(Instruction(stage, name, value.strip()))
+    return found
+
+
+DOCKERFILE = instructions((ROOT / "Dockerfile").read_text())
+
+
+def values(name: str, stage: int | None = None) -> list[str]:
+    return [each.value for each in DOCKERFILE if each.name == name and stage in (None, each.stage)]
+
+
+def variables(stage: int) -> dict[str, str]:
+    return dict(pair.split("=", 1) for value in values("ENV", stage) for pair in shlex.split(value))
+
+
+def sent_to_docker() -> set[str]:
+    """The files of the repository that .dockerignore lets through; of its patterns the last that fits decides."""
+    patterns = [p for p in (ROOT / ".dockerignore").read_text().splitlines() if p and not p.startswith("#")]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name for name in [*listed, "src/x/__pycache__/y.pyc", ".git/config"] if not _ignored(name, patterns)}
+
+
+def _ignored(name: str, patterns: list[str]) -> bool:
+    path, ignored = PurePosixPath(name), False
+    names = [str(path), *(str(parent) for parent in path.parents if parent.name)]
+    for pattern in patterns:
+        wanted = pattern.removeprefix("!")
+        ends = [wanted.removeprefix("**/")] if wanted.startswith("**/") else []
+        fits = any(fnmatch.fnmatchcase(n, wanted) for n in names if wanted.count("/") >= n.count("/"))
+        if fits or any(fnmatch.fnmatchcase(part, end) for end in ends for part in path.parts):
+            ignored = not pattern.startswith("!")
+    return ignored
+
+
+def copied(stage: int) -> Iterator[tuple[list[str], str]]:
+    """Sources and destination of each COPY from the repository."""
+    for value in values("COPY", stage):
+        *sources, destination = value.split()
+        if not sources[0].startswith("--from"):
+            yield sources, destination
+
+
+def test_both_stages_start_from_one_pinned_image_and_every_package_is_pinned():
+    assert re.fullmatch(r"PYTHON=3\.1[1-9]\.\d+-slim-\w+", values("ARG", 0)[0])
+    assert [value.split()[0] for value in values("FROM")] == ["python:${PYTHON}"] * 2
+    constraints = variables(1)["PIP_CONSTRAINT"]
+    sources, folder = next(copied(1))
+    assert (
+        "constraints.txt" in sources and folder == "./" and constraints == f"{values('WORKDIR', 1)[0]}/constraints.txt"
+    )
+    order = [each.value for each in DOCKERFILE if each.stage == 1 and each.name in ("COPY", "RUN")]
+    installs = [i for i, value in enumerate(order) if "pip install" in value]
+    assert installs and min(installs) > next(i for i, value in enumerate(order) if "constraints.txt" in value)
+
+
+def test_the_program_runs_as_a_user_without_rights():
+    last = [each for each in DOCKERFILE if each.stage == 2]
+    user = next(i for i, each in enumerate(last) if each.name == "USER")
+    assert int(last[user].value) >= 1000 and f"--uid {last[user].value} " in values("RUN", 2)[1]
+    assert not [each for each in last[user:] if each.name in ("RUN", "COPY", "ADD")]
+    assert f"--owner=ping --group=ping {values('WORKDIR', 2)[-1]}" in values("RUN", 2)[1]
+
+
+def test_torch_for_cpus_is_a_build_argument():
+    assert "TORCH_INDEX=" in values("ARG", 1)
+    steps = values("RUN", 1)
+    torch_first = next(i for i, step in enumerate(steps) if "--index-url" in step)
+    assert torch_first < next(i for i, step in enumerate(steps) if "--editable" in step)
+    assert steps[torch_first].startswith('test -z "$TORCH_INDEX" || ')
+
+
+@pytest.mark.parametrize("step", values("RUN"))
+def test_the_steps_are_shell_without_errors_of_syntax(step):
+    subprocess.run(["sh", "-n", "-c", step], check=True)
+
+
+def test_docker_is_sent_what_the_image_takes_and_nothing_else():
+    sent, wanted = sent_to_docker(), [source for stage in (1, 2) for sources, _ in copied(stage) for source in sources]
+    for source in wanted:
+        assert [name for name in sent if name == source or name.startswith(f"{source}/")], source
+    assert all(any(name == source or name.startswith(f"{source}/") for source in wanted) for name in sent)
+    assert not [name for name in sent if "__pycache__" in name or name.startswith((".git", "tests"))]
+
+
+def image_tree(root: Path) -> None:
+    """Lays out what COPY brings into the last stage, at its place below root."""
+    for stage in (1, 2):
+        for sources, destination in copied(stage):
+            for source in sources:
+                target = root.joinpath(values("WORKDIR", 1)[0].lstrip("/"), destination.lstrip("/"))
+                target = root / destination.lstrip("/") if destination.startswith("/") else target
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, target, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    target.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / source, target)
+
+
+@pytest.mark.slow
+def test_the_program_finds_its_files_at_their_places_in_the_image(tmp_path):
+    image_tree(tmp_path)
+    package = tmp_path / "opt/ping-llm/src"
+    code = """
+import ping_llm.demo, ping_llm.launch.plan
+assert ping_llm.demo._CONFIG.is_file() and ping_llm.launch.plan.GPU.named("h100").memory_gb
+print(ping_llm.__file__)
+"""
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", code], **run)
+    assert done.returncode == 0 and done.stdout.startswith(str(package)), done.stderr
+    command = [sys.executable, "-m", "ping_llm", *values("CMD", 2)[0].strip("[]").replace('"', "").split(", ")]
+    assert "usage: ping-llm COMMAND" in subprocess.run(command, **run).stdout
+    assert values("ENTRYPOINT", 2) == ['["ping-llm"]']
+
+
+def test_the_services_fit_the_image():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    assert set(compose["services"]) == {"demo", "ask"} and set(compose["volumes"]) == {"work"}
+    arguments = {value.partition("=")[0] for value in values("ARG")}
+    for service in compose["services"].values():
+        assert set(service["build"]["args"]) <= arguments and service["build"]["context"] == "."
+        assert service["volumes"] == [f"work:{values('WORKDIR', 2)[-1]}"]  # the image makes it the user's own
+        assert service["read_only"] and service["cap_drop"] == ["ALL"] and "privileged" not in service
+    commands = [compose["services"][name]["entrypoint"] for name in ("demo", "ask")]
+    assert commands == [["python", "-m", "ping_llm.demo"], ["ping-llm", "inference"]]
+
+
+# Kubernetes: what the definition of PyTorchJob v1, and that of a pod, say of the fields that are used.
+
+TEXT, NUMBER, FLAG = (str,), (int,), (bool,)
+QUANTITY = (str, int)
+REQUIRED = "!"  # ends the name of a field that must be there
+
+ENVIRONMENT = [{"name!": TEXT, "value": TEXT, "valueFrom": dict}]
+MOUNT = {"name!": TEXT, "mountPath!": TEXT, "readOnly": FLAG, "subPath": TEXT}
+CONTAINER = {
+    "name!": TEXT, "image!": TEXT, "imagePullPolicy": ("Always", "IfNotPresent", "Never"), "command": [TEXT],
+    "args": [TEXT], "env": ENVIRONMENT, "workingDir": TEXT, "securityContext": dict,
+    "resources": {"requests": {"*": QUANTITY}, "limits": {"*": QUANTITY}}, "volumeMounts": [MOUNT],
+}  # fmt: skip
+VOLUME = {
+    "name!": TEXT,
+    "persistentVolumeClaim": {"claimName!": TEXT, "readOnly": FLAG},
+    "emptyDir": {"medium": ("", "Memory"), "sizeLimit": QUANTITY},
+}
+POD = {
+    "containers!": [CONTAINER], "volumes": [VOLUME], "terminationGracePeriodSeconds": NUMBER, "nodeSelector": {"*": TEXT},
+    "securityContext": {"runAsNonRoot": FLAG, "runAsUser": NUMBER, "fsGroup": NUMBER}, "tolerations": [dict],
+}  # fmt: skip
+REPLICAS = {
+    "replicas": NUMBER,
+    "restartPolicy": ("Always", "OnFailure", "Never", "ExitCode"),
+    "template": {"metadata": dict, "spec!": POD},
+}
+SCHEMA = {
+    "apiVersion!": ("kubeflow.org/v1",),
+    "kind!": ("PyTorchJob",),
+    "metadata!": {"name!": TEXT, "namespace": TEXT, "labels": {"*": TEXT}, "annotations": {"*": TEXT}},
+    "spec!": {
+        "pytorchReplicaSpecs!": {"Master": REPLICAS, "Worker": REPLICAS},
+        "nprocPerNode": TEXT,
+        "runPolicy": {
+            "cleanPodPolicy": ("All", "Running", "None"), "ttlSecondsAfterFinished": NUMBER, "backoffLimit": NUMBER,
+            "activeDeadlineSeconds": NUMBER, "suspend": FLAG, "schedulingPolicy": dict,
+        },
+        "elasticPolicy": dict,
+    },
+}  # fmt: skip
+
+
+def problems(value: object, schema: object, place: str = "") -> list[str]:
+    """What of a value does not follow the schema."""
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return [f"{place} must be a list"]
+        return [p for i, each in enumerate(value) for p in problems(each, schema[0], f"{place}[{i}]")]
+    if isinstance(schema, tuple):
+        kinds = tuple(kind for kind in schema if isinstance(kind, type))
+        fits = type(value) in kinds if kinds else value in schema
+        return [] if fits else [f"{place}={value!r} must be one of {schema}"]
+    if not isinstance(value, dict):
+        return [f"{place} must be a table"]
+    if schema is dict:
+        return []
+    fields = {name.removesuffix(REQUIRED): kind for name, kind in schema.items()}
+    missing = [f"{place} lacks {name[:-1]}" for name in schema if name.endswith(REQUIRED) and name[:-1] not in value]
+    unknown = [f"{place} has no field {name}" for name in value if name not in fields and "*" not in fields]
+    return missing + unknown + [
+        p for name, each in value.items() if name in fields or "*" in fields
+        for p in problems(each, fields.get(name, fields.get("*")), f"{place}.{name}")
+    ]  # fmt: skip
+
+
+JOB = yaml.safe_load((ROOT / "deploy/pytorchjob.yaml").read_text())
+
+
+def pods() -> Iterator[dict]:
+    for replicas in JOB["spec"]["pytorchReplicaSpecs"].values():
+        yield replicas["template"]["spec"]
+
+
+def test_the_job_follows_the_schema():
+    assert problems(JOB, SCHEMA) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("spec", "nprocPerNode"), 8, "nprocPerNode=8 must be one of"),
+        (("spec", "nProcPerNode"), "8", "has no field nProcPerNode"),
+        (("spec", "pytorchReplicaSpecs", "Worker", "restartPolicy"), "Sometimes", "restartPolicy='Sometimes'"),
+        (("spec", "pytorchReplicaSpecs", "Master", "template", "spec", "containers", 0, "args", 0), 1, "args[0]=1"),
+        (("metadata", "name"), None, "name=None"),
+    ],
+)
+def test_what_does_not_follow_the_schema_is_found(path, value, message):
+    job = copy.deepcopy(JOB)
+    *parents, last = path
+    holder = job
+    for name in parents:
+        holder = holder[name]
+    holder[last] = value
+    assert any(message in problem for problem in problems(job, SCHEMA))
+    del holder[last]
+
+
+def test_every_rank_has_a_gpu_and_the_batch_can_be_dealt():
+    replicas, world = JOB["spec"]["pytorchReplicaSpecs"], 0
+    for name, pod in zip(replicas, pods(), strict=True):
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"  # the operator looks for it
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(JOB["spec"]["nprocPerNode"])
+        world += replicas[name]["replicas"] * int(JOB["spec"]["nprocPerNode"])
+        config, *options = container["args"]
+        config = str(ROOT / Path(config).relative_to("/opt/ping-llm"))
+        parse_config([config, *options], "train").train.check_processes(world)
+    assert replicas["Master"]["replicas"] == 1 and world == 16
+
+
+def test_pods_mount_what_they_read_and_write_and_have_time_to_save():
+    for pod in pods():
+        (container,) = pod["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
+        options = dict(zip(container["args"][1::2], container["args"][2::2], strict=True))
+        for name, mount in (("--data.rows", "/data"), ("--train.run-dir", "/runs")):
+            assert options[name].startswith(f"{mount}/") and mount in mounts
+        torchrun = dict(zip(container["command"][1::2], container["command"][2::2], strict=True))
+        assert 60 <= int(torchrun["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
+        assert torchrun["-m"] == "ping_llm.train" and options["--data.workers"] == "0"
+        assert pod["securityContext"] == {"runAsNonRoot": True, "fsGroup": int(values("USER", 2)[0])}

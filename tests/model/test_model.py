@@ -1,0 +1,196 @@
+"""Claims about the transformer and its key-value cache."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from paths import CONFIGS
+
+from ping_llm.config import ModelConfig, load_config
+from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count, sibling_mask
+
+SMALL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """A model whose every weight matters: zero-initialised ones are filled, and the head speaks up."""
+    generator = torch.Generator().manual_seed(1)
+    model = GPT(SMALL, generator=generator).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            for linear in (block.attention.out, block.mlp.down):
+                linear.weight.normal_(std=0.2, generator=generator)
+        model.head.weight.normal_(std=0.5, generator=generator)
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(267, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("tiny", 1_314_240), ("small", 98_645_760), ("full", 680_297_472)])
+def test_parameter_count_of_each_config(name, parameters):
+    config = load_config(CONFIGS / f"{name}.toml").model
+    assert parameter_count(config) == parameters
+    with torch.device("meta"):
+        held = sum(parameter.numel() for parameter in GPT(config).parameters())
+    assert held == parameters + 2 * (320 - 267) * config.n_embd
+
+
+def test_flops_per_token_by_hand():
+    # 6·(98,304,000 in blocks + 170,880 in the head) + 12·20·640·1024 of attention
+    assert flops_per_token(load_config(CONFIGS / "small.toml").model) == 748_135_680
+    # 6·(679,477,248 + 410,112) + 12·24·1536·1024, and 6·(1,228,800 + 42,720) + 12·4·160·256
+    assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_532_308_992
+    assert flops_per_token(load_config(CONFIGS / "tiny.toml").model) == 9_595_200
+    assert flops_per_token(ModelConfig(n_layer=4, n_embd=160, n_head=5, seq_len=384)) == 10_578_240
+
+
+def test_initial_weights_follow_the_table():
+    model = GPT(ModelConfig(n_layer=2, n_embd=192, n_head=3, seq_len=64), generator=torch.Generator().manual_seed(0))
+    for block in model.blocks:
+        assert not block.attention.out.weight.any() and not block.mlp.down.weight.any()
+        for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
+            assert linear.weight.std().item() == pytest.approx(192**-0.5, rel=0.02)
+            assert linear.weight.abs().max() <= (3 / 192) ** 0.5
+    assert model.embedding.weight.std().item() == pytest.approx(1, rel=0.02)
+    assert model.head.weight.std().item() == pytest.approx(0.001, rel=0.02)
+
+
+def test_untrained_model_knows_nothing():
+    tokens = random_tokens(4, 65)
+    logits = GPT(SMALL)(tokens[:, :-1])
+    assert F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item() == pytest.approx(
+        math.log(267), abs=0.01
+    )
+
+
+def test_same_generator_gives_the_same_weights():
+    first, second = (GPT(SMALL, generator=torch.Generator().manual_seed(5)).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_logits_are_fp32_of_the_vocabulary_and_softcapped(model):
+    with torch.no_grad():
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logits = model(random_tokens(2, 10))
+            assert logits.dtype == torch.float32 and logits.shape == (2, 10, 267)
+            assert logits.abs().max() <= 15
+
+
+@torch.no_grad()
+def test_bf16_logits_are_near_fp32(model):
+    tokens = random_tokens(2, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(tokens)
+    assert (low - model(tokens)).abs().mean() < 0.1
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one(model):
+    tokens = random_tokens(2, 20)
+    changed = tokens.clone()
+    changed[:, 12] = (tokens[:, 12] + 1) % 267
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert ((before - after).abs().amax(dim=(0, 2))[12:] > 1e-3).all()  # and every later one sees it
+
+
+@torch.no_grad()
+def test_order_matters_and_only_relative_positions_do(model):
+    tokens = random_tokens(1, 20)
+    swapped = tokens[:, [1, 0, *range(2, 20)]]
+    assert (model(tokens)[:, -1] - model(swapped)[:, -1]).abs().max() > 1e-3
+    torch.testing.assert_close(model(tokens, positions=torch.arange(30, 50)[None]), model(tokens), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_padding_at_the_right_changes_nothing(model):
+    tokens = random_tokens(1, 20)
+    padded = torch.cat([tokens, torch.full((1, 9), -1)], dim=1)
+    torch.testing.assert_close(model(padded)[:, :20], model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [(20,), (1, 19), (7, 1, 1, 11), (1,) * 20])
+def test_cached_pieces_equal_the_whole(model, pieces):
+    tokens, cache = random_tokens(3, 20), KVCache()
+    logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
+    assert cache.size == 20
+
+
+@torch.no_grad()
+def test_prompts_of_unequal_length_share_a_cache(model):
+    lengths, tokens = [5, 17, 11], random_tokens(3, 24)
+    prompts = tokens[:, :17].clone()
+    for row, length in enumerate(lengths):
+        prompts[row, length:] = -1
+    cache = KVCache()
+    prefill = model(prompts, cache)
+    assert cache.lengths().tolist() == lengths
+    # Two more passes, the first of them padded for one prompt.
+    first = torch.tensor([[3, 4], [5, -1], [6, 7]])
+    then = torch.tensor([[8], [9], [10]])
+    after_first, after_then = model(first, cache), model(then, cache)
+    for row, length in enumerate(lengths):
+        added = first[row][first[row] >= 0]
+        alone = model(torch.cat([tokens[row, :length], added, then[row]])[None])[0]
+        torch.testing.assert_close(prefill[row, :length], alone[:length], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            after_first[row, : len(added)], alone[length : length + len(added)], atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(after_then[row, 0], alone[-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_siblings_equal_separate_sequences(model):
+    lengths, siblings = torch.tensor([4, 9]), torch.arange(11, 267)
+    prompts = random_tokens(2, 9).masked_fill(torch.arange(9) >= lengths[:, None], -1)
+    cache = KVCache()
+    model(prompts, cache)
+    positions = lengths[:, None].expand(2, 256)
+    together = model(siblings.expand(2, 256), cache.fork(), positions, sibling_mask(cache, 256))
+    for row, length in enumerate(lengths.tolist()):
+        sequences = torch.cat([prompts[row, :length].expand(256, length), siblings[:, None]], dim=1)
+        torch.testing.assert_close(together[row], model(sequences)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fork_leaves_the_cache_as_it_was(model):
+    tokens, cache = random_tokens(2, 12), KVCache()
+    model(tokens[:, :8], cache)
+    keys, size = [key.clone() for key in cache.keys], cache.size
+    model(random_tokens(2, 5, seed=9), cache.fork())
+    assert cache.size == size and all(map(torch.equal, keys, cache.keys))
+    torch.testing.assert_close(model(tokens[:, 8:], cache), model(tokens)[:, 8:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_select_repeats_and_reorders_prompts(model):
+    tokens, cache = random_tokens(2, 8), KVCache()
+    model(tokens, cache)
+    rows, more = torch.tensor([1, 0, 1]), random_tokens(3, 2, seed=3)
+    expected = model(torch.cat([tokens[rows], more], dim=1))[:, 8:]
+    torch.testing.assert_close(model(more, cache.select(rows)), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_token_sees_itself_under_any_mask(model):
+    tokens = random_tokens(2, 6)
+    nothing, itself = torch.zeros(6, 6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)
+    assert torch.equal(model(tokens, mask=nothing), model(tokens, mask=itself))
+    alone = model(tokens.view(12, 1)).view(2, 6, 267)
+    torch.testing.assert_close(model(tokens, mask=nothing), alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_of_padding_alone_stays_finite(model):
+    cache = KVCache()
+    assert model(torch.tensor([[3, 4, 5], [-1, -1, -1]]), cache).isfinite().all()
+    assert model(torch.tensor([[-1], [8]]), cache).isfinite().all()

@@ -1,0 +1,129 @@
+"""scripts/bench_train.py runs where there is no GPU, and its numbers agree with each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from paths import SCRIPTS
+from torch._dynamo.exc import TorchDynamoException
+
+from ping_llm.config import Config, ModelConfig, TrainConfig
+from ping_llm.model.gpt import flops_per_token
+from ping_llm.training import profiling
+
+SCRIPT = SCRIPTS / "bench_train.py"
+CPU = torch.device("cpu")
+MODEL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
+CONFIG = Config(model=MODEL, train=TrainConfig(batch_size=2, precision="fp32"))
+ONCE = profiling.Effort(rounds=1, steps=1, blocks=1, saves=1)
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("bench_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_quick_run_without_a_gpu_reports_everything(script, tmp_path):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, SCRIPT, "--quick", "--json", tmp_path / "bench.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    (case,) = report["cases"]
+    headline = {key: case[key] for key in script.HEADLINE}
+    assert json.loads(done.stdout[done.stdout.rindex("{") :]) == headline
+    assert {key: report[key] for key in headline} == headline
+
+    assert case["tokens_per_s"] == pytest.approx(4 * 256 / case["step_ms"] * 1e3)
+    model = ModelConfig(n_layer=1, n_embd=160, n_head=2, seq_len=256)
+    assert case["mfu"] == pytest.approx(case["tokens_per_s"] * flops_per_token(model) / report["matmul"]["flops"])
+    assert 0 < case["mfu"] < 1 and "matrix product" in report["mfu_of"]
+    assert 0 < case["optimizer_share"] < 1 and 0 <= case["data_wait_share"] < 1
+    assert 0.1 < case["peak_memory_gb"] < 20
+    assert case["not_compiled"] or (case["compile_s"] > 0 and case["compiled_to_eager"] > 0)
+    assert case["muon_to_torch"] > 0 and case["loader"]["fed_to_synthetic"] > 0 and case["save"]["held_ms"] > 0
+    shares = [kernel["share"] for kernel in case["profile"]["top"]]
+    assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0.3 < sum(shares) <= 1
+
+
+def test_a_step_that_is_timed_is_a_step_of_the_run():
+    training, tokens = profiling.new_training(CONFIG, CPU), profiling.synthetic_tokens(CONFIG, CPU)
+    before = {name: weight.clone() for name, weight in training.model.named_parameters()}
+    for _ in range(2):  # the first moves only what the zero-initialised matrices let through
+        profiling.take_step(training, tokens)
+    assert training.state.step == 2 and training.state.tokens == 2 * 2 * 64
+    assert all(not torch.equal(weight, before[name]) for name, weight in training.model.named_parameters())
+    assert all(weight.grad is None for weight in training.model.parameters())
+
+
+def test_what_is_compared_takes_turns():
+    calls = []
+    seconds = profiling.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 3, calls=2)
+    assert calls == ["a", "a", "b", "b"] * 3 and set(seconds) == {"a", "b"}
+
+
+def test_the_largest_batch_is_the_last_before_memory_runs_out(monkeypatch):
+    def step(training, tokens):
+        if len(tokens) > 40:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(profiling, "take_step", step)
+    assert profiling.largest_batch(CONFIG, CPU) == 32
+    assert profiling.largest_batch(CONFIG, CPU, first=64) == 0
+
+
+def test_a_machine_without_a_compiler_takes_eager_steps(monkeypatch):
+    def forward(tokens):
+        raise TorchDynamoException("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", lambda model: forward)
+    monkeypatch.setattr(profiling, "top_kernels", lambda *_: {})
+    report = profiling.profile_training(profiling.with_train(CONFIG, compile=True), CPU, ONCE, matmul_flops=1e15)
+    assert report["steps"] == "eager" and report["compiled_to_eager"] is None
+    assert report["not_compiled"] == "no compiler" and report["tokens_per_s"] > 0
+
+
+def test_the_update_is_timed_without_a_trace_in_the_gradients():
+    training, tokens = profiling.new_training(CONFIG, CPU), profiling.synthetic_tokens(CONFIG, CPU)
+    report = profiling.optimizer_times(training, tokens, step_s=10.0, effort=ONCE)
+    assert report["optimizer_share"] == pytest.approx(report["optimizer"]["update_ms"] / 1e4)
+    assert report["optimizer"]["muon_ms"] < 5000 and report["optimizer"]["overhead_share"] is None
+    assert all(weight.grad is None for weight in training.model.parameters())
+
+
+def test_steps_beside_a_save_are_counted_until_it_is_written():
+    training, tokens = profiling.new_training(CONFIG, CPU), profiling.synthetic_tokens(CONFIG, CPU)
+    report = profiling.save_times(training, tokens, ONCE)
+    slower = report["steps_beside"] * (report["step_beside_to_alone"] - 1) / profiling.STEPS_BETWEEN_SAVES
+    assert report["steps_beside"] >= 1 and report["held_ms"] > 0
+    assert report["share"] > slower  # which leaves out what the loop is held
+
+
+def test_backends_of_attention_that_cannot_run_have_no_ratio():
+    ratios = profiling.attention_ratios(CONFIG, CPU, ONCE)
+    assert set(ratios) == set(profiling.SDPA_BACKENDS)
+    assert ratios["MATH"] > 0 and ratios["CUDNN_ATTENTION"] is None
+
+
+def test_a_machine_without_a_loader_says_what_is_missing(script, monkeypatch, tmp_path):
+    def without_grain(*_):
+        raise ModuleNotFoundError(name="grain")
+
+    monkeypatch.setattr(profiling, "profile_loader", without_grain)
+    assert script.fed(CONFIG, tmp_path, CPU, ONCE) == {"skipped": "no module grain here"}
+
+
+def test_what_was_not_measured_is_a_dash(script):
+    case = {"mfu": 0.4567, "save": {"share": None}, "loader": {"skipped": "no module grain here"}}
+    cells = [script.cell(case, *place) for place in (("mfu", "{:.1%}"), ("save.share", "{}"), ("loader.x", "{}"))]
+    assert cells == ["45.7%", "–", "–"]

@@ -1,0 +1,179 @@
+"""What is fitted on val is found again where it is known, and weighs what is told of a source."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from training_runs import make_batches, make_config, val_windows, write_config
+
+import ping_llm.inference.predictor as predictor
+import ping_llm.training.trainer as trainer
+from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
+from ping_llm.data.rows import RowReader
+from ping_llm.data.tokenization import encode_rtt
+from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration
+from ping_llm.inference.engine import ReadContexts
+from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.query import Endpoint
+from ping_llm.inference.scoring import own_p_values, source_log_prob
+from ping_llm.model.gpt import GPT
+from ping_llm.training.calibration import calibrate, log_likelihoods, mixture_weights, sample_results
+from ping_llm.training.trainer import Feed, train
+from ping_llm.training.validation import Questions
+
+SHARES = {"none": 0.05, "/8": 0.05, "/16": 0.1, "/24": 0.1, "all": 0.7}
+PAST = [{"src_addr": "192.0.2.1", "dst_addr": "198.51.100.9", "rtt": 12.5}]
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=128)).eval()
+    for parameter in gpt.parameters():  # zero-initialised projections would make every answer alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    return gpt
+
+
+@pytest.fixture
+def config(rows_folder) -> Config:
+    return Config(data=DataConfig(rows=rows_folder), train=TrainConfig(eval_queries=16))
+
+
+def test_mixture_weights_are_found_again():
+    rng = np.random.default_rng(0)
+    true = np.array([0.1, 0.0, 0.6, 0.3])
+    laws = rng.dirichlet(np.full(50, 0.3), size=4)  # of 50 results
+    results = rng.choice(50, 20_000, p=true @ laws)
+    found = mixture_weights(np.log(laws[:, results] + 1e-300).T)
+    assert found == pytest.approx(true, abs=0.02) and found.sum() == pytest.approx(1)
+
+
+def test_no_other_weights_make_the_results_likelier():
+    rng = np.random.default_rng(1)
+    log_p = rng.normal(size=(300, 5)) * 2
+    best = mixture_weights(log_p, smoothing=0.0)
+    likelihood = np.log(np.exp(log_p) @ best).sum()
+    for other in rng.dirichlet(np.ones(5), size=200):
+        assert np.log(np.exp(log_p) @ (0.95 * best + 0.05 * other)).sum() <= likelihood + 1e-3
+
+
+def test_calibration_is_read_back_as_it_was_written(tmp_path):
+    calibration = Calibration({"ipv4": SHARES}, (0.1, 0.5), {"ipv4": -12.5})
+    calibration.save(tmp_path)
+    checkpoint = tmp_path / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    assert Calibration.load(tmp_path) == Calibration.load(checkpoint) == calibration
+    assert Calibration.load(tmp_path / "checkpoints") == Calibration()
+    (tmp_path / CALIBRATION_NAME).write_text("{}")
+    with pytest.raises(ValueError, match="is damaged; delete it"):
+        Calibration.load(tmp_path)
+
+
+def test_of_sources_that_are_strange_to_the_model_nothing_is_told():
+    calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.0})
+    src = Endpoint.parse("192.0.2.1")
+    told = [src.cut(length) for length in range(5)]
+    assert calibration.novelty(src, -12.0) == pytest.approx(0.5)
+    assert calibration.novelty(src, -2.0) < 1e-4 and calibration.novelty(src, -1000.0) > 1 - 1e-6
+    assert calibration.novelty(Endpoint.parse("2001:db8::1"), -1000.0) == 0  # of IPv6 val said nothing
+    assert np.exp(calibration.log_weights(told)) == pytest.approx(list(SHARES.values()))
+    assert np.exp(calibration.log_weights(told, 1.0)) == pytest.approx([1.0] + [LEAST_SHARE] * 4)
+    assert np.exp(Calibration().log_weights(told)) == pytest.approx([LEAST_SHARE] * 4 + [1.0])
+
+
+def test_all_that_is_told_of_a_prefix_counts_for_the_longer_ones_too():
+    told = [Endpoint.parse("192.0.0.0/16").cut(length) for length in range(3)]
+    assert np.exp(Calibration({"ipv4": SHARES}).log_weights(told)) == pytest.approx([0.05, 0.05, 0.9])
+
+
+def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt):
+    src = Endpoint.parse("192.0.2.1")
+    device = torch.device("cpu")
+    (log_p,) = source_log_prob(PingModel(gpt, device), [src])
+    assert log_p == pytest.approx(PingModel(gpt, device).log_prob(PAST, ("src",))[0])
+    weights = {}
+    for name, limit in (("familiar", log_p - 20), ("strange", log_p + 20)):
+        model = PingModel(gpt, device, Calibration({"ipv4": SHARES}, familiar={"ipv4": limit}))
+        law = model.rtt("192.0.2.1", "198.51.100.7")
+        weights[name] = law.src_weights
+        assert law.forward_passes == 3  # the address, the prompts, their second bytes
+    assert weights["familiar"] == pytest.approx(SHARES, rel=1e-3)
+    rest = dict.fromkeys(SHARES, LEAST_SHARE / (1 + 4 * LEAST_SHARE))
+    assert weights["strange"] == pytest.approx(rest | {"none": 1 / (1 + 4 * LEAST_SHARE)}, rel=1e-3)
+
+
+@pytest.mark.parametrize("best", ["none", "/16", "all"])
+def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, monkeypatch, best):
+    read = predictor.read_contexts
+    model = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": SHARES}))
+    likelihood = np.where(np.array(list(SHARES)) == best, -3.0, -6.0)  # told lengths come in this order
+
+    def with_likelihood(gpt, contexts) -> ReadContexts:
+        assert len(contexts) == len(SHARES)
+        return dataclasses.replace(read(gpt, contexts), log_likelihood=likelihood)
+
+    monkeypatch.setattr(predictor, "read_contexts", with_likelihood)
+    law = model.rtt("192.0.2.1", "198.51.100.7", context=PAST)
+    posterior = np.array(list(SHARES.values())) * np.exp(likelihood)
+    assert list(law.src_weights.values()) == pytest.approx(posterior / posterior.sum(), rel=1e-3)
+    assert max(law.src_weights, key=law.src_weights.get) == best
+
+
+def test_likelihoods_are_those_of_the_answers(gpt, config):
+    queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), 40, np.random.default_rng(0))
+    chosen = [i for i, query in enumerate(queries) if query.src.width == 4][:6]
+    names, log_p = log_likelihoods(gpt, [queries[i] for i in chosen], rtt_ms[chosen])
+    assert names == list(SHARES) and log_p.shape == (len(chosen), 5)
+    model, alone = PingModel(gpt, torch.device("cpu"), least_mass=0.0), np.empty_like(log_p)
+    for line, i in zip(alone, chosen, strict=True):
+        query = dataclasses.replace(queries[i], context=queries[i].context.take(slice(0)))
+        for place, known in enumerate(("none", 8, 16, 24, "all")):
+            law = model.rtt_many([query], known)[0]
+            by_byte_1 = law.code_probability.reshape(256, 256).sum(axis=1)
+            byte_1 = encode_rtt(rtt_ms[i]) // 256
+            line[place] = np.log(law.p_fail if rtt_ms[i] < 0 else by_byte_1[byte_1])
+    # The law makes the bytes after RTT_START sum to 1 together, not each: equal but for that.
+    assert np.abs(log_p - alone).max() < 0.2 and np.corrcoef(log_p.ravel(), alone.ravel())[0, 1] > 0.99
+
+
+def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
+    calibration = calibrate(gpt, config, torch.device("cpu"))
+    again = calibrate(gpt, config, torch.device("cpu"))
+    assert calibration == again and len(calibration.surprise) == 7
+    assert list(calibration.surprise) == sorted(calibration.surprise)
+    for weights in calibration.src_weights.values():
+        assert sum(weights.values()) == pytest.approx(1) and min(weights.values()) > 0
+    queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
+    assert max(len(query.context) for query in queries) == 10
+    assert all((query.context.time_s <= query.time_s).all() for query in queries if len(query.context))
+    assert all(query.src.covers(query.context.src).all() for query in queries if len(query.context))
+    without = dataclasses.replace(calibration, surprise=())
+    laws = next(PingModel(gpt, torch.device("cpu"), without).laws(queries[::5]))
+    assert sorted(own_p_values(laws, rtt_ms[::5])) == pytest.approx(calibration.surprise, rel=1e-4)
+
+
+def test_a_run_that_is_over_leaves_its_calibration_and_one_that_is_stopped_none(tmp_path, rows_folder, monkeypatch):
+    monkeypatch.setattr(trainer, "write_report", lambda run_dir: run_dir)  # its plots take seconds
+    config = load_config(write_config(tmp_path / "config.toml", rows_folder, total_steps=2))
+
+    def stopping(*args):
+        for number, batch in enumerate(make_batches(*args)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    stopped = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, total_steps=9, run_dir=tmp_path / "s")
+    )
+    assert train(stopped, Feed(stopping, val_windows, Questions.load)).step == 2
+    assert not (tmp_path / "s" / CALIBRATION_NAME).exists()
+    train(config, Feed(make_batches, val_windows, Questions.load))
+    found = Calibration.load(config.train.run_dir)
+    assert found.src_weights and len(found.surprise) == 3
+    assert PingModel.load(config.train.run_dir).calibration == found
+    quiet = make_config(tmp_path / "quiet", total_steps=1)
+    train(quiet, Feed(make_batches, val_windows, lambda config: None))
+    assert not (tmp_path / "quiet" / CALIBRATION_NAME).exists()

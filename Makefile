@@ -24,11 +24,13 @@ test: install
 # A SLURM of two virtual nodes, where Debian's packages can be installed; elsewhere the tests say why they skip.
 test-slurm: install
 	@(command -v slurmctld && command -v munged) >/dev/null || { apt-get update -q && apt-get install -yq slurm-wlm munge; } || true
-	$(VENV)/bin/python -m pytest -rs tests/test_slurm.py
+	$(VENV)/bin/python -m pytest -rs tests/launch/test_slurm.py
 
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/mypy
 
 format: install
 	$(VENV)/bin/ruff check --fix .

@@ -1,4 +1,4 @@
-"""A run and a folder of rows in, whether the run may have learned from what the rows would ask it out."""
+"""A run and a folder of rows in, whether the run may have learned the answers out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ping_llm.data.rows import MANIFEST_NAME, manifest_sha256, read_manifest
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """Whether rows are those that a run was trained beside, and what, if anything, speaks against asking them."""
+    """Whether rows are those that a run was trained beside, and what, if anything, speaks against using them."""
 
     same_rows: bool
     problem: str = ""

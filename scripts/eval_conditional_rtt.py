@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import tyro
 
-from ping_llm.eval.conditionals import PartOptions, by_what_is_known
+from ping_llm.eval.conditionals import by_what_is_known, print_look
+from ping_llm.eval.options import PartOptions
 
 
 def main(argv: list[str] | None = None) -> None:
-    tyro.cli(PartOptions, args=argv, description=__doc__).print(by_what_is_known)
+    print_look(tyro.cli(PartOptions, args=argv, description=__doc__), by_what_is_known)
 
 
 if __name__ == "__main__":

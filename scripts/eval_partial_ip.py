@@ -11,7 +11,8 @@ from typing import Any
 import tyro
 
 from ping_llm.eval.columns import Queries
-from ping_llm.eval.conditionals import PartOptions, by_prefix_length, completion_hits
+from ping_llm.eval.conditionals import by_prefix_length, completion_hits, print_look
+from ping_llm.eval.options import PartOptions
 from ping_llm.inference.predictor import PingModel
 
 
@@ -31,7 +32,7 @@ class PrefixOptions(PartOptions):
 
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(PrefixOptions, args=argv, description=__doc__)
-    options.print(options.look)
+    print_look(options, options.look)
 
 
 if __name__ == "__main__":

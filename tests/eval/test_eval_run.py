@@ -142,7 +142,8 @@ def test_every_split_is_reported_and_every_answer_kept(world, bench):
 @pytest.mark.slow
 def test_a_model_is_scored_beside_the_baselines(world, run):
     options = EvalOptions(
-        *(run, world / "rows", world / "scored"),
+        *(run, world / "rows"),
+        out=world / "scored",
         quick=True,
         queries=40,
         model_queries=2,
@@ -173,7 +174,7 @@ def test_rows_that_the_run_may_have_seen_are_refused(world, run, tmp_path):
     assert check_leak(run, *trained, world / "rows").same_rows
     assert "both were made of" in check_leak(run, *trained, other_rows).problem
     with pytest.raises(ValueError, match=r"may have learned from .* --allow-leak"):
-        evaluate(EvalOptions(run, other_rows, tmp_path / "out"))
+        evaluate(EvalOptions(run, other_rows, out=tmp_path / "out"))
     synthesize(tmp_path / "dump", probes=6, targets=5, days=0.05, seed=9, workers=1)
     prepare([str(tmp_path / "dump")], tmp_path / "new", workers=1, split="none")
     check = check_leak(run, *trained, tmp_path / "new")
@@ -196,7 +197,8 @@ def rows_sha256_of(run: Path) -> str:
 @pytest.mark.slow
 def test_other_rows_are_one_external_split_and_a_leak_is_reported_in_red(world, run, tmp_path):
     options = EvalOptions(
-        *(run, world / "rows", tmp_path / "out"),
+        *(run, world / "rows"),
+        out=tmp_path / "out",
         quick=True,
         queries=20,
         model_queries=2,

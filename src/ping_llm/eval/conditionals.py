@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tyro.conf import Positional
 
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.eval.columns import Queries
 from ping_llm.eval.model import LARGEST_NLL, model_queries, open_queries, records
+from ping_llm.eval.options import PartOptions
 from ping_llm.eval.report import print_lines
 from ping_llm.inference.predictor import PingModel
 from ping_llm.inference.query import Endpoint, Query
@@ -22,32 +21,15 @@ PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 """Given of a destination, by the width of its address: /8 … /32, and /32, /48, /64, /128."""
 
 
-@dataclass(frozen=True)
-class PartOptions:
-    """What the scripts of this module are given."""
-
-    run: Positional[Path]
-    """Run folder of a trained model."""
-    data: Path
-    """Folder of rows."""
-    part: str = "test-s1"
-    """Part of the rows."""
-    queries: int = 200
-    """Measurements at most."""
-    seed: int = 0
-    """The same seed draws the same queries."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    json: Path | None = None
-    """Write the numbers to this file as well."""
-
-    def print(self, look: Callable[[PingModel, Queries], list[dict[str, Any]]]) -> None:
-        """Prints, and writes to `json`, the lines of a look at the model and the queries of the part; else ends with 1."""
-        try:
-            model, split = open_queries(self.run, self.data, self.part, self.queries, self.seed, self.device)
-            print_lines(look(model, split.recent), self.json)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
+def print_look(
+    options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]], count: int = 200
+) -> None:
+    """Prints, and writes to `json`, the lines of a look at the model and queries of the part; else ends with one line."""
+    try:
+        model, split = open_queries(options, count)
+        print_lines(look(model, split.recent), options.json)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def score_queries(

@@ -51,8 +51,7 @@ def diagnose(options: EvalOptions) -> list[dict[str, Any]]:
         for window in range(min(options.show, count)):
             print(colored(scores, window) + "\n")
         return scores.table()
-    rest = (options.part, count, options.seed, options.device)
-    model, split = open_queries(options.trained, options.rows, *rest)
+    model, split = open_queries(options, count)
     if options.diagnose == "order":
         found = order_consistency(model, split.recent)
         of = f"std over the orders, mean of {found['measurements']} pings"

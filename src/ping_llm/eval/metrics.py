@@ -31,11 +31,6 @@ class Scores:
     pit: np.ndarray  # (q,)
     quantiles_ms: np.ndarray  # (q, 7) at QUANTILE_LEVELS, of an answered ping
 
-    def __post_init__(self) -> None:
-        for column in fields(self):
-            if len(getattr(self, column.name)) != len(self.rtt_ms):
-                raise ValueError(f"{column.name} has {len(getattr(self, column.name))} rows, not {len(self.rtt_ms)}")
-
     def __len__(self) -> int:
         return len(self.rtt_ms)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from ping_llm.eval.baselines.base import Prediction
 from ping_llm.eval.columns import Measurements, Queries, QueryView
 from ping_llm.eval.distribution import LEAST_CHANCE, QuantileDistributions, between_ends
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
-from ping_llm.eval.options import EvalOptions
+from ping_llm.eval.options import EvalOptions, PartOptions
 from ping_llm.eval.queries import SplitQueries
 from ping_llm.inference.context import Context
 from ping_llm.inference.predictor import PingModel
@@ -102,13 +101,11 @@ def records(queries: Queries) -> list[dict[str, Any]]:
     ]
 
 
-def open_queries(
-    run: Path, data: Path, part: str, count: int, seed: int, device: str
-) -> tuple[PingModel, SplitQueries]:
-    """A model, and queries of one part of a folder of rows; ValueError if either is missing."""
-    parts = tuple(dict.fromkeys(("train", "val", part)))
-    model = PingModel.load(run, device)
-    return model, SplitQueries.draw(Measurements.from_rows(data, parts), part, count, seed)
+def open_queries(options: PartOptions, count: int) -> tuple[PingModel, SplitQueries]:
+    """A model, and at most `count` queries of one part of a folder of rows; ValueError if either is missing."""
+    model, parts = PingModel.load(options.trained, options.device), dict.fromkeys(("train", "val", options.part))
+    table = Measurements.from_rows(options.rows, tuple(parts))
+    return model, SplitQueries.draw(table, options.part, options.queries or count, options.seed)
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,20 @@ def _splits(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["split"] for cell in results["cells"]))
 
 
-def _legend(figure: Figure, axes: np.ndarray, columns: int = 4) -> None:
+def _finish(figure: Figure, axes: np.ndarray, y: str = "", x: str = "", title: str = "", columns: int = 4) -> Figure:
+    """Labels on the outer axes, a title, and one legend for all."""
+    for axis in axes[:, 0] if y else ():
+        axis.set_ylabel(y)
+    for axis in axes[-1] if x else ():
+        axis.set_xlabel(x)
+    if title:
+        figure.suptitle(title, fontsize=11)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
+    return figure
 
 
 def _ratios(results: Mapping[str, Any]) -> Figure | None:
@@ -132,12 +140,8 @@ def _error_cdfs(results: Mapping[str, Any]) -> Figure | None:
         axis.set(xlim=(1e-3, 10), ylim=(0, 1), title=_TITLES.get(cell["split"], cell["split"]))
         axis.set_xticks([1e-3, 1e-2, 0.1, 1, 10], ["0.1 %", "1 %", "10 %", "100 %", "1000 %"])
         axis.grid(alpha=0.25)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("share of queries below")
     title = f"Relative error of the predicted median, given {SHOWN_K} pings to other destinations"
-    figure.suptitle(title, fontsize=11)
-    _legend(figure, axes)
-    return figure
+    return _finish(figure, axes, "share of queries below", title=title)
 
 
 def _errors_by_k(results: Mapping[str, Any]) -> Figure | None:
@@ -160,12 +164,7 @@ def _errors_by_k(results: Mapping[str, Any]) -> Figure | None:
         for axis in both:
             axis.set_ylim(low, high)
             label_log_ticks(axis.yaxis, low, high)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("median relative error (%)")
-    for axis in axes[-1]:
-        axis.set_xlabel("earlier pings given")
-    _legend(figure, axes)
-    return figure
+    return _finish(figure, axes, "median relative error (%)", "earlier pings given")
 
 
 def _calibration(results: Mapping[str, Any], far: bool) -> Figure | None:
@@ -190,10 +189,9 @@ def _calibration(results: Mapping[str, Any], far: bool) -> Figure | None:
         histogram.set(xlim=(0, 1), ylim=(0, None), xlabel="PIT")
     axes.flat[0].set_ylabel("share of answers below")
     axes.flat[len(cells)].set_ylabel("density (1 = calibrated)")
-    title = "Calibration" + (" far from the training data" if far else "")
-    figure.suptitle(f"{title}, given {SHOWN_K} pings to other destinations", fontsize=11)
-    _legend(figure, axes, 4 if len(cells) > 2 else 2)
-    return figure
+    where = " far from the training data" if far else ""
+    title = f"Calibration{where}, given {SHOWN_K} pings to other destinations"
+    return _finish(figure, axes, title=title, columns=4 if len(cells) > 2 else 2)
 
 
 def _losses(results: Mapping[str, Any]) -> Figure | None:
@@ -230,9 +228,4 @@ def _densities(results: Mapping[str, Any]) -> Figure | None:
         axis.set(ylim=(0, None), xlim=(at[0], at[-1]))
         label_log_ticks(axis.xaxis, at[0], at[-1])
         axis.set_title(f"{_TITLES.get(example['split'], example['split'])}: {example['title']}", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("density per log-ms", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("RTT (ms)", fontsize=9)
-    _legend(figure, axes)
-    return figure
+    return _finish(figure, axes, "density per log-ms", "RTT (ms)")

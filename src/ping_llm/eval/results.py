@@ -153,7 +153,7 @@ def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str,
     counted = [cell for cell in cells if cell.counts]
     lines = {}
     for name in (name for name, kind in kinds.items() if kind != "baseline" and counted):
-        ratios = {draw: [] for draw in sorted({cell.draw for cell in counted})}
+        ratios: dict[str, list[float]] = {draw: [] for draw in sorted({cell.draw for cell in counted})}
         for cell in counted:
             ratios[cell.draw].append(cell.methods[name]["crps_ratio"])
         replicates = np.array([cell.ratio_replicates[name] for cell in counted])  # (cells, R)

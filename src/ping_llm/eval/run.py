@@ -6,16 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ping_llm.data.rows import read_manifest
 from ping_llm.data.synthetic.truth import Truth
 from ping_llm.eval.baselines import TreeSettings, all_baselines
-from ping_llm.eval.baselines.base import Baseline, Prediction
+from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes
-from ping_llm.eval.columns import Measurements, Queries, QueryView
+from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.diagnose import model_extras
 from ping_llm.eval.leak import LeakCheck, check_leak
 from ping_llm.eval.metrics import score
@@ -32,15 +32,6 @@ from ping_llm.system.progress import show_progress
 RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
 QUICK_TREES = TreeSettings(trees=100, leaves=31, rate=0.1, least_leaf=50, practice_queries=10_000)
 FORMAT_VERSION = 1
-
-
-class Predictor(Protocol):
-    """What answers queries from their view alone: a fitted baseline, or the true distribution."""
-
-    @property
-    def name(self) -> str: ...
-
-    def predict(self, view: QueryView) -> Prediction: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +139,7 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], LeakCheck, Path]
 def _answer_all(
     options: EvalOptions,
     splits: Sequence[SplitQueries],
-    predictors: Sequence[Predictor],
+    predictors: Sequence[Baseline | TrueDistribution],
     models: Sequence[ModelMethod],
     kinds: dict[str, str],
 ) -> list[CellScores]:

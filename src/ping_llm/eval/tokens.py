@@ -18,6 +18,9 @@ from ping_llm.inference.predictor import PingModel
 from ping_llm.model.checkpoint import load_model
 from ping_llm.model.loss import token_fields
 
+KINDS = tuple(f"{name} byte {byte}" if byte else name for name in ROLE_NAMES for byte in range(17))
+"""A role, or which byte after which role."""
+
 _BATCH = 16
 _COLORS = ((0.1, 34), (0.7, 106), (2.0, 220), (4.0, 208), (np.inf, 196))  # nats at most: color of a 256-color terminal
 
@@ -27,8 +30,7 @@ class TokenScores:
     """Every target of some windows, padding left out."""
 
     tokens: np.ndarray  # (n,) int64
-    kinds: np.ndarray  # (n,) into `names`
-    names: tuple[str, ...]
+    kinds: np.ndarray  # (n,) into KINDS
     nats: np.ndarray  # (n,) −log of the token's probability
     right: np.ndarray  # (n,) bool: it was the likeliest
     windows: np.ndarray  # (n,) which window it is of
@@ -37,7 +39,7 @@ class TokenScores:
     def table(self) -> list[dict[str, Any]]:
         """For each kind of token: how many, the mean of nats, the share that was the likeliest."""
         rows = []
-        for kind, name in enumerate(self.names):
+        for kind, name in enumerate(KINDS):
             here = self.kinds == kind
             if here.any():
                 nats, right = float(self.nats[here].mean()), float(self.right[here].mean())
@@ -62,7 +64,6 @@ def part_windows(options: EvalOptions, part: str, count: int) -> torch.Tensor:
 def score_tokens(model: PingModel, windows: torch.Tensor) -> TokenScores:
     """How well the model predicts each token of windows (n, T+1) from those before it."""
     field = token_fields(windows, torch.as_tensor(FIELD_OF_ROLE), torch.as_tensor(FIELD_OF_BYTES_AFTER))[:, 1:]
-    kinds, names = _kinds(windows)
     nats, right = [], []
     for part in windows.split(_BATCH):
         with model.autocast():
@@ -73,24 +74,23 @@ def score_tokens(model: PingModel, windows: torch.Tensor) -> TokenScores:
     tokens = windows[:, 1:].flatten().numpy()
     columns = {
         "tokens": tokens,
-        "kinds": kinds.flatten(),
+        "kinds": _kinds(windows).flatten(),
         "nats": torch.cat(nats).numpy(),
         "right": torch.cat(right).numpy(),
     }
     columns |= {"windows": np.repeat(np.arange(len(windows)), windows.shape[1] - 1), "field": field.flatten().numpy()}
-    return TokenScores(names=names, **{name: values[tokens >= 0] for name, values in columns.items()})
+    return TokenScores(**{name: values[tokens >= 0] for name, values in columns.items()})
 
 
-def _kinds(windows: torch.Tensor) -> tuple[np.ndarray, tuple[str, ...]]:
-    """What each target is, (n, T): a role, or which byte after which role; and the names of the kinds."""
+def _kinds(windows: torch.Tensor) -> np.ndarray:
+    """What each target is, (n, T), into KINDS."""
     tokens = windows.numpy()
     places = np.arange(tokens.shape[1])
     is_role = (tokens >= 0) & (tokens < len(ROLE_NAMES))
     last = np.maximum.accumulate(np.where(is_role, places, 0), axis=1)
     role = np.take_along_axis(tokens, last, 1).clip(0, len(ROLE_NAMES) - 1)
     after = (places - last).clip(0, 16)  # 0 = the role itself
-    names = tuple(f"{name} byte {byte}" if byte else name for name in ROLE_NAMES for byte in range(17))
-    return (role * 17 + after)[:, 1:], names
+    return (role * 17 + after)[:, 1:]
 
 
 def colored(scores: TokenScores, window: int) -> str:

@@ -64,7 +64,6 @@ class Vivaldi(Placing):
         self.error += np.bincount(node, step, len(self.height)) / count
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-        """The distance between the two."""
         return self._log_distance(self.position[source], self.height[source], destination)
 
     def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:

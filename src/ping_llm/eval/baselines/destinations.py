@@ -7,10 +7,12 @@ that were never seen.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from ping_llm.eval.baselines.pairs import find, hide
-from ping_llm.eval.baselines.simple import Additive
+from ping_llm.eval.baselines.simple import Additive, chunks
 from ping_llm.eval.columns import Measurements, Queries, log_rtt
 
 BIN_LOG_MS = 0.05
@@ -23,7 +25,8 @@ RESIDUAL_EDGES = np.arange(-6.0, 6.01, BIN_LOG_MS)
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 """Pings that the coarser distribution is worth; chosen on val."""
 
-CELLS = 4_000_000
+ARRAYS = 5
+"""That are made at once for every query and destination, about."""
 
 
 class DestinationBayes:
@@ -43,15 +46,9 @@ class DestinationBayes:
             find(self.destinations, chosen.dst_id),
             np.arange(len(chosen)),
         )  # −1 is the last column: all others
-        _, *self._strengths = max(
-            (
-                self.log_probability(chosen.probe, chosen.rtt_ms, popularity, result)[each, right].mean(),
-                popularity,
-                result,
-            )
-            for popularity in STRENGTHS
-            for result in STRENGTHS
-        )
+        strengths = list(product(STRENGTHS, STRENGTHS))
+        found = (self.log_probability(chosen.probe, chosen.rtt_ms, *one)[each, right].mean() for one in strengths)
+        _, self._strengths = max(zip(found, strengths, strict=True))
         self._count(train)
 
     def _count(self, train: Measurements) -> None:
@@ -79,11 +76,9 @@ class DestinationBayes:
         """
         if not popularity:
             popularity, result = self._strengths
-        size = max(1, CELLS // len(self.destinations))
         parts = []
-        for start in range(0, len(probe), size):
-            source, bins = find(self._probes, probe[start : start + size]), _bins(rtt_ms[start : start + size])
-            log_ms = log_rtt(rtt_ms[start : start + size])
+        for rows in chunks(len(probe), ARRAYS * len(self.destinations)):
+            source, bins, log_ms = find(self._probes, probe[rows]), _bins(rtt_ms[rows]), log_rtt(rtt_ms[rows])
             known = (1 - self._unseen) * self._pinged(source, popularity) * self._results(source, bins, log_ms, result)
             joint = np.concatenate([known, (self._unseen * self._any_result[bins])[:, None]], axis=1)
             parts.append(np.log(joint / joint.sum(axis=1, keepdims=True)))
@@ -133,8 +128,7 @@ def prefix_ranks(log_probability: np.ndarray, of_known: np.ndarray, of_queried: 
     ranks = np.full(len(right), len(prefixes))
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(len(prefixes)))
-    for start in range(0, len(right), max(1, CELLS // len(of_known))):
-        rows = slice(start, start + max(1, CELLS // len(of_known)))
+    for rows in chunks(len(right), ARRAYS * len(of_known)):
         mass = np.add.reduceat(np.exp(log_probability[rows, : len(of_known)])[:, order], starts, axis=1)
         at = right[rows]
         own = np.take_along_axis(mass, np.maximum(at, 0)[:, None], 1)

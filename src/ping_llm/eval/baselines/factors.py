@@ -50,7 +50,6 @@ class DMFSGD(Placing):
                 _add_at(self.destination, d, step * (sign * here - reg * there))
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-        """The product of the two factors."""
         return self._log_product(self.source[source], destination)
 
     def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:
@@ -100,7 +99,6 @@ class LogFactors(Placing):
         return np.where((source < 0) & (destination >= 0), self.expected[destination], self.additive(view))
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-        """Mean, biases and product."""
         return self.additive.mean + self._product(source, destination)
 
     def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from ping_llm.eval.baselines.neighbours import PREFIX_KNN, PROFILE_KNN
 from ping_llm.eval.baselines.pairs import Pairs, hide
 from ping_llm.eval.baselines.simple import ADDITIVE, DESTINATION_MEDIAN, SOURCE_MEDIAN, row_medians
 from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_measurements, log_rtt, place_in_group
-from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions
+from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions, interpolate_rows
 from ping_llm.eval.queries import COUNTS
 
 if TYPE_CHECKING:
@@ -82,21 +82,9 @@ class Features:
             return np.concatenate([np.zeros((len(view), 3)), np.full((len(view), 5), np.nan)], axis=1)
         same = given & (view.context_dst_id == view.dst_id[:, None])
         age_s = np.where(given[:, 0], view.time_s - view.context_time_s[:, 0], np.nan)
-        lowest = np.where(np.isnan(log_ms), np.inf, log_ms).min(axis=1)
-        middle = row_medians(log_ms, np.nan)
-        return np.stack(
-            [
-                given.sum(axis=1),
-                (~np.isnan(log_ms)).sum(axis=1),
-                same.sum(axis=1),
-                np.log1p(age_s),
-                middle,
-                middle - additive,
-                np.where(np.isfinite(lowest), lowest, np.nan),
-                log_ms[:, 0],
-            ],
-            axis=1,
-        )
+        counts = (given.sum(axis=1), (~np.isnan(log_ms)).sum(axis=1), same.sum(axis=1))
+        middle, lowest = row_medians(log_ms, np.nan), np.fmin.reduce(log_ms, axis=1)
+        return np.stack([*counts, np.log1p(age_s), middle, middle - additive, lowest, log_ms[:, 0]], axis=1)
 
 
 class TreeQuantiles:
@@ -183,18 +171,9 @@ def _practice(train: Measurements, seed: int, settings: TreeSettings, count: int
 def _boost(x: np.ndarray, y: np.ndarray, level: float, settings: TreeSettings) -> lightgbm.Booster:
     import lightgbm
 
-    parameters = {
-        "objective": "quantile",
-        "alpha": level,
-        "num_leaves": settings.leaves,
-        "learning_rate": settings.rate,
-        "min_data_in_leaf": settings.least_leaf,
-        "num_threads": settings.threads,
-        "deterministic": True,
-        "force_col_wise": True,
-        "seed": 0,
-        "verbosity": -1,
-    }
+    size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
+    exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
+    parameters = {"objective": "quantile", "alpha": level, "verbosity": -1} | size | exact
     return lightgbm.train(parameters, lightgbm.Dataset(x, y), settings.trees)
 
 
@@ -207,16 +186,11 @@ def _address_features(addresses: np.ndarray) -> np.ndarray:
 
 def _spread(history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of (q, n) histories the range and the mean absolute step, NaN where there is one value or none."""
-    known = ~np.isnan(history)
-    high = np.where(known, history, -np.inf).max(axis=1)
-    low = np.where(known, history, np.inf).min(axis=1)
+    wide = np.fmax.reduce(history, axis=1) - np.fmin.reduce(history, axis=1)
     step = np.abs(np.diff(history, axis=1))
     count = (~np.isnan(step)).sum(axis=1)
-    some = count > 0
-    return (
-        np.where(some, high - np.where(some, low, 0.0), np.nan),
-        np.where(some, np.nansum(step, axis=1) / np.maximum(count, 1), np.nan),
-    )
+    mean = np.nansum(step, axis=1) / np.maximum(count, 1)
+    return np.where(count > 0, wide, np.nan), np.where(count > 0, mean, np.nan)
 
 
 def _pinball(quantiles: np.ndarray, answers: np.ndarray) -> float:
@@ -235,10 +209,7 @@ def _tail_widths(quantiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _level_of(quantiles: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
     """(q,) the level at which each answer falls: linear between quantiles, exponential tails."""
     knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
-    at = np.clip((knots <= log_ms[:, None]).sum(axis=1) - 1, 0, len(LEVELS) - 2)
-    rows = np.arange(len(knots))
-    share = (log_ms - knots[rows, at]) / (knots[rows, at + 1] - knots[rows, at])
-    level = LEVELS[at] + np.clip(share, 0, 1) * (LEVELS[at + 1] - LEVELS[at])
+    level = interpolate_rows(log_ms[:, None], knots, np.broadcast_to(LEVELS, knots.shape))[:, 0]
     low, high = _tail_widths(knots)
     below, above = log_ms - knots[:, 0], knots[:, -1] - log_ms
     level = np.where(below < 0, LEVELS[0] * np.exp(np.minimum(below, 0) / low), level)
@@ -248,11 +219,9 @@ def _level_of(quantiles: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
 def _value_at(quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """(q, m) log-ms at levels (q, m): the inverse of `_level_of`."""
     knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
-    at = np.clip(np.searchsorted(LEVELS, levels, "right") - 1, 0, len(LEVELS) - 2)
-    left, right = np.take_along_axis(knots, at, 1), np.take_along_axis(knots, at + 1, 1)
-    share = np.clip((levels - LEVELS[at]) / (LEVELS[at + 1] - LEVELS[at]), 0, 1)
+    inside = interpolate_rows(levels, np.broadcast_to(LEVELS, knots.shape), knots)
     low, high = (width[:, None] for width in _tail_widths(knots))
     tiny = 1e-12
     below = np.log(np.clip(levels, tiny, LEVELS[0]) / LEVELS[0])  # 0 inside
     above = np.log(np.clip(1 - levels, tiny, 1 - LEVELS[-1]) / (1 - LEVELS[-1]))
-    return left + share * (right - left) + low * below - high * above
+    return inside + low * below - high * above

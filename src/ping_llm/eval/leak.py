@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.data.rows import MANIFEST_NAME, manifest_sha256, read_manifest
+from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,6 @@ def check_leak(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> L
 
 
 def _trained_manifest(run: Path, trained_rows: Path, rows_sha256: str) -> dict | None:
-    from ping_llm.training.run_state import ROWS_MANIFEST_NAME
-
     for path in (run / ROWS_MANIFEST_NAME, trained_rows / MANIFEST_NAME):
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == rows_sha256:
             return json.loads(path.read_text())

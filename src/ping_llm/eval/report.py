@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ping_llm.eval.queries import DRAWS, NO_DRAW
 from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
@@ -21,7 +22,7 @@ def write_report(results: Mapping[str, Any], out: Path, pictures: Sequence[Path]
     sections += [(name, _split(results, name, split)) for name, split in results["splits"].items()]
     sections += [
         ("Failures", _failures(results)),
-        ("Other fields", _other_fields(results)),
+        ("What the model says of other fields", _other_fields(results)),
         ("Settings chosen on val", _choices(results)),
         ("Pictures", [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]),
     ]
@@ -66,23 +67,18 @@ def _head(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-_DRAWS = ("none", "recent", "other")
-
-
 def _headline(results: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, line in results["headline"].items():
-        low, high = line["interval"]
         cells = f"{line['cells']}" + (f" (+ {line['cells_too_small']} too small)" if line["cells_too_small"] else "")
-        ratio = f"{_number(line['geometric_mean'])} ({_number(low)}–{_number(high)})"
-        by_draw = (_number(line["by_draw"][draw]) if draw in line["by_draw"] else "–" for draw in _DRAWS)
+        ratio = _within(line["geometric_mean"], line["interval"])
+        by_draw = (_number(line["by_draw"].get(draw)) for draw in (NO_DRAW, *DRAWS))
         rows.append((name, ratio, *by_draw, f"{line['win_rate']:.0%}", cells))
     if not rows and subject(results):
         return ["No cell has enough answers and sources to count; evaluate more queries of each."]
     if not rows:
         return ["No model was evaluated; the tables show what it would have to beat."]
-    draws = ("k = 0", "recent", "other")
-    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", *draws, "cells won", "cells")
+    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", "k = 0", *DRAWS, "cells won", "cells")
     return _table(head, rows)
 
 
@@ -106,7 +102,8 @@ def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | Non
     head = ("CRPS, log-ms", *(cell_name(cell) for cell in cells))
     rows = [(name, *(_crps(cell, name) for cell in cells)) for name in cells[0]["methods"]]
     if model := subject(results):
-        rows.append(("**ratio to the best baseline**", *(_ratio(cell["methods"][model]) for cell in cells)))
+        ratios = ((cell["methods"][model]["crps_ratio"], cell["methods"][model]["ratio_interval"]) for cell in cells)
+        rows.append(("**ratio to the best baseline**", *(_within(*ratio) for ratio in ratios)))
     return [*lines, "", *_table(head, rows), "", *_details(results, cells)]
 
 
@@ -115,9 +112,8 @@ def _crps(cell: Mapping[str, Any], method: str) -> str:
     return f"**{text}**" if method == cell["best_baseline"] else text
 
 
-def _ratio(method: Mapping[str, Any]) -> str:
-    low, high = method["ratio_interval"]
-    return f"{_number(method['crps_ratio'])} ({_number(low)}–{_number(high)})"
+def _within(value: float | None, interval: Sequence[float | None]) -> str:
+    return f"{_number(value)} ({_number(interval[0])}–{_number(interval[1])})"
 
 
 def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:

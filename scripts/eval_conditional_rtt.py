@@ -1,25 +1,19 @@
-"""Prints how good a model's law of the RTT is when both ends are told, one alone, with and without the time.
+"""Prints how good a model's RTT distribution is given both addresses and the time, or less.
 
 python scripts/eval_conditional_rtt.py RUN --data ROWS [--part test-s1] [--queries 200] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import tyro
 
-from ping_llm.eval.conditionals import by_what_is_told
-from ping_llm.eval.script import question_parser, questions, run_script
-
-
-def answer(options: argparse.Namespace) -> list[dict]:
-    model, split = questions(options)
-    return by_what_is_told(model, split.recent)
+from ping_llm.eval.conditionals import by_what_is_known, print_look
+from ping_llm.eval.options import PartOptions
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_script(question_parser(__doc__, queries=200), answer, argv)
+def main(argv: list[str] | None = None) -> None:
+    print_look(tyro.cli(PartOptions, args=argv, description=__doc__), by_what_is_known)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

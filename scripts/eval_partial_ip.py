@@ -1,29 +1,39 @@
-"""Prints how good a model is when only a prefix of the destination is told, and how it completes the prefix.
+"""Prints how good a model is given only a prefix of the destination, and how it completes the prefix.
 
 python scripts/eval_partial_ip.py RUN --data ROWS [--part test-s1] [--queries 200] [--top 10] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from dataclasses import dataclass
+from typing import Any
 
-from ping_llm.eval.conditionals import by_prefix_length, completion_hits
-from ping_llm.eval.script import question_parser, questions, run_script
+import tyro
 
-
-def answer(options: argparse.Namespace) -> list[dict]:
-    model, split = questions(options)
-    lines = by_prefix_length(model, split.recent.told(0))
-    return [*lines, *completion_hits(model, split.recent.take(slice(0, options.completions)), options.top)]
+from ping_llm.eval.columns import Queries
+from ping_llm.eval.conditionals import by_prefix_length, completion_hits, print_look
+from ping_llm.eval.options import PartOptions
+from ping_llm.inference.predictor import PingModel
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = question_parser(__doc__, queries=200)
-    parser.add_argument("--top", type=int, default=10, help="completions of a prefix that are looked at")
-    parser.add_argument("--completions", type=int, default=30, help="queries that are completed")
-    return run_script(parser, answer, argv)
+@dataclass(frozen=True)
+class PrefixOptions(PartOptions):
+    """As for the other looks at a part, and for completions."""
+
+    top: int = 10
+    """Completions of a prefix that are looked at."""
+    completions: int = 30
+    """Queries that are completed."""
+
+    def look(self, model: PingModel, queries: Queries) -> list[dict[str, Any]]:
+        hits = completion_hits(model, queries.take(slice(0, self.completions)), self.top)
+        return [*by_prefix_length(model, queries.given(0)), *hits]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = tyro.cli(PrefixOptions, args=argv, description=__doc__)
+    print_look(options, options.look)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -214,50 +214,22 @@ def plan(
     print("\n".join(planned.lines()))
 
 
-def eval(
-    run: Positional[Path | None] = None,
-    data: Path | None = None,
-    out: Path | None = None,
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    baselines_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    queries: int = 0,
-    model_queries: int = 0,
-    seed: int = 0,
-    src_known: tuple[str, ...] = ("auto", "all", "none"),
-    truth: Path | None = None,
-    train_rows: Path | None = None,
-    allow_leak: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Score a model on PingBench beside baselines that learn from the same rows: report.md, results.json, pictures.
+def _eval(argv: list[str]) -> None:
+    from ping_llm.eval.options import EvalOptions
 
-    Args:
-        run: run folder of a trained model.
-        data: folder of rows whose test parts are asked; those that the run learned from, if absent. Of another folder all is
-            asked, as one split.
-        out: folder for the results; RUN/eval if absent.
-        quick: fewer queries and smaller trees.
-        baselines_only: score the baselines alone; needs no run.
-        queries: of a split, at most; 0 = 20,000, or 2,000 with --quick.
-        model_queries: of each cell, the first so many are put to the model, at most; 0 = all, or 75 with --quick. The
-            report is over the queries that all methods answered.
-        seed: the same seed asks the same.
-        src_known: how much of the source the model is told, a method each: auto, all, none, or a prefix length.
-        truth: truth.json of a synthetic dump: its law is one more method.
-        train_rows: what the baselines learn from where --data is another folder; the run's own rows if absent.
-        allow_leak: go on although the run may have learned what it is asked; the report says so.
-        device: cpu, cuda or auto.
-        precision: of the model's answers.
-    """
+    options = tyro.cli(EvalOptions, args=argv, prog="ping-llm eval")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training; LightGBM's threads spin as well
-    from ping_llm.eval.run import EvalOptions, evaluate, resolve_folders
+    if options.diagnose or options.live:
+        from ping_llm.eval.diagnose import diagnose
+        from ping_llm.eval.live import compare_live
+        from ping_llm.eval.report import print_lines
 
-    data, out = resolve_folders(run, data, out, baselines_only)
-    run = None if baselines_only else run
-    told = (queries, model_queries, seed, src_known, allow_leak, train_rows, truth, device, precision)
-    evaluate(EvalOptions(data, out, run, quick, *told))
-    print(f"report: {out / 'report.md'}")
+        options.check()
+        return print_lines(compare_live(options) if options.live else diagnose(options), options.json)
+    from ping_llm.eval.run import evaluate
+
+    evaluate(options)
+    print(f"report: {options.folder / 'report.md'}")
 
 
 def _train(argv: list[str]) -> None:
@@ -294,7 +266,7 @@ _COMMANDS = {
     "inspect": _options(inspect),
     "train": _train,
     "plot": _options(plot),
-    "eval": _options(eval),
+    "eval": _eval,
     "plan": _options(plan),
     "inference": _inference,
 }
@@ -305,7 +277,7 @@ _HELP = {
     "inspect": inspect.__doc__,
     "train": "Train a model: CONFIG.toml [--section.option value …].",
     "plot": plot.__doc__,
-    "eval": eval.__doc__,
+    "eval": "Score a model on PingBench beside baselines that learn from the same rows: RUN [--option value …].",
     "plan": plan.__doc__,
     "inference": "Ask a trained model: rtt, batch, dst, rank, sample, score.",
 }

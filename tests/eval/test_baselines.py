@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_lines import line_of
 
 from ping_llm.eval.baselines import TreeSettings, all_baselines
 from ping_llm.eval.baselines.base import PointBaseline, PointMethod, evidence
@@ -14,15 +15,15 @@ from ping_llm.eval.baselines.coordinates import Vivaldi
 from ping_llm.eval.baselines.destinations import DestinationBayes, prefix_ranks
 from ping_llm.eval.baselines.factors import DMFSGD, LogFactors
 from ping_llm.eval.baselines.failure import FailureRates
-from ping_llm.eval.baselines.history import learn_ema, learn_last, learn_rolling_median
+from ping_llm.eval.baselines.history import EMA_FAST, LAST_SEEN, ROLLING_MEDIAN
 from ping_llm.eval.baselines.neighbours import PrefixNeighbours, ProfileNeighbours
 from ping_llm.eval.baselines.pairs import Pairs
 from ping_llm.eval.baselines.simple import Additive, learn_destination, learn_global
 from ping_llm.eval.baselines.stack import best_weights, crps_matrices
 from ping_llm.eval.baselines.trees import LightGBM
-from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, first_true, log_rtt
-from ping_llm.eval.law import INNER_LEVELS, QuantileLaws, pool
-from ping_llm.eval.metrics import aggregate, score
+from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, first_true, log_rtt, prefix_ids
+from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions, pool
+from ping_llm.eval.metrics import score
 
 SOURCES, DESTINATIONS, NEW_SOURCES, NOISE = 60, 40, 10, 0.02
 PARTS = ("train", "val", "new_pair", "new_source", "future")
@@ -77,12 +78,12 @@ def network(kind, repeats: int = 6, seed: int = 0) -> Measurements:
     )
 
 
-def queries_of(table: Measurements, part: str, count: int = 400, told: int = 30, other: bool = True) -> Queries:
-    """The latest of a part, so that most of each context is there; no query is told another query's answer."""
+def queries_of(table: Measurements, part: str, count: int = 400, k: int = 30, other: bool = True) -> Queries:
+    """The latest of a part, so that most of each context is there; no query is given another query's answer."""
     rows = table.rows_of_part(part)
     rows = rows[np.argsort(table.time_s[rows])][-count:]
-    context = earlier_measurements(table, rows, 8 * told, other_destinations=other)
-    return Queries(table, rows, first_true((context >= 0) & ~np.isin(context, rows), context, told))
+    context = earlier_measurements(table, rows, 8 * k, other_destinations=other)
+    return Queries(table, rows, first_true((context >= 0) & ~np.isin(context, rows), context, k))
 
 
 def relative_errors(learned, queries: Queries) -> np.ndarray:
@@ -123,9 +124,9 @@ def test_pairs_never_seen_are_predicted_to_a_few_times_the_noise(kind, learn, fl
 def test_new_sources_are_placed_by_their_context(kind, learn, least_error):
     table = network(kind)
     learned, queries = learn(table.of_part("train")), queries_of(table, "new_source")
-    told = [np.median(relative_errors(learned, queries.told(k))) for k in (0, 5, 30)]
-    assert told[2] < told[1] < told[0]
-    assert told[2] < least_error
+    errors = [np.median(relative_errors(learned, queries.given(k))) for k in (0, 5, 30)]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < least_error
 
 
 def test_profile_neighbours_find_the_twin():
@@ -141,10 +142,10 @@ def test_profile_neighbours_find_the_twin():
     queries = queries_of(table, "new_source")
     queries = queries.take(np.flatnonzero(queries.probe == SOURCES - 1))
     seven = Pairs.of(train.take(train.src_id == 7))
-    asked = seven.destination_of(queries.view().dst_id)
-    predicted = ProfileNeighbours(train, 1)(queries.told(10).view())
-    assert (asked >= 0).sum() > 20
-    np.testing.assert_allclose(predicted[asked >= 0], seven.log_ms[asked[asked >= 0]], rtol=1e-6)
+    queried = seven.destination_of(queries.view().dst_id)
+    predicted = ProfileNeighbours(train, 1)(queries.given(10).view())
+    assert (queried >= 0).sum() > 20
+    np.testing.assert_allclose(predicted[queried >= 0], seven.log_ms[queried[queried >= 0]], rtol=1e-6)
 
 
 def test_prefix_neighbours_take_the_longest_common_prefixes_first():
@@ -158,13 +159,12 @@ def test_prefix_neighbours_take_the_longest_common_prefixes_first():
         assert len(same) >= 20 and same.min() <= found <= same.max()
 
 
-def test_history_is_train_then_what_the_context_tells():
+def test_history_is_train_then_the_context():
     """Against plain loops over each pair's series."""
     table = network(euclidean)
     train, queries = table.of_part("train"), queries_of(table, "future", 200, other=False)
     view, rate = queries.view(), 0.3
-    last, ema, median = (learn(train) for learn in (learn_last, lambda t: learn_ema(t, rate), learn_rolling_median))
-    found = np.stack([learned(view) for learned in (last, ema, median)], axis=1)
+    found = np.stack([one.learn(train)(view) for one in (LAST_SEEN, EMA_FAST, ROLLING_MEDIAN)], axis=1)
     answered, checked = table.rtt_ms >= 0, 0
     for row, context, got in zip(queries.rows, queries.context, found, strict=True):
         known = np.union1d(table.rows_of_part("train"), context[context >= 0])
@@ -181,7 +181,7 @@ def test_history_is_train_then_what_the_context_tells():
     assert checked > 150
 
 
-def test_settings_are_chosen_and_laws_calibrated_for_pairs_never_seen():
+def test_settings_are_chosen_and_distributions_calibrated_for_pairs_never_seen():
     """A method that remembers pairs, and guesses the rest badly, is not trusted for what it remembers."""
 
     def learn(train, remembers: bool):
@@ -199,23 +199,23 @@ def test_settings_are_chosen_and_laws_calibrated_for_pairs_never_seen():
     baseline.fit(table.of_part("train"), queries_of(table, "val", 2000))
     assert baseline.choices == {"remembers": False}
     for part in ("new_pair", "future"):
-        queries = queries_of(table, part, 1000).told(0)
+        queries = queries_of(table, part, 1000).given(0)
         prediction = baseline.predict(queries.view())
-        cell = aggregate(score(prediction.laws, prediction.p_fail, queries.rtt_ms), queries.probe)
-        assert 0.84 < cell.coverage[90] < 0.96, part
-        assert (cell.width_log[90] < 0.12) == (part == "future")  # ± 1.64 · 2 % where the pair is known
+        cell = line_of(score(prediction.distributions, prediction.p_fail, queries.rtt_ms), queries.probe)
+        assert 0.84 < cell["coverage"][90] < 0.96, part
+        assert (cell["width_log"][90] < 0.12) == (part == "future")  # ± 1.64 · 2 % where the pair is known
 
 
 def test_evidence_tells_what_is_known_of_the_pair():
     table = network(euclidean)
     pairs = Pairs.of(table.of_part("train"))
     kinds = {
-        part: evidence(pairs, queries_of(table, part).told(5).view()) for part in ("future", "new_pair", "new_source")
+        part: evidence(pairs, queries_of(table, part).given(5).view()) for part in ("future", "new_pair", "new_source")
     }
     assert [int(np.median(kind[:, 0])) for kind in kinds.values()] == [0, 2, 4]
     assert set(kinds["future"][:, 1]) <= {1, 2}
     own = queries_of(table, "new_source", other=False)
-    assert (evidence(pairs, own.view())[:, 0] == 5).any()  # told of the very pair
+    assert (evidence(pairs, own.view())[:, 0] == 5).any()  # the very pair is given
 
 
 def test_failure_rates_are_shrunk_from_the_pair_to_its_ends():
@@ -227,21 +227,20 @@ def test_failure_rates_are_shrunk_from_the_pair_to_its_ends():
     silent = min(measured & set(table.dst_id[(table.part == 0) & (table.src_id == 1)] - SOURCES))
     rtt_ms[(table.src_id == 0) & (table.dst_id == SOURCES + silent)] = -1  # a pair that never answers
     table = replace(table, rtt_ms=rtt_ms)
-    rates = FailureRates()
-    rates.fit(table.of_part("train"), queries_of(table, "val"))
+    rates = FailureRates(table.of_part("train"), queries_of(table, "val"))
 
-    def p_fail(source, destination, told: int = 0, failed: int = 0):
+    def p_fail(source, destination, k: int = 0, failed: int = 0):
         rows = np.flatnonzero(table.src_id == source)[:1]
         context = np.full((1, 10), -1)
         view = Queries(table, rows, context).view()
-        told_rtt = np.where(np.arange(10) < failed, -1.0, np.where(np.arange(10) < told, 20.0, np.nan))
-        dst = np.where(np.arange(10) < told, SOURCES + destination, -1)
+        rtt_ms = np.where(np.arange(10) < failed, -1.0, np.where(np.arange(10) < k, 20.0, np.nan))
+        dst = np.where(np.arange(10) < k, SOURCES + destination, -1)
         late = np.full((1, 10), table.time_s.max() + 1)
         view = replace(
             view,
             dst_id=np.array([SOURCES + destination], dtype=np.int32),
             context_dst_id=dst[None],
-            context_rtt_ms=told_rtt[None],
+            context_rtt_ms=rtt_ms[None],
             context_time_s=late,
         )
         return float(rates.p_fail(view)[0])
@@ -251,7 +250,7 @@ def test_failure_rates_are_shrunk_from_the_pair_to_its_ends():
     assert p_fail(0, silent) > 0.6 > 0.1 > p_fail(1, silent)
     new = SOURCES - 1
     assert 0.3 < p_fail(new, 0) < 0.7  # an unknown source: the destination's rate
-    assert p_fail(new, 5, told=10, failed=10) > 0.5 > 0.1 > p_fail(new, 5, told=10, failed=0)
+    assert p_fail(new, 5, k=10, failed=10) > 0.5 > 0.1 > p_fail(new, 5, k=10, failed=0)
 
 
 @pytest.mark.slow
@@ -260,12 +259,12 @@ def test_tree_quantiles_are_roughly_calibrated_where_pairs_are_known_and_new():
     baseline = LightGBM(SMALL_TREES)
     baseline.fit(table.of_part("train"), queries_of(table, "val", 1500))
     for part in ("future", "new_pair", "new_source"):
-        queries = queries_of(table, part, 800).told(10)
+        queries = queries_of(table, part, 800).given(10)
         prediction = baseline.predict(queries.view())
-        cell = aggregate(score(prediction.laws, prediction.p_fail, queries.rtt_ms), queries.probe)
-        assert {"future": 0.8, "new_pair": 0.68, "new_source": 0.68}[part] < cell.coverage[90] < 0.98, part
-        assert 0.3 < cell.coverage[50] < 0.7, part
-        assert cell.median_rel_error < {"future": 0.02, "new_pair": 0.06, "new_source": 0.12}[part]
+        cell = line_of(score(prediction.distributions, prediction.p_fail, queries.rtt_ms), queries.probe)
+        assert {"future": 0.8, "new_pair": 0.68, "new_source": 0.68}[part] < cell["coverage"][90] < 0.98, part
+        assert 0.3 < cell["coverage"][50] < 0.7, part
+        assert cell["median_rel_error"] < {"future": 0.02, "new_pair": 0.06, "new_source": 0.12}[part]
 
 
 def test_crps_of_a_pool_is_the_quadratic_form_and_the_weights_minimise_it():
@@ -273,12 +272,12 @@ def test_crps_of_a_pool_is_the_quadratic_form_and_the_weights_minimise_it():
     y = rng.normal(3, 0.3, 300)
     places = rng.normal(3, 0.2, (300, 1)), y[:, None] + rng.normal(0, 0.4, (300, 1)), np.full((300, 1), 5.0)
     spread = np.linspace(-0.4, 0.4, len(INNER_LEVELS))
-    laws = [QuantileLaws.from_quantiles(place + spread) for place in places]
-    matrices = crps_matrices(laws, y)
-    for i, law in enumerate(laws):
-        np.testing.assert_allclose(matrices[:, i, i], law.crps(y), rtol=1e-9, atol=1e-12)
+    distributions = [QuantileDistributions.from_quantiles(place + spread) for place in places]
+    matrices = crps_matrices(distributions, y)
+    for i, distribution in enumerate(distributions):
+        np.testing.assert_allclose(matrices[:, i, i], distribution.crps(y), rtol=1e-9, atol=1e-12)
     weights = np.tile([0.2, 0.5, 0.3], (300, 1))
-    pooled = pool(laws, weights).crps(y)
+    pooled = pool(distributions, weights).crps(y)
     np.testing.assert_allclose(np.einsum("qi,qij,qj->q", weights, matrices, weights), pooled, rtol=1e-9)
     matrix = matrices.mean(axis=0)
     best = best_weights(matrix)
@@ -289,46 +288,45 @@ def test_crps_of_a_pool_is_the_quadratic_form_and_the_weights_minimise_it():
 
 def test_destinations_are_found_by_their_rtt_and_popularity():
     table = network(euclidean)
-    bayes = DestinationBayes()
-    bayes.fit(table.of_part("train"), queries_of(table, "val"))
+    bayes = DestinationBayes(table.of_part("train"), queries_of(table, "val"))
     queries = queries_of(table, "future", 400)
     log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
     np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1)
-    asked = table.dst_id[queries.rows]
-    ids = table.prefix_ids(32, 128)
+    queried = table.dst_id[queries.rows]
+    ids = prefix_ids(table.addresses, 32, 128)
     answered = queries.rtt_ms > 0
-    ranks = prefix_ranks(log_p, ids[bayes.destinations], ids[asked])
+    ranks = prefix_ranks(log_p, ids[bayes.destinations], ids[queried])
     assert (ranks[answered] < 5).mean() > 0.75  # by chance 0.125
     assert (ranks[~answered] < 5).mean() < 0.5
-    eights = table.prefix_ids(8, 16)
-    assert (prefix_ranks(log_p, eights[bayes.destinations], eights[asked]) == 0).all()  # all lie in 30.0.0.0/8
+    eights = prefix_ids(table.addresses, 8, 16)
+    assert (prefix_ranks(log_p, eights[bayes.destinations], eights[queried]) == 0).all()  # all lie in 30.0.0.0/8
     by_hand = [
         (row[: len(bayes.destinations)] >= row[np.searchsorted(bayes.destinations, d)]).sum() - 1
-        for row, d in zip(log_p, asked, strict=True)
+        for row, d in zip(log_p, queried, strict=True)
     ]
     np.testing.assert_array_equal(ranks, by_hand)
 
 
 @cache
 def predictions_with_answers_permuted(seed: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Fits and asks every baseline about test queries; all answers that no query is told were permuted (None: left)."""
+    """What every baseline predicts of test queries; all answers that no query is given were permuted (None: left)."""
     table = network(log_low_rank, repeats=4)
-    asked = [queries_of(table, part, 60, told=10) for part in ("new_pair", "new_source", "future")]
-    rows = np.concatenate([queries.rows for queries in asked])
+    queried = [queries_of(table, part, 60, k=10) for part in ("new_pair", "new_source", "future")]
+    rows = np.concatenate([queries.rows for queries in queried])
     known = np.isin(table.part, [table.parts.index(part) for part in ("train", "val")])
     if seed is not None:
         rtt_ms = table.rtt_ms.copy()
         rtt_ms[~known] = np.random.default_rng(seed).permutation(rtt_ms[~known])
         table = replace(table, rtt_ms=rtt_ms)
-    context = np.concatenate([queries.context for queries in asked])
+    context = np.concatenate([queries.context for queries in queried])
     view = Queries(table, rows, np.where(known[context], context, -1)).view()
-    train, val = table.of_part("train"), queries_of(table.take(known), "val", 400, told=10)
+    train, val = table.of_part("train"), queries_of(table.take(known), "val", 400, k=10)
     answers = {}
     trees = replace(SMALL_TREES, trees=5, practice_queries=400)
     for baseline in all_baselines(trees):
         baseline.fit(train, val)
         prediction = baseline.predict(view)
-        answers[baseline.name] = prediction.laws.values, prediction.p_fail
+        answers[baseline.name] = prediction.distributions.values, prediction.p_fail
     return answers
 
 
@@ -347,16 +345,16 @@ def test_no_baseline_depends_on_the_answers(seed):
 @pytest.mark.slow
 def test_the_stack_is_better_than_each_member_over_all_and_near_the_best_in_each_part():
     table = network(log_low_rank, repeats=4)
-    train, val = table.of_part("train"), queries_of(table, "val", 800, told=10)
+    train, val = table.of_part("train"), queries_of(table, "val", 800, k=10)
     stack = all_baselines(replace(SMALL_TREES, trees=20))[-1]
     stack.fit(train, val)
     crps = {member.name: [] for member in (*stack.members, stack)}
     for part in ("future", "new_pair", "new_source"):
-        queries = queries_of(table, part, 500, told=10)
+        queries = queries_of(table, part, 500, k=10)
         queries = queries.take(np.flatnonzero(queries.rtt_ms >= 0))
         view = queries.view()
         for member in (*stack.members, stack):
-            crps[member.name].append(member.predict(view).laws.crps(log_rtt(queries.rtt_ms)).mean())
+            crps[member.name].append(member.predict(view).distributions.crps(log_rtt(queries.rtt_ms)).mean())
     best = np.min([crps[member.name] for member in stack.members], axis=0)
     assert (np.array(crps["stack"]) < 1.25 * best).all(), crps
     assert np.sum(crps["stack"]) < min(np.sum(crps[member.name]) for member in stack.members), crps

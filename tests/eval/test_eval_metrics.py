@@ -1,4 +1,4 @@
-"""Scores of laws against numeric integration, and aggregates against plain counting."""
+"""Scores of distributions against numeric integration, and aggregates against plain counting."""
 
 import numpy as np
 import pytest
@@ -6,114 +6,121 @@ from conftest import make_row, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
+from score_lines import line_of
 
 from ping_llm.data.measurement import format_address
+from ping_llm.eval.bootstrap import SourceBootstrap
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements
-from ping_llm.eval.law import INNER_LEVELS, LEAST_WIDTH, LEVELS, SUPPORT, QuantileLaws, pool
-from ping_llm.eval.metrics import Scores, aggregate, auc, score, source_means, weighted_quantile
+from ping_llm.eval.distribution import INNER_LEVELS, LEAST_WIDTH, LEVELS, SUPPORT, QuantileDistributions, pool
+from ping_llm.eval.metrics import Scores, auc, long_table, score, weighted_quantile
+from ping_llm.eval.results import source_means
 
 
-def normal_laws(mean, sd) -> QuantileLaws:
-    return QuantileLaws.from_quantiles(stats.norm.ppf(INNER_LEVELS) * np.c_[sd] + np.c_[mean])
+def normal_distributions(mean, sd) -> QuantileDistributions:
+    return QuantileDistributions.from_quantiles(stats.norm.ppf(INNER_LEVELS) * np.c_[sd] + np.c_[mean])
 
 
-def random_laws(seed: int, count: int = 3) -> QuantileLaws:
+def random_distributions(seed: int, count: int = 3) -> QuantileDistributions:
     rng = np.random.default_rng(seed)
-    return QuantileLaws.from_quantiles(rng.normal(3, 2, (count, 1)) + rng.normal(0, 1, (count, len(INNER_LEVELS))))
+    return QuantileDistributions.from_quantiles(
+        rng.normal(3, 2, (count, 1)) + rng.normal(0, 1, (count, len(INNER_LEVELS)))
+    )
 
 
 @given(st.integers(0, 10**6), st.floats(-9, 18))
 def test_crps_equals_numeric_integration(seed, y):
-    laws = random_laws(seed)
+    distributions = random_distributions(seed)
     inside = np.clip(y, *SUPPORT)
-    grid = np.unique(np.r_[np.linspace(*SUPPORT, 20_001), laws.values.ravel(), inside])
+    grid = np.unique(np.r_[np.linspace(*SUPPORT, 20_001), distributions.values.ravel(), inside])
     middle, width = (grid[1:] + grid[:-1]) / 2, np.diff(grid)
-    for i in range(len(laws)):
-        cdf = np.interp(middle, laws.values[i], LEVELS)
+    for i in range(len(distributions)):
+        cdf = np.interp(middle, distributions.values[i], LEVELS)
         expected = ((cdf - (middle >= inside)) ** 2 * width).sum()
-        assert laws.crps(np.full(len(laws), y))[i] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert distributions.crps(np.full(len(distributions), y))[i] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @given(st.integers(0, 10**6))
 def test_density_integrates_to_one_and_quantile_inverts_the_cdf(seed):
-    laws = random_laws(seed, 1)
-    middle = (laws.values[:, 1:] + laws.values[:, :-1]) / 2
-    density = np.array([np.exp(laws.log_density(x)) for x in middle.T])[:, 0]
-    assert (density * np.diff(laws.values[0])).sum() == pytest.approx(1)
+    distributions = random_distributions(seed, 1)
+    middle = (distributions.values[:, 1:] + distributions.values[:, :-1]) / 2
+    density = np.array([np.exp(distributions.log_density(x)) for x in middle.T])[:, 0]
+    assert (density * np.diff(distributions.values[0])).sum() == pytest.approx(1)
     levels = np.linspace(0.001, 0.999, 50)
-    np.testing.assert_allclose(laws.cdf(laws.quantile(levels))[0], levels, atol=1e-9)
+    np.testing.assert_allclose(distributions.cdf(distributions.quantile(levels))[0], levels, atol=1e-9)
 
 
 @given(st.integers(0, 10**6))
 def test_cdf_at_many_places_equals_the_cdf_at_each(seed):
-    laws = random_laws(seed, 5)
+    distributions = random_distributions(seed, 5)
     x = np.random.default_rng(seed).uniform(-8, 16, (5, 40))
-    expected = [np.interp(row, values, LEVELS) for row, values in zip(x, laws.values, strict=True)]
-    np.testing.assert_allclose(laws.cdf(x), expected, atol=1e-12)
-    np.testing.assert_allclose(laws.cdf(x), np.stack([laws.cdf(column) for column in x.T], axis=1), atol=1e-12)
+    expected = [np.interp(row, values, LEVELS) for row, values in zip(x, distributions.values, strict=True)]
+    np.testing.assert_allclose(distributions.cdf(x), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        distributions.cdf(x), np.stack([distributions.cdf(column) for column in x.T], axis=1), atol=1e-12
+    )
 
 
-def test_laws_of_normal_quantiles_have_the_scores_of_the_normal_law():
+def test_distributions_of_normal_quantiles_have_the_scores_of_the_normal_distribution():
     """CRPS of N(0, σ) at z: σ (z (2Φ(z) − 1) + 2φ(z) − 1/√π); linear pieces cost under a hundredth of σ."""
     z = np.linspace(-2.5, 2.5, 21)
-    laws = normal_laws(np.full(21, 4.0), np.full(21, 0.3))
+    distributions = normal_distributions(np.full(21, 4.0), np.full(21, 0.3))
     exact = 0.3 * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - np.pi**-0.5)
-    np.testing.assert_allclose(laws.crps(4 + 0.3 * z), exact, atol=0.003)
+    np.testing.assert_allclose(distributions.crps(4 + 0.3 * z), exact, atol=0.003)
     draws = np.random.default_rng(0).normal(4, 0.3, 4000)
-    nll = -normal_laws(np.full(4000, 4.0), np.full(4000, 0.3)).log_density(draws).mean()
+    nll = -normal_distributions(np.full(4000, 4.0), np.full(4000, 0.3)).log_density(draws).mean()
     assert nll == pytest.approx(-stats.norm.logpdf(draws, 4, 0.3).mean(), abs=0.02)
 
 
 def test_every_result_has_a_density_and_repeats_no_infinite_one():
-    point = QuantileLaws.from_quantiles(np.full((3, len(INNER_LEVELS)), np.log(20.0)))
+    point = QuantileDistributions.from_quantiles(np.full((3, len(INNER_LEVELS)), np.log(20.0)))
     nll = -point.log_density(np.log([20.0, 1e-9, 1e9]))
     assert nll[0] > np.log(LEAST_WIDTH) - 1e-9
     assert (nll[1:] < 11).all()
-    edge = QuantileLaws.from_quantiles(np.stack([np.full(len(INNER_LEVELS), end) for end in (-50.0, 50.0)]))
+    edge = QuantileDistributions.from_quantiles(np.stack([np.full(len(INNER_LEVELS), end) for end in (-50.0, 50.0)]))
     assert (np.diff(edge.values) > 0).all()
 
 
 def test_pool_has_the_weighted_cdf_of_its_members():
-    narrow, wide = normal_laws([3.0], [0.05]), normal_laws([3.4], [0.5])
+    narrow, wide = normal_distributions([3.0], [0.05]), normal_distributions([3.4], [0.5])
     pooled = pool([narrow, wide], np.array([[0.3, 0.7]]))
     x = np.linspace(2, 5, 200)[None]
     np.testing.assert_allclose(pooled.cdf(x), 0.3 * narrow.cdf(x) + 0.7 * wide.cdf(x), atol=1e-12)
     np.testing.assert_allclose(pooled.cdf(pooled.quantile(INNER_LEVELS)), INNER_LEVELS[None], atol=1e-9)
-    y, density = np.log([20.0]), [np.exp(law.log_density(np.log([20.0]))) for law in (narrow, wide)]
+    y, density = np.log([20.0]), [np.exp(distribution.log_density(np.log([20.0]))) for distribution in (narrow, wide)]
     assert np.exp(pooled.log_density(y)) == pytest.approx(0.3 * density[0] + 0.7 * density[1])
 
 
-def test_nll_is_of_the_joint_law_of_failure_and_rtt():
-    laws = normal_laws([3.0, 3.0], [0.2, 0.2])
-    scores = score(laws, np.array([0.1, 0.1]), np.array([20.0, -1.0]))
-    density = np.exp(laws.log_density(np.full(2, np.log(20.0))))[0]
+def test_nll_is_of_the_joint_distribution_of_failure_and_rtt():
+    distributions = normal_distributions([3.0, 3.0], [0.2, 0.2])
+    scores = score(distributions, np.array([0.1, 0.1]), np.array([20.0, -1.0]))
+    density = np.exp(distributions.log_density(np.full(2, np.log(20.0))))[0]
     np.testing.assert_allclose(scores.nll_nats, [-np.log(0.9 * density), -np.log(0.1)])
     np.testing.assert_allclose(scores.rtt_nll_nats[0], -np.log(density))
     assert np.isnan([scores.crps_log[1], scores.pit[1], scores.rtt_nll_nats[1], scores.rtt_bits[1]]).all()
     mass = integrate.quad(
-        lambda x: np.exp(laws.log_density(np.full(2, x)))[0], np.log(20 / 1.0002), np.log(20 * 1.0002)
+        lambda x: np.exp(distributions.log_density(np.full(2, x)))[0], np.log(20 / 1.0002), np.log(20 * 1.0002)
     )
     assert scores.rtt_bits[0] == pytest.approx(-np.log2(mass[0]), abs=0.6)  # 20 ms lies in a code 0.04 % wide
 
 
-def test_aggregates_of_draws_from_the_law_itself_are_calibrated():
+def test_aggregates_of_draws_from_the_distribution_itself_are_calibrated():
     rng = np.random.default_rng(1)
     mean = rng.uniform(1, 5, 20_000)
     fail = rng.uniform(0.05, 0.3, 20_000)
     rtt_ms = np.where(rng.random(20_000) < fail, -1.0, np.exp(rng.normal(mean, 0.2)))
-    cell = aggregate(score(normal_laws(mean, np.full(20_000, 0.2)), fail, rtt_ms), rng.integers(0, 400, 20_000))
-    for percent, share in cell.coverage.items():
+    cell = line_of(score(normal_distributions(mean, np.full(20_000, 0.2)), fail, rtt_ms), rng.integers(0, 400, 20_000))
+    for percent, share in cell["coverage"].items():
         assert share == pytest.approx(percent / 100, abs=0.015)
         width = 2 * stats.norm.ppf(0.5 + percent / 200) * 0.2
-        assert cell.width_log[percent] == pytest.approx(width, rel=0.01)
-    assert cell.pit_ks < 0.015
-    np.testing.assert_allclose(cell.pit_histogram, 0.05, atol=0.006)
-    assert cell.median_rel_error == pytest.approx(0.2 * stats.norm.ppf(0.75), abs=0.005)
-    assert cell.fail_rate == pytest.approx(fail.mean(), abs=0.01)
-    assert cell.fail_brier == pytest.approx((fail * (1 - fail)).mean(), abs=0.005)
-    assert cell.queries == 20_000 and cell.sources == 400 and cell.answered == (rtt_ms > 0).sum()
-    shifted = aggregate(score(normal_laws(mean + 0.3, np.full(20_000, 0.2)), fail, rtt_ms), np.zeros(20_000))
-    assert shifted.pit_ks > 0.4 and shifted.crps_log > 1.5 * cell.crps_log and shifted.coverage[90] < 0.7
+        assert cell["width_log"][percent] == pytest.approx(width, rel=0.01)
+    assert cell["pit_ks"] < 0.015
+    np.testing.assert_allclose(cell["pit_histogram"], 0.05, atol=0.006)
+    assert cell["median_rel_error"] == pytest.approx(0.2 * stats.norm.ppf(0.75), abs=0.005)
+    assert cell["fail_rate"] == pytest.approx(fail.mean(), abs=0.01)
+    assert cell["fail_brier"] == pytest.approx((fail * (1 - fail)).mean(), abs=0.005)
+    assert cell["queries"] == 20_000 and cell["sources"] == 400 and cell["answered"] == (rtt_ms > 0).sum()
+    shifted = line_of(score(normal_distributions(mean + 0.3, np.full(20_000, 0.2)), fail, rtt_ms), np.zeros(20_000))
+    assert shifted["pit_ks"] > 0.4 and shifted["crps_log"] > 1.5 * cell["crps_log"] and shifted["coverage"][90] < 0.7
 
 
 def plain_scores(error: np.ndarray) -> Scores:
@@ -126,15 +133,16 @@ def plain_scores(error: np.ndarray) -> Scores:
 def test_each_source_weighs_the_same():
     error = np.r_[np.full(98, 0.01), 0.5, 0.5]
     source = np.r_[np.zeros(98), 1, 2]
-    cell = aggregate(plain_scores(error), source)
-    assert cell.crps_log == pytest.approx((0.01 + 0.5 + 0.5) / 3)
-    assert cell.within[10] == pytest.approx(1 / 3)
-    assert cell.median_rel_error == pytest.approx(0.5, abs=0.01)
-    drawn = aggregate(plain_scores(error), source, source_counts=np.where(source == 0, 3.0, 0.0))
-    assert drawn.crps_log == pytest.approx(0.01)
-    distinct, means = source_means(np.r_[error[:99], np.nan], source)
-    np.testing.assert_allclose(means, [0.01, 0.5, np.nan])
-    np.testing.assert_array_equal(distinct, [0, 1, 2])
+    cell = line_of(plain_scores(error), source)
+    assert cell["crps_log"] == pytest.approx((0.01 + 0.5 + 0.5) / 3)
+    assert cell["within"][10] == pytest.approx(1 / 3)
+    assert cell["median_rel_error"] == pytest.approx(0.5, abs=0.01)
+    of_sources = source_means(long_table({"one": plain_scores(error)}, source))["one"]["crps_log"]
+    drawn = SourceBootstrap(np.arange(3), np.array([[3.0, 0.0, 0.0]])).means(np.arange(3), of_sources)
+    assert drawn == pytest.approx([0.01])
+    means = source_means(long_table({"one": plain_scores(np.r_[error[:99], np.nan])}, source))["one"]
+    np.testing.assert_allclose(means["crps_log"], [0.01, 0.5, np.nan])
+    np.testing.assert_array_equal(means["probe"], [0, 1, 2])
 
 
 @given(st.integers(0, 10**6))
@@ -188,9 +196,9 @@ def test_context_is_the_latest_earlier_measurements_of_the_source(table, other):
         same = (table.probe == table.probe[row]) & (table.time_s < table.time_s[row])
         same &= (table.dst_id != table.dst_id[row]) | (not other)
         times = np.sort(table.time_s[same])[::-1][:6]
-        told = context[context >= 0]
-        np.testing.assert_array_equal(table.time_s[told], times)
-        assert same[told].all()
+        known = context[context >= 0]
+        np.testing.assert_array_equal(table.time_s[known], times)
+        assert same[known].all()
 
 
 def test_a_view_does_not_hold_its_answers(table):
@@ -200,5 +208,5 @@ def test_a_view_does_not_hold_its_answers(table):
     held = [value for value in vars(view).values() if isinstance(value, np.ndarray)]
     assert not any(np.shares_memory(value, table.rtt_ms) for value in held)
     assert not any(isinstance(value, (Measurements, Queries)) for value in vars(view).values())
-    assert queries.told(2).view().context_rtt_ms.shape == (len(rows), 2)
-    np.testing.assert_array_equal(queries.told(2).view().context_rtt_ms, view.context_rtt_ms[:, :2])
+    assert queries.given(2).view().context_rtt_ms.shape == (len(rows), 2)
+    np.testing.assert_array_equal(queries.given(2).view().context_rtt_ms, view.context_rtt_ms[:, :2])

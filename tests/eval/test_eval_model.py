@@ -36,7 +36,7 @@ def queries():
     part = np.where(np.arange(count) < 60, 0, 1).astype(np.int8)
     columns = (src.astype(np.int32), dst.astype(np.int32), src.astype(np.int64), time_s, rtt_ms, part)
     table = Measurements(*columns, addresses, ("train", "test-s1"))
-    return SplitQueries.draw(table, "test-s1", 24, seed=1).recent.told(5)
+    return SplitQueries.draw(table, "test-s1", 24, seed=1).recent.given(5)
 
 
 @pytest.mark.parametrize("src_known", ["all", "none", "auto"])
@@ -51,13 +51,13 @@ def test_scores_are_those_of_single_answers(model, queries, src_known):
             | {"rtt": float(table.rtt_ms[j])}
             for j in queries.context[i][queries.context[i] >= 0][::-1]
         ]
-        end = text[table.src_id[row]], text[table.dst_id[row]], int(table.time_s[row])
-        law, rtt_ms = model.rtt(*end, context, src_known), float(table.rtt_ms[row])
-        assert scores.p_fail[i] == pytest.approx(law.p_fail, rel=1e-3)
-        assert scores.nll_nats[i] == pytest.approx(-law.log_density(rtt_ms), rel=1e-3, abs=1e-4)
-        np.testing.assert_allclose(scores.quantiles_ms[i], law.quantile(np.array(QUANTILE_LEVELS)), rtol=1e-2)
+        pair = text[table.src_id[row]], text[table.dst_id[row]], int(table.time_s[row])
+        distribution, rtt_ms = model.rtt(*pair, context, src_known), float(table.rtt_ms[row])
+        assert scores.p_fail[i] == pytest.approx(distribution.p_fail, rel=1e-3)
+        assert scores.nll_nats[i] == pytest.approx(-distribution.log_density(rtt_ms), rel=1e-3, abs=1e-4)
+        np.testing.assert_allclose(scores.quantiles_ms[i], distribution.quantile(np.array(QUANTILE_LEVELS)), rtol=1e-2)
         if rtt_ms > 0:
-            assert scores.crps_log[i] == pytest.approx(law.crps(rtt_ms), rel=1e-3)
-            assert scores.pit[i] == pytest.approx(law.pit(rtt_ms), abs=1e-2)
+            assert scores.crps_log[i] == pytest.approx(distribution.crps(rtt_ms), rel=1e-3)
+            assert scores.pit[i] == pytest.approx(distribution.pit(rtt_ms), abs=1e-2)
         else:
             assert np.isnan(scores.crps_log[i]) and np.isnan(scores.pit[i])

@@ -1,4 +1,4 @@
-"""The queries of PingBench: what they are told, and that nothing of them depends on an answer."""
+"""The queries of PingBench: what is given with them, and that nothing of them depends on an answer."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def make_table(count: int = 4_000, seed: int = 0) -> Measurements:
     return Measurements(*ids, rtt_ms.astype(np.float32), part, addresses, PARTS)
 
 
-def test_what_is_told_is_earlier_of_the_same_source_nested_and_the_latest():
+def test_what_is_given_is_earlier_of_the_same_source_nested_and_the_latest():
     table = make_table()
     split = SplitQueries.draw(table, "test-s1", 300, seed=1)
     for draw, queries in (("recent", split.recent), ("other", split.other)):
@@ -39,10 +39,10 @@ def test_what_is_told_is_earlier_of_the_same_source_nested_and_the_latest():
             allowed = (table.probe == table.probe[row]) & (table.time_s < table.time_s[row])
             if draw == "other":
                 allowed &= table.dst_id != table.dst_id[row]
-            told, places = context[context >= 0], np.flatnonzero(allowed)
-            assert len(np.unique(told)) == len(told) == min(30, len(places))
-            assert allowed[told].all() and (np.diff(table.time_s[told]) <= 0).all()
-            assert table.time_s[told].min() >= np.sort(table.time_s[places])[-len(told)]
+            given, places = context[context >= 0], np.flatnonzero(allowed)
+            assert len(np.unique(given)) == len(given) == min(30, len(places))
+            assert allowed[given].all() and (np.diff(table.time_s[given]) <= 0).all()
+            assert table.time_s[given].min() >= np.sort(table.time_s[places])[-len(given)]
     cells = {(cell.draw, cell.k): cell.queries for cell in split.cells()}
     assert set(cells) == {("none", 0)} | {(draw, k) for draw in ("recent", "other") for k in COUNTS[1:]}
     for (draw, k), queries in cells.items():
@@ -83,12 +83,12 @@ def test_no_answer_of_a_test_part_reaches_a_prediction_but_by_the_context_of_its
     for shown in (table, replace(table, rtt_ms=rtt_ms)):
         train, val = shown.of_part("train"), draw_val(shown, 200, seed=0)
         assert np.isin(val.measurements.part, [0, 1]).all() and (val.context >= 0).sum() > 1000
-        view = SplitQueries.draw(shown, "test-s2", 200, seed=0).recent.told(0).view()
+        view = SplitQueries.draw(shown, "test-s2", 200, seed=0).recent.given(0).view()
         for method in (GLOBAL_MEDIAN, ADDITIVE, ROLLING_MEDIAN, PROFILE_KNN):
             baseline = PointBaseline(method)
             baseline.fit(train, val)
             prediction = baseline.predict(view)
-            predictions.append((prediction.laws.values, prediction.p_fail))
+            predictions.append((prediction.distributions.values, prediction.p_fail))
     for before, after in zip(predictions[:4], predictions[4:], strict=True):
         np.testing.assert_array_equal(before[0], after[0])
         np.testing.assert_array_equal(before[1], after[1])
@@ -96,7 +96,7 @@ def test_no_answer_of_a_test_part_reaches_a_prediction_but_by_the_context_of_its
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_the_answers_of_a_test_part_change_no_query_and_no_prediction(k):
-    """Those that are told to no query: what a query is told of the past, it may well use."""
+    """Those that are given with no query: what is given of the past may well be used."""
     table = make_table()
     split = SplitQueries.draw(table, "test-s1", 200, seed=0)
     hidden = np.setdiff1d(table.rows_of_part("test-s1"), split.recent.context[:, :k])
@@ -108,12 +108,12 @@ def test_the_answers_of_a_test_part_change_no_query_and_no_prediction(k):
         again = SplitQueries.draw(shown, "test-s1", 200, seed=0)
         assert (again.recent.rows == split.recent.rows).all() and (again.other.context == split.other.context).all()
         train, val = shown.of_part("train"), SplitQueries.draw(shown, "val", 200, seed=0).mixed()
-        view = again.recent.told(k).view()
+        view = again.recent.given(k).view()
         for method in (GLOBAL_MEDIAN, ADDITIVE, ROLLING_MEDIAN, PROFILE_KNN):
             baseline = PointBaseline(method)
             baseline.fit(train, val)
             prediction = baseline.predict(view)
-            predictions.append((prediction.laws.values, prediction.p_fail))
+            predictions.append((prediction.distributions.values, prediction.p_fail))
     for before, after in zip(predictions[:4], predictions[4:], strict=True):
         np.testing.assert_array_equal(before[0], after[0])
         np.testing.assert_array_equal(before[1], after[1])

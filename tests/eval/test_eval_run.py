@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.compute import field
 
 from ping_llm import cli
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.ingest.prepare import prepare
 from ping_llm.data.rows import read_manifest
 from ping_llm.data.synthetic.synthesize import synthesize
-from ping_llm.eval import extras
+from ping_llm.eval import diagnose
 from ping_llm.eval import run as eval_run
 from ping_llm.eval.baselines import TreeSettings
 from ping_llm.eval.baselines.base import PointBaseline
@@ -24,13 +25,14 @@ from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN, SOURCE_MEDIA
 from ping_llm.eval.baselines.stack import Stack
 from ping_llm.eval.bootstrap import SourceBootstrap, interval
 from ping_llm.eval.columns import Measurements, Queries
-from ping_llm.eval.law import SUPPORT, QuantileLaws
+from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
 from ping_llm.eval.leak import check_leak
 from ping_llm.eval.metrics import score
-from ping_llm.eval.model import TRUE_LAW
+from ping_llm.eval.model import TRUE_DISTRIBUTION
+from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.queries import Cell
-from ping_llm.eval.results import error_quantiles, geometric_mean, headline, summarize_cell
-from ping_llm.eval.run import EvalOptions, evaluate
+from ping_llm.eval.results import geometric_mean, headline, summarize_cell
+from ping_llm.eval.run import evaluate
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 
@@ -46,9 +48,9 @@ def few_baselines(trees: TreeSettings | None) -> list:
 def fast():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_run, "all_baselines", few_baselines)
-        patch.setattr(extras, "QUICK_DESTINATIONS", 5)
-        patch.setattr(extras, "QUICK_MEASUREMENTS", 20)
-        patch.setattr(extras, "QUICK_WINDOWS", 4)
+        patch.setattr(diagnose, "QUICK_DESTINATIONS", 5)
+        patch.setattr(diagnose, "QUICK_MEASUREMENTS", 20)
+        patch.setattr(diagnose, "QUICK_WINDOWS", 4)
         yield
 
 
@@ -89,25 +91,27 @@ def run(world) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(world) -> dict:
-    """The baselines and the true law."""
-    options = EvalOptions(world / "rows", world / "baselines", queries=300, truth=world / "dump")
+    """The baselines and the true distribution."""
+    options = EvalOptions(
+        data=world / "rows", out=world / "baselines", baselines_only=True, queries=300, truth=world / "dump"
+    )
     return evaluate(options)
 
 
 @pytest.mark.slow
-def test_no_method_beats_the_law_that_made_the_pings(bench):
-    """In each cell the true law may be behind by chance only; over all of them, by nothing."""
+def test_no_method_beats_the_distribution_that_made_the_pings(bench):
+    """In each cell the true distribution may be behind by chance only; over all of them, by nothing."""
     assert "stack" in bench["methods"]
     counted = [cell for cell in bench["cells"] if cell["counts"]]
     assert len(counted) >= 33
     for cell in counted:
         crps = {name: one["crps_log"] for name, one in cell["methods"].items()}
-        assert crps[TRUE_LAW] < 1.1 * min(crps.values()), (cell["split"], cell["draw"], cell["k"])
+        assert crps[TRUE_DISTRIBUTION] < 1.1 * min(crps.values()), (cell["split"], cell["draw"], cell["k"])
         nll = {name: one["nll_nats"] for name, one in cell["methods"].items()}
-        assert nll[TRUE_LAW] < min(nll.values()) + 0.1
-    line = bench["headline"][TRUE_LAW]
+        assert nll[TRUE_DISTRIBUTION] < min(nll.values()) + 0.1
+    line = bench["headline"][TRUE_DISTRIBUTION]
     assert line["interval"][1] < 1 and line["geometric_mean"] < 0.8
-    covered = [cell["methods"][TRUE_LAW]["coverage"]["90"] for cell in counted]
+    covered = [cell["methods"][TRUE_DISTRIBUTION]["coverage"]["90"] for cell in counted]
     assert np.mean(covered) == pytest.approx(0.9, abs=0.03)
 
 
@@ -120,14 +124,14 @@ def test_every_split_is_reported_and_every_answer_kept(world, bench):
         cells = [cell for cell in bench["cells"] if cell["split"] == split]
         assert len(cells) == (11 if counts[split] else 0)
         for cell in cells:
-            file = world / "baselines" / "queries" / f"{split}-{cell['draw']}-k{cell['k']:02d}.parquet"
-            table = pq.read_table(file)
+            of_cell = (field("split") == split) & (field("draw") == cell["draw"]) & (field("k") == cell["k"])
+            table = pq.read_table(world / "baselines" / "queries.parquet", filters=of_cell)
             assert table.num_rows == bench["splits"][split]["queries"] * len(bench["methods"])
             assert set(table.column("method").to_pylist()) == set(bench["methods"])
     assert {"split", "draw", "k", "query", "src_addr", "dst_addr", "event_time", "rtt", "p_fail", "nll_nats"} | {
         *("crps_log", "pit", "q0.5")
     } <= set(table.column_names)
-    assert "Fewer than the 300 asked for" in report  # the new sources are few
+    assert "Fewer than the 300 wanted" in report  # the new sources are few
     pictures = {path.name for path in (world / "baselines").glob("*.png")}
     assert pictures == {"ratio_by_cell.png", "error_cdf.png", "error_by_k.png", "calibration.png"} | (
         {"calibration_far.png"} if counts["test-s5"] else set()
@@ -138,7 +142,8 @@ def test_every_split_is_reported_and_every_answer_kept(world, bench):
 @pytest.mark.slow
 def test_a_model_is_scored_beside_the_baselines(world, run):
     options = EvalOptions(
-        *(world / "rows", world / "scored", run),
+        *(run, world / "rows"),
+        out=world / "scored",
         quick=True,
         queries=40,
         model_queries=2,
@@ -149,7 +154,8 @@ def test_a_model_is_scored_beside_the_baselines(world, run):
     assert models == ["ping-llm, source auto", "ping-llm, source all", "ping-llm, source none"]
     for cell in results["cells"]:
         assert cell["methods"][models[0]]["queries"] == cell["methods"]["stack"]["queries"] == 2
-    table = pq.read_table(world / "scored" / "queries" / "test-s1-other-k05.parquet")
+    of_cell = (field("split") == "test-s1") & (field("draw") == "other") & (field("k") == 5)
+    table = pq.read_table(world / "scored" / "queries.parquet", filters=of_cell)
     methods = table.column("method").to_pylist()
     assert methods.count("stack") == 40 and methods.count(models[0]) == 2
     assert set(results["loss_per_field"]["test-s1"]) == {"structure", "src", "dst", "time", "rtt"}
@@ -168,7 +174,7 @@ def test_rows_that_the_run_may_have_seen_are_refused(world, run, tmp_path):
     assert check_leak(run, *trained, world / "rows").same_rows
     assert "both were made of" in check_leak(run, *trained, other_rows).problem
     with pytest.raises(ValueError, match=r"may have learned from .* --allow-leak"):
-        evaluate(EvalOptions(other_rows, tmp_path / "out", run))
+        evaluate(EvalOptions(run, other_rows, out=tmp_path / "out"))
     synthesize(tmp_path / "dump", probes=6, targets=5, days=0.05, seed=9, workers=1)
     prepare([str(tmp_path / "dump")], tmp_path / "new", workers=1, split="none")
     check = check_leak(run, *trained, tmp_path / "new")
@@ -189,9 +195,10 @@ def rows_sha256_of(run: Path) -> str:
 
 
 @pytest.mark.slow
-def test_other_rows_are_one_external_split_and_a_leak_is_told_in_red(world, run, tmp_path):
+def test_other_rows_are_one_external_split_and_a_leak_is_reported_in_red(world, run, tmp_path):
     options = EvalOptions(
-        *(world / "rows", tmp_path / "out", run),
+        *(run, world / "rows"),
+        out=tmp_path / "out",
         quick=True,
         queries=20,
         model_queries=2,
@@ -206,7 +213,7 @@ def test_other_rows_are_one_external_split_and_a_leak_is_told_in_red(world, run,
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         ([], "name the run folder of a trained model, or give --baselines-only"),
         (["--baselines-only"], "without a run, give --data ROWS and --out DIR"),
@@ -216,14 +223,14 @@ def test_other_rows_are_one_external_split_and_a_leak_is_told_in_red(world, run,
         (["{out}", "--data", "{rows}", "--out", "{out}"], "no checkpoint in"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(world, tmp_path, capsys, argv, told):
+def test_what_a_user_gets_wrong_is_one_line(world, tmp_path, capsys, argv, message):
     places = {"rows": world / "rows", "out": tmp_path / "out", "plain": tmp_path / "plain"}
     if "{plain}" in argv:
         prepare([str(world / "dump")], places["plain"], workers=1, split="none")
         capsys.readouterr()
     assert cli.main(["eval", *(word.format(**places) for word in argv)]) == 1
     error = capsys.readouterr().err.strip()
-    assert told in error and error.startswith("error: ") and "\n" not in error
+    assert message in error and error.startswith("error: ") and "\n" not in error
 
 
 def test_without_lightgbm_what_to_install_is_said(world, tmp_path, capsys, monkeypatch):
@@ -258,12 +265,12 @@ def test_bootstrap_compares_within_the_same_sources_and_leaves_out_nan():
     assert bootstrap.means(sources[:3], values[:3]).shape == (300,)
 
 
-def point_laws(medians: np.ndarray) -> QuantileLaws:
-    """All but a thousandth of each law lies evenly within ± 0.5 log-ms of its median."""
+def point_distributions(medians: np.ndarray) -> QuantileDistributions:
+    """All but a thousandth of each distribution lies evenly within ± 0.5 log-ms of its median."""
     knots = np.log(medians)[:, None] + np.array([-0.5, 0, 0.5])
     ends = np.ones((len(medians), 1))
     levels = np.array([0, 0.0005, 0.5, 0.9995, 1])
-    return QuantileLaws(np.concatenate([SUPPORT[0] * ends, knots, SUPPORT[1] * ends], axis=1), levels)
+    return QuantileDistributions(np.concatenate([SUPPORT[0] * ends, knots, SUPPORT[1] * ends], axis=1), levels)
 
 
 def make_cell(split: str, sources: int, each: int = 20) -> Cell:
@@ -282,14 +289,14 @@ def test_headline_by_hand():
     for split, sources, factor in (("a", 30, 0.5), ("b", 30, 2.0), ("c", 2, 0.1)):
         cell = make_cell(split, sources)
         rtt_ms, p_fail = cell.queries.rtt_ms, np.full(len(cell.queries), 0.1)
-        good = score(point_laws(np.full(len(rtt_ms), 15.0)), p_fail, rtt_ms)
-        bad = score(point_laws(np.full(len(rtt_ms), 40.0)), p_fail, rtt_ms)
+        good = score(point_distributions(np.full(len(rtt_ms), 15.0)), p_fail, rtt_ms)
+        bad = score(point_distributions(np.full(len(rtt_ms), 40.0)), p_fail, rtt_ms)
         scores = {"good": good, "bad": bad, "model": replace(good, crps_log=factor * good.crps_log)}
         bootstrap = SourceBootstrap.draw(np.arange(sources), np.zeros(sources), np.random.default_rng(0), 50)
         cells.append(summarize_cell(cell, scores, kinds, bootstrap))
         assert cells[-1].best_baseline == "good"
-        assert cells[-1].methods["model"].crps_ratio == pytest.approx(factor)
-        np.testing.assert_allclose(cells[-1].methods["model"].ratio_interval, factor)
+        assert cells[-1].methods["model"]["crps_ratio"] == pytest.approx(factor)
+        np.testing.assert_allclose(cells[-1].methods["model"]["ratio_interval"], factor)
     line = headline(cells, kinds)
     assert set(line) == {"model"}
     assert line["model"]["geometric_mean"] == pytest.approx(1.0)  # √(0.5 · 2)
@@ -302,7 +309,7 @@ def test_headline_by_hand():
 def test_errors_are_ranked_with_each_source_weighing_the_same():
     """One source with one query of error 0.9, another with nine of error 0: half of the weight each."""
     rtt_ms = np.full(10, 10.0, dtype=np.float32)
-    scores = score(point_laws(np.r_[19.0, np.full(9, 10.0)]), np.zeros(10), rtt_ms)
-    quantiles = error_quantiles(scores, np.r_[0, np.ones(9)])
+    scores = score(point_distributions(np.r_[19.0, np.full(9, 10.0)]), np.zeros(10), rtt_ms)
+    quantiles = scores.error_quantiles(np.r_[0, np.ones(9)])
     np.testing.assert_allclose(quantiles[:25], 0, atol=1e-6)  # up to half
     np.testing.assert_allclose(quantiles[25:], 0.9, atol=1e-6)

@@ -1,26 +1,26 @@
-"""The thin scripts over the library, the earlier protocol, and reading the output of ping."""
+"""The looks at a model: by `ping-llm eval --diagnose`, --live, and scripts; and reading the output of ping."""
 
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from paths import SCRIPTS
 
+from ping_llm import cli
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.ingest.prepare import prepare
 from ping_llm.data.synthetic.synthesize import synthesize
-from ping_llm.eval.columns import Measurements
-from ping_llm.eval.destinations import prefix_ranks_of
-from ping_llm.eval.earlier import CONTEXT, EarlierProtocol
+from ping_llm.eval.diagnose import prefix_ranks_of
 from ping_llm.eval.live import parse_ping, ping_all
 
 
 def run_script(name: str, *argv: object) -> None:
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for its module
     spec.loader.exec_module(module)
     module.main([str(word) for word in argv])
 
@@ -56,19 +56,23 @@ def world(tmp_path_factory) -> Path:
             *("eval_partial_ip", ("--queries", 6, "--completions", 1, "--top", 3)),
             lambda lines: {line["bits"] for line in lines if line["family"] == "ipv4"} == {8, 16, 24, 32},
         ),
-        ("eval_ordering", ("--queries", 5), lambda lines: len(lines) == 7 and lines[-1]["mean_log_prob_nats"] >= 0),
+        ("order", ("--queries", 5), lambda lines: len(lines) == 7 and lines[-1]["mean_log_prob_nats"] >= 0),
         (
-            *("eval_next_token", ("--windows", 3)),
+            *("tokens", ("--queries", 3)),
             lambda lines: {"MEASUREMENT_START", "RTT_START byte 2"} <= {line["token"] for line in lines},
         ),
         (
-            *("eval_destinations", ("--queries", 2)),
+            *("destinations", ("--queries", 2)),
             lambda lines: [line["method"] for line in lines] == ["model", "destination_bayes"],
         ),
     ],
 )
-def test_scripts_print_a_table_and_write_it(world, tmp_path, capsys, name, options, check):
-    run_script(name, world / "run", "--data", world / "rows", "--json", tmp_path / "out.json", *options)
+def test_a_look_prints_a_table_and_writes_it(world, tmp_path, capsys, name, options, check):
+    argv = [world / "run", "--data", world / "rows", "--json", tmp_path / "out.json", *options]
+    if name.startswith("eval_"):
+        run_script(name, *argv)
+    else:
+        assert cli.main(["eval", "--diagnose", name, *map(str, argv)]) == 0
     lines = json.loads((tmp_path / "out.json").read_text())
     assert check(lines)
     printed = capsys.readouterr().out
@@ -80,6 +84,17 @@ def test_loopback_answers():
     measured = ping_all("192.0.2.1", ["127.0.0.1"], 2)
     assert [one["dst_addr"] for one in measured] == ["127.0.0.1"] * 2
     assert all(0 <= one["rtt"] < 1000 for one in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ping") is None, reason="the system has no ping")
+def test_hosts_are_pinged_and_compared_with_what_the_model_expected(world, tmp_path, capsys):
+    argv = ["eval", world / "run", "--live", "127.0.0.1", "127.0.0.1", "--count", "1", "--json", tmp_path / "out.json"]
+    assert cli.main([str(word) for word in argv]) == 1
+    assert "--src ADDRESS" in capsys.readouterr().err
+    assert cli.main([str(word) for word in (*argv, "--src", "192.0.2.1")]) == 0
+    lines = json.loads((tmp_path / "out.json").read_text())
+    assert [line["told"] for line in lines] == [0, 1] and all(line["low_ms"] <= line["high_ms"] for line in lines)
 
 
 IPUTILS = """PING dns.google (8.8.8.8) 56(84) bytes of data.
@@ -131,41 +146,3 @@ def test_prefixes_are_ranked_by_the_mass_of_their_addresses():
     assert prefix_ranks_of(rows, "192.0.2.1") == {8: 1, 16: 1, 24: 1, 32: 0}
     assert prefix_ranks_of(rows, "203.0.113.99") == {8: 2, 16: 2, 24: 2, 32: 100}
     assert prefix_ranks_of([], "203.0.113.99") == dict.fromkeys((8, 16, 24, 32), 100)
-
-
-def make_mesh(nodes: int = 20, repeats: int = 40) -> Measurements:
-    """Every node pings every other at random times; node i is 1 + |i − j| ms from node j; addresses 20 … 24 only answer."""
-    rng = np.random.default_rng(0)
-    src, dst = (axis.ravel() for axis in np.indices((nodes, nodes + 5)))
-    src, dst = np.tile(src[src != dst], repeats), np.tile(dst[src != dst], repeats)
-    addresses = np.zeros((nodes + 5, 16), dtype=np.uint8)
-    addresses[:, 10:12], addresses[:, 15] = 255, np.arange(nodes + 5)
-    rtt_ms = (1 + np.abs(src - dst)).astype(np.float32)
-    rtt_ms[rng.random(len(src)) < 0.1] = -1
-    ids = (src.astype(np.int32), dst.astype(np.int32), src.astype(np.int64), rng.integers(0, 10_000, len(src)))
-    return Measurements(*ids, rtt_ms, np.zeros(len(src), np.int8), addresses, ("all",))
-
-
-def test_earlier_protocol_learns_near_pairs_first_and_asks_far_pairs_later():
-    protocol = EarlierProtocol.of(make_mesh(), neighbours=6)
-    table = protocol.measurements
-    assert protocol.nodes == 20 and table.dst_id.max() == 19  # what only answers is out
-    train, test = table.take(protocol.train), table.take(protocol.test)
-    assert train.time_s.max() <= protocol.middle_s < test.time_s.min()
-    near = {*zip(train.src_id.tolist(), train.dst_id.tolist(), strict=True)}
-    asked = {*zip(test.src_id.tolist(), test.dst_id.tolist(), strict=True)}
-    assert len(near) == 20 * 6 and not asked & near and not {(d, s) for s, d in asked} & near
-    assert (test.rtt_ms >= 0).all()
-    distance = np.array([abs(s - d) for s, d in near])
-    assert distance.mean() < 0.75 * np.array([abs(s - d) for s, d in asked]).mean()  # drawn by 1 / RTT
-    queries = protocol.queries(100)
-    context = queries.context
-    assert context.shape == (100, CONTEXT) and (context >= 0).all() and np.isin(context, protocol.train).all()
-    assert (table.src_id[context] == table.src_id[queries.rows][:, None]).all()
-    assert (np.diff(table.time_s[context], axis=1) <= 0).all()
-    assert (EarlierProtocol.of(make_mesh(), neighbours=6).test == protocol.test).all()
-
-
-def test_earlier_protocol_needs_nodes_that_ping_each_other():
-    with pytest.raises(ValueError, match="0 addresses are both a source and a destination"):
-        EarlierProtocol.of(make_mesh(5, 2).take(make_mesh(5, 2).dst_id >= 5))

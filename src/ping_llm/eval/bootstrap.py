@@ -1,6 +1,6 @@
 """Means of each source in, how far chance moves the mean over all sources out: a cluster bootstrap, drawn once for all.
 
-One draw of sources serves every cell and method: so what is compared in a draw was asked of the same sources.
+One draw of sources serves every cell and method, so that what is compared in a draw is of the same sources.
 """
 
 from __future__ import annotations
@@ -47,4 +47,5 @@ class SourceBootstrap:
 def interval(replicates: np.ndarray) -> tuple[float, float]:
     """The bounds of 95 % of the replicates; a replicate that drew no source of a cell, NaN, is left out."""
     known = replicates[np.isfinite(replicates)]
-    return tuple(np.percentile(known, LEVELS).tolist()) if len(known) else (np.nan, np.nan)
+    low, high = np.percentile(known, LEVELS) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)

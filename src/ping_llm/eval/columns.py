@@ -1,31 +1,44 @@
 """Probe rows in, columns of measurements and of queries out.
 
-A query asks for the RTT of one measurement; it may be told up to K earlier measurements of the same source. What a
-predictor is given, `QueryView`, holds copies of what it may know and no reference to the table: answers are not in it.
+A query is for the RTT of one measurement; up to K earlier measurements of the same source may be given with it. What a
+predictor sees, `QueryView`, holds copies of what it may know and no reference to the table: answers are not in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from ping_llm.data.hashing import hash_keys
 from ping_llm.data.ingest.splits import as_text
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
-from ping_llm.data.rows import RowReader
+from ping_llm.data.rows import ProbeRow, RowReader
+
+Rows = np.ndarray | slice
+"""Places, a mask, or a slice."""
+
+
+class _Columns:
+    """What tables of columns over one shared table of addresses have in common."""
+
+    def take(self, rows: Rows) -> Self:
+        """The lines at `rows`; the table of addresses is shared."""
+        columns = [f.name for f in fields(self) if f.name not in ("addresses", "parts")]  # type: ignore[arg-type]  # a dataclass
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)
-class Measurements:
+class Measurements(_Columns):
     """n measurements of any sources, as columns over one table of a distinct addresses."""
 
     src_id: np.ndarray  # (n,) int32, into addresses
     dst_id: np.ndarray  # (n,) int32, into addresses
-    probe: np.ndarray  # (n,) int64, the source's group: RIPE Atlas prb_id, else negative and told by its address
+    probe: np.ndarray  # (n,) int64, the source's group: RIPE Atlas prb_id, else negative and made of its address
     time_s: np.ndarray  # (n,) int64, Unix seconds
     rtt_ms: np.ndarray  # (n,) float32, −1 = failed
     part: np.ndarray  # (n,) int8, into parts
@@ -38,22 +51,18 @@ class Measurements:
     @classmethod
     def from_rows(cls, rows: Path | str, parts: Sequence[str]) -> Measurements:
         """All measurements of these parts of a folder of rows, part by part; ValueError if one holds none."""
-        columns = {name: [] for name in ("src", "dst", "probe_id", "time_s", "rtt_ms", "part")}
-        tables, places = [], 0
-        for part, name in enumerate(parts):
-            for row in RowReader(rows, name):
-                columns["src"].append(places + row.src.astype(np.int64))
-                columns["dst"].append(places + len(row.src_addresses) + row.dst.astype(np.int64))
-                tables += [row.src_addresses, row.dst_addresses]
-                places += len(row.src_addresses) + len(row.dst_addresses)
-                columns["probe_id"].append(np.full(len(row), row.probe_id, dtype=np.int64))
-                columns["time_s"].append(row.time_s)
-                columns["rtt_ms"].append(row.rtt_ms)
-                columns["part"].append(np.full(len(row), part, dtype=np.int8))
-        src, dst, probe_id, time_s, rtt_ms, part = (np.concatenate(column) for column in columns.values())
-        addresses, place = _distinct(np.concatenate(tables))
-        src_id, dst_id = place[src], place[dst]
-        return cls(src_id, dst_id, _group(probe_id, src_id, addresses), time_s, rtt_ms, part, addresses, tuple(parts))
+        return cls.concatenate([cls.from_row(row, part) for part in parts for row in RowReader(rows, part)])
+
+    @classmethod
+    def from_row(cls, row: ProbeRow, part: str) -> Measurements:
+        """The measurements of one row of a part."""
+        addresses = np.concatenate([row.src_addresses, row.dst_addresses])
+        src_id, dst_id = row.src.astype(np.int32), len(row.src_addresses) + row.dst.astype(np.int32)
+        by_address = row.probe_id < 0
+        probe = _address_groups(addresses)[src_id] if by_address else np.full(len(row), row.probe_id, dtype=np.int64)
+        return cls(
+            *(src_id, dst_id, probe, row.time_s, row.rtt_ms, np.zeros(len(row), dtype=np.int8), addresses, (part,))
+        )
 
     @classmethod
     def concatenate(cls, tables: Sequence[Measurements]) -> Measurements:
@@ -61,26 +70,15 @@ class Measurements:
         addresses, place = _distinct(np.concatenate([table.addresses for table in tables]))
         starts = np.cumsum([0] + [len(table.addresses) for table in tables])
         parts = tuple(dict.fromkeys(name for table in tables for name in table.parts))
-        columns = zip(
-            *(
-                (
-                    place[start + table.src_id],
-                    place[start + table.dst_id],
-                    table.probe,
-                    table.time_s,
-                    table.rtt_ms,
-                    np.array([parts.index(name) for name in table.parts], dtype=np.int8)[table.part],
-                )
-                for start, table in zip(starts[:-1], tables, strict=True)
-            ),
-            strict=True,
-        )
-        return cls(*(np.concatenate(column) for column in columns), addresses, parts)
-
-    def take(self, rows: np.ndarray) -> Measurements:
-        """The measurements at `rows`: places, or (n,) bool. The table of addresses is shared."""
-        columns = ("src_id", "dst_id", "probe", "time_s", "rtt_ms", "part")
-        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
+        columns = [
+            (
+                *(place[start + table.src_id], place[start + table.dst_id], table.probe, table.time_s, table.rtt_ms),
+                np.array([parts.index(name) for name in table.parts], dtype=np.int8)[table.part],
+            )
+            for start, table in zip(starts[:-1], tables, strict=True)
+        ]
+        src, dst, probe, time_s, rtt_ms, part = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return cls(src, dst, probe, time_s, rtt_ms, part, addresses, parts)
 
     def of_part(self, name: str) -> Measurements:
         """The measurements of one part."""
@@ -97,14 +95,10 @@ class Measurements:
         """(n,) float64, log of the RTT in ms; NaN where there was no answer."""
         return log_rtt(self.rtt_ms)
 
-    def prefix_ids(self, ipv4_bits: int, ipv6_bits: int) -> np.ndarray:
-        """(a,) which prefix of whole bytes each address lies in, counted from 0."""
-        return prefix_ids(self.addresses, ipv4_bits, ipv6_bits)
-
 
 @dataclass(frozen=True, eq=False)
-class QueryView:
-    """What a predictor may know of q queries; column j of the context is the j-th most recent measurement told."""
+class QueryView(_Columns):
+    """What a predictor may know of q queries; column j of the context is the j-th most recent measurement given."""
 
     src_id: np.ndarray  # (q,) int32, into addresses
     dst_id: np.ndarray  # (q,) int32
@@ -123,22 +117,13 @@ class QueryView:
         """(q, K) float64, log of the RTT in ms; NaN where there was no answer or no measurement."""
         return log_rtt(self.context_rtt_ms)
 
-    def take(self, rows: np.ndarray) -> QueryView:
-        """The queries at `rows`."""
-        arrays = {name: value[rows] for name, value in self._columns().items()}
-        return replace(self, **arrays)
-
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("src_id", "dst_id", "probe", "time_s", "context_dst_id", "context_time_s", "context_rtt_ms")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """q queries with their answers: places in a table that holds the measurements asked for and those told."""
+    """q queries with their answers: places in a table that holds the measurements queried and those given."""
 
     measurements: Measurements
-    rows: np.ndarray  # (q,) places of the measurements asked for
+    rows: np.ndarray  # (q,) places of the measurements queried
     context: np.ndarray  # (q, K) places of earlier measurements of the same source, most recent first; −1 = none
 
     def __post_init__(self) -> None:
@@ -154,29 +139,38 @@ class Queries:
         return self.measurements.rtt_ms[self.rows]
 
     @property
+    def dst_id(self) -> np.ndarray:
+        """(q,) the destinations."""
+        return self.measurements.dst_id[self.rows]
+
+    @property
     def probe(self) -> np.ndarray:
         """(q,) the group of each query's source."""
         return self.measurements.probe[self.rows]
 
-    def told(self, k: int) -> Queries:
-        """The same queries, told the first k of their context."""
+    def given(self, k: int) -> Queries:
+        """The same queries, given the first k of their context."""
         return replace(self, context=self.context[:, :k])
 
-    def take(self, rows: np.ndarray) -> Queries:
+    def take(self, rows: Rows) -> Queries:
         """The queries at `rows`."""
         return replace(self, rows=self.rows[rows], context=self.context[rows])
 
+    def answered(self, count: int | None = None) -> Queries:
+        """The first `count` queries that were answered; all of these if None."""
+        return self.take(np.flatnonzero(self.rtt_ms >= 0)[:count])
+
     def view(self) -> QueryView:
         """The queries without their answers."""
-        table, told = self.measurements, self.context >= 0
+        table, given = self.measurements, self.context >= 0
         return QueryView(
             src_id=table.src_id[self.rows],
-            dst_id=table.dst_id[self.rows],
-            probe=table.probe[self.rows],
+            dst_id=self.dst_id,
+            probe=self.probe,
             time_s=table.time_s[self.rows],
-            context_dst_id=np.where(told, table.dst_id[self.context], np.int32(-1)),
-            context_time_s=np.where(told, table.time_s[self.context], 0),
-            context_rtt_ms=np.where(told, table.rtt_ms[self.context], np.float32(np.nan)),
+            context_dst_id=np.where(given, table.dst_id[self.context], np.int32(-1)),
+            context_time_s=np.where(given, table.time_s[self.context], 0),
+            context_rtt_ms=np.where(given, table.rtt_ms[self.context], np.float32(np.nan)),
             addresses=table.addresses,
         )
 
@@ -196,13 +190,13 @@ def earlier_measurements(
     place[order] = second_starts
     found = np.full((len(rows), count), -1, dtype=np.int32)
     for start in range(0, len(rows), 20_000):  # bounds the memory at some tens of MB
-        asked = rows[start : start + 20_000]
-        back = place[asked][:, None] - 1 - np.arange(count * (8 if other_destinations else 1))  # (q, reach)
+        some = rows[start : start + 20_000]
+        back = place[some][:, None] - 1 - np.arange(count * (8 if other_destinations else 1))  # (q, reach)
         earlier = order[np.maximum(back, 0)]
-        usable = (back >= 0) & (measurements.probe[earlier] == measurements.probe[asked][:, None])
+        usable = (back >= 0) & (measurements.probe[earlier] == measurements.probe[some][:, None])
         if other_destinations:
-            usable &= measurements.dst_id[earlier] != measurements.dst_id[asked][:, None]
-        found[start : start + len(asked)] = first_true(usable, earlier, count)
+            usable &= measurements.dst_id[earlier] != measurements.dst_id[some][:, None]
+        found[start : start + len(some)] = first_true(usable, earlier, count)
     return found
 
 
@@ -211,6 +205,14 @@ def first_true(usable: np.ndarray, values: np.ndarray, count: int, missing: floa
     order = np.argsort(~usable, axis=1, kind="stable")[:, :count]
     kept = np.where(np.take_along_axis(usable, order, 1), np.take_along_axis(values, order, 1), missing)
     return np.pad(kept, ((0, 0), (0, count - kept.shape[1])), constant_values=missing)
+
+
+def place_in_group(group: np.ndarray) -> np.ndarray:
+    """(n,) how many of the same group (n,) come before each."""
+    order = np.argsort(group, kind="stable")
+    place = np.empty(len(group), dtype=np.int64)
+    place[order] = np.arange(len(group)) - np.searchsorted(group[order], group[order])
+    return place
 
 
 def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:
@@ -232,8 +234,7 @@ def _distinct(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distinct.view(np.uint8).reshape(-1, ADDRESS_BYTES), place.astype(np.int32)
 
 
-def _group(probe_id: np.ndarray, src_id: np.ndarray, addresses: np.ndarray) -> np.ndarray:
-    """(n,) the group: the probe, and a negative number made of the source address where the probe is unknown."""
+def _address_groups(addresses: np.ndarray) -> np.ndarray:
+    """(a,) int64, a negative number made of each of (a, 16) addresses."""
     high, low = (hash_keys(addresses, salt).astype(np.int64) for salt in (b"group/high", b"group/low"))
-    by_address = -2 - ((high << 30) | (low >> 2))
-    return np.where(probe_id < 0, by_address[src_id], probe_id)
+    return -2 - ((high << 30) | (low >> 2))

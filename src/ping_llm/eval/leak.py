@@ -1,4 +1,4 @@
-"""A run and a folder of rows in, whether the run may have learned from what the rows would ask it out."""
+"""A run and a folder of rows in, whether the run may have learned the answers out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.data.rows import MANIFEST_NAME, manifest_sha256, read_manifest
+from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """Whether rows are those that a run was trained beside, and what, if anything, speaks against asking them."""
+    """Whether rows are those that a run was trained beside, and what, if anything, speaks against using them."""
 
     same_rows: bool
     problem: str = ""
@@ -44,8 +45,6 @@ def check_leak(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> L
 
 
 def _trained_manifest(run: Path, trained_rows: Path, rows_sha256: str) -> dict | None:
-    from ping_llm.training.run_state import ROWS_MANIFEST_NAME
-
     for path in (run / ROWS_MANIFEST_NAME, trained_rows / MANIFEST_NAME):
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == rows_sha256:
             return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Hosts in, what the system's `ping` measures out: to ask a model about pings of right now."""
+"""Hosts in, what a model expected of pings of right now, and what the system's `ping` measures, out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import re
 import shutil
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from ping_llm.inference.predictor import PingModel
+from ping_llm.eval.options import EvalOptions
+from ping_llm.inference.predictor import PingModel
 
 _REPLY = re.compile(r"icmp_seq=(\d+) .*?time[=<]([\d.]+) ?ms")
 _SENT = re.compile(r"(\d+) packets transmitted")
@@ -18,7 +19,7 @@ SLACK_S = 10
 
 
 def parse_ping(text: str) -> tuple[str, list[float]]:
-    """The address that Linux's ping (iputils or BusyBox) asked, and an RTT in ms for each packet sent, −1 = no answer."""
+    """The address that Linux's ping (iputils or BusyBox) pinged, and an RTT in ms for each packet sent, −1 = no answer."""
     address, sent = _ADDRESS.search(text), _SENT.search(text)
     if not address or not sent:
         first = text.strip().splitlines()[0] if text.strip() else "nothing"
@@ -42,30 +43,35 @@ def ping(host: str, count: int = 3, wait_s: int = 2) -> tuple[str, list[float]]:
     return parse_ping(done.stdout)
 
 
-def ping_all(src: str, hosts: list[str], count: int = 3) -> list[dict]:
+def ping_all(src: str, hosts: Sequence[str], count: int = 3) -> list[dict[str, Any]]:
     """Measurements of each host, as `PingModel` takes them, in the order in which they were made."""
     measured = []
     for host in hosts:
         started = int(time.time())
         address, rtts = ping(host, count)
-        pings = [
+        measured += [
             {"src_addr": src, "dst_addr": address, "event_time": started + i, "rtt": x} for i, x in enumerate(rtts)
         ]
-        measured += pings
     return measured
 
 
-def compare_live(model: PingModel, src: str, hosts: list[str], count: int = 3) -> list[dict]:
-    """A line for each host: what the model expected, told the pings of the hosts before, and what came."""
-    context, lines = [], []
-    for host in hosts:
-        measured = ping_all(src, [host], count)
-        law = model.rtt(src, measured[0]["dst_addr"], at=measured[0]["event_time"], context=context)
+def compare_live(options: EvalOptions) -> list[dict[str, Any]]:
+    """A line for each host: what the model expected, given the pings of the hosts before, and what came."""
+    model = PingModel.load(options.trained, options.device)
+    context: list[dict[str, Any]] = []
+    lines = []
+    for host in options.live:
+        measured = ping_all(options.src, [host], options.count)
+        found = model.rtt(options.src, measured[0]["dst_addr"], at=measured[0]["event_time"], context=context)
         answers = sorted(one["rtt"] for one in measured if one["rtt"] >= 0)
-        line = {"host": host, "address": measured[0]["dst_addr"], "expected_ms": float(law.median)}
-        line |= {"low_ms": float(law.quantile(0.05)), "high_ms": float(law.quantile(0.95)), "p_fail": float(law.p_fail)}
+        line = {"host": host, "address": measured[0]["dst_addr"], "expected_ms": float(found.median)}
+        line |= {
+            "low_ms": float(found.quantile(0.05)),
+            "high_ms": float(found.quantile(0.95)),
+            "p_fail": float(found.p_fail),
+        }
         lines.append(line | {"measured_ms": answers[len(answers) // 2] if answers else None, "told": len(context)})
         context = sorted(context + measured, key=lambda one: one["event_time"])
-        while context and len(hosts) > 1 and time.time() < context[-1]["event_time"]:
-            time.sleep(0.2)  # the next question is about a time that is not before its context
+        while len(options.live) > 1 and time.time() < context[-1]["event_time"]:
+            time.sleep(0.2)  # the next query is of a time that is not before its context
     return lines

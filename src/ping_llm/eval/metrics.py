@@ -1,27 +1,23 @@
-"""Laws and answers in, scores of each query out; scores in, one line of a cell out.
+"""Distributions and answers in, scores of each query out, as columns of one long table; and statistics of weighted scores.
 
-Every aggregate is weighted so that each source counts the same, however many queries it has; a bootstrap over sources
-passes other weights. Scores of RTTs are over answered queries, those of failures over all.
+Scores of RTTs are over answered queries, those of failures over all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
+import pyarrow as pa
 
 from ping_llm.data.tokenization import encode_rtt, rtt_code_edges_ms
 from ping_llm.eval.columns import log_rtt
-from ping_llm.eval.law import QuantileLaws
+from ping_llm.eval.distribution import QuantileDistributions, clip_chance, log_loss
 
 QUANTILE_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
-INTERVALS = {50: (0.25, 0.75), 80: (0.1, 0.9), 90: (0.05, 0.95)}
-"""Of each central interval in percent, its levels."""
-
-WITHIN_PERCENT = (10, 25)
 PIT_BINS = 20
-LEAST_P_FAIL = 1e-6
-"""Chances of failure are kept this far from 0 and 1, so that one surprise does not make a mean infinite."""
+ERROR_LEVELS = np.linspace(0.02, 1, 50)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +31,12 @@ class Scores:
     pit: np.ndarray  # (q,)
     quantiles_ms: np.ndarray  # (q, 7) at QUANTILE_LEVELS, of an answered ping
 
-    def __post_init__(self) -> None:
-        for column in fields(self):
-            if len(getattr(self, column.name)) != len(self.rtt_ms):
-                raise ValueError(f"{column.name} has {len(getattr(self, column.name))} rows, not {len(self.rtt_ms)}")
-
     def __len__(self) -> int:
         return len(self.rtt_ms)
+
+    def first(self, count: int) -> Scores:
+        """The scores of the first queries."""
+        return Scores(*(getattr(self, column.name)[:count] for column in fields(self)))
 
     @property
     def answered(self) -> np.ndarray:
@@ -58,7 +53,7 @@ class Scores:
     @property
     def rtt_nll_nats(self) -> np.ndarray:
         """(q,) −log density per log-ms given an answer; NaN where the query failed."""
-        return np.where(self.answered, self.nll_nats + np.log1p(-_clip_chance(self.p_fail)), np.nan)
+        return np.where(self.answered, self.nll_nats + np.log1p(-clip_chance(self.p_fail)), np.nan)
 
     @property
     def rtt_bits(self) -> np.ndarray:
@@ -67,108 +62,54 @@ class Scores:
         code = encode_rtt(np.maximum(self.rtt_ms, 1e-3))
         return (self.rtt_nll_nats - np.log(edges[code + 1] - edges[code])) / np.log(2)
 
+    @property
+    def fail_log_loss(self) -> np.ndarray:
+        """(q,) nats, of whether a query fails."""
+        return log_loss(self.p_fail, ~self.answered)
 
-def score(laws: QuantileLaws, p_fail: np.ndarray, rtt_ms: np.ndarray) -> Scores:
-    """The scores of q predictions: laws of an answered ping, chances of failure (q,), and the answers (q,)."""
+    def error_quantiles(self, probe: np.ndarray) -> np.ndarray:
+        """(50,) relative errors below which a share ERROR_LEVELS of the answered queries lies, sources weighing the same."""
+        weights, error = source_weights(probe, self.answered), self.relative_error
+        order = np.argsort(np.where(weights > 0, error, np.inf))[: int((weights > 0).sum())]
+        if not len(order):
+            return np.full(len(ERROR_LEVELS), np.nan)
+        below = np.cumsum(weights[order])
+        return error[order][np.searchsorted(below, ERROR_LEVELS * below[-1] * (1 - 1e-12))]
+
+
+def score(distributions: QuantileDistributions, p_fail: np.ndarray, rtt_ms: np.ndarray) -> Scores:
+    """The scores of q predictions: distributions of an answered ping, chances of failure (q,), and the answers (q,)."""
     answered, log_ms = rtt_ms >= 0, log_rtt(rtt_ms)
-    chance, at = _clip_chance(p_fail), np.where(answered, log_ms, 0.0)
+    chance, at = clip_chance(p_fail), np.where(answered, log_ms, 0.0)
     return Scores(
         rtt_ms=rtt_ms,
         p_fail=p_fail,
-        nll_nats=np.where(answered, -laws.log_density(at) - np.log1p(-chance), -np.log(chance)),
-        crps_log=np.where(answered, laws.crps(at), np.nan),
-        pit=np.where(answered, laws.cdf(at), np.nan),
-        quantiles_ms=np.exp(laws.quantile(np.array(QUANTILE_LEVELS))),
+        nll_nats=np.where(answered, -distributions.log_density(at) - np.log1p(-chance), -np.log(chance)),
+        crps_log=np.where(answered, distributions.crps(at), np.nan),
+        pit=np.where(answered, distributions.cdf(at), np.nan),
+        quantiles_ms=np.exp(distributions.quantile(np.array(QUANTILE_LEVELS))),
     )
 
 
-def source_weights(source: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+def long_table(scores: Mapping[str, Scores], probe: np.ndarray) -> pa.Table:
+    """A line for each method and query, of a source `probe` (q,); NaN is null."""
+    names = ("p_fail", "nll_nats", "crps_log", "pit", "relative_error", "rtt_nll_nats", "rtt_bits", "fail_log_loss")
+    tables = []
+    for method, of_method in scores.items():
+        count = len(of_method)
+        columns = {"rtt": of_method.rtt_ms} | {name: getattr(of_method, name) for name in names}
+        columns |= {f"q{level:g}": of_method.quantiles_ms[:, i] for i, level in enumerate(QUANTILE_LEVELS)}
+        arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
+        of_query = {"query": pa.array(np.arange(count, dtype=np.int32)), "probe": pa.array(probe[:count])}
+        tables.append(pa.table({"method": pa.repeat(method, count)} | of_query | arrays))
+    return pa.concat_tables(tables)
+
+
+def source_weights(probe: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """(q,) weights under which each source that has a counted query weighs 1; queries not counted weigh 0."""
-    counted = np.ones(len(source), dtype=bool) if counted is None else counted
-    _, index = np.unique(source, return_inverse=True)
+    counted = np.ones(len(probe), dtype=bool) if counted is None else counted
+    _, index = np.unique(probe, return_inverse=True)
     return np.where(counted, 1 / np.maximum(np.bincount(index, weights=counted), 1)[index], 0.0)
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """One cell of a report: a split, a number of measurements told, a draw, and a predictor. Macro over sources."""
-
-    queries: int
-    answered: int
-    sources: int
-    nll_nats: float  # of results, failures among them
-    rtt_nll_nats: float  # of RTTs given an answer, density per log-ms
-    rtt_bits: float  # per RTT given an answer, of its 16-bit code
-    crps_log: float  # log-ms
-    median_rel_error: float
-    p90_rel_error: float
-    within: dict[int, float]  # percent: share
-    coverage: dict[int, float]  # percent of the interval: share
-    width_log: dict[int, float]  # percent of the interval: mean width in log-ms
-    pit_ks: float  # largest distance of the PIT's CDF from the uniform one
-    pit_histogram: tuple[float, ...] = field(repr=False)  # 20 shares
-    fail_rate: float = np.nan  # the base rate
-    fail_brier: float = np.nan
-    fail_log_loss: float = np.nan  # nats
-    fail_auc: float = np.nan  # NaN where all or none failed
-
-
-def aggregate(scores: Scores, source: np.ndarray, source_counts: np.ndarray | None = None) -> Aggregate:
-    """The cell of q scores whose queries have these sources (q,).
-
-    `source_counts` (q,) is how often a bootstrap drew each query's source; without it, once.
-    """
-    drawn = np.ones(len(scores)) if source_counts is None else source_counts
-    everything = source_weights(source) * drawn
-    answers = source_weights(source, scores.answered) * drawn
-    if not everything.sum():
-        raise ValueError("no queries to aggregate; evaluate a part that holds measurements")
-    error = scores.relative_error
-    histogram = np.bincount(
-        np.clip((np.nan_to_num(scores.pit) * PIT_BINS).astype(int), 0, PIT_BINS - 1), answers, PIT_BINS
-    )
-    low_high = {
-        percent: [scores.quantiles_ms[:, QUANTILE_LEVELS.index(level)] for level in levels]
-        for percent, levels in INTERVALS.items()
-    }
-    return Aggregate(
-        queries=len(scores),
-        answered=int(scores.answered.sum()),
-        sources=len(np.unique(source)),
-        nll_nats=weighted_mean(scores.nll_nats, everything),
-        rtt_nll_nats=weighted_mean(scores.rtt_nll_nats, answers),
-        rtt_bits=weighted_mean(scores.rtt_bits, answers),
-        crps_log=weighted_mean(scores.crps_log, answers),
-        median_rel_error=weighted_quantile(error, answers, 0.5),
-        p90_rel_error=weighted_quantile(error, answers, 0.9),
-        within={percent: weighted_mean(error <= percent / 100, answers) for percent in WITHIN_PERCENT},
-        coverage={
-            percent: weighted_mean((low <= scores.rtt_ms) & (scores.rtt_ms <= high), answers)
-            for percent, (low, high) in low_high.items()
-        },
-        width_log={percent: weighted_mean(np.log(high / low), answers) for percent, (low, high) in low_high.items()},
-        pit_ks=ks_uniform(scores.pit, answers),
-        pit_histogram=tuple((histogram / max(histogram.sum(), 1e-300)).tolist()),
-        fail_rate=weighted_mean(~scores.answered, everything),
-        fail_brier=weighted_mean((scores.p_fail - ~scores.answered) ** 2, everything),
-        fail_log_loss=weighted_mean(_log_loss(scores.p_fail, ~scores.answered), everything),
-        fail_auc=auc(scores.p_fail, ~scores.answered, everything),
-    )
-
-
-def source_means(values: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct sources, ascending, and the mean of each over its values (q,) that are not NaN (NaN if none is)."""
-    distinct, index = np.unique(source, return_inverse=True)
-    counted = ~np.isnan(values)
-    total = np.bincount(index, np.where(counted, values, 0.0), len(distinct))
-    with np.errstate(invalid="ignore"):
-        return distinct, total / np.bincount(index, counted, len(distinct))
-
-
-def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Σ w x / Σ w over weights above 0; NaN if there are none."""
-    used = weights > 0
-    return float(np.average(values[used], weights=weights[used])) if used.any() else np.nan
 
 
 def weighted_quantile(values: np.ndarray, weights: np.ndarray, level: float) -> float:
@@ -182,7 +123,7 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, level: float) -> 
 
 
 def ks_uniform(values: np.ndarray, weights: np.ndarray) -> float:
-    """Kolmogorov–Smirnov distance of weighted values from the uniform law on 0 … 1; NaN without values."""
+    """Kolmogorov–Smirnov distance of weighted values from the uniform distribution on 0 … 1; NaN without values."""
     used = weights > 0
     if not used.any():
         return np.nan
@@ -199,12 +140,3 @@ def auc(chance: np.ndarray, happened: np.ndarray, weights: np.ndarray) -> float:
     pairs = with_event.sum() * without.sum()
     below = np.cumsum(without) - without
     return float((with_event * (below + without / 2)).sum() / pairs) if pairs > 0 else np.nan
-
-
-def _log_loss(chance: np.ndarray, happened: np.ndarray) -> np.ndarray:
-    chance = _clip_chance(chance)
-    return -np.where(happened, np.log(chance), np.log1p(-chance))
-
-
-def _clip_chance(chance: np.ndarray) -> np.ndarray:
-    return np.clip(chance, LEAST_P_FAIL, 1 - LEAST_P_FAIL)

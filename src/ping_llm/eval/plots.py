@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm.eval.metrics import PIT_BINS
+from ping_llm.eval.metrics import ERROR_LEVELS, PIT_BINS
 from ping_llm.eval.report import cell_name, subject
-from ping_llm.eval.results import ERROR_LEVELS
 from ping_llm.system.axes import label_log_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FAR = ("test-s5", "external")
 """Splits far from the training data: their calibration has a picture of its own."""
 
 SHOWN_K = 5
-_BEST = "best baseline"
-_COLORS = {_BEST: "#57606a", "stack": "#8250df", "lightgbm": "#1a7f37", "pair_history": "#9a6700"}
-_COLORS |= {"global_median": "#bfc5cc", "true law": "#d1660f", "profile_knn": "#0e8a8a"}
+_COLORS = {"stack": "#8250df", "lightgbm": "#1a7f37", "pair_history": "#9a6700"}
+_COLORS |= {"global_median": "#bfc5cc", "true distribution": "#d1660f", "profile_knn": "#0e8a8a"}
 _MODEL_COLORS = ("#1f6feb", "#bf3989", "#54aeff")
 _BASELINES = ("global_median", "pair_history", "lightgbm", "stack")
 _TITLES = {
@@ -34,42 +36,30 @@ _TITLES = {
 
 def plot_results(results: Mapping[str, Any], out: Path) -> list[Path]:
     """Draws what there is to draw as PNGs into a folder; gives their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    pictures: dict[str, Callable] = {
+    pictures: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
         "ratio_by_cell": _ratios,
         "error_cdf": _error_cdfs,
         "error_by_k": _errors_by_k,
-        "calibration": lambda results: _calibration(results, far=False),
-        "calibration_far": lambda results: _calibration(results, far=True),
+        "calibration": partial(_calibration, far=False),
+        "calibration_far": partial(_calibration, far=True),
         "loss_per_field": _losses,
         "densities": _densities,
     }
-    paths = []
-    for name, draw in pictures.items():
-        figure = draw(results)
+    drawn = {out / f"{name}.png": draw(results) for name, draw in pictures.items()}
+    for path, figure in drawn.items():
         if figure is not None:
-            paths.append(out / f"{name}.png")
-            figure.savefig(paths[-1], dpi=120)
-            _close(figure)
-    return paths
+            figure.savefig(path, dpi=120)
+    return [path for path, figure in drawn.items() if figure is not None]
 
 
-def _close(figure) -> None:
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
-
-
-def _panels(count: int, columns: int, width: float, height: float):
-    import matplotlib.pyplot as plt
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure, and (rows, columns) axes, of which `count` are drawn in."""
+    from matplotlib.figure import Figure
 
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for unused in axes.flat[count:]:
         unused.set_axis_off()
     for used in axes.flat[:count]:
@@ -78,7 +68,7 @@ def _panels(count: int, columns: int, width: float, height: float):
 
 
 def _shown(results: Mapping[str, Any]) -> dict[str, str]:
-    """Methods that are drawn, each with its color: the model, the true law, and some baselines."""
+    """Methods that are drawn, each with its color: the model, the true distribution, and some baselines."""
     kinds = {name: one["kind"] for name, one in results["methods"].items()}
     models = [name for name, kind in kinds.items() if kind == "model"]
     shown = [name for name in _BASELINES if name in kinds] or [name for name in kinds if kinds[name] == "baseline"][:4]
@@ -95,19 +85,24 @@ def _splits(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["split"] for cell in results["cells"]))
 
 
-def _legend(figure, axes, columns: int = 4) -> None:
-    handles = {}
+def _finish(figure: Figure, axes: np.ndarray, y: str = "", x: str = "", title: str = "", columns: int = 4) -> Figure:
+    """Labels on the outer axes, a title, and one legend for all."""
+    for axis in axes[:, 0] if y else ():
+        axis.set_ylabel(y)
+    for axis in axes[-1] if x else ():
+        axis.set_xlabel(x)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
+    return figure
 
 
-def _ratios(results: Mapping[str, Any]):
+def _ratios(results: Mapping[str, Any]) -> Figure | None:
     """Split × cell: the CRPS ratio of the model, or without one of the stack, to the best baseline."""
-    import matplotlib.pyplot as plt
-
     name = subject(results) or ("stack" if "stack" in results["methods"] else None)
     if name is None:
         return None
@@ -116,7 +111,8 @@ def _ratios(results: Mapping[str, Any]):
     for cell in results["cells"]:
         at, line = (splits.index(cell["split"]), columns.index(cell_name(cell))), cell["methods"][name]
         ratio[at], high[at] = line["crps_ratio"] or np.nan, (cell["counts"] and line["ratio_interval"][1]) or np.nan
-    figure, axis = plt.subplots(figsize=(2.6 + 0.78 * len(columns), 1.7 + 0.55 * len(splits)), layout="constrained")
+    figure, ((axis,),) = _panels(1, 1, 2.6 + 0.78 * len(columns), 1.7 + 0.55 * len(splits))
+    axis.spines[:].set_visible(True)
     image = axis.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(ratio):
         if np.isfinite(value):
@@ -131,7 +127,7 @@ def _ratios(results: Mapping[str, Any]):
     return figure
 
 
-def _error_cdfs(results: Mapping[str, Any]):
+def _error_cdfs(results: Mapping[str, Any]) -> Figure | None:
     cells = _cells(results, k=SHOWN_K, draw="other")
     if not cells:
         return None
@@ -144,15 +140,11 @@ def _error_cdfs(results: Mapping[str, Any]):
         axis.set(xlim=(1e-3, 10), ylim=(0, 1), title=_TITLES.get(cell["split"], cell["split"]))
         axis.set_xticks([1e-3, 1e-2, 0.1, 1, 10], ["0.1 %", "1 %", "10 %", "100 %", "1000 %"])
         axis.grid(alpha=0.25)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("share of queries below")
-    title = f"Relative error of the predicted median, told {SHOWN_K} pings to other destinations"
-    figure.suptitle(title, fontsize=11)
-    _legend(figure, axes)
-    return figure
+    title = f"Relative error of the predicted median, given {SHOWN_K} pings to other destinations"
+    return _finish(figure, axes, "share of queries below", title=title)
 
 
-def _errors_by_k(results: Mapping[str, Any]):
+def _errors_by_k(results: Mapping[str, Any]) -> Figure | None:
     splits = _splits(results)
     figure, axes = _panels(2 * len(splits), len(splits), 3.4, 2.9)
     for column, split in enumerate(splits):
@@ -172,15 +164,10 @@ def _errors_by_k(results: Mapping[str, Any]):
         for axis in both:
             axis.set_ylim(low, high)
             label_log_ticks(axis.yaxis, low, high)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("median relative error (%)")
-    for axis in axes[-1]:
-        axis.set_xlabel("earlier pings told")
-    _legend(figure, axes)
-    return figure
+    return _finish(figure, axes, "median relative error (%)", "earlier pings given")
 
 
-def _calibration(results: Mapping[str, Any], far: bool):
+def _calibration(results: Mapping[str, Any], far: bool) -> Figure | None:
     """Above how often the answer lies below each quantile, below the histogram of the PIT."""
     cells = [cell for cell in _cells(results, k=SHOWN_K, draw="other") if (cell["split"] in FAR) == far]
     if not cells:
@@ -202,33 +189,31 @@ def _calibration(results: Mapping[str, Any], far: bool):
         histogram.set(xlim=(0, 1), ylim=(0, None), xlabel="PIT")
     axes.flat[0].set_ylabel("share of answers below")
     axes.flat[len(cells)].set_ylabel("density (1 = calibrated)")
-    title = "Calibration" + (" far from the training data" if far else "")
-    figure.suptitle(f"{title}, told {SHOWN_K} pings to other destinations", fontsize=11)
-    _legend(figure, axes, 4 if len(cells) > 2 else 2)
-    return figure
+    where = " far from the training data" if far else ""
+    title = f"Calibration{where}, given {SHOWN_K} pings to other destinations"
+    return _finish(figure, axes, title=title, columns=4 if len(cells) > 2 else 2)
 
 
-def _losses(results: Mapping[str, Any]):
+def _losses(results: Mapping[str, Any]) -> Figure | None:
     losses = results.get("loss_per_field")
     if not losses:
         return None
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     names = list(dict.fromkeys(name for line in losses.values() for name in line))
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    figure, ((axis,),) = _panels(1, 1, 8, 3.6)
     width = 0.8 / len(losses)
     for number, (part, line) in enumerate(losses.items()):
         at = np.arange(len(names)) + (number - (len(losses) - 1) / 2) * width
-        color = plt.get_cmap("viridis")(0.9 * number / max(1, len(losses) - 1))
+        color = colormaps["viridis"](0.9 * number / max(1, len(losses) - 1))
         axis.bar(at, [line.get(name, np.nan) for name in names], width * 0.92, color=color, label=part)
     axis.set_xticks(range(len(names)), [{"src": "source", "dst": "destination", "rtt": "RTT"}.get(n, n) for n in names])
     axis.set(ylabel="nats a token", title="Loss per field, fields in any order, as in training")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9, ncols=2)
     return figure
 
 
-def _densities(results: Mapping[str, Any]):
+def _densities(results: Mapping[str, Any]) -> Figure | None:
     examples = results.get("examples")
     if not examples:
         return None
@@ -243,9 +228,4 @@ def _densities(results: Mapping[str, Any]):
         axis.set(ylim=(0, None), xlim=(at[0], at[-1]))
         label_log_ticks(axis.xaxis, at[0], at[-1])
         axis.set_title(f"{_TITLES.get(example['split'], example['split'])}: {example['title']}", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("density per log-ms", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("RTT (ms)", fontsize=9)
-    _legend(figure, axes)
-    return figure
+    return _finish(figure, axes, "density per log-ms", "RTT (ms)")

@@ -1,6 +1,6 @@
-"""Measurements in, the queries of PingBench out: who is asked, and which earlier measurements of its source are told.
+"""Measurements in, the queries of PingBench out: what is queried, and which earlier measurements of its source are given.
 
-A query is a measurement of a test part. It is told the last k measurements of its source from before its second, whatever
+A query is a measurement of a test part. Given are the last k measurements of its source from before its second, whatever
 part they are in: what a user would have at hand. The `other` draw leaves out those of the query's own destination. Contexts
 are nested: of one draw, the smaller is the beginning of the larger. Nothing here looks at an RTT.
 """
@@ -9,45 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from ping_llm.eval.columns import Measurements, Queries, earlier_measurements
+from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, place_in_group
 
 COUNTS = (0, 1, 2, 5, 10, 30)
-"""How many measurements a query is told."""
+"""How many measurements are given with a query."""
 
 DRAWS = ("recent", "other")
 NO_DRAW = "none"
-"""The draw of queries that are told nothing: it is the same in both."""
+"""The draw of queries without context: it is the same in both."""
 
 SPLITS = ("test-s1", "test-s2", "test-s3", "test-s4", "test-s5")
 EXTERNAL = "external"
 """The split of all measurements of rows that the model was not trained beside."""
 
-QUERIES_PER_SPLIT = 20_000
 QUERIES_PER_SOURCE = 50
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Queries of one split that are told k measurements of one draw."""
+    """Queries of one split with k given measurements of one draw."""
 
     split: str
     draw: str
     k: int
     queries: Queries
 
-    @property
-    def name(self) -> str:
-        """test-s1-other-k05"""
-        return f"{self.split}-{self.draw}-k{self.k:02d}"
-
 
 @dataclass(frozen=True, eq=False)
 class SplitQueries:
-    """The queries of one split, told the most of both draws."""
+    """The queries of one split, with the longest context of both draws."""
 
     split: str
     recent: Queries
@@ -68,21 +63,20 @@ class SplitQueries:
 
     def cells(self) -> Iterator[Cell]:
         """Without context, then every draw with every k."""
-        yield Cell(self.split, NO_DRAW, 0, self.recent.told(0))
+        yield Cell(self.split, NO_DRAW, 0, self.recent.given(0))
         for draw in DRAWS:
             for k in COUNTS[1:]:
-                yield Cell(self.split, draw, k, getattr(self, draw).told(k))
+                yield Cell(self.split, draw, k, getattr(self, draw).given(k))
 
     def mixed(self) -> Queries:
-        """The queries, told by turns of one draw and of the other: to choose settings on."""
+        """The queries, by turns with the context of one draw and of the other: to choose settings on."""
         odd = np.arange(len(self)) % 2 == 1
         context = np.where(odd[:, None], self.other.context, self.recent.context)
         return Queries(self.recent.measurements, self.recent.rows, context)
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """What the report says of the split."""
-        told = (self.recent.context >= 0).sum(axis=1)
-        told_others = (self.other.context >= 0).sum(axis=1)
+        given = {draw: (getattr(self, draw).context >= 0).sum(axis=1) for draw in DRAWS}
         return {
             "measurements": self.available,
             "queries": len(self),
@@ -90,7 +84,7 @@ class SplitQueries:
             "sources": len(np.unique(self.recent.probe)),
             "full_context_share": {
                 draw: {str(k): round(float((count >= k).mean()), 4) for k in COUNTS[1:]}
-                for draw, count in (("recent", told), ("other", told_others))
+                for draw, count in given.items()
             },
         }
 
@@ -101,16 +95,13 @@ def choose_rows(probe: np.ndarray, rows: np.ndarray, count: int, rng: np.random.
     The first n of the rows are what a smaller `count` of n would give.
     """
     shuffled = rng.permutation(rows)
-    order = np.argsort(probe[shuffled], kind="stable")
-    ordered = probe[shuffled][order]
-    turn = np.empty(len(shuffled), dtype=np.int64)
-    turn[order] = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    turn = place_in_group(probe[shuffled])
     dealt = np.argsort(turn, kind="stable")  # of one turn, in shuffled order
     return shuffled[dealt[turn[dealt] < QUERIES_PER_SOURCE][:count]]
 
 
 def draw_val(table: Measurements, count: int, seed: int) -> Queries:
-    """Queries of val to choose settings on, told measurements of train and val alone: test parts lie between them in time,
+    """Queries of val to choose settings on, given measurements of train and val alone: test parts lie between them in time,
     and their answers must be no part of what a method is fitted on."""
     known = np.isin(table.part, [table.parts.index(part) for part in ("train", "val")])
     return SplitQueries.draw(table.take(known), "val", count, seed).mixed()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ping_llm.eval.queries import DRAWS, NO_DRAW
 from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
@@ -59,41 +61,36 @@ def _head(results: Mapping[str, Any]) -> list[str]:
         lines += ["", f'<span style="color:red">{warning}</span>', ""]
     lines += [
         "",
-        "A query is told k earlier measurements of its source: the most `recent`, or those of `other` destinations. Every",
-        "source weighs the same. CRPS in log-ms, lower is better; intervals of 95 % are from 1,000 draws of the sources.",
+        "With a query, k earlier measurements of its source are given: the most `recent`, or those of `other` destinations.",
+        "Every source weighs the same. CRPS is in log-ms, lower is better; 95 % intervals come from 1,000 draws of sources.",
     ]
     return lines
-
-
-_DRAWS = ("none", "recent", "other")
 
 
 def _headline(results: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, line in results["headline"].items():
-        low, high = line["interval"]
         cells = f"{line['cells']}" + (f" (+ {line['cells_too_small']} too small)" if line["cells_too_small"] else "")
-        ratio = f"{_number(line['geometric_mean'])} ({_number(low)}–{_number(high)})"
-        by_draw = (_number(line["by_draw"][draw]) if draw in line["by_draw"] else "–" for draw in _DRAWS)
+        ratio = _within(line["geometric_mean"], line["interval"])
+        by_draw = (_number(line["by_draw"].get(draw)) for draw in (NO_DRAW, *DRAWS))
         rows.append((name, ratio, *by_draw, f"{line['win_rate']:.0%}", cells))
     if not rows and subject(results):
-        return ["No cell has enough answers and sources to count; ask more queries of each."]
+        return ["No cell has enough answers and sources to count; evaluate more queries of each."]
     if not rows:
-        return ["No model was asked; the tables show what it would have to beat."]
-    told = ("k = 0", "recent", "other")
-    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", *told, "cells won", "cells")
+        return ["No model was evaluated; the tables show what it would have to beat."]
+    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", "k = 0", *DRAWS, "cells won", "cells")
     return _table(head, rows)
 
 
 def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | None) -> list[str]:
     cells = [cell for cell in results["cells"] if cell["split"] == name]
     if split is None or not split["queries"] or not cells:
-        return ["No measurements: nothing was asked."]
+        return ["No measurements, so no queries."]
     lines = [
         f"{split['queries']:,} queries of {split['sources']:,} sources, from {split['measurements']:,} measurements."
     ]
     if split["queries"] < min(FEW, split["wanted"]):
-        lines.append(f"Fewer than the {split['wanted']:,} asked for: there are no more, at most 50 a source.")
+        lines.append(f"Fewer than the {split['wanted']:,} wanted: there are no more, at most 50 a source.")
     small = [cell_name(cell) for cell in cells if not cell["counts"]]
     if small:
         which = "all cells" if len(small) == len(cells) else ", ".join(small)
@@ -104,9 +101,9 @@ def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | Non
     )
     head = ("CRPS, log-ms", *(cell_name(cell) for cell in cells))
     rows = [(name, *(_crps(cell, name) for cell in cells)) for name in cells[0]["methods"]]
-    asked = subject(results)
-    if asked:
-        rows.append(("**ratio to the best baseline**", *(_ratio(cell["methods"][asked]) for cell in cells)))
+    if model := subject(results):
+        ratios = ((cell["methods"][model]["crps_ratio"], cell["methods"][model]["ratio_interval"]) for cell in cells)
+        rows.append(("**ratio to the best baseline**", *(_within(*ratio) for ratio in ratios)))
     return [*lines, "", *_table(head, rows), "", *_details(results, cells)]
 
 
@@ -115,38 +112,40 @@ def _crps(cell: Mapping[str, Any], method: str) -> str:
     return f"**{text}**" if method == cell["best_baseline"] else text
 
 
-def _ratio(method: Mapping[str, Any]) -> str:
-    low, high = method["ratio_interval"]
-    return f"{_number(method['crps_ratio'])} ({_number(low)}–{_number(high)})"
+def _within(value: float | None, interval: Sequence[float | None]) -> str:
+    return f"{_number(value)} ({_number(interval[0])}–{_number(interval[1])})"
 
 
 def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of some cells: the best baseline, and every method that is none."""
     head = ("", "method", "NLL nats", "bits/RTT", "median err", "p90 err", "≤ 10 %", "≤ 25 %")
-    head += ("50/80/90 % cover", "width 90 %", "PIT KS")
     rows = []
-    for cell in (cell for cell in cells if cell["k"] in DETAIL_KS):
-        others = [name for name, one in results["methods"].items() if one["kind"] != "baseline"]
-        for name in (cell["best_baseline"], *others):
-            line = cell["methods"][name]
-            percent = (_percent(line[key]) for key in ("median_rel_error", "p90_rel_error"))
-            within = (_percent(share) for share in line["within"].values())
-            cover = " / ".join(_percent(share, 0) for share in line["coverage"].values())
-            numbers = (_number(line["rtt_nll_nats"]), _number(line["rtt_bits"]), *percent, *within, cover)
-            rows.append((cell_name(cell), name, *numbers, _number(line["width_log"]["90"]), _number(line["pit_ks"])))
-    return _table(head, rows)
+    for cell, name, line in _shown_lines(results, cells):
+        percent = (_percent(line[key]) for key in ("median_rel_error", "p90_rel_error"))
+        within = (_percent(share) for share in line["within"].values())
+        cover = " / ".join(_percent(share, 0) for share in line["coverage"].values())
+        numbers = (_number(line["rtt_nll_nats"]), _number(line["rtt_bits"]), *percent, *within, cover)
+        rows.append((cell_name(cell), name, *numbers, _number(line["width_log"]["90"]), _number(line["pit_ks"])))
+    return _table((*head, "50/80/90 % cover", "width 90 %", "PIT KS"), rows)
 
 
 def _failures(results: Mapping[str, Any]) -> list[str]:
     rows = []
-    for cell in (cell for cell in results["cells"] if cell["k"] in DETAIL_KS and cell["draw"] != "other"):
-        others = [name for name, one in results["methods"].items() if one["kind"] != "baseline"]
-        for name in (cell["best_baseline"], *others):
-            line = cell["methods"][name]
-            label = name if name in others else "baselines (smoothed rates)"
-            scores = (_number(line[key]) for key in ("fail_brier", "fail_log_loss", "fail_auc"))
-            rows.append((cell["split"], cell_name(cell), label, _percent(line["fail_rate"]), *scores))
+    for cell, name, line in _shown_lines(results, [cell for cell in results["cells"] if cell["draw"] != "other"]):
+        label = "baselines (smoothed rates)" if name == cell["best_baseline"] else name
+        scores = (_number(line[key]) for key in ("fail_brier", "fail_log_loss", "fail_auc"))
+        rows.append((cell["split"], cell_name(cell), label, _percent(line["fail_rate"]), *scores))
     return _table(("split", "", "method", "base rate", "Brier", "log-loss", "AUC"), rows)
+
+
+def _shown_lines(
+    results: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
+    """Of cells with DETAIL_KS: the cell, the best baseline and every method that is none, and its line."""
+    others = [name for name, one in results["methods"].items() if one["kind"] != "baseline"]
+    for cell in cells:
+        for name in (cell["best_baseline"], *others) if cell["k"] in DETAIL_KS else ():
+            yield cell, name, cell["methods"][name]
 
 
 def _other_fields(results: Mapping[str, Any]) -> list[str]:
@@ -157,12 +156,20 @@ def _other_fields(results: Mapping[str, Any]) -> list[str]:
         lines += ["Loss in nats a token, fields in any order, as in training:", "", *_table(("", *names), rows), ""]
     if orders := results.get("order_consistency"):
         rows = [(split, _number(one["std_nats"]), f"{one['measurements']:,}") for split, one in orders.items()]
-        head = ("", "std of log p(src, dst, rtt) over the six orders, nats", "measurements")
-        lines += [*_table(head, rows), "", "0.3 nats or less is good.", ""]
+        lines += [
+            *_table(("", "std of log p(src, dst, rtt) over the six orders, nats", "measurements"), rows),
+            "",
+            "0.3 nats or less is good.",
+            "",
+        ]
     if found := results.get("destinations"):
-        lines += ["Which destination answered, given source and RTT; hits among the likeliest 1 / 10 / 100:", ""]
+        lines += ["Destinations given source and RTT; hits among the likeliest 1 / 10 / 100:", ""]
+
+        def hits(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
+            return [" / ".join(_percent(share, 0) for share in of_top.values()) for of_top in rates.values()]
+
         rows = [
-            (split, name, _number(one[name]["bits"]), *_hit_rates(one[name]["hit_rate"]), f"{one['queries']:,}")
+            (split, name, _number(one[name]["bits"]), *hits(one[name]["hit_rate"]), f"{one['queries']:,}")
             for split, one in found.items()
             if one["queries"]
             for name in ("model", "destination_bayes")
@@ -172,27 +179,24 @@ def _other_fields(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _hit_rates(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
-    return [" / ".join(_percent(share, 0) for share in of.values()) for of in rates.values()]
-
-
 def _choices(results: Mapping[str, Any]) -> list[str]:
     chosen = {name: one["choices"] for name, one in results["methods"].items() if one["choices"]}
     return [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for name, values in chosen.items()]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def lines_as_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Records as a table for a terminal."""
+def print_lines(lines: Sequence[Mapping[str, Any]], path: Path | None = None) -> None:
+    """Prints records as a table for a terminal; writes them as JSON to a file as well, if there is one."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     rows = [names] + [[_cell(line.get(name)) for name in names] for line in lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print("\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows))
+    if path:
+        path.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 def _cell(value: Any) -> str:

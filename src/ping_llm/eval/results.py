@@ -1,49 +1,61 @@
-"""The scores of the queries of a cell in; its line of results, its Parquet file, and the headline over all cells out."""
+"""The scores of the queries of a cell in; its line of results, its part of the long table, and the headline out.
+
+Every aggregate is weighted so that each source counts the same, however many queries it has. DuckDB makes the means of each
+source out of the long table; the means over sources, and the bootstrap, are made of these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ping_llm.data.measurement import format_address
 from ping_llm.eval.bootstrap import SourceBootstrap, interval
-from ping_llm.eval.metrics import QUANTILE_LEVELS, Aggregate, Scores, aggregate, source_means, source_weights
+from ping_llm.eval.metrics import (
+    PIT_BINS,
+    QUANTILE_LEVELS,
+    Scores,
+    auc,
+    ks_uniform,
+    long_table,
+    source_weights,
+    weighted_quantile,
+)
 from ping_llm.eval.queries import Cell, SplitQueries
 from ping_llm.system.files import move_atomically
 
+INTERVALS = {50: ("q0.25", "q0.75"), 80: ("q0.1", "q0.9"), 90: ("q0.05", "q0.95")}
+"""Of each central interval in percent, its quantiles."""
+
+WITHIN_PERCENT = (10, 25)
 LEAST_ANSWERED, LEAST_SOURCES = 50, 5
-"""A cell with fewer is told, but does not count in the headline."""
+"""A cell with fewer is reported, but does not count in the headline."""
 
-ERROR_LEVELS = np.linspace(0.02, 1, 50)
+MEANS = {name: name for name in ("nll_nats", "rtt_nll_nats", "rtt_bits", "crps_log", "fail_log_loss")}
+MEANS |= {f"within_{percent}": f"(relative_error <= {percent / 100})::INT" for percent in WITHIN_PERCENT}
+for _percent, (_low, _high) in INTERVALS.items():
+    MEANS[f"coverage_{_percent}"] = f'CASE WHEN rtt >= 0 THEN (rtt BETWEEN "{_low}" AND "{_high}")::INT END'
+    MEANS[f"width_{_percent}"] = f'CASE WHEN rtt >= 0 THEN ln("{_high}" / "{_low}") END'
+MEANS |= {"fail_rate": "(rtt < 0)::INT", "fail_brier": "(p_fail - (rtt < 0)::INT) ** 2"}
+"""SQL of what is averaged over the queries of a source, null for those that do not count."""
+
 _NEW_SOURCES = ("test-s3", "test-s5")
-
-
-@dataclass(frozen=True, eq=False)
-class MethodScores:
-    """One method in one cell."""
-
-    aggregate: Aggregate
-    crps_interval: tuple[float, float]
-    nll_interval: tuple[float, float]
-    crps_ratio: float  # to the best baseline of the cell
-    ratio_replicates: np.ndarray = field(repr=False)  # (R,)
-    error_quantiles: tuple[float, ...] = field(repr=False)  # relative error at ERROR_LEVELS
-
-    @property
-    def ratio_interval(self) -> tuple[float, float]:
-        """Of 95 %."""
-        return interval(self.ratio_replicates)
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the replicates."""
-        names = ("crps_interval", "nll_interval", "crps_ratio", "ratio_interval", "error_quantiles")
-        return asdict(self.aggregate) | {name: getattr(self, name) for name in names}
+_FLOATS = ("p_fail", "nll_nats", "crps_log", "pit", *(f"q{level:g}" for level in QUANTILE_LEVELS))
+SCHEMA = pa.schema(
+    [("split", pa.string()), ("draw", pa.string()), ("k", pa.int8()), ("query", pa.int32())]
+    + [("src_addr", pa.string()), ("dst_addr", pa.string()), ("probe", pa.int64())]
+    + [("event_time", pa.timestamp("s", "UTC")), ("rtt", pa.float32()), ("method", pa.string())]
+    + [(name, pa.float32()) for name in _FLOATS]
+)
+"""Of queries.parquet: a line for each query of each cell and each method that answered it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,19 +66,13 @@ class CellScores:
     draw: str
     k: int
     best_baseline: str
-    methods: Mapping[str, MethodScores]
-
-    @property
-    def counts(self) -> bool:
-        """Whether there are enough queries to say something."""
-        line = self.methods[self.best_baseline].aggregate
-        return line.answered >= LEAST_ANSWERED and line.sources >= LEAST_SOURCES
+    counts: bool  # there are enough answers and sources to say something
+    methods: dict[str, dict[str, Any]]  # see `aggregate` and `summarize_cell`
+    ratio_replicates: dict[str, np.ndarray]  # (R,) of each method's CRPS to that of the best baseline
 
     def to_json(self) -> dict[str, Any]:
         """For results.json."""
-        names = ("split", "draw", "k", "best_baseline", "counts")
-        methods = {name: one.to_json() for name, one in self.methods.items()}
-        return {name: getattr(self, name) for name in names} | {"methods": methods}
+        return {name: value for name, value in vars(self).items() if name != "ratio_replicates"}
 
 
 def make_bootstrap(splits: Sequence[SplitQueries], seed: int) -> SourceBootstrap:
@@ -77,66 +83,85 @@ def make_bootstrap(splits: Sequence[SplitQueries], seed: int) -> SourceBootstrap
     return SourceBootstrap.draw(sources, stratum, np.random.default_rng([seed, 0xB007]))
 
 
+def source_means(scores: pa.Table) -> dict[str, dict[str, np.ndarray]]:
+    """Of each method in a long table its sources (s,), ascending, as `probe`, and their MEANS; NaN where no query counts."""
+    columns = ", ".join(f"avg({sql}) AS {name}" for name, sql in MEANS.items())
+    query = f"SELECT method, probe, {columns} FROM scores GROUP BY method, probe ORDER BY method, probe"
+    with duckdb.connect(config={"threads": 1}) as connection:  # one order of additions: equal scores have equal means
+        found = connection.register("scores", scores).execute(query).fetchnumpy()
+    methods = found.pop("method")
+    columns_of = {name: np.ma.filled(values, np.nan) for name, values in found.items()}
+    return {str(one): {name: v[methods == one] for name, v in columns_of.items()} for one in np.unique(methods)}
+
+
+def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """One method's line of a report, from q scores, their sources (q,), and the means of each source."""
+    weights, answers = source_weights(probe), source_weights(probe, scores.answered)
+    error, mean = scores.relative_error, {name: _mean(means[name]) for name in MEANS}
+    bins = np.clip((np.nan_to_num(scores.pit) * PIT_BINS).astype(int), 0, PIT_BINS - 1)
+    histogram = np.bincount(bins, answers, PIT_BINS)
+    return {
+        "queries": len(scores),
+        "answered": int(scores.answered.sum()),
+        "sources": len(means["probe"]),
+        "nll_nats": mean["nll_nats"],  # of results, failures among them
+        "rtt_nll_nats": mean["rtt_nll_nats"],  # of RTTs given an answer, density per log-ms
+        "rtt_bits": mean["rtt_bits"],  # per RTT given an answer, of its 16-bit code
+        "crps_log": mean["crps_log"],  # log-ms
+        "median_rel_error": weighted_quantile(error, answers, 0.5),
+        "p90_rel_error": weighted_quantile(error, answers, 0.9),
+        "within": {percent: mean[f"within_{percent}"] for percent in WITHIN_PERCENT},  # shares
+        "coverage": {percent: mean[f"coverage_{percent}"] for percent in INTERVALS},  # shares
+        "width_log": {percent: mean[f"width_{percent}"] for percent in INTERVALS},  # log-ms
+        "pit_ks": ks_uniform(scores.pit, answers),  # largest distance of the PIT's CDF from the uniform one
+        "pit_histogram": histogram / max(histogram.sum(), 1e-300),  # (20,) shares
+        "fail_rate": mean["fail_rate"],  # the base rate
+        "fail_brier": mean["fail_brier"],
+        "fail_log_loss": mean["fail_log_loss"],  # nats
+        "fail_auc": auc(scores.p_fail, ~scores.answered, weights),  # NaN where all or none failed
+        "error_quantiles": scores.error_quantiles(probe),  # (50,)
+    }
+
+
 def summarize_cell(
     cell: Cell, scores: Mapping[str, Scores], kinds: Mapping[str, str], bootstrap: SourceBootstrap
 ) -> CellScores:
     """Aggregates over the queries that every method answered, which are the first ones of the cell."""
     common = min(len(one) for one in scores.values())
-    scores = {name: first(one, common) for name, one in scores.items()}
-    source = cell.queries.probe[:common]
-    crps = {name: source_means(one.crps_log, source) for name, one in scores.items()}
-    with np.errstate(invalid="ignore"):
-        macro = {name: np.nanmean(means) if len(means) else np.nan for name, (_, means) in crps.items()}
-    best = min((name for name, kind in kinds.items() if kind == "baseline"), key=macro.__getitem__)
-    methods = {}
-    for name, one in scores.items():
-        sources, means = crps[name]
-        methods[name] = MethodScores(
-            aggregate(one, source),
-            interval(bootstrap.means(sources, means)),
-            interval(bootstrap.means(*source_means(one.nll_nats, source))),
-            float(macro[name] / macro[best]),
-            bootstrap.ratios(sources, means, crps[best][1]),
-            tuple(error_quantiles(one, source)),
-        )
-    return CellScores(cell.split, cell.draw, cell.k, best, methods)
-
-
-def first(scores: Scores, count: int) -> Scores:
-    """The scores of the first queries."""
-    return Scores(**{column.name: getattr(scores, column.name)[:count] for column in fields(scores)})
-
-
-def error_quantiles(scores: Scores, source: np.ndarray) -> np.ndarray:
-    """(50,) relative errors below which a share ERROR_LEVELS of the answered queries lies, each source weighing the same."""
-    weights = source_weights(source, scores.answered)
-    order = np.argsort(np.where(weights > 0, scores.relative_error, np.inf))
-    order = order[: int((weights > 0).sum())]
-    if not len(order):
-        return np.full(len(ERROR_LEVELS), np.nan)
-    below = np.cumsum(weights[order])
-    return scores.relative_error[order][np.searchsorted(below, ERROR_LEVELS * below[-1] * (1 - 1e-12))]
+    scores, probe = {name: one.first(common) for name, one in scores.items()}, cell.queries.probe[:common]
+    means = source_means(long_table(scores, probe))
+    lines = {name: aggregate(one, probe, means[name]) for name, one in scores.items()}
+    best = min((name for name, kind in kinds.items() if kind == "baseline"), key=lambda name: lines[name]["crps_log"])
+    ratios: dict[str, np.ndarray] = {}
+    for name, of_sources in means.items():
+        crps, sources = of_sources["crps_log"], of_sources["probe"]
+        ratios[name] = bootstrap.ratios(sources, crps, means[best]["crps_log"])
+        lines[name] |= {
+            "crps_interval": interval(bootstrap.means(sources, crps)),
+            "nll_interval": interval(bootstrap.means(sources, of_sources["nll_nats"])),
+            "crps_ratio": lines[name]["crps_log"] / lines[best]["crps_log"],
+            "ratio_interval": interval(ratios[name]),
+        }
+    enough = lines[best]["answered"] >= LEAST_ANSWERED and lines[best]["sources"] >= LEAST_SOURCES
+    return CellScores(cell.split, cell.draw, cell.k, best, enough, lines, ratios)
 
 
 def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """For each method that is no baseline: the geometric mean of its CRPS ratios to each cell's best baseline, and how
-    many cells it wins: where the upper bound of the ratio's interval is below 1. Draws are told apart: with pings of the
-    same pair in the context the task is another."""
+    many cells it wins: where the upper bound of the ratio's interval is below 1. Draws are reported apart: with pings of
+    the same pair in the context the task is another."""
     counted = [cell for cell in cells if cell.counts]
     lines = {}
-    for name in (name for name, kind in kinds.items() if kind != "baseline"):
-        of_method = [cell.methods[name] for cell in counted]
-        if not of_method:
-            continue
-        low, high = interval(np.exp(np.mean(np.log([one.ratio_replicates for one in of_method]), axis=0)))
+    for name in (name for name, kind in kinds.items() if kind != "baseline" and counted):
+        ratios: dict[str, list[float]] = {draw: [] for draw in sorted({cell.draw for cell in counted})}
+        for cell in counted:
+            ratios[cell.draw].append(cell.methods[name]["crps_ratio"])
+        replicates = np.array([cell.ratio_replicates[name] for cell in counted])  # (cells, R)
         lines[name] = {
-            "geometric_mean": geometric_mean([one.crps_ratio for one in of_method]),
-            "by_draw": {
-                draw: geometric_mean([cell.methods[name].crps_ratio for cell in counted if cell.draw == draw])
-                for draw in sorted({cell.draw for cell in counted})
-            },
-            "interval": (low, high),
-            "win_rate": float(np.mean([one.ratio_interval[1] < 1 for one in of_method])),
+            "geometric_mean": geometric_mean([cell.methods[name]["crps_ratio"] for cell in counted]),
+            "by_draw": {draw: geometric_mean(of_draw) for draw, of_draw in ratios.items()},
+            "interval": interval(np.exp(np.mean(np.log(replicates), axis=0))),
+            "win_rate": float(np.mean([cell.methods[name]["ratio_interval"][1] < 1 for cell in counted])),
             "cells": len(counted),
             "cells_too_small": len(cells) - len(counted),
         }
@@ -148,54 +173,32 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(ratios))))
 
 
-class ScoreWriter:
-    """Writes one Parquet file a cell, a row group a method: a context manager; the file is whole or not there."""
-
-    def __init__(self, path: Path, cell: Cell) -> None:
-        self.path, self.aside = path, path.with_name(f"{path.name}.tmp")
-        table, rows = cell.queries.measurements, cell.queries.rows
-        self._columns = {
-            "split": _repeated(cell.split, len(rows)),
-            "draw": _repeated(cell.draw, len(rows)),
-            "k": pa.array(np.full(len(rows), cell.k, dtype=np.int8)),
-            "query": pa.array(np.arange(len(rows), dtype=np.int32)),
-            "src_addr": _addresses(table.addresses, table.src_id[rows]),
-            "dst_addr": _addresses(table.addresses, table.dst_id[rows]),
-            "probe": pa.array(table.probe[rows]),
-            "event_time": pa.array(table.time_s[rows]).cast(pa.timestamp("s", "UTC")),
-            "rtt": pa.array(table.rtt_ms[rows].astype(np.float32)),
-        }
-        self._writer = None
-
-    def __enter__(self) -> ScoreWriter:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if kind is None:
-            move_atomically(self.aside, self.path)
-        else:
-            self.aside.unlink(missing_ok=True)
-
-    def write(self, method: str, scores: Scores) -> None:
-        """Adds the scores of the first queries by one method; NaN is null."""
-        columns = {name: column.slice(0, len(scores)) for name, column in self._columns.items()}
-        columns["method"] = _repeated(method, len(scores))
-        values = {name: getattr(scores, name) for name in ("p_fail", "nll_nats", "crps_log", "pit")}
-        values |= {f"q{level:g}": scores.quantiles_ms[:, i] for i, level in enumerate(QUANTILE_LEVELS)}
-        columns |= {name: pa.array(one.astype(np.float32), from_pandas=True) for name, one in values.items()}
-        table = pa.table(columns)
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self.aside, table.schema, compression="zstd")
-        self._writer.write_table(table)
+def _mean(values: np.ndarray) -> float:
+    """Of those that are not NaN; NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
 
 
-def _repeated(text: str, count: int) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, dtype=np.int8)), pa.array([text]))
+@contextmanager
+def score_writer(path: Path) -> Iterator[Callable[[Cell, Mapping[str, Scores]], None]]:
+    """Writes the long table of a run, cell by cell; the file is whole or not there."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
+            yield lambda cell, scores: writer.write_table(_with_queries(cell, scores))
+        move_atomically(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def _addresses(addresses: np.ndarray, places: np.ndarray) -> pa.DictionaryArray:
-    used, index = np.unique(places, return_inverse=True)
-    texts = pa.array([format_address(addresses[i].tobytes()) for i in used], pa.string())
-    return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), texts)
+def _with_queries(cell: Cell, scores: Mapping[str, Scores]) -> pa.Table:
+    """The scores of a cell in the columns of SCHEMA."""
+    lines, table = long_table(scores, cell.queries.probe), cell.queries.measurements
+    rows = cell.queries.rows[lines["query"].to_numpy()]
+    columns = {name: lines[name] for name in lines.column_names}
+    columns |= {"split": pa.repeat(cell.split, len(rows)), "draw": pa.repeat(cell.draw, len(rows))}
+    columns |= {"k": pa.repeat(cell.k, len(rows)), "event_time": pa.array(table.time_s[rows])}
+    for name, places in (("src_addr", table.src_id[rows]), ("dst_addr", table.dst_id[rows])):
+        used, index = np.unique(places, return_inverse=True)
+        columns[name] = pa.array([format_address(table.addresses[i].tobytes()) for i in used]).take(pa.array(index))
+    return pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)

@@ -1,21 +1,25 @@
-"""A model and windows of tokens in, how well it tells each kind of token out."""
+"""A model and windows of tokens in, how well it predicts each kind of token out."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ping_llm.config import FIELDS, Config
+from ping_llm.config import FIELDS
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, ROLE_NAMES
+from ping_llm.eval.options import EvalOptions
 from ping_llm.inference.predictor import PingModel
+from ping_llm.model.checkpoint import load_model
 from ping_llm.model.loss import token_fields
+
+KINDS = tuple(f"{name} byte {byte}" if byte else name for name in ROLE_NAMES for byte in range(17))
+"""A role, or which byte after which role."""
 
 _BATCH = 16
 _COLORS = ((0.1, 34), (0.7, 106), (2.0, 220), (4.0, 208), (np.inf, 196))  # nats at most: color of a 256-color terminal
@@ -26,17 +30,16 @@ class TokenScores:
     """Every target of some windows, padding left out."""
 
     tokens: np.ndarray  # (n,) int64
-    kinds: np.ndarray  # (n,) into `names`
-    names: tuple[str, ...]
+    kinds: np.ndarray  # (n,) into KINDS
     nats: np.ndarray  # (n,) −log of the token's probability
     right: np.ndarray  # (n,) bool: it was the likeliest
     windows: np.ndarray  # (n,) which window it is of
     field: np.ndarray  # (n,) into FIELDS
 
-    def table(self) -> list[dict]:
+    def table(self) -> list[dict[str, Any]]:
         """For each kind of token: how many, the mean of nats, the share that was the likeliest."""
         rows = []
-        for kind, name in enumerate(self.names):
+        for kind, name in enumerate(KINDS):
             here = self.kinds == kind
             if here.any():
                 nats, right = float(self.nats[here].mean()), float(self.right[here].mean())
@@ -49,18 +52,18 @@ class TokenScores:
         return {name: float(self.nats[here].mean()) for name, here in present if here.any()}
 
 
-def part_windows(config: Config, rows: Path, part: str, count: int) -> torch.Tensor:
+def part_windows(options: EvalOptions, part: str, count: int) -> torch.Tensor:
     """Fixed windows of a part, (count, seq_len + 1) int64, padding −1; ValueError if the part is empty."""
-    data = dataclasses.replace(config.data, rows=Path(rows))
-    blocks = WindowBlocks(RowReader(rows, part), dataclasses.replace(config, data=data), count, windows_per_read=1)
+    config = load_model(options.trained)[1]
+    config = replace(config, data=replace(config.data, rows=options.rows))
+    blocks = WindowBlocks(RowReader(options.rows, part), config, count, windows_per_read=1)
     return torch.from_numpy(blocks[0][0]).long()
 
 
 @torch.inference_mode()
 def score_tokens(model: PingModel, windows: torch.Tensor) -> TokenScores:
-    """How well the model tells each token of windows (n, T+1) from those before it."""
-    fields = token_fields(windows, torch.as_tensor(FIELD_OF_ROLE), torch.as_tensor(FIELD_OF_BYTES_AFTER))[:, 1:]
-    kinds, names = _kinds(windows)
+    """How well the model predicts each token of windows (n, T+1) from those before it."""
+    field = token_fields(windows, torch.as_tensor(FIELD_OF_ROLE), torch.as_tensor(FIELD_OF_BYTES_AFTER))[:, 1:]
     nats, right = [], []
     for part in windows.split(_BATCH):
         with model.autocast():
@@ -68,28 +71,30 @@ def score_tokens(model: PingModel, windows: torch.Tensor) -> TokenScores:
         targets = part[:, 1:]
         nats.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"))
         right.append((logits.argmax(-1) == targets).flatten())
-    known = (windows[:, 1:] >= 0).flatten().numpy()
-    which = np.repeat(np.arange(len(windows)), windows.shape[1] - 1)
-    columns = (windows[:, 1:].flatten().numpy(), kinds.flatten(), names)
-    scores = TokenScores(*columns, torch.cat(nats).numpy(), torch.cat(right).numpy(), which, fields.flatten().numpy())
-    per_token = {f.name: getattr(scores, f.name)[known] for f in dataclasses.fields(scores) if f.name != "names"}
-    return dataclasses.replace(scores, **per_token)
+    tokens = windows[:, 1:].flatten().numpy()
+    columns = {
+        "tokens": tokens,
+        "kinds": _kinds(windows).flatten(),
+        "nats": torch.cat(nats).numpy(),
+        "right": torch.cat(right).numpy(),
+    }
+    columns |= {"windows": np.repeat(np.arange(len(windows)), windows.shape[1] - 1), "field": field.flatten().numpy()}
+    return TokenScores(**{name: values[tokens >= 0] for name, values in columns.items()})
 
 
-def _kinds(windows: torch.Tensor) -> tuple[np.ndarray, tuple[str, ...]]:
-    """What each target is, (n, T): a role, or which byte after which role; and the names of the kinds."""
+def _kinds(windows: torch.Tensor) -> np.ndarray:
+    """What each target is, (n, T), into KINDS."""
     tokens = windows.numpy()
     places = np.arange(tokens.shape[1])
     is_role = (tokens >= 0) & (tokens < len(ROLE_NAMES))
     last = np.maximum.accumulate(np.where(is_role, places, 0), axis=1)
     role = np.take_along_axis(tokens, last, 1).clip(0, len(ROLE_NAMES) - 1)
     after = (places - last).clip(0, 16)  # 0 = the role itself
-    names = tuple(f"{name} byte {byte}" if byte else name for name in ROLE_NAMES for byte in range(17))
-    return (role * 17 + after)[:, 1:], names
+    return (role * 17 + after)[:, 1:]
 
 
 def colored(scores: TokenScores, window: int) -> str:
-    """One window for a terminal: each token from green, told well, to red; bytes by their value, roles by their name."""
+    """One window for a terminal: each token from green (well predicted) to red; bytes by their value, roles by name."""
     lines = []
     for at in np.flatnonzero(scores.windows == window):
         token, nats = int(scores.tokens[at]), float(scores.nats[at])

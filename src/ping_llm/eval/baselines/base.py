@@ -1,4 +1,4 @@
-"""A method that predicts one RTT in, a baseline that predicts a whole law out.
+"""A method that predicts one RTT in, a baseline that predicts a whole distribution out.
 
 Nothing but the train part is learned from. What `val` decides are settings and residuals, and for both the method is
 learned anew from train without some sources, destinations and pairs (`hide`), so that the queries of `val` are of every
@@ -7,22 +7,22 @@ kind that the test parts hold: a method that remembers pairs must not be chosen,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ping_llm.eval.baselines.failure import FailureRates
 from ping_llm.eval.baselines.pairs import Pairs, hide
-from ping_llm.eval.columns import Measurements, Queries, QueryView, log_rtt
-from ping_llm.eval.law import INNER_LEVELS, QuantileLaws
+from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt
+from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions
+from ping_llm.eval.queries import COUNTS
 
 FOLDS = 2
-CONTEXT_COUNTS = (0, 1, 2, 5, 10, 30)
-"""How many measurements a query is told when residuals are collected."""
 
 CHOICE_QUERIES = 2_000
 CHOICE_CONTEXTS = (0, 5, 30)
@@ -31,35 +31,16 @@ CHOICE_CONTEXTS = (0, 5, 30)
 LEAST_RESIDUALS = 100
 """A bucket with fewer residuals is answered from a coarser one."""
 
+Learned = Callable[[QueryView], np.ndarray]
+"""A point method after learning: (q,) log-ms."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The laws of q results."""
+    """What is predicted of q results."""
 
-    laws: QuantileLaws  # of an answered ping
+    distributions: QuantileDistributions  # of an answered ping
     p_fail: np.ndarray  # (q,)
-
-    @property
-    def point_log_ms(self) -> np.ndarray:
-        """(q,) the median of an answer."""
-        return self.laws.median
-
-
-class Baseline(Protocol):
-    """What PingBench asks of a predictor."""
-
-    name: str
-    choices: dict[str, Any]
-
-    def fit(self, train: Measurements, val: Queries) -> None: ...
-
-    def predict(self, queries: QueryView) -> Prediction: ...
-
-
-class Learned(Protocol):
-    """A point method after learning: (q,) log-ms."""
-
-    def __call__(self, view: QueryView) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -77,27 +58,27 @@ class Task:
     def __init__(self, train: Measurements, val: Queries) -> None:
         if not len(val):
             raise ValueError("no queries of val to choose settings on; prepare more measurements")
-        self.train, self.val = train, val
-        self.folds = [hide(train, seed) for seed in range(FOLDS)]
-        self.failure = FailureRates()
-        self.failure.fit(train, val)
-        self._learned: dict = {}
-        self._settings: dict[str, dict] = {}
-
-    @cached_property
-    def answered_val(self) -> Queries:
-        """The queries of val that were answered."""
-        return self.val.take(np.flatnonzero(self.val.rtt_ms >= 0))
+        self.val, self.answered_val = val, val.answered()
+        self.learned_from: dict[int | None, Measurements] = {None: train}
+        self.learned_from |= {fold: hide(train, fold) for fold in range(FOLDS)}
+        self._pairs = {fold: Pairs.of(table) for fold, table in self.learned_from.items()}
+        self.p_fail = remember(FailureRates(train, val).p_fail)
+        self._learned: dict[tuple, Learned] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
 
     @cached_property
     def val_views(self) -> list[tuple[QueryView, np.ndarray]]:
-        """The answered queries of val told 0, 1, 2 … measurements, each beside its answers in log-ms."""
-        counts = [k for k in CONTEXT_COUNTS if k <= self.val.context.shape[1]]
-        return [(self.answered_val.told(k).view(), log_rtt(self.answered_val.rtt_ms)) for k in counts]
+        """The answered queries of val given 0, 1, 2 … measurements, each beside its answers in log-ms."""
+        counts = [k for k in COUNTS if k <= self.val.context.shape[1]]
+        return [(self.answered_val.given(k).view(), log_rtt(self.answered_val.rtt_ms)) for k in counts]
 
     def learned(self, method: PointMethod, fold: int | None = None) -> Learned:
         """The method with the setting chosen for it, learned from the train part or from a fold of it."""
         return self._learn(method, self.setting(method), fold)
+
+    def evidence(self, view: QueryView, fold: int | None = None) -> np.ndarray:
+        """`evidence` for what was learned from the train part or from a fold of it."""
+        return evidence(self._pairs[fold], view)
 
     def setting(self, method: PointMethod) -> dict[str, Any]:
         """Of the method's settings the one with the least error on val, each kind of query weighing the same."""
@@ -110,21 +91,18 @@ class Task:
 
     def _choice_error(self, learned: Learned) -> float:
         stride = max(1, len(self.answered_val) // CHOICE_QUERIES)
-        chosen = self.answered_val.take(np.arange(0, len(self.answered_val), stride))
-        counts = [k for k in CHOICE_CONTEXTS if k <= self.val.context.shape[1]]
-        errors, kinds = [], []
-        for view in (chosen.told(k).view() for k in counts):
-            errors.append(np.abs(learned(view) - log_rtt(chosen.rtt_ms)))
-            kinds.append(evidence(Pairs.of(self.folds[0]), view)[:, 0])
-        error, (_, kind, count) = np.concatenate(errors), _kinds(np.concatenate(kinds))
+        chosen = self.answered_val.take(slice(None, None, stride))
+        views = [chosen.given(k).view() for k in CHOICE_CONTEXTS if k <= self.val.context.shape[1]]
+        error = np.concatenate([np.abs(learned(view) - log_rtt(chosen.rtt_ms)) for view in views])
+        kinds = np.concatenate([self.evidence(view, 0)[:, 0] for view in views])
+        _, kind, count = np.unique(kinds, return_inverse=True, return_counts=True)
         mean = np.bincount(kind, error) / count
         return float(np.log(mean[count >= min(30, count.max())] + 1e-4).mean())
 
-    def _learn(self, method: PointMethod, setting: dict, fold: int | None) -> Learned:
+    def _learn(self, method: PointMethod, setting: dict[str, Any], fold: int | None) -> Learned:
         key = (method.name, fold, *sorted(setting.items()))
         if key not in self._learned:
-            train = self.train if fold is None else self.folds[fold]
-            self._learned[key] = remember(method.learn(train, **setting))
+            self._learned[key] = remember(method.learn(self.learned_from[fold], **setting))
         return self._learned[key]
 
 
@@ -136,7 +114,7 @@ def task_of(train: Measurements, val: Queries) -> Task:
 
 def remember(learned: Learned) -> Learned:
     """The same predictions, made once for each view however many baselines build on them."""
-    made: WeakKeyDictionary = WeakKeyDictionary()
+    made: WeakKeyDictionary[QueryView, np.ndarray] = WeakKeyDictionary()
 
     def predict(view: QueryView) -> np.ndarray:
         if view not in made:
@@ -146,64 +124,18 @@ def remember(learned: Learned) -> Learned:
     return predict
 
 
-def _kinds(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.unique(kinds, return_inverse=True, return_counts=True)
-
-
 def evidence(pairs: Pairs, view: QueryView) -> np.ndarray:
-    """(q, 2) int64: what is known of the pair asked for (0 … 9), and how much is told of its source (0 … 3).
+    """(q, 2) int64: what is known of the queried pair (0 … 9), and how much of its source is given (0 … 3).
 
-    The first is twice 0 if the pair was trained on, 1 if both ends were, 2 the destination only, 3 the source only,
-    4 neither; and 1 more if the pair is in the context. The second is 0 for no answered measurement, 1 for 1 or 2,
+    The first is twice 0 if the pair was trained on, 1 if source and destination were, 2 the destination only, 3 the source
+    only, 4 neither; and 1 more if the pair is in the context. The second is 0 for no answered measurement, 1 for 1 or 2,
     2 for up to 7, 3 for more.
     """
     answered = view.context_rtt_ms >= 0
-    told = ((view.context_dst_id == view.dst_id[:, None]) & answered).any(axis=1)
+    in_context = ((view.context_dst_id == view.dst_id[:, None]) & answered).any(axis=1)
     source, destination = pairs.source_of(view.probe) >= 0, pairs.destination_of(view.dst_id) >= 0
-    kind = np.select([pairs.has_pair(view), source & destination, destination, source], range(4), 4)
-    return np.stack([2 * kind + told, np.digitize(answered.sum(axis=1), (1, 3, 8))], axis=1)
-
-
-class BucketQuantiles:
-    """Quantiles at INNER_LEVELS of values in buckets; a bucket with few values answers from a coarser one."""
-
-    def __init__(self, values: np.ndarray, keys: list[np.ndarray]) -> None:
-        """From n values (n,), and the bucket of each in every partition (n,), the finest partition first."""
-        self._tables = []
-        for key in keys:
-            distinct, group, count = _kinds(key)
-            full = np.flatnonzero(count >= LEAST_RESIDUALS)
-            self._tables.append({int(distinct[i]): np.quantile(values[group == i], INNER_LEVELS) for i in full})
-        self._all = np.quantile(values, INNER_LEVELS)
-
-    def __call__(self, keys: list[np.ndarray]) -> np.ndarray:
-        """(q, L − 2) of queries in these buckets."""
-        quantiles = np.tile(self._all, (len(keys[0]), 1))
-        missing = np.ones(len(quantiles), dtype=bool)
-        for key, table in zip(keys, self._tables, strict=True):
-            for value in np.unique(key[missing]):
-                if int(value) in table:
-                    rows = missing & (key == value)
-                    quantiles[rows] = table[int(value)]
-                    missing &= ~rows
-        return quantiles
-
-
-class ResidualLaws:
-    """The laws around predictions, by kind of query, history told and predicted RTT."""
-
-    def __init__(self, predicted: np.ndarray, actual: np.ndarray, kinds: np.ndarray) -> None:
-        """From n predictions (n,), answers (n,) in log-ms, and what `evidence` says of the queries (n, 2)."""
-        self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
-        self._residuals = BucketQuantiles(actual - predicted, self._keys(predicted, kinds))
-
-    def __call__(self, predicted: np.ndarray, kinds: np.ndarray) -> QuantileLaws:
-        """The laws around q predictions (q,)."""
-        return QuantileLaws.from_quantiles(predicted[:, None] + self._residuals(self._keys(predicted, kinds)))
-
-    def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
-        coarser = bucket_keys(kinds)
-        return [coarser[0] * 4 + np.digitize(predicted, self._edges), *coarser]
+    kind = np.select([pairs.has_pair(view), source & destination, destination, source], [0, 1, 2, 3], 4)
+    return np.stack([2 * kind + in_context, np.digitize(answered.sum(axis=1), (1, 3, 8))], axis=1)
 
 
 def bucket_keys(kinds: np.ndarray) -> list[np.ndarray]:
@@ -211,38 +143,95 @@ def bucket_keys(kinds: np.ndarray) -> list[np.ndarray]:
     return [kinds[:, 0] * 4 + kinds[:, 1], kinds[:, 0]]
 
 
-class PointBaseline:
-    """A point method whose residuals on val make it a law."""
+class Buckets:
+    """Numbers fitted to the cases of each bucket; a bucket with few cases answers from a coarser one, at last from all."""
+
+    def __init__(self, keys: list[np.ndarray], least: int, fit: Callable[[Rows], np.ndarray]) -> None:
+        """`keys` say the bucket of n cases in every partition (n,), the finest first; `fit` gives (m,) for some cases."""
+        self._all, self._tables = fit(slice(None)), []
+        for key in keys:
+            distinct, group, count = np.unique(key, return_inverse=True, return_counts=True)
+            self._tables.append({int(distinct[i]): fit(group == i) for i in np.flatnonzero(count >= least)})
+
+    def __call__(self, keys: list[np.ndarray]) -> np.ndarray:
+        """(q, m) for q cases in these buckets."""
+        found = np.tile(self._all, (len(keys[0]), 1))
+        for key, table in reversed(list(zip(keys, self._tables, strict=True))):
+            for bucket, fitted in table.items():
+                found[key == bucket] = fitted
+        return found
+
+
+def bucket_quantiles(values: np.ndarray, keys: list[np.ndarray]) -> Buckets:
+    """The quantiles at INNER_LEVELS of n values (n,) in these buckets."""
+    return Buckets(keys, LEAST_RESIDUALS, lambda rows: np.quantile(values[rows], INNER_LEVELS))
+
+
+class ResidualDistributions:
+    """Distributions around a method's predictions, by kind of query, context given and predicted RTT."""
+
+    def __init__(self, task: Task, method: PointMethod) -> None:
+        """From the errors on val of what was learned from each fold."""
+        cases = [
+            (task.learned(method, fold)(view), answers, task.evidence(view, fold))
+            for fold in range(FOLDS)
+            for view, answers in task.val_views
+        ]
+        predicted, actual, kinds = (np.concatenate(column) for column in zip(*cases, strict=True))
+        self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
+        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
+        self._task, self._method = task, method
+
+    def __call__(self, view: QueryView, fold: int | None) -> QuantileDistributions:
+        """Around what the method predicts after learning from the train part or from a fold of it."""
+        predicted = self._task.learned(self._method, fold)(view)
+        residuals = self._residuals(self._keys(predicted, self._task.evidence(view, fold)))
+        return QuantileDistributions.from_quantiles(predicted[:, None] + residuals)
+
+    def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
+        coarser = bucket_keys(kinds)
+        return [coarser[0] * 4 + np.digitize(predicted, self._edges), *coarser]
+
+
+class Baseline(ABC):
+    """A predictor that learns from train and chooses its settings on val."""
+
+    name: str
+    choices: dict[str, Any]
+    task: Task
+
+    def fit(self, train: Measurements, val: Queries) -> None:
+        """Learns, and chooses; nothing is done again for the same objects."""
+        task = task_of(train, val)
+        if getattr(self, "task", None) is not task:
+            self.task = task
+            self.choices = self.learn()
+
+    def predict(self, view: QueryView) -> Prediction:
+        """The distributions of queries, and their chances of failure."""
+        return Prediction(self.distributions(view), self.task.p_fail(view))
+
+    @abstractmethod
+    def learn(self) -> dict[str, Any]:
+        """Learns from the task; gives what was chosen."""
+
+    @abstractmethod
+    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
+        """Of queries, by what was learned from the train part, or from a fold of it."""
+
+
+class PointBaseline(Baseline):
+    """A point method whose residuals on val make it a distribution."""
 
     def __init__(self, method: PointMethod) -> None:
         self.method, self.name = method, method.name
-        self.choices: dict[str, Any] = {}
 
-    def fit(self, train: Measurements, val: Queries) -> None:
-        """Chooses the setting, collects residuals, learns from all of train."""
-        task = task_of(train, val)
-        self.choices = task.setting(self.method)
-        self._residuals = ResidualLaws(*fold_predictions(task, self.method))
-        self._pairs, self._failure = Pairs.of(train), task.failure
-        self._learned = task.learned(self.method)
+    def learn(self) -> dict[str, Any]:
+        """Chooses the setting, and collects residuals."""
+        self._around = ResidualDistributions(self.task, self.method)
+        self.task.learned(self.method)
+        return self.task.setting(self.method)
 
-    def predict(self, queries: QueryView) -> Prediction:
-        """The laws of queries."""
-        laws = self._residuals(self._learned(queries), evidence(self._pairs, queries))
-        return Prediction(laws, self._failure.p_fail(queries))
-
-    def fold_laws(self, task: Task, fold: int, view: QueryView) -> QuantileLaws:
-        """The laws as a model learned from a fold would give them."""
-        return self._residuals(task.learned(self.method, fold)(view), evidence(Pairs.of(task.folds[fold]), view))
-
-
-def fold_predictions(task: Task, method: PointMethod) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictions on val by each fold, (n,) log-ms, with answers (n,) and `evidence` (n, 2)."""
-    predicted, actual, kinds = [], [], []
-    for fold in range(FOLDS):
-        pairs, learned = Pairs.of(task.folds[fold]), task.learned(method, fold)
-        for view, answers in task.val_views:
-            predicted.append(learned(view))
-            actual.append(answers)
-            kinds.append(evidence(pairs, view))
-    return np.concatenate(predicted), np.concatenate(actual), np.concatenate(kinds)
+    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
+        """The residuals around the predictions."""
+        return self._around(view, fold)

@@ -1,50 +1,51 @@
 """Training measurements in, network coordinates out: RTT = distance in a Euclidean space + two heights.
 
-Vivaldi (Dabek et al., SIGCOMM 2004): each measurement pulls both ends like a spring, by a step that depends on how sure
-either is of where it stands. Measurements are taken in random batches; the pulls of one node within a batch are averaged.
+Vivaldi (Dabek et al., SIGCOMM 2004): each measurement pulls source and destination like a spring, by a step that depends on
+how sure either is of where it stands. Measurements are taken in random batches; the pulls of one node within a batch are
+averaged.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ping_llm.eval.baselines.base import Learned, PointMethod
+from ping_llm.eval.baselines.base import PointMethod
 from ping_llm.eval.baselines.pairs import Pairs
-from ping_llm.eval.baselines.simple import Additive
-from ping_llm.eval.columns import Measurements, QueryView
+from ping_llm.eval.baselines.simple import Additive, Placing
+from ping_llm.eval.columns import Measurements
 
 ERROR_STEP = POSITION_STEP = 0.25
 """Vivaldi's ce and cc."""
 
 PLACING_PASSES = 60
-"""Pulls of a new source by all that it is told."""
+"""Pulls of a new source by all that is given of it."""
 
 LEAST_RTT_MS, LEAST_HEIGHT_MS = 0.1, 0.05
 BATCHES = 32
 """A pass has about as many batches; a node of few pairs is then pulled by one at a time."""
 
 
-class Vivaldi:
+class Vivaldi(Placing):
     """Positions (n, dims) and heights (n,) in ms of sources, then destinations; new sources are placed by context."""
 
     def __init__(self, train: Measurements, dims: int, passes: int = 60, seed: int = 0) -> None:
         self.pairs = pairs = Pairs.of(train)
-        self.additive = Additive(train)
-        sources = len(pairs.probes)
+        self.fallback = Additive(train)
+        self.sources = len(pairs.probes)
         rng = np.random.default_rng([seed, dims])
-        nodes = sources + len(pairs.dst_ids)
+        nodes = self.sources + len(pairs.dst_ids)
         self.position = rng.normal(0, 1, (nodes, dims))
         self.height = np.full(nodes, 1.0)
         self.error = np.ones(nodes)
         rtt_ms = np.maximum(np.exp(pairs.log_ms), LEAST_RTT_MS)
-        ends = np.stack([pairs.source, sources + pairs.destination])  # (2, P)
+        nodes_of_pairs = np.stack([pairs.source, self.sources + pairs.destination])  # (2, P)
         for _ in range(passes):
             for batch in np.array_split(rng.permutation(len(pairs)), min(BATCHES, len(pairs))):
-                self._pull(ends[:, batch], rtt_ms[batch])
+                self._pull(nodes_of_pairs[:, batch], rtt_ms[batch])
 
-    def _pull(self, ends: np.ndarray, rtt_ms: np.ndarray) -> None:
-        """Moves both ends of a batch of pairs; ends (2, b)."""
-        node, other = np.concatenate([ends, ends[::-1]], axis=1)
+    def _pull(self, nodes: np.ndarray, rtt_ms: np.ndarray) -> None:
+        """Moves both nodes of each of a batch of pairs, (2, b)."""
+        node, other = np.concatenate([nodes, nodes[::-1]], axis=1)
         rtt_ms = np.tile(rtt_ms, 2)
         weight = self.error[node] / (self.error[node] + self.error[other])
         away, height_share, distance = _spring(
@@ -62,39 +63,26 @@ class Vivaldi:
         step = ERROR_STEP * weight * (np.minimum(relative_error, 1.0) - self.error[node])
         self.error += np.bincount(node, step, len(self.height)) / count
 
-    def __call__(self, view: QueryView) -> np.ndarray:
-        pairs, predicted = self.pairs, self.additive(view)
-        source, destination = pairs.source_of(view.probe), pairs.destination_of(view.dst_id)
-        known = np.flatnonzero((source >= 0) & (destination >= 0))
-        there = len(pairs.probes) + destination
-        predicted[known] = _log_distance(
-            self.position[source[known]],
-            self.height[source[known]],
-            self.position[there[known]],
-            self.height[there[known]],
-        )
-        told = (pairs.destination_of(view.context_dst_id) >= 0) & ~np.isnan(view.context_log_ms)
-        new = np.flatnonzero((source < 0) & (destination >= 0) & told.any(axis=1))
-        if len(new):
-            position, height = self._place(view.take(new), told[new])
-            predicted[new] = _log_distance(position, height, self.position[there[new]], self.height[there[new]])
-        return predicted
+    def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        return self._log_distance(self.position[source], self.height[source], destination)
 
-    def _place(self, view: QueryView, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (q, dims) and heights (q,) of new sources: pulled from the middle by what they are told."""
-        there = len(self.pairs.probes) + self.pairs.destination_of(view.context_dst_id)
-        anchors, anchor_heights = self.position[there], self.height[there]  # (q, K, dims), (q, K)
-        rtt_ms = np.maximum(np.exp(np.where(told, view.context_log_ms, 0.0)), LEAST_RTT_MS)
-        count = told.sum(axis=1)
-        sources = slice(len(self.pairs.probes))
-        position = np.tile(self.position[sources].mean(axis=0), (len(view), 1))
-        height = np.full(len(view), np.median(self.height[sources]))
+    def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """The distance from where the context pulls a source that begins in the middle."""
+        anchors, anchor_heights = self.position[self.sources + there], self.height[self.sources + there]  # (q, K, dims)
+        rtt_ms = np.maximum(np.exp(np.where(given, log_ms, 0.0)), LEAST_RTT_MS)
+        count = given.sum(axis=1)
+        position = np.tile(self.position[: self.sources].mean(axis=0), (len(there), 1))
+        height = np.full(len(there), np.median(self.height[: self.sources]))
         for turn in range(PLACING_PASSES):
             away, height_share, distance = _spring(position[:, None], height[:, None], anchors, anchor_heights)
-            force = np.where(told, rtt_ms - distance, 0.0) * (1 - turn / PLACING_PASSES) / count[:, None]
+            force = np.where(given, rtt_ms - distance, 0.0) * (1 - turn / PLACING_PASSES) / count[:, None]
             position = position + (force[:, :, None] * away).sum(axis=1)
             height = np.maximum(height + (force * height_share).sum(axis=1), LEAST_HEIGHT_MS)
-        return position, height
+        return self._log_distance(position, height, destination)
+
+    def _log_distance(self, position: np.ndarray, height: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        there = self.sources + destination
+        return np.log(np.maximum(_spring(position, height, self.position[there], self.height[there])[2], LEAST_RTT_MS))
 
 
 def _spring(
@@ -107,14 +95,5 @@ def _spring(
     return apart / np.maximum(distance, 1e-9)[..., None], (height + other_height) / distance, distance
 
 
-def _log_distance(position: np.ndarray, height: np.ndarray, other: np.ndarray, other_height: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(_spring(position, height, other, other_height)[2], LEAST_RTT_MS))
-
-
-def learn_vivaldi(train: Measurements, dims: int, passes: int = 60) -> Learned:
-    """See `Vivaldi`."""
-    return Vivaldi(train, dims, passes)
-
-
-VIVALDI_2D = PointMethod("vivaldi_2d", lambda train: learn_vivaldi(train, 2))
-VIVALDI_8D = PointMethod("vivaldi_8d", lambda train: learn_vivaldi(train, 8))
+VIVALDI_2D = PointMethod("vivaldi_2d", lambda train: Vivaldi(train, 2))
+VIVALDI_8D = PointMethod("vivaldi_8d", lambda train: Vivaldi(train, 8))

@@ -1,18 +1,18 @@
 """Sources and results of pings in, the probability of each destination out: popularity × RTT histogram (Bayes).
 
-A destination is as likely as its source asked for it, smoothed by all sources, times how likely the result is for that
+A destination is as likely as its source pinged it, smoothed by all sources, times how likely the result is for that
 pair: its histogram of log-RTT, smoothed by residuals around additive biases. A share of the mass is for destinations
 that were never seen.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
 
 import numpy as np
 
 from ping_llm.eval.baselines.pairs import find, hide
-from ping_llm.eval.baselines.simple import Additive
+from ping_llm.eval.baselines.simple import Additive, chunks
 from ping_llm.eval.columns import Measurements, Queries, log_rtt
 
 BIN_LOG_MS = 0.05
@@ -23,9 +23,10 @@ FAILED = BINS - 1
 
 RESIDUAL_EDGES = np.arange(-6.0, 6.01, BIN_LOG_MS)
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
-"""Pings that the coarser law is worth; chosen on val."""
+"""Pings that the coarser distribution is worth; chosen on val."""
 
-CELLS = 4_000_000
+ARRAYS = 5
+"""That are made at once for every query and destination, about."""
 
 
 class DestinationBayes:
@@ -33,24 +34,21 @@ class DestinationBayes:
 
     name = "destination_bayes"
 
-    def __init__(self) -> None:
-        self.choices: dict[str, Any] = {}
-
-    def fit(self, train: Measurements, val: Queries) -> None:
+    def __init__(self, train: Measurements, val: Queries) -> None:
         """Chooses, by the log-probability of val's destinations, how much is smoothed and kept for unseen ones.
 
         What is chosen for is train without some sources, destinations and pairs, as the test parts have them.
         """
         self._count(hide(train, 0))
-        asked = val.measurements.dst_id[val.rows]
-        self._unseen = float(((find(self.destinations, asked) < 0).sum() + 1) / (len(val) + 2))
-        chosen = val.take(np.arange(0, len(val), max(1, len(val) // 1000)))
-        _, popularity, result = max(
-            (self._mean_log_probability(chosen, popularity, result), popularity, result)
-            for popularity in STRENGTHS
-            for result in STRENGTHS
-        )
-        self.choices = {"popularity_strength": popularity, "result_strength": result, "unseen_share": self._unseen}
+        self._unseen = float(((find(self.destinations, val.dst_id) < 0).sum() + 1) / (len(val) + 2))
+        chosen = val.take(slice(None, None, max(1, len(val) // 1000)))
+        right, each = (
+            find(self.destinations, chosen.dst_id),
+            np.arange(len(chosen)),
+        )  # −1 is the last column: all others
+        strengths = list(product(STRENGTHS, STRENGTHS))
+        found = (self.log_probability(chosen.probe, chosen.rtt_ms, *one)[each, right].mean() for one in strengths)
+        _, self._strengths = max(zip(found, strengths, strict=True))
         self._count(train)
 
     def _count(self, train: Measurements) -> None:
@@ -69,25 +67,25 @@ class DestinationBayes:
         self._residual = (counts + 0.1) / (counts + 0.1).sum()
         self._any_result = (np.bincount(_bins(train.rtt_ms), minlength=BINS) + 0.1) / (len(train) + 0.1 * BINS)
 
-    def log_probability(self, probe: np.ndarray, rtt_ms: np.ndarray) -> np.ndarray:
-        """(q, D + 1) natural log; the last column is of all destinations that train does not hold."""
-        return self._log_probability(
-            probe, rtt_ms, self.choices["popularity_strength"], self.choices["result_strength"]
-        )
+    def log_probability(
+        self, probe: np.ndarray, rtt_ms: np.ndarray, popularity: float = 0, result: float = 0
+    ) -> np.ndarray:
+        """(q, D + 1) natural log; the last column is of all destinations that train does not hold.
 
-    def _log_probability(self, probe: np.ndarray, rtt_ms: np.ndarray, popularity: float, result: float) -> np.ndarray:
-        size = max(1, CELLS // len(self.destinations))
+        With other strengths, of the popularity and of the coarser distribution of results, than chosen.
+        """
+        if not popularity:
+            popularity, result = self._strengths
         parts = []
-        for start in range(0, len(probe), size):
-            source, bins = find(self._probes, probe[start : start + size]), _bins(rtt_ms[start : start + size])
-            log_ms = log_rtt(rtt_ms[start : start + size])
-            known = (1 - self._unseen) * self._asked(source, popularity) * self._results(source, bins, log_ms, result)
+        for rows in chunks(len(probe), ARRAYS * len(self.destinations)):
+            source, bins, log_ms = find(self._probes, probe[rows]), _bins(rtt_ms[rows]), log_rtt(rtt_ms[rows])
+            known = (1 - self._unseen) * self._pinged(source, popularity) * self._results(source, bins, log_ms, result)
             joint = np.concatenate([known, (self._unseen * self._any_result[bins])[:, None]], axis=1)
             parts.append(np.log(joint / joint.sum(axis=1, keepdims=True)))
         return np.concatenate(parts)
 
-    def _asked(self, source: np.ndarray, strength: float) -> np.ndarray:
-        """(q, D) how often each source asks for each destination."""
+    def _pinged(self, source: np.ndarray, strength: float) -> np.ndarray:
+        """(q, D) how often each source pings each destination."""
         pair = self._pairs_of(source)
         count = np.where(pair >= 0, self._pair_count[pair], 0)
         total = np.where(source >= 0, self._source_count[source], 0)
@@ -119,24 +117,18 @@ class DestinationBayes:
     def _key(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
         return source.astype(np.int64) * len(self.destinations) + destination
 
-    def _mean_log_probability(self, queries: Queries, popularity: float, result: float) -> float:
-        asked = find(self.destinations, queries.measurements.dst_id[queries.rows])
-        log_probability = self._log_probability(queries.probe, queries.rtt_ms, popularity, result)
-        return float(log_probability[np.arange(len(asked)), asked].mean())  # −1 is the last column: all others
 
-
-def prefix_ranks(log_probability: np.ndarray, of_known: np.ndarray, of_asked: np.ndarray) -> np.ndarray:
+def prefix_ranks(log_probability: np.ndarray, of_known: np.ndarray, of_queried: np.ndarray) -> np.ndarray:
     """(q,) how many prefixes are likelier than the right one, ties against it; the number of all if it is not known.
 
-    `of_known` (D,) and `of_asked` (q,) are `prefix_ids` of the destinations and of the answers.
+    `of_known` (D,) and `of_queried` (q,) are `prefix_ids` of the destinations and of the answers.
     """
     prefixes, group = np.unique(of_known, return_inverse=True)
-    right = find(prefixes, of_asked)
+    right = find(prefixes, of_queried)
     ranks = np.full(len(right), len(prefixes))
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(len(prefixes)))
-    for start in range(0, len(right), max(1, CELLS // len(of_known))):
-        rows = slice(start, start + max(1, CELLS // len(of_known)))
+    for rows in chunks(len(right), ARRAYS * len(of_known)):
         mass = np.add.reduceat(np.exp(log_probability[rows, : len(of_known)])[:, order], starts, axis=1)
         at = right[rows]
         own = np.take_along_axis(mass, np.maximum(at, 0)[:, None], 1)

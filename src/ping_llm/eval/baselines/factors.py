@@ -6,20 +6,19 @@ factorisation: log RTT = mean + biases + product, by Adam on the Huber loss. Bot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from ping_llm.eval.baselines.base import Learned, PointMethod
+from ping_llm.eval.baselines.base import PointMethod
 from ping_llm.eval.baselines.pairs import Pairs
-from ping_llm.eval.baselines.simple import Additive
+from ping_llm.eval.baselines.simple import Additive, Placing
 from ping_llm.eval.columns import Measurements, QueryView
 
 LEAST_RTT_MS = 0.1
 HUBER_LOG_MS = 0.5
+PLACING_PASSES = 60
 
 
-class DMFSGD:
+class DMFSGD(Placing):
     """RTT = scale · source factor · destination factor, all non-negative."""
 
     def __init__(
@@ -31,58 +30,50 @@ class DMFSGD:
         passes: int = 150,
         seed: int = 0,
     ) -> None:
-        self.pairs, self.additive = Pairs.of(train), Additive(train)
+        self.pairs, self.fallback = Pairs.of(train), Additive(train)
         self.reg, self.rate = reg, rate
         pairs, rng = self.pairs, np.random.default_rng([seed, rank])
         rtt_ms = np.exp(pairs.log_ms)
         self.scale_ms = float(np.quantile(rtt_ms, 0.99))
         value = rtt_ms / self.scale_ms
         start = np.sqrt(value.mean() / rank)
+        batches = min(len(pairs), max(1, len(pairs) // np.clip(len(pairs) // 64, 1, 4096)))
         self.source = start * rng.uniform(0.5, 1.5, (len(pairs.probes), rank))
         self.destination = start * rng.uniform(0.5, 1.5, (len(pairs.dst_ids), rank))
         for turn in range(passes):
             step = rate * (1 - turn / passes)
-            for batch in batches(len(pairs), rng):
+            for batch in np.array_split(rng.permutation(len(pairs)), batches):
                 s, d = pairs.source[batch], pairs.destination[batch]
                 here, there = self.source[s], self.destination[d]
                 sign = np.sign(value[batch] - (here * there).sum(axis=1))[:, None]
                 _add_at(self.source, s, step * (sign * there - reg * here))
                 _add_at(self.destination, d, step * (sign * here - reg * there))
 
-    def __call__(self, view: QueryView) -> np.ndarray:
-        pairs, predicted = self.pairs, self.additive(view)
-        source, destination = pairs.source_of(view.probe), pairs.destination_of(view.dst_id)
-        known = np.flatnonzero((source >= 0) & (destination >= 0))
-        predicted[known] = self._log_product(self.source[source[known]], destination[known])
-        told = (pairs.destination_of(view.context_dst_id) >= 0) & ~np.isnan(view.context_log_ms)
-        new = np.flatnonzero((source < 0) & (destination >= 0) & told.any(axis=1))
-        if len(new):
-            predicted[new] = self._log_product(self._place(view.take(new), told[new]), destination[new])
-        return predicted
+    def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        return self._log_product(self.source[source], destination)
+
+    def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """The product with the mean source, moved by the same descent on the context."""
+        anchors = self.destination[there]  # (q, K, r)
+        value = np.where(given, np.exp(np.where(given, log_ms, 0.0)) / self.scale_ms, 0.0)
+        mean = self.source.mean(axis=0)
+        factors, count = np.tile(mean, (len(there), 1)), given.sum(axis=1)[:, None]
+        for turn in range(PLACING_PASSES):
+            step = 10 * self.rate * (1 - turn / PLACING_PASSES)
+            sign = np.where(given, np.sign(value - np.einsum("qkr,qr->qk", anchors, factors)), 0.0)
+            toward = np.einsum("qk,qkr->qr", sign, anchors) / count - self.reg * (factors - mean)
+            factors = np.maximum(factors + step * toward, 0.0)
+        return self._log_product(factors, destination)
 
     def _log_product(self, factors: np.ndarray, destination: np.ndarray) -> np.ndarray:
         product_ms = self.scale_ms * (factors * self.destination[destination]).sum(axis=1)
         return np.log(np.maximum(product_ms, LEAST_RTT_MS))
 
-    def _place(self, view: QueryView, told: np.ndarray, passes: int = 60) -> np.ndarray:
-        """(q, r) factors of new sources: the mean source, moved by the same descent on what it is told."""
-        there = self.destination[self.pairs.destination_of(view.context_dst_id)]  # (q, K, r)
-        value = np.where(told, np.exp(np.where(told, view.context_log_ms, 0.0)) / self.scale_ms, 0.0)
-        mean = self.source.mean(axis=0)
-        factors = np.tile(mean, (len(view), 1))
-        count = told.sum(axis=1)[:, None]
-        for turn in range(passes):
-            step = 10 * self.rate * (1 - turn / passes)
-            sign = np.where(told, np.sign(value - np.einsum("qkr,qr->qk", there, factors)), 0.0)
-            toward = np.einsum("qk,qkr->qr", sign, there) / count - self.reg * (factors - mean)
-            factors = np.maximum(factors + step * toward, 0.0)
-        return factors
 
-
-class LogFactors:
+class LogFactors(Placing):
     """log RTT = mean + biases + product of factors; a new source is the mean of what its context makes of the prior.
 
-    The prior of (bias, factor) is the normal law of the known sources', the noise that of the pairs that were learned.
+    The prior of (bias, factor) is the normal distribution of the known sources', the noise that of the learned pairs.
     """
 
     def __init__(self, train: Measurements, rank: int, reg: float, steps: int = 400, seed: int = 0) -> None:
@@ -93,36 +84,27 @@ class LogFactors:
         self.source_bias, self.destination_bias, self.source, self.destination = learned
         rest = target - self._product(pairs.source, pairs.destination)
         known = np.concatenate([self.source_bias[:, None], self.source], axis=1)  # (S, 1 + r)
-        self.prior_mean = known.mean(axis=0)
-        centred = known - self.prior_mean
+        centred = known - known.mean(axis=0)
         prior = centred.T @ centred / len(known) + 1e-6 * np.eye(rank + 1)
         features = np.concatenate([np.ones((len(self.destination), 1)), self.destination], axis=1)  # (D, 1 + r)
-        self.features, self.spread = features, features @ np.linalg.cholesky(prior)
+        self.expected = (
+            self.additive.mean + self.destination_bias + features @ known.mean(axis=0)
+        )  # (D,) the mean source
+        self.spread = features @ np.linalg.cholesky(prior)
         self.noise = max(float(np.mean(np.minimum(np.abs(rest), HUBER_LOG_MS) ** 2)), 1e-4) + reg
 
-    def __call__(self, view: QueryView) -> np.ndarray:
-        pairs, predicted = self.pairs, self.additive(view)
-        source, destination = pairs.source_of(view.probe), pairs.destination_of(view.dst_id)
-        known = np.flatnonzero((source >= 0) & (destination >= 0))
-        predicted[known] = self.additive.mean + self._product(source[known], destination[known])
-        new = np.flatnonzero((source < 0) & (destination >= 0))
-        for rows in np.array_split(new, max(1, len(new) // 5000)):
-            predicted[rows] = self._place(view.take(rows), destination[rows])
-        return predicted
+    def fallback(self, view: QueryView) -> np.ndarray:
+        """The mean source, if only that is new and has no context; else additive biases."""
+        source, destination = self.pairs.source_of(view.probe), self.pairs.destination_of(view.dst_id)
+        return np.where((source < 0) & (destination >= 0), self.expected[destination], self.additive(view))
 
-    def _product(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-        product = (self.source[source] * self.destination[destination]).sum(axis=1)
-        return self.source_bias[source] + self.destination_bias[destination] + product
+    def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        return self.additive.mean + self._product(source, destination)
 
-    def _place(self, view: QueryView, destination: np.ndarray) -> np.ndarray:
-        """(q,) log-ms: Gaussian regression of the context's residuals, once more with outliers weighing less."""
-        there = self.pairs.destination_of(view.context_dst_id)
-        told = (there >= 0) & ~np.isnan(view.context_log_ms)
-        expected = self.additive.mean + self.destination_bias + self.features @ self.prior_mean  # (D,)
-        if not told.any():
-            return expected[destination]
-        rest = np.where(told, view.context_log_ms - expected[there], 0.0)  # (q, K)
-        spread = np.where(told[:, :, None], self.spread[there], 0.0)  # (q, K, 1 + r)
+    def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """Gaussian regression of the context's residuals, once more with outliers weighing less."""
+        rest = np.where(given, log_ms - self.expected[there], 0.0)  # (q, K)
+        spread = np.where(given[:, :, None], self.spread[there], 0.0)  # (q, K, 1 + r)
         covariance = spread @ spread.transpose(0, 2, 1)  # (q, K, K)
         identity, noise = np.eye(covariance.shape[1]), np.full(rest.shape, self.noise)
         for _ in range(3):
@@ -130,7 +112,11 @@ class LogFactors:
             misfit = np.abs(rest - np.einsum("qkl,ql->qk", covariance, weights))
             noise = self.noise * np.maximum(misfit / (2 * np.sqrt(self.noise)), 1.0)
         moved = np.einsum("qkr,qk->qr", spread, weights)
-        return expected[destination] + (moved * self.spread[destination]).sum(axis=1)
+        return self.expected[destination] + (moved * self.spread[destination]).sum(axis=1)
+
+    def _product(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        product = (self.source[source] * self.destination[destination]).sum(axis=1)
+        return self.source_bias[source] + self.destination_bias[destination] + product
 
 
 def _descend(
@@ -164,13 +150,8 @@ def _descend(
         optimiser.step()
         schedule.step()
     torch.set_num_threads(threads)
-    bias_s, bias_d, source, destination = (weight.detach().numpy().astype(np.float64) for weight in weights)
-    return bias_s[:, 0], bias_d[:, 0], source, destination
-
-
-def batches(count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """All of 0 … count − 1 once, shuffled, in batches that are small beside the whole."""
-    return iter(np.array_split(rng.permutation(count), min(count, max(1, count // np.clip(count // 64, 1, 4096)))))
+    bias_s, bias_d, factor_s, factor_d = (weight.detach().numpy().astype(np.float64) for weight in weights)
+    return bias_s[:, 0], bias_d[:, 0], factor_s, factor_d
 
 
 def _add_at(factors: np.ndarray, node: np.ndarray, step: np.ndarray) -> None:
@@ -179,19 +160,9 @@ def _add_at(factors: np.ndarray, node: np.ndarray, step: np.ndarray) -> None:
     np.maximum(factors, 0.0, out=factors)
 
 
-def learn_dmfsgd(train: Measurements, rank: int, reg: float) -> Learned:
-    """See `DMFSGD`."""
-    return DMFSGD(train, rank, reg)
-
-
-def learn_log_factors(train: Measurements, rank: int, reg: float) -> Learned:
-    """See `LogFactors`."""
-    return LogFactors(train, rank, reg)
-
-
 DMFSGD_METHOD = PointMethod(
-    "dmfsgd", learn_dmfsgd, tuple({"rank": rank, "reg": reg} for rank in (10, 20) for reg in (1e-3, 1e-2))
+    "dmfsgd", DMFSGD, tuple({"rank": rank, "reg": reg} for rank in (10, 20) for reg in (1e-3, 1e-2))
 )
 LOG_FACTORS = PointMethod(
-    "log_factors", learn_log_factors, tuple({"rank": rank, "reg": reg} for rank in (10, 16, 64) for reg in (0.01, 0.05))
+    "log_factors", LogFactors, tuple({"rank": rank, "reg": reg} for rank in (10, 16, 64) for reg in (0.01, 0.05))
 )

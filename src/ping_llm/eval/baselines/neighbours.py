@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ping_llm.eval.baselines.base import Learned, PointMethod
+from ping_llm.eval.baselines.base import PointMethod
 from ping_llm.eval.baselines.pairs import Pairs
-from ping_llm.eval.baselines.simple import learn_destination, row_medians
+from ping_llm.eval.baselines.simple import Placing, chunks, learn_destination, row_medians
 from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
 
 MAX_SOURCES = 2_000
@@ -21,47 +21,37 @@ DOUBT_LOG_MS = 0.5
 PREFIX_BITS = ((8, 16), (16, 32), (24, 48), (32, 128))
 """IPv4 and IPv6 bits of an address that may agree."""
 
-CELLS = 20_000_000
-"""Numbers in the largest array that is made at once."""
 
-
-class ProfileNeighbours:
+class ProfileNeighbours(Placing):
     """The median RTT to the destination over the known sources whose log-RTTs to shared destinations differ least.
 
-    The profile of a new source is its context. What no neighbour has measured is answered per destination.
+    What no neighbour has measured is answered per destination.
     """
 
     def __init__(self, train: Measurements, neighbours: int) -> None:
         self.pairs, self.neighbours = Pairs.of(train), neighbours
-        self._fallback = learn_destination(train)
+        self.fallback = learn_destination(train)
         matrix = self.pairs.matrix
         self._known = np.sort(np.argsort(np.isnan(matrix).sum(axis=1), kind="stable")[:MAX_SOURCES])
         self._profiles = np.ascontiguousarray(matrix[self._known].T)  # (D, S)
+        self.width = len(self._known)
         self._distances: dict[int, np.ndarray] = {}
 
-    def __call__(self, view: QueryView) -> np.ndarray:
-        source, destination = self.pairs.source_of(view.probe), self.pairs.destination_of(view.dst_id)
-        there = self.pairs.destination_of(view.context_dst_id)
-        told = (there >= 0) & ~np.isnan(view.context_log_ms)
-        predicted = np.full(len(view), np.nan)
-        known = np.flatnonzero((source >= 0) & (destination >= 0))
-        predicted[known] = self._of_known(source[known], destination[known])
-        new = np.flatnonzero((source < 0) & (destination >= 0) & told.any(axis=1))
-        for rows in _chunks(new, len(self._known) * max(told.shape[1], 1)):
-            difference = np.abs(self._profiles[there[rows]] - view.context_log_ms[rows][:, :, None])  # (q, K, S)
-            difference[~told[rows]] = np.nan
-            predicted[rows] = self._nearest(_mean_difference(difference), destination[rows])
-        return np.where(np.isnan(predicted), self._fallback(view), predicted)
-
-    def _of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-        """(q,) of known sources, each pair once: they do not depend on context."""
+    def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """Each pair once: known sources do not depend on context."""
         pair, where = np.unique(source * len(self.pairs.dst_ids) + destination, return_inverse=True)
         source, destination = pair // len(self.pairs.dst_ids), pair % len(self.pairs.dst_ids)
         predicted = np.full(len(pair), np.nan)
-        for rows in _chunks(np.arange(len(pair)), len(self._known)):
+        for rows in chunks(len(pair), self.width):
             distance = np.stack([self._distance(int(s)) for s in source[rows]])
             predicted[rows] = self._nearest(distance, destination[rows])
         return predicted[where]
+
+    def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """The profile of a new source is its context."""
+        difference = np.abs(self._profiles[there] - log_ms[:, :, None])  # (q, K, S)
+        difference[~given] = np.nan
+        return self._nearest(_mean_difference(difference), destination)
 
     def _distance(self, source: int) -> np.ndarray:
         """(S,) from a known source to the others; infinite to itself."""
@@ -102,7 +92,7 @@ class PrefixNeighbours:
         addresses = len(view.addresses)
         pair, where = np.unique(view.src_id.astype(np.int64) * addresses + view.dst_id, return_inverse=True)
         predicted = np.empty(len(pair))
-        for rows in _chunks(np.arange(len(pair)), len(self._log_ms)):
+        for rows in chunks(len(pair), len(self._log_ms)):
             shared = 8 * self._agreement(pair[rows] % addresses, self._destination)
             shared += self._agreement(pair[rows] // addresses, self._source)
             count = min(self.neighbours, shared.shape[1])
@@ -111,11 +101,11 @@ class PrefixNeighbours:
             predicted[rows] = np.median(self._log_ms[nearest], axis=1)
         return predicted[where]
 
-    def _agreement(self, asked: np.ndarray, known: np.ndarray) -> np.ndarray:
+    def _agreement(self, queried: np.ndarray, known: np.ndarray) -> np.ndarray:
         """(q, P) int32, 0 … 4: how many of PREFIX_BITS the addresses share."""
-        agreement = np.zeros((len(asked), len(known)), dtype=np.int32)
+        agreement = np.zeros((len(queried), len(known)), dtype=np.int32)
         for level in self._levels.T:
-            agreement += level[asked][:, None] == level[known]
+            agreement += level[queried][:, None] == level[known]
         return agreement
 
 
@@ -126,21 +116,5 @@ def _mean_difference(difference: np.ndarray) -> np.ndarray:
     return np.where(shared > 0, mean, np.inf)
 
 
-def _chunks(rows: np.ndarray, width: int) -> list[np.ndarray]:
-    """The rows in stretches whose arrays (rows, width) have about CELLS numbers at most."""
-    size = max(1, CELLS // max(width, 1))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def learn_profile_neighbours(train: Measurements, neighbours: int) -> Learned:
-    """See `ProfileNeighbours`."""
-    return ProfileNeighbours(train, neighbours)
-
-
-def learn_prefix_neighbours(train: Measurements) -> Learned:
-    """See `PrefixNeighbours`."""
-    return PrefixNeighbours(train)
-
-
-PROFILE_KNN = PointMethod("profile_knn", learn_profile_neighbours, tuple({"neighbours": count} for count in (1, 5, 15)))
-PREFIX_KNN = PointMethod("prefix_knn", learn_prefix_neighbours)
+PROFILE_KNN = PointMethod("profile_knn", ProfileNeighbours, tuple({"neighbours": count} for count in (1, 5, 15)))
+PREFIX_KNN = PointMethod("prefix_knn", PrefixNeighbours)

@@ -56,7 +56,7 @@ class Pairs:
         return find(self.dst_ids, dst_id)
 
     def has_pair(self, view: QueryView) -> np.ndarray:
-        """(q,) bool: the pair asked for was measured."""
+        """(q,) bool: the queried pair was measured."""
         source, destination = self.source_of(view.probe), self.destination_of(view.dst_id)
         found = find(self._keys, source * len(self.dst_ids) + destination) >= 0
         return found & (source >= 0) & (destination >= 0)

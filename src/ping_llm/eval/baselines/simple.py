@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
 import numpy as np
 
 from ping_llm.eval.baselines.base import Learned, PointMethod
@@ -10,6 +13,9 @@ from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
 
 SHRINK = 5.0
 """A bias from n pairs is taken n / (n + 5)."""
+
+CELLS = 20_000_000
+"""Numbers in the largest array that is made at once."""
 
 
 def learn_global(train: Measurements) -> Learned:
@@ -34,21 +40,14 @@ def learn_source(train: Measurements) -> Learned:
 def learn_destination(train: Measurements) -> Learned:
     """The median over the measurements of the destination, else of its /24 or /48, else /16 or /32, else of all."""
     rows = np.flatnonzero(train.rtt_ms >= 0)
-    overall, levels = float(np.nanmedian(train.log_ms)), []
-    for bits in ((32, 128), (24, 48), (16, 32)):
+    median_of = np.full(len(train.addresses), float(np.nanmedian(train.log_ms)))
+    for bits in ((16, 32), (24, 48), (32, 128)):
         ids = prefix_ids(train.addresses, *bits)
         known, group = np.unique(ids[train.dst_id[rows]], return_inverse=True)
-        median_of = np.full(ids.max() + 1, np.nan)
-        median_of[known] = group_medians(train.log_ms[rows], group, len(known))
-        levels.append(median_of[ids])  # (a,)
-
-    def predict(view: QueryView) -> np.ndarray:
-        predicted = np.full(len(view), np.nan)
-        for median_of in levels:
-            predicted = np.where(np.isnan(predicted), median_of[view.dst_id], predicted)
-        return np.where(np.isnan(predicted), overall, predicted)
-
-    return predict
+        of_prefix = np.full(ids.max() + 1, np.nan)
+        of_prefix[known] = group_medians(train.log_ms[rows], group, len(known))
+        median_of = np.where(np.isnan(of_prefix[ids]), median_of, of_prefix[ids])  # (a,)
+    return lambda view: median_of[view.dst_id]
 
 
 class Additive:
@@ -72,14 +71,45 @@ class Additive:
     def __call__(self, view: QueryView) -> np.ndarray:
         source = self.pairs.source_of(view.probe)
         rest = view.context_log_ms - self.without_source(view.context_dst_id)
-        told = ~np.isnan(rest)
-        from_context = np.where(told, rest, 0.0).sum(axis=1) / (told.sum(axis=1) + SHRINK)
+        given = ~np.isnan(rest)
+        from_context = np.where(given, rest, 0.0).sum(axis=1) / (given.sum(axis=1) + SHRINK)
         return self.without_source(view.dst_id) + np.where(source >= 0, self.source_bias[source], from_context)
 
 
-def learn_additive(train: Measurements) -> Learned:
-    """See `Additive`."""
-    return Additive(train)
+class Placing(ABC):
+    """A method that knows sources and destinations, and places a new source by its context; else a fallback answers."""
+
+    pairs: Pairs
+    fallback: Learned
+    width = 128
+    """Numbers that one measurement of a context takes, about."""
+
+    @abstractmethod
+    def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """(q,) log-ms from known sources to known destinations."""
+
+    @abstractmethod
+    def of_new(self, there: np.ndarray, log_ms: np.ndarray, given: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """(q,) log-ms to known destinations, after contexts: destinations, log-ms, and which of these count, (q, K)."""
+
+    def __call__(self, view: QueryView) -> np.ndarray:
+        source, destination = self.pairs.source_of(view.probe), self.pairs.destination_of(view.dst_id)
+        there = self.pairs.destination_of(view.context_dst_id)
+        given = (there >= 0) & ~np.isnan(view.context_log_ms)
+        predicted = np.full(len(view), np.nan)
+        known = np.flatnonzero((source >= 0) & (destination >= 0))
+        predicted[known] = self.of_known(source[known], destination[known])
+        new = np.flatnonzero((source < 0) & (destination >= 0) & given.any(axis=1))
+        for part in chunks(len(new), self.width * max(given.shape[1], 1)):
+            rows = new[part]
+            predicted[rows] = self.of_new(there[rows], view.context_log_ms[rows], given[rows], destination[rows])
+        return np.where(np.isnan(predicted), self.fallback(view), predicted)
+
+
+def chunks(count: int, width: int) -> Iterator[slice]:
+    """0 … count in stretches whose arrays (rows, width) have about CELLS numbers at most."""
+    size = max(1, CELLS // max(width, 1))
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def row_medians(values: np.ndarray, missing: float | np.ndarray) -> np.ndarray:
@@ -100,4 +130,4 @@ def _shrunk_mean(group: np.ndarray, values: np.ndarray, groups: int) -> np.ndarr
 GLOBAL_MEDIAN = PointMethod("global_median", learn_global)
 SOURCE_MEDIAN = PointMethod("source_median", learn_source)
 DESTINATION_MEDIAN = PointMethod("destination_median", learn_destination)
-ADDITIVE = PointMethod("additive", learn_additive)
+ADDITIVE = PointMethod("additive", Additive)

@@ -1,35 +1,30 @@
 """Features of queries in, quantiles of log-RTT by gradient-boosted trees (LightGBM) out.
 
-The trees learn from practice queries: the last stretch of train, asked of what was learned from the rest without some
-sources, destinations and pairs, so that they see how far each feature is to be trusted where a pair is new.
+The trees learn from practice queries: of the last stretch of train, after learning from the rest without some sources,
+destinations and pairs, so that they see how far each feature is to be trusted where a pair is new.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.eval.baselines.base import (
-    CONTEXT_COUNTS,
-    BucketQuantiles,
-    Prediction,
-    Task,
-    bucket_keys,
-    evidence,
-    remember,
-    task_of,
-)
+from ping_llm.eval.baselines.base import Baseline, bucket_keys, bucket_quantiles, evidence, remember
 from ping_llm.eval.baselines.coordinates import VIVALDI_2D, VIVALDI_8D
 from ping_llm.eval.baselines.factors import DMFSGD_METHOD, LOG_FACTORS
 from ping_llm.eval.baselines.history import Backoff
 from ping_llm.eval.baselines.neighbours import PREFIX_KNN, PROFILE_KNN
 from ping_llm.eval.baselines.pairs import Pairs, hide
 from ping_llm.eval.baselines.simple import ADDITIVE, DESTINATION_MEDIAN, SOURCE_MEDIAN, row_medians
-from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_measurements, log_rtt
-from ping_llm.eval.law import LEAST_WIDTH, QuantileLaws
+from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_measurements, log_rtt, place_in_group
+from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions, interpolate_rows
+from ping_llm.eval.queries import COUNTS
+
+if TYPE_CHECKING:
+    import lightgbm
 
 LEVELS = np.array([0.02, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.98])
 METHODS = (
@@ -57,9 +52,9 @@ class TreeSettings:
 
 
 class Features:
-    """What the trees are given, from methods learned on one table."""
+    """What the trees see, from methods learned on one table."""
 
-    def __init__(self, train: Measurements, settings: dict[str, dict]) -> None:
+    def __init__(self, train: Measurements, settings: dict[str, dict[str, Any]]) -> None:
         self.pairs, self._backoff = Pairs.of(train), Backoff(train)
         self._learned = [method.learn(train, **settings[method.name]) for method in METHODS]
 
@@ -75,38 +70,29 @@ class Features:
         )
         kinds = evidence(self.pairs, view)
         hour = (view.time_s % 86_400 / 3600)[:, None]
-        addresses = [_address_features(view.addresses)[end] for end in (view.src_id, view.dst_id)]
+        of_addresses = _address_features(view.addresses)
+        addresses = [of_addresses[view.src_id], of_addresses[view.dst_id]]
         columns = [predicted, predicted - base[:, None], of_history, of_source, kinds, hour, *addresses]
         return np.concatenate(columns, axis=1).astype(np.float32), base
 
     def _context_features(self, view: QueryView, additive: np.ndarray) -> np.ndarray:
-        """(q, 8): how many were told, answered, and to the destination, how long ago, and their RTTs."""
-        log_ms, told = view.context_log_ms, view.context_dst_id >= 0
+        """(q, 8): how many were given, answered, and to the destination, how long ago, and their RTTs."""
+        log_ms, given = view.context_log_ms, view.context_dst_id >= 0
         if not log_ms.shape[1]:
             return np.concatenate([np.zeros((len(view), 3)), np.full((len(view), 5), np.nan)], axis=1)
-        same = told & (view.context_dst_id == view.dst_id[:, None])
-        age_s = np.where(told[:, 0], view.time_s - view.context_time_s[:, 0], np.nan)
-        lowest = np.where(np.isnan(log_ms), np.inf, log_ms).min(axis=1)
-        middle = row_medians(log_ms, np.nan)
-        return np.stack(
-            [
-                told.sum(axis=1),
-                (~np.isnan(log_ms)).sum(axis=1),
-                same.sum(axis=1),
-                np.log1p(age_s),
-                middle,
-                middle - additive,
-                np.where(np.isfinite(lowest), lowest, np.nan),
-                log_ms[:, 0],
-            ],
-            axis=1,
-        )
+        same = given & (view.context_dst_id == view.dst_id[:, None])
+        age_s = np.where(given[:, 0], view.time_s - view.context_time_s[:, 0], np.nan)
+        counts = (given.sum(axis=1), (~np.isnan(log_ms)).sum(axis=1), same.sum(axis=1))
+        middle, lowest = row_medians(log_ms, np.nan), np.fmin.reduce(log_ms, axis=1)
+        return np.stack([*counts, np.log1p(age_s), middle, middle - additive, lowest, log_ms[:, 0]], axis=1)
 
 
 class TreeQuantiles:
-    """One booster a quantile; what they say is the rest over the base of `Features`."""
+    """One booster a quantile; they predict the rest over the base of `Features`."""
 
-    def __init__(self, train: Measurements, chosen: dict[str, dict], settings: TreeSettings, folds: int = 2) -> None:
+    def __init__(
+        self, train: Measurements, chosen: dict[str, dict[str, Any]], settings: TreeSettings, folds: int = 2
+    ) -> None:
         practice = [_practice(train, seed, settings, settings.practice_queries // folds) for seed in range(folds)]
         learned = []
         for earlier, queries in practice:
@@ -123,61 +109,43 @@ class TreeQuantiles:
         return np.sort(base[:, None] + np.stack(rest, axis=1), axis=1)
 
 
-class LightGBM:
+class LightGBM(Baseline):
     """Tree quantiles whose levels are corrected by where the answers of val fell between them."""
 
     name = "lightgbm"
 
     def __init__(self, settings: TreeSettings | None = None) -> None:
         self.settings = settings or TreeSettings()
-        self.choices: dict[str, Any] = {}
-        self._task = None
 
-    def fit(self, train: Measurements, val: Queries) -> None:
-        """Chooses the number of trees by the pinball loss on val, and collects the levels."""
-        task = task_of(train, val)
-        if self._task is task:
-            return
-        chosen = {method.name: task.setting(method) for method in METHODS}
-        fold = TreeQuantiles(task.folds[0], chosen, self.settings)
+    def learn(self) -> dict[str, Any]:
+        """Chooses the number of trees by the pinball loss on val, and collects the levels; from fold 0 alone."""
+        chosen = {method.name: self.task.setting(method) for method in METHODS}
+        fold, views = TreeQuantiles(self.task.learned_from[0], chosen, self.settings), self.task.val_views
         counts = sorted({max(1, self.settings.trees * share // 10) for share in (1, 2, 5, 10)})
-        losses, predicted = {}, {}
-        for trees in counts:
-            predicted[trees] = [fold.quantiles(view, trees) for view, _ in task.val_views]
-            pairs = zip(predicted[trees], task.val_views, strict=True)
-            losses[trees] = float(np.mean([_pinball(quantiles, answers) for quantiles, (_, answers) in pairs]))
-        trees = min(losses, key=losses.get)
-        self.choices = {"trees": trees, "trained_trees": self.settings.trees}
-        fallen = np.concatenate(
-            [
-                _level_of(quantiles, answers)
-                for quantiles, (_, answers) in zip(predicted[trees], task.val_views, strict=True)
-            ]
-        )
-        fold_pairs = Pairs.of(task.folds[0])
-        kinds = np.concatenate([evidence(fold_pairs, view) for view, _ in task.val_views])
-        self._levels = BucketQuantiles(fallen, bucket_keys(kinds))
-        self._fold = remember(lambda view: fold.quantiles(view, trees))
-        model = TreeQuantiles(train, chosen, replace(self.settings, trees=trees))
-        self._model = remember(lambda view: model.quantiles(view, trees))
-        self._pairs, self._task = Pairs.of(train), task
+        predicted = {trees: [fold.quantiles(view, trees) for view, _ in views] for trees in counts}
+        losses = {
+            trees: np.mean([_pinball(one, y) for one, (_, y) in zip(quantiles, views, strict=True)])
+            for trees, quantiles in predicted.items()
+        }
+        trees = min(losses, key=losses.__getitem__)
+        fallen = np.concatenate([_level_of(one, y) for one, (_, y) in zip(predicted[trees], views, strict=True)])
+        kinds = np.concatenate([self.task.evidence(view, 0) for view, _ in views])
+        self._levels = bucket_quantiles(fallen, bucket_keys(kinds))
+        model = TreeQuantiles(self.task.learned_from[None], chosen, replace(self.settings, trees=trees))
+        self._quantiles = {
+            learned: remember(lambda view, one=one: one.quantiles(view, trees))  # type: ignore[misc]  # bound early
+            for learned, one in ((None, model), (0, fold))
+        }
+        return {"trees": trees, "trained_trees": self.settings.trees}
 
-    def predict(self, queries: QueryView) -> Prediction:
-        """The laws of queries."""
-        laws = self._law(self._model(queries), evidence(self._pairs, queries))
-        return Prediction(laws, self._task.failure.p_fail(queries))
-
-    def fold_laws(self, task: Task, fold: int, view: QueryView) -> QuantileLaws:
-        """The laws as a model learned from fold 0 would give them."""
-        assert fold == 0, f"trees are learned from fold 0 alone, not {fold}"
-        return self._law(self._fold(view), evidence(Pairs.of(task.folds[0]), view))
-
-    def _law(self, quantiles: np.ndarray, kinds: np.ndarray) -> QuantileLaws:
-        return QuantileLaws.from_quantiles(_value_at(quantiles, self._levels(bucket_keys(kinds))))
+    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
+        """The quantiles at corrected levels; of the folds there is the first alone."""
+        levels = self._levels(bucket_keys(self.task.evidence(view, fold)))
+        return QuantileDistributions.from_quantiles(_value_at(self._quantiles[fold](view), levels))
 
 
 def _practice(train: Measurements, seed: int, settings: TreeSettings, count: int) -> tuple[Measurements, Queries]:
-    """Earlier measurements, some ends and pairs hidden, and answered queries later than them, told 0 … 30."""
+    """Earlier measurements, some sources, destinations and pairs hidden, and later answered queries, given 0 … 30."""
     rng = np.random.default_rng([seed, 0x7EE5])
     _, source = np.unique(train.probe, return_inverse=True)
     first, last = np.full(source.max() + 1, np.iinfo(np.int64).max), np.zeros(source.max() + 1, dtype=np.int64)
@@ -185,37 +153,27 @@ def _practice(train: Measurements, seed: int, settings: TreeSettings, count: int
     np.maximum.at(last, source, train.time_s)
     late = 100 * (train.time_s - first[source]) > (100 - LATE_PERCENT) * (last - first)[source]
     shuffled = rng.permutation(np.flatnonzero(late & (train.rtt_ms >= 0)))
-    order = np.argsort(source[shuffled], kind="stable")
-    ordered = source[shuffled][order]
-    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
-    rows = np.sort(rng.permutation(shuffled[order][place < settings.practice_per_source])[:count])
+    by_source = shuffled[np.argsort(source[shuffled], kind="stable")]
+    few = by_source[place_in_group(source[by_source]) < settings.practice_per_source]
+    rows = np.sort(rng.permutation(few)[:count])
     half = rng.random(len(rows)) < 0.5
     context = np.where(
         half[:, None],
-        earlier_measurements(train, rows, max(CONTEXT_COUNTS)),
-        earlier_measurements(train, rows, max(CONTEXT_COUNTS), other_destinations=True),
+        earlier_measurements(train, rows, max(COUNTS)),
+        earlier_measurements(train, rows, max(COUNTS), other_destinations=True),
     )
-    told = rng.choice(CONTEXT_COUNTS, len(rows))
-    context = np.where(np.arange(context.shape[1]) < told[:, None], context, -1)
+    given = rng.choice(COUNTS, len(rows))
+    context = np.where(np.arange(context.shape[1]) < given[:, None], context, -1)
     rest = train.take(~late) if (train.rtt_ms[~late] >= 0).any() else train
     return hide(rest, seed + 100), Queries(train, rows, context)
 
 
-def _boost(x: np.ndarray, y: np.ndarray, level: float, settings: TreeSettings):
+def _boost(x: np.ndarray, y: np.ndarray, level: float, settings: TreeSettings) -> lightgbm.Booster:
     import lightgbm
 
-    parameters = {
-        "objective": "quantile",
-        "alpha": level,
-        "num_leaves": settings.leaves,
-        "learning_rate": settings.rate,
-        "min_data_in_leaf": settings.least_leaf,
-        "num_threads": settings.threads,
-        "deterministic": True,
-        "force_col_wise": True,
-        "seed": 0,
-        "verbosity": -1,
-    }
+    size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
+    exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
+    parameters = {"objective": "quantile", "alpha": level, "verbosity": -1} | size | exact
     return lightgbm.train(parameters, lightgbm.Dataset(x, y), settings.trees)
 
 
@@ -228,16 +186,11 @@ def _address_features(addresses: np.ndarray) -> np.ndarray:
 
 def _spread(history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of (q, n) histories the range and the mean absolute step, NaN where there is one value or none."""
-    known = ~np.isnan(history)
-    high = np.where(known, history, -np.inf).max(axis=1)
-    low = np.where(known, history, np.inf).min(axis=1)
+    wide = np.fmax.reduce(history, axis=1) - np.fmin.reduce(history, axis=1)
     step = np.abs(np.diff(history, axis=1))
     count = (~np.isnan(step)).sum(axis=1)
-    some = count > 0
-    return (
-        np.where(some, high - np.where(some, low, 0.0), np.nan),
-        np.where(some, np.nansum(step, axis=1) / np.maximum(count, 1), np.nan),
-    )
+    mean = np.nansum(step, axis=1) / np.maximum(count, 1)
+    return np.where(count > 0, wide, np.nan), np.where(count > 0, mean, np.nan)
 
 
 def _pinball(quantiles: np.ndarray, answers: np.ndarray) -> float:
@@ -256,10 +209,7 @@ def _tail_widths(quantiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _level_of(quantiles: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
     """(q,) the level at which each answer falls: linear between quantiles, exponential tails."""
     knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
-    at = np.clip((knots <= log_ms[:, None]).sum(axis=1) - 1, 0, len(LEVELS) - 2)
-    rows = np.arange(len(knots))
-    share = (log_ms - knots[rows, at]) / (knots[rows, at + 1] - knots[rows, at])
-    level = LEVELS[at] + np.clip(share, 0, 1) * (LEVELS[at + 1] - LEVELS[at])
+    level = interpolate_rows(log_ms[:, None], knots, np.broadcast_to(LEVELS, knots.shape))[:, 0]
     low, high = _tail_widths(knots)
     below, above = log_ms - knots[:, 0], knots[:, -1] - log_ms
     level = np.where(below < 0, LEVELS[0] * np.exp(np.minimum(below, 0) / low), level)
@@ -269,11 +219,9 @@ def _level_of(quantiles: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
 def _value_at(quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """(q, m) log-ms at levels (q, m): the inverse of `_level_of`."""
     knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
-    at = np.clip(np.searchsorted(LEVELS, levels, "right") - 1, 0, len(LEVELS) - 2)
-    left, right = np.take_along_axis(knots, at, 1), np.take_along_axis(knots, at + 1, 1)
-    share = np.clip((levels - LEVELS[at]) / (LEVELS[at + 1] - LEVELS[at]), 0, 1)
+    inside = interpolate_rows(levels, np.broadcast_to(LEVELS, knots.shape), knots)
     low, high = (width[:, None] for width in _tail_widths(knots))
     tiny = 1e-12
     below = np.log(np.clip(levels, tiny, LEVELS[0]) / LEVELS[0])  # 0 inside
     above = np.log(np.clip(1 - levels, tiny, 1 - LEVELS[-1]) / (1 - LEVELS[-1]))
-    return left + share * (right - left) + low * below - high * above
+    return inside + low * below - high * above

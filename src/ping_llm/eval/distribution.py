@@ -1,6 +1,6 @@
-"""Quantiles of log-RTT in, every statistic of the law they stand for out, in closed form.
+"""Quantiles of log-RTT in, every statistic of the distribution they stand for out, in closed form.
 
-A law's CDF is piecewise linear between its quantiles, so its density is constant between two of them. The support is
+The CDF is piecewise linear between the quantiles, so its density is constant between two of them. The support is
 that of the RTT codes, 1 µs to 71 min, and the outermost 0.1 % on either side is spread evenly to its end: no result has
 density 0.
 """
@@ -17,43 +17,43 @@ LEVELS = np.array([0, 0.001, 0.005, 0.01, 0.02, *np.linspace(0.05, 0.95, 19), 0.
 INNER_LEVELS = LEVELS[1:-1]
 """The quantiles that a predictor gives; those of 0 and 1 are the ends of the support."""
 
-SUPPORT = tuple(float(edge) for edge in np.log(rtt_code_edges_ms()[[0, -1]]))
+SUPPORT: tuple[float, float] = (float(np.log(rtt_code_edges_ms()[0])), float(np.log(rtt_code_edges_ms()[-1])))
 """Log-ms."""
 
 LEAST_WIDTH = 2.0**-11
-"""Log-ms that a whole law spans at least: one RTT code, so that repeats of one RTT have no infinite density."""
+"""Log-ms that a whole distribution spans at least: one RTT code, so that repeats of one RTT have no infinite density."""
+
+LEAST_CHANCE = 1e-6
+"""Chances of failure are kept this far from 0 and 1, so that one surprise does not make a mean infinite."""
 
 
 @dataclass(frozen=True, eq=False)
-class QuantileLaws:
-    """The laws of q answered pings; values (q, L) are ascending log-ms at levels (L,), or (q, L) if each has its own."""
+class QuantileDistributions:
+    """Of q answered pings; values (q, L) are ascending log-ms at levels (L,), or (q, L) if each has its own."""
 
     values: np.ndarray
     levels: np.ndarray = field(default_factory=lambda: LEVELS)
 
     @classmethod
-    def from_quantiles(cls, quantiles: np.ndarray) -> QuantileLaws:
-        """Laws with these (q, L − 2) quantiles in log-ms at INNER_LEVELS; crossed ones are put in order."""
+    def from_quantiles(cls, quantiles: np.ndarray) -> QuantileDistributions:
+        """Those with these (q, L − 2) quantiles in log-ms at INNER_LEVELS; crossed ones are put in order."""
         if quantiles.ndim != 2 or quantiles.shape[1] != len(INNER_LEVELS) or not np.isfinite(quantiles).all():
             raise ValueError(f"quantiles must be (q, {len(INNER_LEVELS)}) finite numbers, not {quantiles.shape}")
-        low, high = SUPPORT
         inner = np.sort(quantiles, axis=1) + LEAST_WIDTH * (INNER_LEVELS - 0.5)
         room = LEAST_WIDTH * INNER_LEVELS
-        inner = np.clip(inner, low + room, high - LEAST_WIDTH + room)
-        ends = np.ones((len(inner), 1))
-        return cls(np.concatenate([low * ends, inner, high * ends], axis=1))
+        return cls(between_ends(np.clip(inner, SUPPORT[0] + room, SUPPORT[1] - LEAST_WIDTH + room)))
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def take(self, rows: np.ndarray | slice) -> QuantileLaws:
-        """The laws at `rows`."""
-        return QuantileLaws(self.values[rows], self.levels if self.levels.ndim == 1 else self.levels[rows])
+    def take(self, rows: np.ndarray | slice) -> QuantileDistributions:
+        """The distributions at `rows`."""
+        return QuantileDistributions(self.values[rows], self.levels if self.levels.ndim == 1 else self.levels[rows])
 
     def quantile(self, levels: np.ndarray) -> np.ndarray:
         """(q, Q) log-ms below which a share levels (Q,) of the answers lies."""
-        asked = np.broadcast_to(levels, (len(self), len(levels)))
-        return interpolate_rows(asked, np.broadcast_to(self.levels, self.values.shape), self.values)
+        x = np.broadcast_to(levels, (len(self), len(levels)))
+        return interpolate_rows(x, np.broadcast_to(self.levels, self.values.shape), self.values)
 
     @property
     def median(self) -> np.ndarray:
@@ -61,13 +61,14 @@ class QuantileLaws:
         return self.quantile(np.array([0.5]))[:, 0]
 
     def cdf(self, log_ms: np.ndarray) -> np.ndarray:
-        """(q,) or (q, m): P(log-RTT ≤ log_ms) of each law."""
+        """(q,) or (q, m): P(log-RTT ≤ log_ms) of each."""
         x = log_ms.reshape(len(self), -1)
         return interpolate_rows(x, self.values, np.broadcast_to(self.levels, self.values.shape)).reshape(log_ms.shape)
 
     def log_density(self, log_ms: np.ndarray) -> np.ndarray:
-        """(q,) log of the density per log-ms of each law at its own log_ms (q,), clamped to the support."""
-        segment = self._segment(np.clip(log_ms, *SUPPORT))
+        """(q,) log of the density per log-ms of each at its own log_ms (q,), clamped to the support."""
+        inside = np.clip(log_ms, *SUPPORT)[:, None]
+        segment = np.clip((self.values <= inside).sum(axis=1) - 1, 0, self.values.shape[1] - 2)
         rows = np.arange(len(self))
         mass = np.diff(np.broadcast_to(self.levels, self.values.shape))[rows, segment]
         return np.log(mass) - np.log(np.diff(self.values)[rows, segment])
@@ -81,10 +82,6 @@ class QuantileLaws:
         above_x = np.maximum(self.values, y)
         above_f = 1 - np.where(self.values > y, self.levels, at_y)
         return (_integral_of_square(below_x, below_f) + _integral_of_square(above_x, above_f)).sum(axis=1)
-
-    def _segment(self, log_ms: np.ndarray) -> np.ndarray:
-        """(q,) the segment of each law in which its log_ms lies."""
-        return np.clip((self.values <= log_ms[:, None]).sum(axis=1) - 1, 0, self.values.shape[1] - 2)
 
 
 def _integral_of_square(x: np.ndarray, f: np.ndarray) -> np.ndarray:
@@ -120,10 +117,26 @@ def _count_not_above(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
     return count
 
 
-def pool(laws: list[QuantileLaws], weights: np.ndarray) -> QuantileLaws:
-    """The linear pools Σ w F of m laws each, weights (q, m) summing to 1: exact, its knots are those of all members."""
-    low, high = (laws[0].values[:, [end]] for end in (0, -1))
-    inner = np.sort(np.concatenate([law.values[:, 1:-1] for law in laws], axis=1), axis=1)
+def pool(distributions: list[QuantileDistributions], weights: np.ndarray) -> QuantileDistributions:
+    """The linear pools Σ w F of m members each, weights (q, m) summing to 1: exact, its knots are those of all members."""
+    low, high = (distributions[0].values[:, [side]] for side in (0, -1))
+    inner = np.sort(np.concatenate([member.values[:, 1:-1] for member in distributions], axis=1), axis=1)
     knots = np.concatenate([low, inner, high], axis=1)  # (q, M)
-    levels = sum(weight[:, None] * law.cdf(knots) for law, weight in zip(laws, weights.T, strict=True))
-    return QuantileLaws(knots, np.maximum.accumulate(levels, axis=1))
+    levels = sum(weight[:, None] * member.cdf(knots) for member, weight in zip(distributions, weights.T, strict=True))
+    return QuantileDistributions(knots, np.maximum.accumulate(levels, axis=1))
+
+
+def between_ends(inner: np.ndarray) -> np.ndarray:
+    """(q, L) quantiles (q, L − 2) between the two ends of the support."""
+    return np.pad(inner, ((0, 0), (1, 1)), constant_values=(SUPPORT,))
+
+
+def clip_chance(chance: np.ndarray) -> np.ndarray:
+    """Chances not below LEAST_CHANCE and not above 1 − LEAST_CHANCE."""
+    return np.clip(chance, LEAST_CHANCE, 1 - LEAST_CHANCE)
+
+
+def log_loss(chance: np.ndarray, happened: np.ndarray) -> np.ndarray:
+    """(q,) nats: −log of the chance (q,) that was given to what happened (q,), or did not."""
+    chance = clip_chance(chance)
+    return -np.where(happened, np.log(chance), np.log1p(-chance))

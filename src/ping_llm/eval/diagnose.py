@@ -1,0 +1,181 @@
+"""A model and queries in, what only a model can answer out: destinations, the order of fields, losses, densities.
+
+Bits per destination are exact: log p(src, rtt, dst) − log p(src, rtt). Hits of the model count prefixes among the likeliest
+addresses that it finds, so they are a lower bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ping_llm.data.measurement import is_ipv4, pack_addresses
+from ping_llm.data.rows import read_manifest
+from ping_llm.eval.baselines.base import Baseline
+from ping_llm.eval.baselines.destinations import DestinationBayes, prefix_ranks
+from ping_llm.eval.baselines.pairs import find
+from ping_llm.eval.columns import Queries, prefix_ids
+from ping_llm.eval.model import model_queries, open_queries, records
+from ping_llm.eval.options import DIAGNOSE_QUERIES, EvalOptions
+from ping_llm.eval.queries import SplitQueries, draw_val
+from ping_llm.eval.tokens import colored, part_windows, score_tokens
+from ping_llm.inference.predictor import PingModel
+
+WINDOWS, QUICK_WINDOWS = 256, 32
+MEASUREMENTS, QUICK_MEASUREMENTS = 1_000, 100
+DESTINATIONS, QUICK_DESTINATIONS = 300, 25
+"""Of the report, for orders, and for destinations, over all splits."""
+
+PREFIXES = {8: 24, 16: 32, 24: 48, 32: 128}
+"""Of IPv4, in bits, each with the IPv6 prefix that is counted with it."""
+
+TOPS = (1, 10, 100)
+EXPANSIONS = 512  # of prefixes in a search for destinations
+_UNSEEN_BITS = {True: 32.0, False: 64.0}  # that a destination never seen costs within its family (whole, or to the /64)
+
+EXAMPLE_K = 5
+EXAMPLES_PER_SPLIT = 2
+_BINS = 120
+_MARGIN = 0.15  # log-ms shown on either side of what is drawn
+
+
+def diagnose(options: EvalOptions) -> list[dict[str, Any]]:
+    """The lines of `--diagnose`; ValueError if the run or the part is missing."""
+    assert options.diagnose is not None
+    count = options.queries or DIAGNOSE_QUERIES[options.diagnose]
+    if options.diagnose == "tokens":
+        scores = score_tokens(
+            PingModel.load(options.trained, options.device), part_windows(options, options.part, count)
+        )
+        for window in range(min(options.show, count)):
+            print(colored(scores, window) + "\n")
+        return scores.table()
+    model, split = open_queries(options, count)
+    if options.diagnose == "order":
+        found = order_consistency(model, split.recent)
+        of = f"std over the orders, mean of {found['measurements']} pings"
+        print(f"{of}: {found['std_nats']:.3f} nats (0.3 or less is good)")
+        means = found["mean_log_prob"] | {"std": found["std_nats"]}
+        return [{"order": order, "mean_log_prob_nats": mean} for order, mean in means.items()]
+    table = split.recent.measurements
+    bayes = DestinationBayes(table.of_part("train"), draw_val(table, 2000, options.seed))
+    found, lines = destination_scores(model, bayes, split.recent.answered(count)), []
+    for method in ("model", bayes.name):
+        rates = found[method]["hit_rate"]
+        hits = {f"top {top} at /{bits}": share for bits, of_top in rates.items() for top, share in of_top.items()}
+        lines.append({"method": method, "bits": found[method]["bits"]} | hits)
+    return lines
+
+
+def model_extras(
+    model: PingModel, options: EvalOptions, bayes: DestinationBayes, splits: list[SplitQueries], baseline: Baseline
+) -> dict[str, Any]:
+    """loss_per_field by part, order_consistency, destinations by split, and densities of some queries."""
+    splits, quick = [split for split in splits if len(split)], options.quick
+    measurements = max(1, int((QUICK_MEASUREMENTS if quick else MEASUREMENTS) / len(splits)))
+    destinations = max(1, int((QUICK_DESTINATIONS if quick else DESTINATIONS) / len(splits)))
+    counts = read_manifest(options.rows)["parts"]
+    parts = [part for part, count in counts.items() if count and part != "train"] or ["train"]
+    windows = QUICK_WINDOWS if quick else WINDOWS
+    return {
+        "loss_per_field": {
+            part: score_tokens(model, part_windows(options, part, windows)).loss_per_field() for part in parts
+        },
+        "order_consistency": {
+            split.split: order_consistency(model, split.other.take(slice(measurements))) for split in splits
+        },
+        "destinations": {
+            split.split: destination_scores(model, bayes, split.other.answered(destinations)) for split in splits
+        },
+        "examples": [example for split in splits for example in examples(split, model, baseline)],
+    }
+
+
+def order_consistency(model: PingModel, queries: Queries) -> dict[str, Any]:
+    """How far log p(src, dst, rtt) depends on the order of the fields, over these measurements."""
+    found = model.order_consistency(records(queries))
+    return {"std_nats": found.std_nats, "mean_log_prob": found.mean_log_prob, "measurements": len(queries)}
+
+
+def destination_scores(model: PingModel, bayes: DestinationBayes, queries: Queries) -> dict[str, Any]:
+    """Bits per destination given source and RTT, and hit rates, by the model and by the fitted baseline."""
+    if not len(queries):
+        return {"queries": 0}
+    pings = records(queries)
+    log_p = model.log_prob(pings, ("src", "rtt", "dst")) - model.log_prob(pings, ("src", "rtt"))
+    return {
+        "queries": len(queries),
+        "model": {"bits": float(-log_p.mean() / np.log(2)), "hit_rate": _hit_rates(model_ranks(model, pings))},
+        bayes.name: bayes_scores(bayes, queries),
+    }
+
+
+def bayes_scores(bayes: DestinationBayes, queries: Queries) -> dict[str, Any]:
+    """Bits and hit rates of popularity × RTT histogram; a destination that train does not hold is one of its family."""
+    addresses, dst_id = queries.measurements.addresses, queries.dst_id
+    log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
+    at = find(bayes.destinations, dst_id)
+    nats = -log_p[np.arange(len(at)), at]  # −1 is the last column: all others together
+    family_bits = np.where(is_ipv4(addresses[dst_id]), _UNSEEN_BITS[True], _UNSEEN_BITS[False])
+    bits = nats / np.log(2) + np.where(at < 0, family_bits, 0.0)
+    ranks = {}
+    for ipv4_bits, ipv6_bits in PREFIXES.items():
+        prefix = prefix_ids(addresses, ipv4_bits, ipv6_bits)
+        ranks[ipv4_bits] = prefix_ranks(log_p, prefix[bayes.destinations], prefix[dst_id])
+    return {"bits": float(bits.mean()), "hit_rate": _hit_rates(ranks)}
+
+
+def _hit_rates(ranks: dict[int, np.ndarray]) -> dict[int, dict[int, float]]:
+    """By length of the prefix and by TOPS: the share of ranks (q,) among the first."""
+    return {bits: {top: float((rank < top).mean()) for top in TOPS} for bits, rank in ranks.items()}
+
+
+def model_ranks(model: PingModel, pings: list[dict[str, Any]]) -> dict[int, np.ndarray]:
+    """By length: how many prefixes are likelier than that of each ping's destination (q,), among those that are found."""
+    ranks = []
+    for ping in pings:
+        found = model.destinations(
+            ping["src_addr"], rtt=ping["rtt"], at=ping["event_time"], top=max(TOPS), expansions=EXPANSIONS
+        )
+        ranks.append(prefix_ranks_of(found.table.to_pylist(), ping["dst_addr"]))
+    return {bits: np.array([of_ping[bits] for of_ping in ranks]) for bits in PREFIXES}
+
+
+def prefix_ranks_of(rows: list[dict[str, Any]], dst_addr: str) -> dict[int, int]:
+    """How many prefixes of each length are likelier than that of `dst_addr`, among addresses found with a probability."""
+    texts = [row["dst_addr"].partition("/")[0] for row in rows]
+    mass = np.array([row["probability"] for row in rows])
+    packed, _ = pack_addresses([*texts, dst_addr])
+    ranks = {}
+    for ipv4_bits, ipv6_bits in PREFIXES.items():
+        *prefix, right = prefix_ids(packed, ipv4_bits, ipv6_bits)
+        of_prefix = np.bincount(np.array(prefix, dtype=np.int64), mass, right + 1) if rows else np.zeros(right + 1)
+        ranks[ipv4_bits] = int((of_prefix >= of_prefix[right]).sum() - 1) if right in prefix else max(TOPS)
+    return ranks
+
+
+def examples(split: SplitQueries, model: PingModel, baseline: Baseline) -> list[dict[str, Any]]:
+    """The first answered queries of a split, given EXAMPLE_K measurements: densities by the model and a baseline."""
+    queries = split.other.given(EXAMPLE_K).answered(EXAMPLES_PER_SPLIT)
+    if not len(queries):
+        return []
+    simple = baseline.predict(queries.view()).distributions
+    batches, shown = model.laws(model_queries(queries)), []
+    found = [batch[i] for batch in batches for i in range(len(batch))]
+    for i, (one, ping) in enumerate(zip(found, records(queries), strict=True)):
+        other = simple.take(slice(i, i + 1))
+        inner = np.log([one.quantile(0.01), one.quantile(0.99), ping["rtt"] + 1e-3])
+        inner = np.r_[inner, other.quantile(np.array([0.05, 0.95]))[0]]
+        edges = np.linspace(inner.min() - _MARGIN, inner.max() + _MARGIN, _BINS + 1)
+        cdfs = {"model": one.cdf(np.exp(edges)), baseline.name: other.cdf(edges[None])[0]}
+        shown.append(
+            {
+                "split": split.split,
+                "title": f"{ping['src_addr']} → {ping['dst_addr']}",
+                "rtt_ms": ping["rtt"],
+                "rtt_ms_at": np.exp((edges[1:] + edges[:-1]) / 2),
+                "density": {name: np.diff(cdf) / np.diff(edges) for name, cdf in cdfs.items()},
+            }
+        )
+    return shown

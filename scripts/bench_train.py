@@ -65,8 +65,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
     """All numbers; prints them and writes them as they come."""
-    from ping_llm.model.gpt import pick_device
-    from ping_llm.system.hardware import machine_facts
+    from ping_llm.system.hardware import machine_facts, pick_device
     from ping_llm.training.profiling import Effort, attention_ratios, matmul_peak
 
     device = pick_device("auto")

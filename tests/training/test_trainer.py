@@ -17,7 +17,8 @@ from training_runs import MODEL, assert_same_weights, losses, make_batches, make
 
 from ping_llm.config import Config
 from ping_llm.model.checkpoint import load_latest
-from ping_llm.model.gpt import GPT, pick_device
+from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import pick_device
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 

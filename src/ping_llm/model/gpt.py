@@ -228,22 +228,6 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
-def native_bf16(device: torch.device) -> bool:
-    """True where the device multiplies bf16 natively; where it emulates it, fp32 is as fast."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name: cpu, cuda, or auto for cuda where there is one; ValueError if it is not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {name!r} must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but no CUDA device is visible; pass cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _key_mask(mask: Tensor | None, T: int, cached: int, cache: KVCache | None) -> Tensor:
     """The mask of `GPT.forward`, causal if None, over cached + T keys without padding, (B or 1, 1, T, S)."""
     device = mask.device if mask is not None else cache.valid.device

@@ -24,6 +24,22 @@ PEAK_BF16_FLOPS = {
 """Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name: cpu, cuda, or auto for cuda where there is one; ValueError if it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but no CUDA device is visible; pass cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """True where the device multiplies bf16 natively; where it emulates it, fp32 is as fast."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the processor."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ping_llm.model.gpt import native_bf16
+from ping_llm.system.hardware import native_bf16
 from ping_llm.training.distributed import Ranks
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values end between about 0.7 and 1.2

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import FIELDS, Config
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
-from ping_llm.model.gpt import GPT, native_bf16
+from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
+from ping_llm.system.hardware import native_bf16
 from ping_llm.training.distributed import Ranks
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -28,14 +28,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from ping_llm.config import Config, DataConfig
-from ping_llm.model.checkpoint import Saver
-from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, native_bf16, parameter_count
-from ping_llm.system.hardware import peak_flops, peak_memory_gb
+from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
+from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.run_state import RunState
+from ping_llm.training.saver import Saver
 from ping_llm.training.trainer import Feed, Training
 
 STEPS_BETWEEN_SAVES = 200

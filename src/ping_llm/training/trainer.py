@@ -23,7 +23,6 @@ from torch import Tensor
 from ping_llm.config import FIELDS, Config, TrainConfig
 from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME
-from ping_llm.model.checkpoint import Saver
 from ping_llm.model.gpt import GPT, flops_per_token, parameter_count
 from ping_llm.system.files import write_lock
 from ping_llm.system.hardware import peak_flops, peak_memory_gb
@@ -35,6 +34,7 @@ from ping_llm.training.objective import Objective
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.report import write_report
 from ping_llm.training.run_state import RunState, open_run, restore
+from ping_llm.training.saver import Saver
 from ping_llm.training.validation import Questions, describe
 
 MAX_SKIPPED_IN_A_ROW = 20

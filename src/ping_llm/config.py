@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
+
 RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
 
 
@@ -56,11 +59,11 @@ class DataConfig:
     partial_time: float = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
     windows_per_read: int = 16
-    """Batches made together; a large probe row that is read gives one window to each of them."""
+    """Batches made together; a large probe row, once read, gives one window to each of them."""
     workers: int = field(default=0, metadata=RESUMABLE)
     """Loader processes; 0 loads in a thread of the training process. Does not change the batches."""
     prefetch: int = field(default=4, metadata=RESUMABLE)
-    """Blocks of batches that are made ahead."""
+    """Blocks of batches made ahead."""
 
     def __post_init__(self) -> None:
         _require("data", self, 0, 1, "src_prefix_dropout", "dst_prefix_dropout", "full_time", "partial_time")
@@ -95,7 +98,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
     schedule: Literal["wsd", "cosine"] = "wsd"
-    """How the rates run after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
+    """The rates after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
     warmup_share: float = 0.02
     """Share of the run in which the rates rise."""
     cooldown_share: float = 0.4
@@ -148,8 +151,8 @@ class TrainConfig:
     run_dir: Path = field(default=Path("runs/tiny"), metadata=RESUMABLE)
     """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
     total_steps: int = 1000
-    """Optimiser steps in the run. Of the limits total_steps, target_tokens and max_minutes the one that is reached first
-    ends the run, and the schedules stretch over it. 0 = no limit."""
+    """Optimiser steps in the run. The run ends at the first of the limits total_steps, target_tokens and max_minutes
+    that it reaches, and the schedules stretch over that one. 0 = no limit."""
     target_tokens: int = 0
     """Tokens trained on, padding not counted. 0 = no limit."""
     max_minutes: float = 0.0
@@ -168,15 +171,15 @@ class TrainConfig:
     checkpoint_every: int = field(default=500, metadata=RESUMABLE)
     """Steps between checkpoints, which a thread writes while training goes on; the last step is always saved."""
     keep_checkpoints: int = field(default=2, metadata=RESUMABLE)
-    """Newest checkpoints kept, besides the best of those whose step was evaluated."""
+    """Newest checkpoints kept, besides the best of those that were evaluated."""
     eval_every: int = field(default=250, metadata=RESUMABLE)
     """Steps between evaluations on the fixed windows of val."""
     eval_windows: int = 256
     """Fixed windows of val."""
     eval_queries: int = 256
-    """Fixed pings of val whose RTT each evaluation asks for, exactly; 0 = none."""
+    """Fixed pings of val whose RTT each evaluation queries, exactly; 0 = none."""
     sample_every: int = field(default=1000, metadata=RESUMABLE)
-    """Steps between looks at what the model says: made-up measurements and one RTT. 0 = never."""
+    """Steps between samples of the model: generated measurements and one RTT. 0 = never."""
     log_every: int = field(default=10, metadata=RESUMABLE)
     """Steps between lines of metrics.jsonl."""
     wandb: Literal["disabled", "offline", "online"] = field(default="disabled", metadata=RESUMABLE)
@@ -231,8 +234,6 @@ def load_config(path: Path | str) -> Config:
 
 def parse_config(argv: list[str], prog: str) -> Config:
     """`CONFIG.toml [--section.option value …]` in, the resolved config out."""
-    import tyro
-
     default = Config()
     if argv and not argv[0].startswith("-"):
         default, argv = load_config(argv[0]), argv[1:]
@@ -256,7 +257,7 @@ def parse_config(argv: list[str], prog: str) -> Config:
 
 
 def _value_error(error: BaseException | None) -> ValueError | None:
-    """What a check of these classes said, if that is what led to an error."""
+    """The error of a check of these classes, if one of them led to this error."""
     while error is not None and type(error) is not ValueError:
         error = error.__context__
     return error
@@ -264,59 +265,62 @@ def _value_error(error: BaseException | None) -> ValueError | None:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The config as plain JSON types."""
-    return dataclasses.asdict(
-        config, dict_factory=lambda pairs: {k: str(v) if isinstance(v, Path) else v for k, v in pairs}
-    )
+    return _CONVERTER.unstructure(config)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """The inverse of `config_to_dict`; keys that are absent keep their defaults. `source` names the file in errors."""
-    return _build(Config, values, source, "")
+    try:
+        return _CONVERTER.structure(values, Config)
+    except ClassValidationError as error:
+        raise ValueError(_explain(error, Config, values, source, "")) from None
 
 
-def differing_fields(old: Config, new: Config) -> list[str]:
-    """Dotted names of the fields that differ and that would change what is learned."""
+def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields of two configs that differ and that would change what is learned."""
     names = []
-    for top in dataclasses.fields(Config):
-        a, b = getattr(old, top.name), getattr(new, top.name)
-        if not dataclasses.is_dataclass(a):
-            names += [top.name] if a != b else []
-            continue
-        for f in dataclasses.fields(a):
-            if not f.metadata.get("resumable") and getattr(a, f.name) != getattr(b, f.name):
-                names.append(f"{top.name}.{f.name}")
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            names += differing_fields(a, b, f"{f.name}.")
+        elif a != b and not f.metadata.get("resumable"):
+            names.append(f"{prefix}{f.name}")
     return names
 
 
-def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
-    types = typing.get_type_hints(cls)
-    built: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in types:
-            near = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(types)}"
-            raise ValueError(f"{source}: unknown key {name}; {hint}")
-        built[key] = _convert(types[key], value, source, name)
-    return cls(**built)
-
-
-def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{source}: {name} must be a table, not {value!r}")
-        return _build(kind, value, source, f"{name}.")
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}")
-        return value
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and type(value) is int:
-        return float(value)
+def _exact(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"{source}: {name}={value!r} must be of type {kind.__name__}")
+        raise TypeError
     return value
+
+
+_CONVERTER = Converter(forbid_extra_keys=True)
+for _kind in (int, bool, str):
+    _CONVERTER.register_structure_hook(_kind, _exact)
+_CONVERTER.register_structure_hook(float, lambda value, _: float(value) if type(value) is int else _exact(value, float))
+_CONVERTER.register_structure_hook(Path, lambda value, _: Path(_exact(value, str)))
+
+
+def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) -> str:
+    """In the user's words, why `value` is no `kind`; `name` is the dotted name of its key, "" for the whole config."""
+    prefix = f"{name}." if name else ""
+    if isinstance(error, ClassValidationError):
+        of_keys, others = error.group_exceptions()
+        if others:
+            return _explain(others[0], kind, value, source, name)
+        cause, key = of_keys[0]
+        return _explain(cause, key.type, value[key.name], source, f"{prefix}{key.name}")
+    if isinstance(error, ForbiddenExtraKeysError):
+        key = next(key for key in value if key in error.extra_fields)
+        known = [f.name for f in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"{source}: unknown key {prefix}{key}; {hint}"
+    if dataclasses.is_dataclass(kind):
+        return f"{source}: {name} must be a table, not {value!r}" if not isinstance(value, dict) else str(error)
+    if typing.get_origin(kind) is Literal:
+        return f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}"
+    return f"{source}: {name}={value!r} must be of type {kind.__name__}"
 
 
 def _require(section: str, config: Any, least: float, most: float, *names: str) -> None:

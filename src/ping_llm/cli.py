@@ -9,9 +9,9 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -285,13 +285,11 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-_Command = Callable[..., int | None]
-_FUNCTIONS: tuple[_Command, ...] = (synth, fetch, prepare, inspect, train, plot, eval, plan, inference)
-_COMMANDS = {function.__name__: function for function in _FUNCTIONS}
+_COMMANDS = {f.__name__: f for f in (synth, fetch, prepare, inspect, train, plot, eval, plan, inference)}
 _PARSE_THEMSELVES = (train, inference)
 
 
-def _dispatch(argv: list[str], commands: Mapping[str, _Command], prog: str) -> int | None:
+def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
     """Calls the command that argv names; its options are the parameters of its function."""
     if argv and argv[0] in commands:
         command = commands[argv[0]]

@@ -13,9 +13,8 @@ from typing import Any
 
 from ping_llm.config import FIELDS, Config, config_to_dict
 from ping_llm.system.files import write_atomically
+from ping_llm.training.metrics import METRICS_NAME, parse_line
 
-METRICS_NAME = "metrics.jsonl"
-MACHINE_NAME = "machine.json"
 SAMPLES_NAME = "samples.txt"
 LINE_EVERY_S = 10.0
 
@@ -174,19 +173,11 @@ def validation_summary(scalars: Mapping[str, float]) -> str:
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Drops the lines after a step, and a line that was cut while it was written."""
+    """Drops the lines after a step, and those that are damaged, as the last one if it was cut while it was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last_step]
-    write_atomically(path, "".join(kept))
-
-
-def _step_of(line: str) -> float:
-    """Infinite for a line that is damaged."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    rows = [(line, parse_line(line)) for line in lines if line.endswith("\n")]
+    write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last_step))
 
 
 class _LiveLines:

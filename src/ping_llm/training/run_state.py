@@ -16,7 +16,7 @@ from ping_llm.system.files import write_atomically
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.log import MACHINE_NAME
+from ping_llm.training.metrics import MACHINE_NAME
 from ping_llm.training.objective import resolve_precision
 from ping_llm.training.optimizer import Optimizer
 

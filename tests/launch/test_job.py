@@ -17,6 +17,7 @@ from ping_llm.cli import main as ping_llm
 from ping_llm.config import Config
 from ping_llm.data.ingest import job_array
 from ping_llm.data.ingest.job_array import TASKS_LEFT
+from ping_llm.launch.job import copy_rows, saved
 from ping_llm.launch.slurm_job import (
     DONE,
     PREEMPTED,
@@ -26,9 +27,7 @@ from ping_llm.launch.slurm_job import (
     _catches,
     _children,
     check,
-    copy_rows,
     judge,
-    saved,
 )
 
 

@@ -7,9 +7,13 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ping_llm.config import FIELDS, Config, config_to_dict
 from ping_llm.system.files import write_atomically
@@ -66,14 +70,15 @@ class RunLog:
         if validated:
             self.note(f"step {step:,}  {validated}")
         if trained:
-            self.live.show(trained)
+            self.live.values = trained
+            self.live.refresh()
 
     def note(self, text: str) -> None:
         """Prints a line that is not a measurement."""
         if self.live is None:
             print(text, flush=True)
         else:
-            self.live.print(text)
+            self.live.console.print(text, highlight=False, markup=False)
 
     def show_samples(self, step: int, text: str) -> None:
         """Prints samples of the model and adds them to samples.txt."""
@@ -89,7 +94,7 @@ class RunLog:
         self.first_progress = progress if self.first_progress is None else self.first_progress
         self.progress = progress
         if self.live is not None:
-            self.live.advance(step, progress)
+            self.live.update(self.live.task, completed=min(1.0, progress), step=f"{step:,}")
 
     def _append(self, line: str) -> None:
         """Adds to metrics.jsonl; on a full disk lines are lost, but the run goes on."""
@@ -165,35 +170,18 @@ def _truncate(path: Path, last_step: int) -> None:
     write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last_step))
 
 
-class _LiveLines:
+class _LiveLines(Progress):
     """Two lines on a terminal that change in place: the progress of the run, and the values of its last step."""
 
     def __init__(self) -> None:
-        from rich.live import Live
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        left = (TimeRemainingColumn(), TextColumn("left"))
+        bar = (TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self.values = ""
+        super().__init__(*bar, *left, refresh_per_second=4)
+        self.task = self.add_task("", total=1.0, step="0")
 
-        self.bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        self.task = self.bar.add_task("", total=1.0, step="0")
-        self.live = Live(self.bar, refresh_per_second=4)
-        self.start, self.stop = self.live.start, self.live.stop
-
-    def advance(self, step: int, progress: float) -> None:
-        self.bar.update(self.task, completed=min(1.0, progress), step=f"{step:,}")
-
-    def show(self, text: str) -> None:
-        from rich.console import Group
-        from rich.text import Text
-
-        self.live.update(Group(self.bar, Text(text)))
-
-    def print(self, text: str) -> None:
-        self.live.console.print(text, highlight=False, markup=False)
+    def get_renderables(self) -> Iterable[RenderableType]:
+        return [*super().get_renderables(), Text(self.values)] if self.values else super().get_renderables()
 
 
 def _start_wandb(config: Config) -> Any:

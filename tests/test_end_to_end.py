@@ -89,8 +89,8 @@ def test_rtt_json_holds_the_whole_answer(world, history, capsys):
 def test_rtt_draws_its_answer_beside_the_truth(world, history, tmp_path, capsys):
     src, dst = ends(history, "test-s1")
     plot, truth = tmp_path / "rtt.png", world / "dump" / "truth.json"
-    asked = ["--src", src, "--dst", dst, "--at", "2026-01-05T06:00:00Z", "--plot", plot, "--truth", truth]
-    command("inference", "rtt", "--model", world / "run", *asked)
+    query = ["--src", src, "--dst", dst, "--at", "2026-01-05T06:00:00Z", "--plot", plot, "--truth", truth]
+    command("inference", "rtt", "--model", world / "run", *query)
     assert "true law" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
 

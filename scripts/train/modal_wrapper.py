@@ -1,4 +1,4 @@
-"""Rows prepared, a run trained, a model asked in; containers of Modal that do it out.
+"""A command to prepare, train or infer in; containers of Modal that run it out.
 
     modal volume put ping-llm-data dumps /dumps
     modal run --detach scripts/train/modal_wrapper.py::prepare data/dumps --out data/rows
@@ -107,7 +107,7 @@ def prepare_rows(inputs: list[str], out: str, options: dict[str, str]) -> dict:
 
 @app.function(volumes=MOUNTS, cpu=1, memory=2048, timeout=600)
 def look(toml: str, options: list[str], gpus: int) -> dict:
-    """Where a run stands, or an `error`, told by a machine that costs little: its `step`, and the speed `measured`."""
+    """Where a run stands, or an `error`, from a machine that costs little: its `step`, and the speed `measured`."""
     from ping_llm.launch.job import saved
     from ping_llm.launch.modal_job import measured
 

@@ -237,19 +237,19 @@ def eval(
 
     Args:
         run: run folder of a trained model.
-        data: folder of rows whose test parts are asked; those that the run learned from, if absent. Of another folder all is
-            asked, as one split.
+        data: folder of rows whose test parts are queried; those that the run learned from, if absent. All measurements of
+            another folder are queried, as one split.
         out: folder for the results; RUN/eval if absent.
         quick: fewer queries and smaller trees.
         baselines_only: score the baselines alone; needs no run.
         queries: of a split, at most; 0 = 20,000, or 2,000 with --quick.
         model_queries: of each cell, the first so many are put to the model, at most; 0 = all, or 75 with --quick. The
             report is over the queries that all methods answered.
-        seed: the same seed asks the same.
-        src_known: how much of the source the model is told, a method each: auto, all, none, or a prefix length.
-        truth: truth.json of a synthetic dump: its law is one more method.
+        seed: the same seed makes the same queries.
+        src_known: how much of the source is given to the model, a method each: auto, all, none, or a prefix length.
+        truth: truth.json of a synthetic dump: its true distribution is one more method.
         train_rows: what the baselines learn from where --data is another folder; the run's own rows if absent.
-        allow_leak: go on although the run may have learned what it is asked; the report says so.
+        allow_leak: go on although the run may have learned what is queried; the report says so.
         device: cpu, cuda or auto.
         precision: of the model's answers.
     """
@@ -258,8 +258,8 @@ def eval(
 
     data, out = resolve_folders(run, data, out, baselines_only)
     run = None if baselines_only else run
-    told = (queries, model_queries, seed, src_known, allow_leak, train_rows, truth, device, precision)
-    evaluate(EvalOptions(data, out, run, quick, *told))
+    chosen = (queries, model_queries, seed, src_known, allow_leak, train_rows, truth, device, precision)
+    evaluate(EvalOptions(data, out, run, quick, *chosen))
     print(f"report: {out / 'report.md'}")
 
 

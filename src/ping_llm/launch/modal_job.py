@@ -47,7 +47,7 @@ class Order:
     def parse(cls, arguments: Sequence[str], prog: str, local_disk: str, place: Callable[[str, Path], str]) -> Order:
         """`[--gpu KIND[:COUNT]] [--tokens-per-s N] [--wandb-secret NAME] [--local-disk DIR|none] CONFIG.toml [--…]`.
 
-        `place(field, path)` names a folder as it is there, or raises ValueError; ValueError says what else is wrong.
+        `place(field, path)` names a folder as it is there, or raises ValueError; so does any other mistake.
         """
         parser = argparse.ArgumentParser(prog, allow_abbrev=False)
         parser.add_argument("--gpu", default="A100")
@@ -80,7 +80,7 @@ class Order:
             return lines
         mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
         lines += plan_cost(self.config, gpu, self.gpus, mfu).lines()
-        speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured, --tokens-per-s tells one"
+        speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured; pass one with --tokens-per-s"
         return [*lines, f"{speed}; CPUs and memory come on top"]
 
 

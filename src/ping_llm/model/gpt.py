@@ -63,7 +63,7 @@ class KVCache:
         return self.keys[layer], self.values[layer]
 
     def append_valid(self, valid: Tensor) -> None:
-        """Says which of the new tokens are real, (B, T) bool."""
+        """Records which of the new tokens are real, (B, T) bool."""
         self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> KVCache:

@@ -21,7 +21,7 @@ PEAK_BF16_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that matches counts."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {name!r} must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but no CUDA device is visible; pass cpu or auto")
+        raise ValueError("device cuda was requested, but no CUDA device is visible; pass cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -49,14 +49,14 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s at best; None where no data sheet tells them."""
+    """Dense bf16 FLOP/s at best; None if no data sheet gives them."""
     if device.type != "cuda":
         return None
     return named_peak_flops(device_name(device))
 
 
 def named_peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s at best of a device of that name; None where no data sheet tells them."""
+    """Dense bf16 FLOP/s at best of a device of that name; None if no data sheet gives them."""
     fits = (peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{re.escape(part)}\b", name, re.IGNORECASE))
     return next(fits, None)
 
@@ -71,7 +71,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
-    """What a report should say of where a run ran."""
+    """What a report says about the machine of a run."""
     return {
         "device": device_name(device),
         "peak_flops": peak_flops(device),

@@ -36,7 +36,7 @@ from ping_llm.training.report import write_report
 from ping_llm.training.run_state import RunState, open_run, restore
 from ping_llm.training.saver import Saver
 from ping_llm.training.speed import Speed
-from ping_llm.training.validation import Questions, describe
+from ping_llm.training.validation import ValQueries, describe
 
 MAX_SKIPPED_IN_A_ROW = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -47,23 +47,23 @@ class Feed:
     """What a run learns from, and what it is measured on.
 
     `batches(config, start_step, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of
-    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `questions(config)` may be None.
+    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)` may be None.
     """
 
     batches: Callable[[Config, int, torch.device, int, int], Iterator[Tensor]]
     windows: Callable[[Config], Tensor]
-    questions: Callable[[Config], Questions | None]
+    queries: Callable[[Config], ValQueries | None]
 
     @classmethod
     def of_rows(cls) -> Feed:
         """The probe rows of `config.data.rows`."""
         from ping_llm.data.loader import training_batches, validation_windows
 
-        return cls(training_batches, validation_windows, Questions.load)
+        return cls(training_batches, validation_windows, ValQueries.load)
 
 
 def train(config: Config, feed: Feed | None = None) -> RunState:
-    """Trains until the run is over or a signal asks to stop, saves, and returns where it stands.
+    """Trains until the run is over or a signal stops it, saves, and returns where it stands.
 
     The run folder is continued if it holds a checkpoint. Under torchrun all processes train one model together.
     ValueError: the folder is of another config, the batch cannot be divided, memory ran out, or the gradients stayed
@@ -74,7 +74,7 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
         training = Training.begin(config, feed, ranks)
         with write_lock(config.train.run_dir, config.train.run_dir / ".lock") if ranks.is_main else nullcontext():
             trained = training.run(stop)
-        state, calibrates = training.state, training.questions is not None
+        state, calibrates = training.state, training.queries is not None
         del training  # frees its memory before a second model is loaded
     if ranks.is_main:
         _conclude(config, state, trained, calibrates, ranks.device)
@@ -93,14 +93,14 @@ class Training:
     optimizer: Optimizer
     objective: Objective
     windows: Tensor  # (n, seq_len + 1), of val
-    questions: Questions | None
+    queries: ValQueries | None
 
     @classmethod
     def begin(cls, config: Config, feed: Feed, ranks: Ranks) -> Training:
         """Reads all that a run needs, so that what is wrong is reported before anything is done."""
         ranks.on_main(lambda: config.train.check_processes(ranks.world))
-        read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.questions(config)))
-        rows_sha256, windows, questions = ranks.share(read)
+        read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.queries(config)))
+        rows_sha256, windows, queries = ranks.share(read)
         if manifest_sha256(config.data.rows) != rows_sha256:
             raise ValueError(
                 f"process {ranks.rank} finds other rows in {config.data.rows} than the main one; copy them"
@@ -115,7 +115,7 @@ class Training:
         objective = Objective(config, model, ranks)
         if state is None:
             state = RunState.new(rows_sha256, objective.precision)
-        return cls(config, feed, ranks, state, model, optimizer, objective, windows, questions)
+        return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
 
     def run(self, stop: threading.Event) -> bool:
         """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
@@ -159,7 +159,7 @@ class Training:
 
             over, line = progress >= 1, {}
             if stopped and not over:
-                self._save(saver, clock)  # first of all: a machine that asks to stop may not wait for long
+                self._save(saver, clock)  # first of all: a machine that is taken away may not wait for long
             if over or state.step % train.log_every == 0:
                 means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(FIELDS)])
                 line = {"time_s": clock, "tokens": state.tokens, **means, "lr": self.config.optim.muon_lr * lr_scale}
@@ -199,7 +199,7 @@ class Training:
         if self.state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
         if not self.ranks.is_main:
-            raise SystemExit(1)  # all processes have the same gradients: one says so
+            raise SystemExit(1)  # all processes have the same gradients: one reports it
         raise ValueError(
             f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, up to step {self.state.step}; "
             "the last checkpoint is from before: lower the rates of [optim], or set train.precision to fp32"
@@ -209,13 +209,13 @@ class Training:
         """The metrics of val."""
         gc.collect()  # what evaluations leave; the loop leaves nothing
         values = self.objective.evaluate(self.windows)
-        if self.questions is not None:
-            values["val_median_rel_error"] = self.questions.median_rel_error(self.objective, self.ranks)
+        if self.queries is not None:
+            values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
         return values
 
     def _show_samples(self, log: RunLog | SilentLog) -> None:
         if self.ranks.is_main:
-            log.show_samples(self.state.step, describe(self.model, self.questions, seed=self.state.step))
+            log.show_samples(self.state.step, describe(self.model, self.queries, seed=self.state.step))
 
     def _save(self, saver: Saver, elapsed_s: float) -> float:
         """Saves everything that the next step depends on; the seconds that training was held up."""
@@ -278,7 +278,7 @@ def _stop_flag() -> Iterator[threading.Event]:
 
 @contextmanager
 def _memory_advice(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Turns exhausted memory into one line that says what to try."""
+    """Turns exhausted memory into one line with advice."""
     try:
         yield
     except RuntimeError as error:

@@ -53,7 +53,7 @@ def measurements(val: ValQueries) -> list[tuple]:
     ]
 
 
-def test_questions_are_answered_pings_of_val_evenly_spread_and_the_same_every_time(rows):
+def test_queries_are_answered_pings_of_val_evenly_spread_and_the_same_every_time(rows):
     val = ValQueries.load(make_config(rows, 60))
     assert measurements(val) == measurements(ValQueries.load(make_config(rows, 60))) and len(val.queries) == 60
     places, first = {}, 0  # of each measurement among all of val
@@ -137,7 +137,7 @@ def test_a_run_on_rows_evaluates_and_shows_samples_when_due(rows, tmp_path):
         assert_samples(block.splitlines()[1:], ValQueries.load(config))
 
 
-def test_without_questions_nothing_is_said_of_their_error(rows, tmp_path):
+def test_without_queries_no_error_is_logged(rows, tmp_path):
     config = load_config(write_config(tmp_path / "config.toml", rows, total_steps=1, eval_queries=0))
     train(config)
     assert all("val_median_rel_error" not in line for line in metrics(tmp_path / "run"))

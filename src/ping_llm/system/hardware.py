@@ -44,7 +44,9 @@ def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    named = re.search(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return named[1] if named else platform.processor() or platform.machine()
 
 
@@ -79,11 +81,3 @@ def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _read(path: str) -> str:
-    """The text of a file of the system; empty where there is none."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -38,14 +38,15 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
     """Fits to `results` pings of val, drawn evenly with a fixed seed; by default twice `train.eval_queries`."""
     results = results or 2 * config.train.eval_queries
     queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), results, np.random.default_rng(config.seed))
+    sources = [query.src for query in queries if query.src is not None]  # all of them are known
     model = PingModel(gpt, device)
     src_weights, familiar = {}, {}
     for family, width in (("ipv4", 4), ("ipv6", 16)):
-        chosen = [i for i, query in enumerate(queries) if query.src.width == width]
+        chosen = [i for i, src in enumerate(sources) if src.width == width]
         if chosen:
             names, log_p = log_likelihoods(gpt, [queries[i] for i in chosen], rtt_ms[chosen])
             src_weights[family] = dict(zip(names, mixture_weights(log_p).tolist(), strict=True))
-            known = source_log_prob(model, [queries[i].src for i in chosen])
+            known = source_log_prob(model, [sources[i] for i in chosen])
             familiar[family] = float(np.quantile(known, UNFAMILIAR_SHARE))
     some = np.arange(0, len(queries), SURPRISE_SHARE)
     model = PingModel(gpt, device, Calibration(src_weights, familiar=familiar))
@@ -95,7 +96,7 @@ def log_likelihoods(gpt: GPT, queries: Sequence[Query], rtt_ms: np.ndarray) -> t
 
 
 def _result_tokens(rtt_ms: float) -> list[int]:
-    return [tk.FAILED] if rtt_ms < 0 else [tk.RTT_START, tk.BYTE_0 + int(tk.encode_rtt(rtt_ms)) // 256]
+    return [tk.FAILED] if rtt_ms < 0 else [tk.RTT_START, tk.BYTE_0 + int(tk.encode_rtt(np.array(rtt_ms))) // 256]
 
 
 def mixture_weights(log_p: np.ndarray, smoothing: float = 1.0, rounds: int = 200) -> np.ndarray:

@@ -35,15 +35,10 @@ class _Panel:
     thousands: bool = False
 
     @property
-    def label(self) -> str:
-        """Of the y axis, with the unit."""
-        label, _ = LABELS[self.train or self.val.removeprefix("val_")]
-        return f"{label} (thousands)" if self.thousands else label
-
-    @property
-    def scale(self) -> float:
-        """From the column to the unit."""
-        return LABELS[self.train or self.val.removeprefix("val_")][1] / (1000 if self.thousands else 1)
+    def unit(self) -> tuple[str, float]:
+        """Label of the y axis, and factor from the column to its unit."""
+        label, scale = LABELS[self.train or self.val.removeprefix("val_")]
+        return (f"{label} (thousands)", scale / 1000) if self.thousands else (label, scale)
 
 
 _LOSSES = ("loss", "loss_src", "loss_dst", "loss_rtt", "loss_structure", "loss_time")
@@ -107,7 +102,7 @@ def _curve(metrics: Metrics, panel: _Panel, name: str) -> tuple[np.ndarray, np.n
     """Steps and values in the unit of the panel, without what its axis cannot show."""
     steps, values = metrics.known(name)
     shown = (values > 0) | (not panel.log)
-    return steps[shown], values[shown] * panel.scale
+    return steps[shown], values[shown] * panel.unit[1]
 
 
 def _draw(metrics: Metrics, panels: list[_Panel], title: str, path: Path, columns: int) -> None:
@@ -150,7 +145,7 @@ def _draw_panel(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_TICK_STEPS))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel(panel.label)
+    axes.set_ylabel(panel.unit[0])
     axes.grid(color="#eaeef2", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

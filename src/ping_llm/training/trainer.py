@@ -232,9 +232,8 @@ class Training:
     def _announce(self, log: RunLog | SilentLog) -> None:
         config, step, world = self.config, self.state.step, self.ranks.world
         start = f"continues after step {step:,}" if step else "starts"
-        where = f"{self.ranks.device.type} in {self.objective.precision}" + (
-            f", {world} processes" if world > 1 else ""
-        )
+        where = f"{self.ranks.device.type} in {self.objective.precision}"
+        where += f", {world} processes" if world > 1 else ""
         log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
         if config.train.compile:
             log.note("compiling the model: the first step takes a minute or more, the next time less")

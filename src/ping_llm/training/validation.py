@@ -9,7 +9,7 @@ import torch
 
 from ping_llm.config import Config
 from ping_llm.data.measurement import format_address, is_ipv4
-from ping_llm.data.rows import RowReader
+from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.inference.context import Context
 from ping_llm.inference.generation import format_measurements, generate
 from ping_llm.inference.predictor import PingModel
@@ -62,7 +62,7 @@ class ValQueries:
         return ranks.gather(errors.to(ranks.device)).nanmedian().item()
 
 
-def _query(row, place: int) -> Query:
+def _query(row: ProbeRow, place: int) -> Query:
     src, dst = (a.tobytes() for a in (row.src_addresses[row.src[place]], row.dst_addresses[row.dst[place]]))
     src, dst = (Endpoint(a, 4 if is_ipv4(np.frombuffer(a, np.uint8)) else 16) for a in (src, dst))
     return Query(src, dst, int(row.times(np.array([place]))[0]), Context.parse(None))
@@ -74,7 +74,7 @@ def describe(gpt: GPT, val: ValQueries | None, seed: int) -> str:
     if val is not None:
         query, rtt_ms = val.queries[0], val.rtt_ms[0]
         law = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
-        src, dst = (format_address(end.packed) for end in (query.src, query.dst))
+        src, dst = (format_address(end.packed) for end in (query.src, query.dst) if end)
         low, median, high = law.quantile(np.array([0.05, 0.5, 0.95]))
         said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {law.p_fail:.1%})"
         lines.append(f"{src} → {dst}: {said}; it was {rtt_ms:.4g} ms")

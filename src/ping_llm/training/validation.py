@@ -55,8 +55,8 @@ class ValQueries:
         for start in range(0, len(places), BATCH):
             chosen = places[start : start + BATCH]
             with objective.autocast():
-                laws = model.rtt_many([self.queries[i] for i in chosen], src_known="all")
-            medians = np.array([law.median for law in laws])
+                distributions = model.rtt_many([self.queries[i] for i in chosen], src_known="all")
+            medians = np.array([distribution.median for distribution in distributions])
             error = np.abs(medians - self.rtt_ms[chosen]) / self.rtt_ms[chosen]
             errors[start : start + len(chosen)] = torch.from_numpy(error)
         return ranks.gather(errors.to(ranks.device)).nanmedian().item()
@@ -73,9 +73,9 @@ def describe(gpt: GPT, val: ValQueries | None, seed: int) -> str:
     lines = [format_measurements(generate(gpt, next(gpt.parameters()).device, SAMPLES, seed=seed))]
     if val is not None:
         query, rtt_ms = val.queries[0], val.rtt_ms[0]
-        law = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
+        distribution = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
         src, dst = (format_address(end.packed) for end in (query.src, query.dst) if end)
-        low, median, high = law.quantile(np.array([0.05, 0.5, 0.95]))
-        said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {law.p_fail:.1%})"
+        low, median, high = distribution.quantile(np.array([0.05, 0.5, 0.95]))
+        said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {distribution.p_fail:.1%})"
         lines.append(f"{src} → {dst}: {said}; it was {rtt_ms:.4g} ms")
     return "\n".join(lines)

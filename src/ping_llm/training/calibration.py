@@ -51,9 +51,9 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
     some = np.arange(0, len(queries), SURPRISE_SHARE)
     model = PingModel(gpt, device, Calibration(src_weights, familiar=familiar))
     own, first = [], 0
-    for laws in model.laws([queries[i] for i in some]):
-        own.append(own_p_values(laws, rtt_ms[some[first : first + len(laws)]]))
-        first += len(laws)
+    for distributions in model.laws([queries[i] for i in some]):
+        own.append(own_p_values(distributions, rtt_ms[some[first : first + len(distributions)]]))
+        first += len(distributions)
     return Calibration(src_weights, tuple(np.sort(np.concatenate(own)).tolist()), familiar)
 
 
@@ -87,8 +87,8 @@ def log_likelihoods(gpt: GPT, queries: Sequence[Query], rtt_ms: np.ndarray) -> t
     variants = [list(query.variants("auto")) for query in alone]
     lines = [
         np.append(build_prompt(variant, gpt.config.seq_len).tokens, _result_tokens(result))
-        for told, result in zip(variants, rtt_ms, strict=True)
-        for variant in told
+        for known, result in zip(variants, rtt_ms, strict=True)
+        for variant in known
     ]
     batches = range(0, len(lines), _BATCH)
     log_p = np.concatenate([read_contexts(gpt, lines[first : first + _BATCH]).log_likelihood for first in batches])

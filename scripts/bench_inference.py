@@ -26,7 +26,8 @@ from ping_llm.inference.context import Context
 from ping_llm.inference.predictor import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
-from ping_llm.model.gpt import GPT, pick_device
+from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import pick_device
 
 ROOT = Path(__file__).parents[1]
 DRAWS = 200

@@ -113,7 +113,7 @@ def bench_rows(config: Config, seconds: float, rounds: int) -> dict:
 def tokens_per_s(config: Config, workers: int, seconds: float) -> float:
     """Places in the batches, padding too, that the trainer gets in a second from `workers` processes."""
     from ping_llm.data.loader import training_batches
-    from ping_llm.training.trainer import pick_device
+    from ping_llm.system.hardware import pick_device
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
     steps = config.data.windows_per_read
@@ -131,7 +131,7 @@ def time_shares(config: Config, seconds: float) -> dict:
     import torch
 
     from ping_llm.data.loader import to_device
-    from ping_llm.training.trainer import pick_device
+    from ping_llm.system.hardware import pick_device
 
     torch.set_num_threads(1)
     keep_buffers()

@@ -65,9 +65,9 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
     """All numbers; prints them and writes them as they come."""
-    from ping_llm.model.gpt import pick_device
-    from ping_llm.system.hardware import machine_facts
-    from ping_llm.training.profiling import Effort, attention_ratios, matmul_peak
+    from profile_training import Effort, attention_ratios, matmul_peak
+
+    from ping_llm.system.hardware import machine_facts, pick_device
 
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
@@ -124,8 +124,7 @@ def measure_case(
 ) -> dict:
     """One case on synthetic batches, and fed by the loader."""
     import torch
-
-    from ping_llm.training.profiling import free_memory, largest_batch, profile_training, with_train
+    from profile_training import free_memory, largest_batch, profile_training, with_train
 
     started = time.perf_counter()
     if name == LARGEST and device.type == "cuda":
@@ -152,7 +151,7 @@ def measure_case(
 
 def fed(config: Config, rows: Path, device, effort) -> dict:
     """The loader's numbers, or why there are none."""
-    from ping_llm.training.profiling import profile_loader
+    from profile_training import profile_loader
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=rows))
     try:
@@ -177,7 +176,7 @@ def make_rows(scratch: Path, quick: bool) -> tuple[Path | None, str | None]:
 
 def print_case(case: dict) -> None:
     """A table of the numbers and one of what takes the most time."""
-    from ping_llm.training.profiling import markdown_table
+    from profile_training import markdown_table
 
     title = f"{case['name']}, {case['batch_size']} × {case['seq_len']}, {case['precision']}, {case['steps']}"
     print("\n" + markdown_table((title, ""), [(label, cell(case, *place)) for label, place in ROWS.items()]))

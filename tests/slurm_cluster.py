@@ -101,7 +101,7 @@ def up(folder: Path, nodes: int = 2, gpus: int = 2, cpus: int = 2) -> dict[str, 
 
 
 def down(folder: Path) -> None:
-    """Ends all jobs, then the daemons, by the numbers of their processes; what does not end when asked is killed."""
+    """Ends all jobs, then the daemons, by the numbers of their processes; what does not end is killed."""
     conf = folder / CONF_NAME
     environment = os.environ | {"SLURM_CONF": str(conf)}
     if (folder / "slurmctld.pid").exists():
@@ -116,7 +116,7 @@ def down(folder: Path) -> None:
 
 
 def job_processes(folder: Path) -> list[int]:
-    """Processes of jobs of a cluster: told by their environment, and the daemon that watches over each by where it is."""
+    """Processes of jobs of a cluster: found by their environment, and the daemon that watches over each by its place."""
     setting, found = f"SLURM_CONF={folder / CONF_NAME}".encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""The whole line, as a user runs it: synth → prepare → train → ask, and the answers are near the true laws."""
+"""The whole line, as a user runs it: synth → prepare → train → query, and the answers are near the true distributions."""
 
 import dataclasses
 import json
@@ -63,14 +63,14 @@ def test_every_line_of_the_dump_is_counted_and_every_measurement_is_in_one_part(
 def test_the_model_beats_the_global_median_three_times_over_on_the_future_of_seen_pairs(world, history):
     model, rtt_ms = PingModel.load(world / "run"), history.table.column("rtt_ms").to_numpy()
     places = history.queries("test-s1", 100)
-    predicted = np.array([law.median for law in demo.ask(model, history, places, with_context=True)])
+    predicted = np.array([d.median for d in demo.predict(model, history, places, with_context=True)])
     error = np.median(np.abs(predicted - rtt_ms[places]) / rtt_ms[places])
     guess = np.median(rtt_ms[(history.part == "train") & (rtt_ms > 0)])
     assert error < np.median(np.abs(guess - rtt_ms[places]) / rtt_ms[places]) / 3
 
 
 @pytest.mark.slow
-def test_rtt_json_tells_the_whole_answer(world, history, capsys):
+def test_rtt_json_holds_the_whole_answer(world, history, capsys):
     src, dst = ends(history, "test-s1")
     capsys.readouterr()
     command("inference", "rtt", "--model", world / "run", "--src", src, "--dst", dst, "--at", "2026-01-05", "--json")
@@ -89,8 +89,8 @@ def test_rtt_json_tells_the_whole_answer(world, history, capsys):
 def test_rtt_draws_its_answer_beside_the_truth(world, history, tmp_path, capsys):
     src, dst = ends(history, "test-s1")
     plot, truth = tmp_path / "rtt.png", world / "dump" / "truth.json"
-    asked = ["--src", src, "--dst", dst, "--at", "2026-01-05T06:00:00Z", "--plot", plot, "--truth", truth]
-    command("inference", "rtt", "--model", world / "run", *asked)
+    query = ["--src", src, "--dst", dst, "--at", "2026-01-05T06:00:00Z", "--plot", plot, "--truth", truth]
+    command("inference", "rtt", "--model", world / "run", *query)
     assert "true law" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -125,41 +125,42 @@ def places(history) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def true_laws(world, history, places) -> list[RTTLaw]:
+def true_distributions(world, history, places) -> list[RTTLaw]:
     truth = Truth.load(world / "dump")
-    return [truth.rtt_distribution(*demo._ends(history, place)) for place in places]
+    return [truth.rtt_distribution(*history.endpoints(place)) for place in places]
 
 
 @pytest.fixture(scope="module")
-def laws(model, history, places) -> RTTDistributions:
-    queries = [Query.parse(*demo._ends(history, place)) for place in places]
+def predicted(model, history, places) -> RTTDistributions:
+    queries = [Query.parse(*history.endpoints(place)) for place in places]
     return RTTDistributions.concatenate(list(model.laws(queries, "all")))
 
 
-def deviations(laws: RTTDistributions, true_laws: list[RTTLaw]) -> dict[str, float]:
-    """How far the laws of B pings are from the true ones; each is 0 for the truth itself, and nothing is sampled.
+def deviations(predicted: RTTDistributions, true_distributions: list[RTTLaw]) -> dict[str, float]:
+    """How far the predicted distributions of B pings are from the true ones; each is 0 for the truth itself; no sampling.
 
     `kl_nats` is the mean divergence of the truth from the answer on the bins of byte 1 (9 %) and failure. `coverage` is the
     worst of three intervals: how far the probability that a ping falls into it, averaged over the pings, is from its level.
-    `pit` is the largest difference between the law of the probability integral transform of a ping and the uniform one.
+    `pit` is the largest difference between the distribution of the probability integral transform and the uniform one.
     `median` is the median relative error of the median.
     """
     edges = rtt_code_edges_ms()[::256]
-    true = np.stack([np.append(np.diff(law.cdf(edges)) * (1 - law.p_fail), law.p_fail) for law in true_laws])
-    ours = np.column_stack([laws.code_probability.reshape(-1, 256, 256).sum(axis=2), laws.p_fail])  # (B, 257)
+    true = np.stack([np.append(np.diff(d.cdf(edges)) * (1 - d.p_fail), d.p_fail) for d in true_distributions])
+    ours = np.column_stack([predicted.code_probability.reshape(-1, 256, 256).sum(axis=2), predicted.p_fail])  # (B, 257)
     with np.errstate(divide="ignore", invalid="ignore"):
         divergence = np.where(true > 0, true * np.log(true / ours), 0.0).sum(axis=1)
     inside = [
-        [law.cdf(high) - law.cdf(low) for law, (low, high) in _zip(true_laws, laws.interval(at))] for at in LEVELS
+        [d.cdf(high) - d.cdf(low) for d, (low, high) in _zip(true_distributions, predicted.interval(at))]
+        for at in LEVELS
     ]
     shares = np.linspace(0.02, 0.98, 49)
-    below = [law.cdf(rtt_ms) for law, rtt_ms in _zip(true_laws, laws.quantile(shares))]  # (B, 49)
-    median = np.array([law.median for law in true_laws])
+    below = [d.cdf(rtt_ms) for d, rtt_ms in _zip(true_distributions, predicted.quantile(shares))]  # (B, 49)
+    median = np.array([d.median for d in true_distributions])
     return {
         "kl_nats": float(divergence.mean()),
         "coverage": float(np.abs(np.mean(inside, axis=1) - LEVELS).max()),
         "pit": float(np.abs(np.mean(below, axis=0) - shares).max()),
-        "median": float(np.median(np.abs(laws.median - median) / median)),
+        "median": float(np.median(np.abs(predicted.median - median) / median)),
     }
 
 
@@ -167,11 +168,11 @@ def _zip(*columns):
     return zip(*columns, strict=True)
 
 
-def broken(laws: RTTDistributions, how: str) -> RTTDistributions:
+def broken(predicted: RTTDistributions, how: str) -> RTTDistributions:
     """The answers of a decoder that goes wrong."""
-    codes, p_fail, each = laws.code_probability, laws.p_fail, np.arange(len(laws))
-    if how == "of another question":
-        return laws[np.random.default_rng(0).permutation(len(laws))]
+    codes, p_fail, each = predicted.code_probability, predicted.p_fail, np.arange(len(predicted))
+    if how == "of another query":
+        return predicted[np.random.default_rng(0).permutation(len(predicted))]
     if how == "likeliest code only":
         certain = np.zeros_like(codes)
         certain[each, codes.argmax(axis=1)] = 1 - p_fail
@@ -181,23 +182,23 @@ def broken(laws: RTTDistributions, how: str) -> RTTDistributions:
     if how == "byte 1 off by one":
         return RTTDistributions(np.roll(codes, 256, axis=1), p_fail)
     if how == "all results alike":
-        return RTTDistributions(np.full_like(codes, 1 / (RTT_CODES + 1)), np.full(len(laws), 1 / (RTT_CODES + 1)))
+        return RTTDistributions(np.full_like(codes, 1 / (RTT_CODES + 1)), np.full(len(predicted), 1 / (RTT_CODES + 1)))
     sharper = codes ** {"too sure": 3.0, "too unsure": 1 / 3}[how]
     return RTTDistributions(sharper / sharper.sum(axis=1, keepdims=True) * (1 - p_fail)[:, None], p_fail)
 
 
 @pytest.mark.slow
-def test_answers_are_near_the_true_laws(laws, true_laws):
-    found = deviations(laws, true_laws)
+def test_answers_are_near_the_true_distributions(predicted, true_distributions):
+    found = deviations(predicted, true_distributions)
     assert all(found[name] < bound for name, bound in BOUNDS.items()), found
-    assert np.mean(laws.p_fail) == pytest.approx(np.mean([law.p_fail for law in true_laws]), rel=1.0)
+    assert np.mean(predicted.p_fail) == pytest.approx(np.mean([d.p_fail for d in true_distributions]), rel=1.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "what"),
     [
-        ("of another question", {"kl_nats", "pit", "median", "coverage"}),
+        ("of another query", {"kl_nats", "pit", "median", "coverage"}),
         ("likeliest code only", {"kl_nats", "pit", "coverage"}),
         ("bytes swapped", {"kl_nats", "median"}),
         ("byte 1 off by one", {"kl_nats", "median"}),
@@ -206,22 +207,22 @@ def test_answers_are_near_the_true_laws(laws, true_laws):
         ("too unsure", {"coverage"}),
     ],
 )
-def test_answers_of_a_broken_decoder_are_far_from_the_true_laws(laws, true_laws, how, what):
-    found = deviations(broken(laws, how), true_laws)
+def test_answers_of_a_broken_decoder_are_far_from_the_true_distributions(predicted, true_distributions, how, what):
+    found = deviations(broken(predicted, how), true_distributions)
     assert what <= {name for name, bound in BOUNDS.items() if not found[name] < bound}, found
 
 
 @pytest.mark.slow
-def test_the_true_laws_are_no_distance_from_themselves(laws, true_laws):
-    codes = [np.diff(law.cdf(rtt_code_edges_ms())).clip(min=0) for law in true_laws]  # where no mass is, rounding
-    loss = np.array([law.p_fail for law in true_laws])
+def test_the_true_distributions_are_no_distance_from_themselves(predicted, true_distributions):
+    codes = [np.diff(d.cdf(rtt_code_edges_ms())).clip(min=0) for d in true_distributions]  # where no mass is, rounding
+    loss = np.array([d.p_fail for d in true_distributions])
     answered = np.stack([mass / mass.sum() * (1 - p_fail) for mass, p_fail in zip(codes, loss, strict=True)])
-    assert max(deviations(RTTDistributions(answered, loss), true_laws).values()) < 1e-3
+    assert max(deviations(RTTDistributions(answered, loss), true_distributions).values()) < 1e-3
 
 
 @pytest.mark.slow
-def test_what_was_measured_falls_where_the_answers_say(laws, history, places):
-    pit = np.sort(laws.pit(history.table.column("rtt_ms").to_numpy()[places], np.random.default_rng(0)))
+def test_what_was_measured_falls_where_the_answers_say(predicted, history, places):
+    pit = np.sort(predicted.pit(history.table.column("rtt_ms").to_numpy()[places], np.random.default_rng(0)))
     assert np.abs(pit - (np.arange(len(pit)) + 0.5) / len(pit)).max() < BOUNDS["pit"]
 
 
@@ -229,7 +230,7 @@ def test_what_was_measured_falls_where_the_answers_say(laws, history, places):
 def test_bf16_answers_as_fp32_does(model, history, places):
     """The numbers in the docstring of `PingModel.load`."""
     some = places[::10]
-    ends = [demo._ends(history, place) for place in some]
+    ends = [history.endpoints(place) for place in some]
     queries = [Query.parse(*end) for end in ends]
     queries += [Query.parse(*end, Context.of_measurements(history.context(p))) for end, p in _zip(ends, some)]
     fp32, bf16 = (

@@ -38,7 +38,7 @@ def make_config(run_dir: Path, **train_fields) -> Config:
 
 
 def make_windows(count: int, seed: int) -> torch.Tensor:
-    """Windows (count, 65) whose RTT is told by the source: five measurements each, the rest is padding."""
+    """Windows (count, 65) whose RTT follows from the source: five measurements each, the rest is padding."""
     generator = torch.Generator().manual_seed(seed)
     source = torch.randint(11, 267, (count, 5), generator=generator)
     failed = torch.rand(count, 5, generator=generator) < 0.2

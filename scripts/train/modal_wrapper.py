@@ -1,4 +1,4 @@
-"""Rows prepared, a run trained, a model asked in; containers of Modal that do it out.
+"""A command to prepare, train or infer in; containers of Modal that run it out.
 
     modal volume put ping-llm-data dumps /dumps
     modal run --detach scripts/train/modal_wrapper.py::prepare data/dumps --out data/rows
@@ -107,9 +107,9 @@ def prepare_rows(inputs: list[str], out: str, options: dict[str, str]) -> dict:
 
 @app.function(volumes=MOUNTS, cpu=1, memory=2048, timeout=600)
 def look(toml: str, options: list[str], gpus: int) -> dict:
-    """Where a run stands, or an `error`, told by a machine that costs little: its `step`, and the speed `measured`."""
+    """Where a run stands, or an `error`, from a machine that costs little: its `step`, and the speed `measured`."""
+    from ping_llm.launch.job import saved
     from ping_llm.launch.modal_job import measured
-    from ping_llm.launch.slurm_job import saved
 
     data_volume.reload()
     runs_volume.reload()
@@ -128,8 +128,8 @@ def train_run(toml: str, options: list[str], gpus: int, local_disk: str = LOCAL_
     KeyboardInterrupt once it has saved because Modal takes the machine away: then Modal starts it again. RuntimeError
     when its time is up, or after a crash that left a new checkpoint: one of its tries.
     """
+    from ping_llm.launch.job import copy_rows, saved
     from ping_llm.launch.modal_job import SIGNAL, run_ranks
-    from ping_llm.launch.slurm_job import copy_rows, saved
 
     stop_at_s = time.monotonic() + STOP_AFTER_S
     with _config_file(toml) as file:
@@ -140,14 +140,18 @@ def train_run(toml: str, options: list[str], gpus: int, local_disk: str = LOCAL_
         except ValueError as error:
             return {"error": str(error)}
         before, _ = saved(config)
-        code, told = run_ranks(gpus, [file, *options], local_disk, config.train.run_dir, runs_volume.commit, stop_at_s)
+        code, reason = run_ranks(
+            gpus, [file, *options], local_disk, config.train.run_dir, runs_volume.commit, stop_at_s
+        )
     step, done = saved(config)
     if done:
         return {"step": step}
-    if told == SIGNAL:
+    if reason == SIGNAL:
         raise KeyboardInterrupt
-    if told or step > before:
-        raise RuntimeError(f"{told or f'training ended with code {code}'} after step {step:,}; it goes on in a new try")
+    if reason or step > before:
+        raise RuntimeError(
+            f"{reason or f'training ended with code {code}'} after step {step:,}; it goes on in a new try"
+        )
     return {"error": f"training ended with code {code} before it saved a step after {step:,}; the lines above say why"}
 
 
@@ -176,7 +180,7 @@ def _config_file(toml: str) -> Iterator[str]:
 def _check(argv: list[str], gpus: int) -> Config:
     """The config of a run; ValueError if it cannot be trained in this container."""
     from ping_llm.config import parse_config
-    from ping_llm.launch.slurm_job import Node, check
+    from ping_llm.launch.job import check_run
 
     config = parse_config(argv, "train")
     if not (config.data.rows / "manifest.json").is_file():
@@ -186,7 +190,7 @@ def _check(argv: list[str], gpus: int) -> Config:
         )
     if config.train.wandb == "online" and not os.environ.get(KEY):
         raise ValueError(f"{KEY} is not set; pass --wandb-secret NAME, a Modal secret that has it")
-    check(config, Node("modal", number=0, nodes=1, gpus=gpus, ranks=gpus, local_disk=None, master=""))
+    check_run(config, gpus)
     return config
 
 

@@ -7,18 +7,18 @@ PingModel.load("runs/tiny").rtt("192.0.2.1", "198.51.100.7").median
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ping_llm.inference.distribution import RTTDistribution
     from ping_llm.inference.predictor import PingModel
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # each process that imports grain would be told that it has no jax
+logging.getLogger("absl").setLevel(logging.ERROR)  # grain would warn in each process that there is no jax
 
 __all__ = ["PingModel", "RTTDistribution"]
 
 
-def __getattr__(name: str):  # torch takes a second to import: `--help` does not wait for it
+def __getattr__(name: str) -> Any:  # torch takes a second to import: `--help` does not wait for it
     if name == "PingModel":
         from ping_llm.inference.predictor import PingModel
 

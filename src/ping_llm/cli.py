@@ -8,18 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
 _WARNINGS_OF_A_KIND = 3
-Positional = tyro.conf.Positional
 
 
 def synth(
@@ -30,7 +31,7 @@ def synth(
     seed: int = 0,
     workers: int = 0,
 ) -> None:
-    """Write a synthetic Internet as an Atlas-shaped dump (.bz2), and its exact latency law (truth.json).
+    """Write a synthetic Internet as an Atlas-shaped dump (.bz2), and its exact RTT distributions (truth.json).
 
     Args:
         out: folder for the dump and truth.json.
@@ -79,8 +80,8 @@ def fetch(
         dump: day of the hourly dumps (2026-11-01), or first and last day (2026-11-01/2026-11-03).
         type: of the hourly dumps.
         hours: hours of each day, 0 to 23 UTC; all if absent.
-        requests_per_s: asked for at most.
-        parallel: files under way at once, at most.
+        requests_per_s: requests a second, at most.
+        parallel: files fetched at once, at most.
         tries: failures in a row, without a byte of progress, after which to give up.
         api: address of the Atlas API, or of a mirror.
         archive: address of the hourly dumps, or of a mirror.
@@ -134,8 +135,10 @@ def prepare(
 
     if dry_run:
         return print(plan_rows(inputs, workers, packets, shards, executor).describe())
-    chosen = {"executor": executor, "traceroute": traceroute}
-    print(summary(prepare(inputs, out, workers, packets, split, shards, keep_going, **chosen)))
+    manifest = prepare(
+        inputs, out, workers, packets, split, shards, keep_going, executor=executor, traceroute=traceroute
+    )
+    print(summary(manifest))
 
 
 def inspect(
@@ -193,13 +196,13 @@ def plan(
     grad_accum: int = 0,
     prices: Path | None = None,
 ) -> None:
-    """Tell what a training run will take, before it is paid for: memory, hours, dollars.
+    """Estimate what a training run takes before you pay for it: memory, hours, dollars.
 
     Args:
         config: TOML file of the run.
         gpu: kind of GPU, one of the price table.
         gpus: how many, over all machines.
-        mfu: share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md tells what it reached.
+        mfu: share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md says what it reached.
         grad_accum: micro-batches a step, instead of those of the file.
         prices: price table; that of the package, prices.toml, if absent.
     """
@@ -214,7 +217,8 @@ def plan(
     print("\n".join(planned.lines()))
 
 
-def _eval(argv: list[str]) -> None:
+def eval(argv: list[str]) -> None:
+    """Score a model on PingBench beside baselines that learn from the same rows: report.md, results.json, pictures."""
     from ping_llm.eval.options import EvalOptions
 
     options = tyro.cli(EvalOptions, args=argv, prog="ping-llm eval")
@@ -232,7 +236,8 @@ def _eval(argv: list[str]) -> None:
     print(f"report: {options.folder / 'report.md'}")
 
 
-def _train(argv: list[str]) -> None:
+def train(argv: list[str]) -> None:
+    """Train a model: CONFIG.toml [--section.option value …]."""
     from ping_llm.config import parse_config
 
     config = parse_config(argv, "ping-llm train")
@@ -246,47 +251,25 @@ def _train(argv: list[str]) -> None:
     train(config)
 
 
-def _inference(argv: list[str]) -> int | None:
+def inference(argv: list[str]) -> int | None:
+    """Query a trained model: rtt, batch, dst, rank, sample, score."""
     from ping_llm.inference.cli import COMMANDS
 
-    commands = {name: _options(function, "inference ") for name, function in COMMANDS.items()}
-    help_texts = {name: function.__doc__ for name, function in COMMANDS.items()}
-    return _dispatch(argv, commands, help_texts, "ping-llm inference")
+    return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-def _options(function: Callable[..., int | None], prefix: str = "") -> Callable[[list[str]], int | None]:
-    """A command whose options are the parameters of a function."""
-    return lambda argv: tyro.cli(function, args=argv, prog=f"ping-llm {prefix}{function.__name__}")
+_COMMANDS = {f.__name__: f for f in (synth, fetch, prepare, inspect, train, plot, eval, plan, inference)}
+_PARSE_THEMSELVES = (train, eval, inference)
 
 
-_COMMANDS = {
-    "synth": _options(synth),
-    "fetch": _options(fetch),
-    "prepare": _options(prepare),
-    "inspect": _options(inspect),
-    "train": _train,
-    "plot": _options(plot),
-    "eval": _eval,
-    "plan": _options(plan),
-    "inference": _inference,
-}
-_HELP = {
-    "synth": synth.__doc__,
-    "fetch": fetch.__doc__,
-    "prepare": prepare.__doc__,
-    "inspect": inspect.__doc__,
-    "train": "Train a model: CONFIG.toml [--section.option value …].",
-    "plot": plot.__doc__,
-    "eval": "Score a model on PingBench beside baselines that learn from the same rows: RUN [--option value …].",
-    "plan": plan.__doc__,
-    "inference": "Ask a trained model: rtt, batch, dst, rank, sample, score.",
-}
-
-
-def _dispatch(argv: list[str], commands: dict[str, Callable], help_texts: dict[str, str], prog: str) -> int | None:
+def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
+    """Calls the command that argv names; its options are the parameters of its function."""
     if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
-    lines = [f"  {name:10} {help_texts[name].splitlines()[0]}" for name in commands]
+        command = commands[argv[0]]
+        if command in _PARSE_THEMSELVES:
+            return command(argv[1:])
+        return tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
+    lines = [f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
     usage = "\n".join([f"usage: {prog} COMMAND [OPTIONS]   (COMMAND --help says more)", "", *lines])
     if argv and argv[0] in ("-h", "--help"):
         return print(usage)
@@ -297,12 +280,12 @@ def _dispatch(argv: list[str], commands: dict[str, Callable], help_texts: dict[s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, what the command says, 1 after one line that says what was wrong, or 130
+    """Runs a command and returns its exit code: 0, the command's own, 1 after one line that says what was wrong, or 130
     if interrupted."""
     log, warnings = logging.getLogger("ping_llm"), _WarningLines()
     log.addHandler(warnings)
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv, _COMMANDS, _HELP, "ping-llm") or 0
+        return _dispatch(sys.argv[1:] if argv is None else argv, _COMMANDS, "ping-llm") or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -314,8 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("PING_LLM_TRACEBACK"):
             raise
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {told}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {text}", file=sys.stderr)
         return 1
     finally:
         log.removeHandler(warnings)
@@ -327,15 +310,14 @@ class _WarningLines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: dict[str, int] = {}  # by the text before its arguments are filled in
+        self.counts: Counter[str] = Counter()  # by the text before its arguments are filled in
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told[record.msg] = self.told.get(record.msg, 0) + 1
-        if self.told[record.msg] <= _WARNINGS_OF_A_KIND:
+        self.counts[record.msg] += 1
+        if self.counts[record.msg] <= _WARNINGS_OF_A_KIND:
             print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr)
 
     def close(self) -> None:
-        more = sum(max(count - _WARNINGS_OF_A_KIND, 0) for count in self.told.values())
-        if more:
+        if more := sum(max(count - _WARNINGS_OF_A_KIND, 0) for count in self.counts.values()):
             print(f"warning: {more:,} more of the kinds above", file=sys.stderr)
         super().close()

@@ -12,29 +12,59 @@ import typing
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
+from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
 
 RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    n_layer: int = 4
+class Bounds:
+    """The values that a field may have, both ends included."""
+
+    least: float
+    most: float = math.inf
+
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" if self.most == math.inf else f"between {self.least:g} and {self.most:g}"
+
+
+Count = Annotated[int, Bounds(1)]
+Whole = Annotated[int, Bounds(0)]
+Amount = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+
+
+class Section:
+    """A table of the config; ValueError names the field that is out of its bounds."""
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            for bounds in getattr(kind, "__metadata__", ()):
+                if not bounds.least <= getattr(self, name) <= bounds.most:
+                    section = type(self).__name__.removesuffix("Config").lower()
+                    raise ValueError(f"{section}.{name}={getattr(self, name)} must be {bounds}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    n_layer: Count = 4
     """Transformer blocks."""
-    n_embd: int = 160
+    n_embd: Count = 160
     """Width of the residual stream."""
-    n_head: int = 5
+    n_head: Count = 5
     """Attention heads; n_embd must be a multiple."""
-    seq_len: int = 1024
+    seq_len: Annotated[int, Bounds(64)] = 1024  # one IPv6 measurement takes up to 47 tokens
     """Tokens in a training window, and the longest context of a query."""
-    rope_base: float = 10_000.0
+    rope_base: Annotated[float, Bounds(1)] = 10_000.0
     """Base of the rotary position frequencies."""
-    softcap: float = 15.0
+    softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
 
     def __post_init__(self) -> None:
-        _require("model", self, 1, math.inf, "n_layer", "n_embd", "n_head", "softcap", "rope_base")
-        _require("model", self, 64, math.inf, "seq_len")  # one IPv6 measurement takes up to 47 tokens
+        super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (self.n_embd // self.n_head) % 2:
@@ -44,28 +74,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     rows: Path = field(default=Path("data/rows"), metadata=RESUMABLE)
     """Folder of probe rows, as written by `ping-llm prepare`."""
-    src_prefix_dropout: float = 0.5
+    src_prefix_dropout: Share = 0.5
     """Share of windows whose source is cut to a prefix of 0 bytes to all but one."""
-    dst_prefix_dropout: float = 0.1
+    dst_prefix_dropout: Share = 0.1
     """Share of measurements whose destination is cut to a prefix of 1 byte to all but one."""
-    full_time: float = 0.4
+    full_time: Share = 0.4
     """Share of windows in time order with every timestamp."""
-    partial_time: float = 0.3
+    partial_time: Share = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
-    windows_per_read: int = 16
-    """Batches made together; a large probe row that is read gives one window to each of them."""
-    workers: int = field(default=0, metadata=RESUMABLE)
+    windows_per_read: Count = 16
+    """Batches made together; a large probe row, once read, gives one window to each of them."""
+    workers: Whole = field(default=0, metadata=RESUMABLE)
     """Loader processes; 0 loads in a thread of the training process. Does not change the batches."""
-    prefetch: int = field(default=4, metadata=RESUMABLE)
-    """Blocks of batches that are made ahead."""
+    prefetch: Count = field(default=4, metadata=RESUMABLE)
+    """Blocks of batches made ahead."""
 
     def __post_init__(self) -> None:
-        _require("data", self, 0, 1, "src_prefix_dropout", "dst_prefix_dropout", "full_time", "partial_time")
-        _require("data", self, 1, math.inf, "windows_per_read", "prefetch")
-        _require("data", self, 0, math.inf, "workers")
+        super().__post_init__()
         if self.full_time + self.partial_time > 1:
             raise ValueError(
                 f"data.full_time + data.partial_time = {self.full_time + self.partial_time} must not exceed 1"
@@ -73,45 +101,40 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    muon_lr: float = 0.02
+class OptimConfig(Section):
+    muon_lr: Amount = 0.02
     """Muon rate of the block matrices; fits every width."""
-    embedding_lr: float = 0.2
+    embedding_lr: Amount = 0.2
     """AdamW rate of the token embedding, before width scaling."""
-    head_lr: float = 0.004
+    head_lr: Amount = 0.004
     """AdamW rate of the output head, before width scaling."""
-    adam_beta1: float = 0.8
+    adam_beta1: Share = 0.8
     """AdamW first-moment decay."""
-    adam_beta2: float = 0.95
+    adam_beta2: Share = 0.95
     """AdamW second-moment decay."""
-    adam_eps: float = 1e-10
+    adam_eps: Amount = 1e-10
     """AdamW denominator offset."""
-    momentum_start: float = 0.85
+    momentum_start: Share = 0.85
     """Muon Nesterov momentum at step 0."""
-    momentum_end: float = 0.95
+    momentum_end: Share = 0.95
     """Muon Nesterov momentum after momentum_warmup_steps."""
-    momentum_warmup_steps: int = 300
+    momentum_warmup_steps: Whole = 300
     """Steps over which the momentum rises."""
-    weight_decay: float = 0.1
+    weight_decay: Amount = 0.1
     """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
     schedule: Literal["wsd", "cosine"] = "wsd"
-    """How the rates run after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
-    warmup_share: float = 0.02
+    """The rates after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
+    warmup_share: Share = 0.02
     """Share of the run in which the rates rise."""
-    cooldown_share: float = 0.4
+    cooldown_share: Share = 0.4
     """Share of the run, at its end, in which the rates fall linearly; of wsd."""
-    final_lr_share: float = 0.01
+    final_lr_share: Share = 0.01
     """Rate at both ends of the run as a share of the peak."""
-    grad_clip: float = 1.0
+    grad_clip: Amount = 1.0
     """Largest global gradient norm; larger ones are scaled down. 0 = never."""
 
     def __post_init__(self) -> None:
-        _require(
-            "optim", self, 0, math.inf, "muon_lr", "embedding_lr", "head_lr", "adam_eps", "weight_decay", "grad_clip"
-        )
-        _require("optim", self, 0, 1, "adam_beta1", "adam_beta2", "momentum_start", "momentum_end")
-        _require("optim", self, 0, 1, "warmup_share", "cooldown_share", "final_lr_share")
-        _require("optim", self, 0, math.inf, "momentum_warmup_steps")
+        super().__post_init__()
         if self.warmup_share + self.cooldown_share > 1:
             total = self.warmup_share + self.cooldown_share
             raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
@@ -122,20 +145,20 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    structure: float = 1.0
+class LossConfig(Section):
+    structure: Amount = 1.0
     """Weight of measurement starts and of the tokens that choose which field comes next."""
-    src: float = 1.0
+    src: Amount = 1.0
     """Weight of the source bytes in the training loss."""
-    dst: float = 1.0
+    dst: Amount = 1.0
     """Weight of the destination bytes."""
-    time: float = 1.0
+    time: Amount = 1.0
     """Weight of the timestamp bytes."""
-    rtt: float = 1.0
+    rtt: Amount = 1.0
     """Weight of the RTT bytes and the FAILED token."""
 
     def __post_init__(self) -> None:
-        _require("loss", self, 0, math.inf, *FIELDS)
+        super().__post_init__()
         if not any(getattr(self, name) for name in FIELDS):
             raise ValueError("one weight of [loss] must be above 0, else nothing is learned")
 
@@ -144,19 +167,19 @@ FIELDS = tuple(f.name for f in dataclasses.fields(LossConfig))  # a field's numb
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     run_dir: Path = field(default=Path("runs/tiny"), metadata=RESUMABLE)
     """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
-    total_steps: int = 1000
-    """Optimiser steps in the run. Of the limits total_steps, target_tokens and max_minutes the one that is reached first
-    ends the run, and the schedules stretch over it. 0 = no limit."""
-    target_tokens: int = 0
+    total_steps: Whole = 1000
+    """Optimiser steps in the run. The run ends at the first of the limits total_steps, target_tokens and max_minutes
+    that it reaches, and the schedules stretch over that one. 0 = no limit."""
+    target_tokens: Whole = 0
     """Tokens trained on, padding not counted. 0 = no limit."""
-    max_minutes: float = 0.0
+    max_minutes: Amount = 0.0
     """Minutes of training steps, evaluations and saves not counted. 0 = no limit."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
-    grad_accum: int = field(default=1, metadata=RESUMABLE)
+    grad_accum: Count = field(default=1, metadata=RESUMABLE)
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
@@ -165,19 +188,19 @@ class TrainConfig:
     GPUs without bf16, scales the loss so that small gradients do not vanish."""
     compile: bool = field(default=False, metadata=RESUMABLE)
     """torch.compile the model."""
-    checkpoint_every: int = field(default=500, metadata=RESUMABLE)
+    checkpoint_every: Count = field(default=500, metadata=RESUMABLE)
     """Steps between checkpoints, which a thread writes while training goes on; the last step is always saved."""
-    keep_checkpoints: int = field(default=2, metadata=RESUMABLE)
-    """Newest checkpoints kept, besides the best of those whose step was evaluated."""
-    eval_every: int = field(default=250, metadata=RESUMABLE)
+    keep_checkpoints: Count = field(default=2, metadata=RESUMABLE)
+    """Newest checkpoints kept, besides the best of those that were evaluated."""
+    eval_every: Count = field(default=250, metadata=RESUMABLE)
     """Steps between evaluations on the fixed windows of val."""
-    eval_windows: int = 256
+    eval_windows: Count = 256
     """Fixed windows of val."""
-    eval_queries: int = 256
-    """Fixed pings of val whose RTT each evaluation asks for, exactly; 0 = none."""
-    sample_every: int = field(default=1000, metadata=RESUMABLE)
-    """Steps between looks at what the model says: made-up measurements and one RTT. 0 = never."""
-    log_every: int = field(default=10, metadata=RESUMABLE)
+    eval_queries: Whole = 256
+    """Fixed pings of val whose RTT each evaluation queries, exactly; 0 = none."""
+    sample_every: Whole = field(default=1000, metadata=RESUMABLE)
+    """Steps between samples of the model: generated measurements and one RTT. 0 = never."""
+    log_every: Count = field(default=10, metadata=RESUMABLE)
     """Steps between lines of metrics.jsonl."""
     wandb: Literal["disabled", "offline", "online"] = field(default="disabled", metadata=RESUMABLE)
     """Weights & Biases logging, beside metrics.jsonl."""
@@ -185,10 +208,7 @@ class TrainConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        _require("train", self, 1, math.inf, "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints")
-        _require("train", self, 1, math.inf, "eval_every", "eval_windows", "log_every")
-        _require("train", self, 0, math.inf, "total_steps", "target_tokens", "max_minutes", "eval_queries")
-        _require("train", self, 0, math.inf, "sample_every")
+        super().__post_init__()
         if not (self.total_steps or self.target_tokens or self.max_minutes):
             raise ValueError(
                 "give one of train.total_steps, train.target_tokens and train.max_minutes, else no run ends"
@@ -231,8 +251,6 @@ def load_config(path: Path | str) -> Config:
 
 def parse_config(argv: list[str], prog: str) -> Config:
     """`CONFIG.toml [--section.option value …]` in, the resolved config out."""
-    import tyro
-
     default = Config()
     if argv and not argv[0].startswith("-"):
         default, argv = load_config(argv[0]), argv[1:]
@@ -256,7 +274,7 @@ def parse_config(argv: list[str], prog: str) -> Config:
 
 
 def _value_error(error: BaseException | None) -> ValueError | None:
-    """What a check of these classes said, if that is what led to an error."""
+    """The error of a check of these classes, if one of them led to this error."""
     while error is not None and type(error) is not ValueError:
         error = error.__context__
     return error
@@ -264,65 +282,61 @@ def _value_error(error: BaseException | None) -> ValueError | None:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The config as plain JSON types."""
-    return dataclasses.asdict(
-        config, dict_factory=lambda pairs: {k: str(v) if isinstance(v, Path) else v for k, v in pairs}
-    )
+    return _CONVERTER.unstructure(config)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """The inverse of `config_to_dict`; keys that are absent keep their defaults. `source` names the file in errors."""
-    return _build(Config, values, source, "")
+    try:
+        return _CONVERTER.structure(values, Config)
+    except ClassValidationError as error:
+        raise ValueError(_explain(error, Config, values, source, "")) from None
 
 
-def differing_fields(old: Config, new: Config) -> list[str]:
-    """Dotted names of the fields that differ and that would change what is learned."""
+def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields of two configs that differ and that would change what is learned."""
     names = []
-    for top in dataclasses.fields(Config):
-        a, b = getattr(old, top.name), getattr(new, top.name)
-        if not dataclasses.is_dataclass(a):
-            names += [top.name] if a != b else []
-            continue
-        for f in dataclasses.fields(a):
-            if not f.metadata.get("resumable") and getattr(a, f.name) != getattr(b, f.name):
-                names.append(f"{top.name}.{f.name}")
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            names += differing_fields(a, b, f"{f.name}.")
+        elif a != b and not f.metadata.get("resumable"):
+            names.append(f"{prefix}{f.name}")
     return names
 
 
-def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
-    types = typing.get_type_hints(cls)
-    built: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in types:
-            near = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(types)}"
-            raise ValueError(f"{source}: unknown key {name}; {hint}")
-        built[key] = _convert(types[key], value, source, name)
-    return cls(**built)
-
-
-def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{source}: {name} must be a table, not {value!r}")
-        return _build(kind, value, source, f"{name}.")
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}")
-        return value
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and type(value) is int:
-        return float(value)
+def _exact(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"{source}: {name}={value!r} must be of type {kind.__name__}")
+        raise TypeError
     return value
 
 
-def _require(section: str, config: Any, least: float, most: float, *names: str) -> None:
-    """ValueError unless each of the named fields lies between least and most, both allowed."""
-    for name in names:
-        value = getattr(config, name)
-        if not least <= value <= most:
-            bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-            raise ValueError(f"{section}.{name}={value} must be {bounds}")
+_CONVERTER = Converter(forbid_extra_keys=True)
+for _kind in (int, bool, str):
+    _CONVERTER.register_structure_hook(_kind, _exact)
+_CONVERTER.register_structure_hook(float, lambda value, _: float(value) if type(value) is int else _exact(value, float))
+_CONVERTER.register_structure_hook(Path, lambda value, _: Path(_exact(value, str)))
+
+
+def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) -> str:
+    """In the user's words, why `value` is no `kind`; `name` is the dotted name of its key, "" for the whole config."""
+    prefix = f"{name}." if name else ""
+    if typing.get_origin(kind) is Annotated:
+        kind = kind.__origin__
+    if isinstance(error, ClassValidationError):
+        of_keys, others = error.group_exceptions()
+        if others:
+            return _explain(others[0], kind, value, source, name)
+        cause, key = of_keys[0]
+        return _explain(cause, key.type, value[key.name], source, f"{prefix}{key.name}")
+    if isinstance(error, ForbiddenExtraKeysError):
+        key = next(key for key in value if key in error.extra_fields)
+        known = [f.name for f in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"{source}: unknown key {prefix}{key}; {hint}"
+    if dataclasses.is_dataclass(kind):
+        return f"{source}: {name} must be a table, not {value!r}" if not isinstance(value, dict) else str(error)
+    if typing.get_origin(kind) is Literal:
+        return f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}"
+    return f"{source}: {name}={value!r} must be of type {kind.__name__}"

@@ -17,6 +17,7 @@ from ping_llm.cli import main as ping_llm
 from ping_llm.config import Config
 from ping_llm.data.ingest import job_array
 from ping_llm.data.ingest.job_array import TASKS_LEFT
+from ping_llm.launch.job import copy_rows, saved
 from ping_llm.launch.slurm_job import (
     DONE,
     PREEMPTED,
@@ -26,9 +27,7 @@ from ping_llm.launch.slurm_job import (
     _catches,
     _children,
     check,
-    copy_rows,
     judge,
-    saved,
 )
 
 
@@ -71,13 +70,13 @@ def test_a_finished_run_is_marked_done(config):
 
 
 @pytest.mark.parametrize("code", [0, 1, 137])
-def test_a_run_that_ends_early_without_being_told_to_does_not_go_back_to_the_queue(config, code):
+def test_a_run_that_ends_early_without_being_stopped_does_not_go_back_to_the_queue(config, code):
     save_step(config, 4)
     with pytest.raises(ValueError, match=f"training ended with code {code} after step 4 of"):
         judge(code, Standing(0, 0), config)
 
 
-def test_a_run_that_crashes_while_it_is_told_to_stop_does_not_go_back_to_the_queue(config):
+def test_a_run_that_crashes_while_it_is_being_stopped_does_not_go_back_to_the_queue(config):
     save_step(config, 4)
     (config.train.run_dir / PREEMPTED).touch()
     with pytest.raises(ValueError, match="training ended with code 1"):
@@ -133,7 +132,7 @@ def test_a_copy_of_rows_is_whole_made_once_and_holds_what_training_reads(rows_fo
     assert copy_rows(rows, disk) != copy
 
 
-def test_a_rank_is_told_only_once_it_has_a_handler():
+def test_a_rank_is_signalled_only_once_it_has_a_handler():
     code = "import signal; signal.signal(signal.SIGUSR1, print); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()
@@ -182,7 +181,7 @@ def test_a_command_repeated_between_arrays_gives_the_bytes_of_one_run(dumps, tmp
     assert files(out) == files(tmp_path / "here")
 
 
-def test_tasks_that_did_not_end_are_told_and_tried_again_by_the_next_array(dumps, tmp_path, capsys):
+def test_tasks_that_did_not_end_are_reported_and_tried_again_by_the_next_array(dumps, tmp_path, capsys):
     tasks, out = tmp_path / "out/.partial/tasks.json", tmp_path / "out"
     assert prepare(dumps, out, "--executor", "array") == TASKS_LEFT
     assert job_array.main([str(tasks), "0", "2"]) == 0  # the first and the third
@@ -192,7 +191,7 @@ def test_tasks_that_did_not_end_are_told_and_tried_again_by_the_next_array(dumps
     assert len(job_array.read_tasks(tasks)[1]) == 1
 
 
-def test_a_damaged_dump_is_told_once_and_read_again_afterwards(dumps, tmp_path, capsys):
+def test_a_damaged_dump_is_reported_once_and_read_again_afterwards(dumps, tmp_path, capsys):
     whole = (dumps / "1.bz2").read_bytes()
     (dumps / "1.bz2").write_bytes(whole[:-20])
     tasks, out = tmp_path / "out/.partial/tasks.json", tmp_path / "out"
@@ -213,9 +212,9 @@ def test_a_damaged_dump_is_told_once_and_read_again_afterwards(dumps, tmp_path, 
 )
 def test_what_is_no_file_of_tasks_is_one_clear_line(tmp_path, capsys, text):
     (tmp_path / "tasks.json").write_text(text)
-    for path, told in ((tmp_path / "tasks.json", "holds no tasks"), (tmp_path / "none.json", "no tasks in")):
+    for path, message in ((tmp_path / "tasks.json", "holds no tasks"), (tmp_path / "none.json", "no tasks in")):
         assert job_array.main([str(path)]) == 1
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert job_array.main([str(path), "2", "2"]) == 1
     assert "must be at least 0 and below" in capsys.readouterr().err
 

@@ -151,9 +151,9 @@ def test_a_run_is_priced_and_looked_at_before_gpus_are_taken(script, config, rem
     (first, cheap, _), (second, machine, run) = remote
     assert (first, second) == ("look", "train_run") and cheap == {"secrets": []}
     assert machine["gpu"] == "A100-80GB:4" and run[2:] == (4, "/tmp")
-    told = capsys.readouterr().out
-    assert "1,000,000 tokens/s were measured" in told
-    assert told.index("dollars") < told.index("0 steps are done") < told.index("all 12 steps are done")
+    out = capsys.readouterr().out
+    assert "1,000,000 tokens/s were measured" in out
+    assert out.index("dollars") < out.index("0 steps are done") < out.index("all 12 steps are done")
 
 
 def test_the_options_of_a_run_reach_the_container(script, config, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def refuse_secret(self):
         (["--gpu", "H100:3"], "train.batch_size=8 must be a multiple of"),
         (["--gpu", "H100:9"], "--gpu H100:9 must be a kind and a number from 1 to 8"),
         (["--gpu", "H100:"], "--gpu H100: must be a kind and a number from 1 to 8"),
-        (["--gpu", "K80"], "tells no price of 'K80', only of a100"),
+        (["--gpu", "K80"], "has no price of 'K80', only of a100"),
         (["--train.run-dir", "elsewhere/run"], "must lie below runs/, the Volume ping-llm-runs"),
         (["--train.run-dir", "runs"], "must lie below runs/, the Volume ping-llm-runs"),
         (["--data.rows", "data/../rows"], "must lie below data/, the Volume ping-llm-data"),
@@ -207,7 +207,7 @@ def test_a_container_without_the_key_says_so(script, config, monkeypatch):
     assert "WANDB_API_KEY is not set; pass --wandb-secret NAME" in answer["error"]
 
 
-def test_a_local_disk_that_is_too_small_is_told_and_not_tried_again(script, config, tmp_path, monkeypatch):
+def test_a_local_disk_that_is_too_small_is_reported_and_not_tried_again(script, config, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
     answer = script.train_run.local(*call(script, config), str(tmp_path))
     assert "the rows take" in answer["error"] and "has 0.0 MB free" in answer["error"]
@@ -221,7 +221,7 @@ def save_step(run_dir: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "told", "step", "raised"),
+    ("code", "reason", "step", "raised"),
     [
         (0, "", 12, None),
         (1, SIGNAL, 12, None),  # it was over anyway
@@ -232,13 +232,13 @@ def save_step(run_dir: Path, step: int) -> None:
         (1, "", 4, "training ended with code 1 before it saved a step after 4"),
     ],
 )
-def test_a_try_is_repeated_only_where_that_may_help(script, config, tmp_path, monkeypatch, code, told, step, raised):
+def test_a_try_is_repeated_only_where_that_may_help(script, config, tmp_path, monkeypatch, code, reason, step, raised):
     save_step(tmp_path / "runs/small", 4)
 
     def ranks(*_):
         if step > 4:
             save_step(tmp_path / "runs/small", step)
-        return code, told
+        return code, reason
 
     monkeypatch.setattr(cloud, "run_ranks", ranks)
     if isinstance(raised, type):
@@ -301,7 +301,7 @@ signal.pause()
 
 
 @pytest.mark.parametrize("cause", [TIME_IS_UP, InterruptedError])
-def test_ranks_are_told_to_save_when_their_time_is_up_or_their_call_is_cancelled(tmp_path, monkeypatch, cause):
+def test_ranks_are_signalled_to_save_when_their_time_is_up_or_their_call_is_cancelled(tmp_path, monkeypatch, cause):
     """Modal cancels a call by an exception, here out of the first commit."""
     popen, kept, stop_at_s = subprocess.Popen, [], time.monotonic() + 100
 
@@ -387,12 +387,12 @@ def test_a_call_that_is_preempted_and_started_again_ends_with_the_weights_of_one
 
 
 @pytest.mark.slow
-def test_questions_to_a_run_in_the_volume_are_answered(script, config, tmp_path):
+def test_queries_of_a_run_in_the_volume_are_answered(script, config, tmp_path):
     options = ["--data.rows", tmp_path / "data/rows", "--train.run-dir", tmp_path / "runs/small"]
     assert finish(start(config, *options))[0] == 0
-    question = ["rtt", "--src", "192.0.2.7", "--dst", "198.51.100.3", "--device", "cpu", "--json", "--model"]
-    answer = script.run_inference.local([*question, "runs/small"])
+    query = ["rtt", "--src", "192.0.2.7", "--dst", "198.51.100.3", "--device", "cpu", "--json", "--model"]
+    answer = script.run_inference.local([*query, "runs/small"])
     assert answer["code"] == 0 and json.loads(answer["output"])["median_ms"] > 0, answer["errors"]
     assert script.calls == ["reload", "reload", "commit", "commit"]
-    answer = script.run_inference.local([*question, "runs/none"])
+    answer = script.run_inference.local([*query, "runs/none"])
     assert answer["code"] == 1 and "no checkpoint in runs/none" in answer["errors"]

@@ -54,7 +54,7 @@ class Job:
         self.number, self.environment, self.folder = number, environment, folder
 
     def fields(self):
-        """What scontrol tells of the job; of an array, of its last element."""
+        """What scontrol shows of the job; of an array, of its last element."""
         shown = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", str(self.number)],
             env=self.environment,
@@ -327,7 +327,7 @@ def test_a_cluster_that_goes_down_leaves_no_process(tmp_path):
             time.sleep(0.2)
     finally:
         slurm_cluster.down(folder)
-    told = str(folder).encode()
+    place = str(folder).encode()
     left = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -336,6 +336,6 @@ def test_a_cluster_that_goes_down_leaves_no_process(tmp_path):
                 (process / "cmdline").read_bytes(),
                 os.readlink(process / "cwd").encode(),
             )
-            left += [known] if any(told in each for each in known) else []
+            left += [known] if any(place in each for each in known) else []
     shutil.rmtree(folder)
     assert not left

@@ -15,7 +15,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from ping_llm.config import Config, ModelConfig, TrainConfig
 from ping_llm.model.gpt import flops_per_token
-from ping_llm.training import profiling
+
+sys.path.append(str(SCRIPTS))  # as for the script itself
+import profile_training as profiling
 
 SCRIPT = SCRIPTS / "bench_train.py"
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What is fitted on val is found again where it is known, and weighs what is told of a source."""
+"""What is fitted on val is found again where it is known, and weighs how much of a source is known."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from ping_llm.inference.scoring import own_p_values, source_log_prob
 from ping_llm.model.gpt import GPT
 from ping_llm.training.calibration import calibrate, log_likelihoods, mixture_weights, sample_results
 from ping_llm.training.trainer import Feed, train
-from ping_llm.training.validation import Questions
+from ping_llm.training.validation import ValQueries
 
 SHARES = {"none": 0.05, "/8": 0.05, "/16": 0.1, "/24": 0.1, "all": 0.7}
 PAST = [{"src_addr": "192.0.2.1", "dst_addr": "198.51.100.9", "rtt": 12.5}]
@@ -45,9 +45,9 @@ def config(rows_folder) -> Config:
 def test_mixture_weights_are_found_again():
     rng = np.random.default_rng(0)
     true = np.array([0.1, 0.0, 0.6, 0.3])
-    laws = rng.dirichlet(np.full(50, 0.3), size=4)  # of 50 results
-    results = rng.choice(50, 20_000, p=true @ laws)
-    found = mixture_weights(np.log(laws[:, results] + 1e-300).T)
+    distributions = rng.dirichlet(np.full(50, 0.3), size=4)  # of 50 results
+    results = rng.choice(50, 20_000, p=true @ distributions)
+    found = mixture_weights(np.log(distributions[:, results] + 1e-300).T)
     assert found == pytest.approx(true, abs=0.02) and found.sum() == pytest.approx(1)
 
 
@@ -72,21 +72,21 @@ def test_calibration_is_read_back_as_it_was_written(tmp_path):
         Calibration.load(tmp_path)
 
 
-def test_of_sources_that_are_strange_to_the_model_nothing_is_told():
+def test_nothing_is_given_of_sources_that_are_unfamiliar_to_the_model():
     calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.0})
     src = Endpoint.parse("192.0.2.1")
-    told = [src.cut(length) for length in range(5)]
+    endpoints = [src.cut(length) for length in range(5)]
     assert calibration.novelty(src, -12.0) == pytest.approx(0.5)
     assert calibration.novelty(src, -2.0) < 1e-4 and calibration.novelty(src, -1000.0) > 1 - 1e-6
     assert calibration.novelty(Endpoint.parse("2001:db8::1"), -1000.0) == 0  # of IPv6 val said nothing
-    assert np.exp(calibration.log_weights(told)) == pytest.approx(list(SHARES.values()))
-    assert np.exp(calibration.log_weights(told, 1.0)) == pytest.approx([1.0] + [LEAST_SHARE] * 4)
-    assert np.exp(Calibration().log_weights(told)) == pytest.approx([LEAST_SHARE] * 4 + [1.0])
+    assert np.exp(calibration.log_weights(endpoints)) == pytest.approx(list(SHARES.values()))
+    assert np.exp(calibration.log_weights(endpoints, 1.0)) == pytest.approx([1.0] + [LEAST_SHARE] * 4)
+    assert np.exp(Calibration().log_weights(endpoints)) == pytest.approx([LEAST_SHARE] * 4 + [1.0])
 
 
 def test_all_that_is_told_of_a_prefix_counts_for_the_longer_ones_too():
-    told = [Endpoint.parse("192.0.0.0/16").cut(length) for length in range(3)]
-    assert np.exp(Calibration({"ipv4": SHARES}).log_weights(told)) == pytest.approx([0.05, 0.05, 0.9])
+    endpoints = [Endpoint.parse("192.0.0.0/16").cut(length) for length in range(3)]
+    assert np.exp(Calibration({"ipv4": SHARES}).log_weights(endpoints)) == pytest.approx([0.05, 0.05, 0.9])
 
 
 def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt):
@@ -95,31 +95,31 @@ def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt
     (log_p,) = source_log_prob(PingModel(gpt, device), [src])
     assert log_p == pytest.approx(PingModel(gpt, device).log_prob(PAST, ("src",))[0])
     weights = {}
-    for name, limit in (("familiar", log_p - 20), ("strange", log_p + 20)):
+    for name, limit in (("familiar", log_p - 20), ("unfamiliar", log_p + 20)):
         model = PingModel(gpt, device, Calibration({"ipv4": SHARES}, familiar={"ipv4": limit}))
-        law = model.rtt("192.0.2.1", "198.51.100.7")
-        weights[name] = law.src_weights
-        assert law.forward_passes == 3  # the address, the prompts, their second bytes
+        distribution = model.rtt("192.0.2.1", "198.51.100.7")
+        weights[name] = distribution.src_weights
+        assert distribution.forward_passes == 3  # the address, the prompts, their second bytes
     assert weights["familiar"] == pytest.approx(SHARES, rel=1e-3)
     rest = dict.fromkeys(SHARES, LEAST_SHARE / (1 + 4 * LEAST_SHARE))
-    assert weights["strange"] == pytest.approx(rest | {"none": 1 / (1 + 4 * LEAST_SHARE)}, rel=1e-3)
+    assert weights["unfamiliar"] == pytest.approx(rest | {"none": 1 / (1 + 4 * LEAST_SHARE)}, rel=1e-3)
 
 
 @pytest.mark.parametrize("best", ["none", "/16", "all"])
 def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, monkeypatch, best):
     read = predictor.read_contexts
     model = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": SHARES}))
-    likelihood = np.where(np.array(list(SHARES)) == best, -3.0, -6.0)  # told lengths come in this order
+    likelihood = np.where(np.array(list(SHARES)) == best, -3.0, -6.0)  # known lengths come in this order
 
     def with_likelihood(gpt, contexts) -> ReadContexts:
         assert len(contexts) == len(SHARES)
         return dataclasses.replace(read(gpt, contexts), log_likelihood=likelihood)
 
     monkeypatch.setattr(predictor, "read_contexts", with_likelihood)
-    law = model.rtt("192.0.2.1", "198.51.100.7", context=PAST)
+    distribution = model.rtt("192.0.2.1", "198.51.100.7", context=PAST)
     posterior = np.array(list(SHARES.values())) * np.exp(likelihood)
-    assert list(law.src_weights.values()) == pytest.approx(posterior / posterior.sum(), rel=1e-3)
-    assert max(law.src_weights, key=law.src_weights.get) == best
+    assert list(distribution.src_weights.values()) == pytest.approx(posterior / posterior.sum(), rel=1e-3)
+    assert max(distribution.src_weights, key=distribution.src_weights.get) == best
 
 
 def test_likelihoods_are_those_of_the_answers(gpt, config):
@@ -131,11 +131,11 @@ def test_likelihoods_are_those_of_the_answers(gpt, config):
     for line, i in zip(alone, chosen, strict=True):
         query = dataclasses.replace(queries[i], context=queries[i].context.take(slice(0)))
         for place, known in enumerate(("none", 8, 16, 24, "all")):
-            law = model.rtt_many([query], known)[0]
-            by_byte_1 = law.code_probability.reshape(256, 256).sum(axis=1)
+            distribution = model.rtt_many([query], known)[0]
+            by_byte_1 = distribution.code_probability.reshape(256, 256).sum(axis=1)
             byte_1 = encode_rtt(rtt_ms[i]) // 256
-            line[place] = np.log(law.p_fail if rtt_ms[i] < 0 else by_byte_1[byte_1])
-    # The law makes the bytes after RTT_START sum to 1 together, not each: equal but for that.
+            line[place] = np.log(distribution.p_fail if rtt_ms[i] < 0 else by_byte_1[byte_1])
+    # The distribution makes the bytes after RTT_START sum to 1 together, not each: equal but for that.
     assert np.abs(log_p - alone).max() < 0.2 and np.corrcoef(log_p.ravel(), alone.ravel())[0, 1] > 0.99
 
 
@@ -151,8 +151,8 @@ def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
     assert all((query.context.time_s <= query.time_s).all() for query in queries if len(query.context))
     assert all(query.src.covers(query.context.src).all() for query in queries if len(query.context))
     without = dataclasses.replace(calibration, surprise=())
-    laws = next(PingModel(gpt, torch.device("cpu"), without).laws(queries[::5]))
-    assert sorted(own_p_values(laws, rtt_ms[::5])) == pytest.approx(calibration.surprise, rel=1e-4)
+    distributions = next(PingModel(gpt, torch.device("cpu"), without).laws(queries[::5]))
+    assert sorted(own_p_values(distributions, rtt_ms[::5])) == pytest.approx(calibration.surprise, rel=1e-4)
 
 
 def test_a_run_that_is_over_leaves_its_calibration_and_one_that_is_stopped_none(tmp_path, rows_folder, monkeypatch):
@@ -168,9 +168,9 @@ def test_a_run_that_is_over_leaves_its_calibration_and_one_that_is_stopped_none(
     stopped = dataclasses.replace(
         config, train=dataclasses.replace(config.train, total_steps=9, run_dir=tmp_path / "s")
     )
-    assert train(stopped, Feed(stopping, val_windows, Questions.load)).step == 2
+    assert train(stopped, Feed(stopping, val_windows, ValQueries.load)).step == 2
     assert not (tmp_path / "s" / CALIBRATION_NAME).exists()
-    train(config, Feed(make_batches, val_windows, Questions.load))
+    train(config, Feed(make_batches, val_windows, ValQueries.load))
     found = Calibration.load(config.train.run_dir)
     assert found.src_weights and len(found.surprise) == 3
     assert PingModel.load(config.train.run_dir).calibration == found

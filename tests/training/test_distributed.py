@@ -32,7 +32,7 @@ from ping_llm.training.distributed import processes
 from ping_llm.training.muon import Muon
 from ping_llm.training.objective import Objective
 from ping_llm.training.trainer import train
-from ping_llm.training.validation import Questions
+from ping_llm.training.validation import ValQueries
 
 SHAPES = [(48, 48), (96, 48), (48, 96), (48, 48), (96, 48)]  # two, two and one: no number of processes divides them all
 TOLERANCE = 1e-4  # of a loss, relative: sums are taken in another order, and bf16 inside Muon enlarges the difference
@@ -90,9 +90,9 @@ def objective_answers(rows: Path) -> list[tuple]:
         val = make_windows(10, seed=1)  # shared unevenly
         val[7:, 30:] = -1
         config = Config(model=MODEL, data=DataConfig(rows=rows), train=make_config(Path("unused")).train)
-        questions = Questions.load(config)
+        queries = ValQueries.load(config)
         answers.append(
-            (objective.evaluate(val), {"error": questions.median_rel_error(objective, ranks)}, len(questions.queries))
+            (objective.evaluate(val), {"error": queries.median_rel_error(objective, ranks)}, len(queries.queries))
         )
     return answers
 
@@ -126,8 +126,8 @@ def test_gradients_and_evaluations_do_not_depend_on_the_number_of_processes(rows
             assert our_totals[-1] == sum(range(1, world + 1))  # the votes of all
             for name in gradients:
                 assert (ours[name] - gradients[name]).norm() < 1e-5 * gradients[name].norm(), name
-        (values, error, asked), (our_values, our_error, we_asked) = alone[2], together[2]
-        assert our_values == pytest.approx(values, rel=1e-5, nan_ok=True) and we_asked == asked
+        (values, error, count), (our_values, our_error, our_count) = alone[2], together[2]
+        assert our_values == pytest.approx(values, rel=1e-5, nan_ok=True) and our_count == count
         assert our_error == pytest.approx(error, rel=1e-4)
 
 
@@ -173,7 +173,7 @@ def test_four_processes_continue_the_run_of_one(alone, rows_folder, tmp_path):
 
 
 def stopped_after(config: Config, step: int) -> None:
-    """Trains in this process, and asks it to stop in the step before: processes tell each other when a step begins."""
+    """Trains in this process, and is stopped in the step before: processes signal each other when a step begins."""
     backward, taken, first = Objective.backward, itertools.count(1), load_latest(config.train.run_dir)
     before = step - 1 - (first.step if first else 0)
 

@@ -1,4 +1,4 @@
-"""Claims about real processes that train and are killed, told to stop, or run out of disk."""
+"""Claims about real processes that train and are killed, stopped, or run out of disk."""
 
 from __future__ import annotations
 

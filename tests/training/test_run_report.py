@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.config import FIELDS, Config, ModelConfig, OptimConfig, TrainConfig, config_from_dict, config_to_dict
-from ping_llm.training.plots import plot_run, read_metrics, running_mean, thin
+from ping_llm.training.metrics import read_metrics
+from ping_llm.training.plots import plot_run, running_mean, thin
 from ping_llm.training.report import to_toml, write_report
 
 PICTURES = ["loss.png", "validation.png", "optimizer.png", "throughput.png"]

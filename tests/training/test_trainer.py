@@ -17,7 +17,8 @@ from training_runs import MODEL, assert_same_weights, losses, make_batches, make
 
 from ping_llm.config import Config
 from ping_llm.model.checkpoint import load_latest
-from ping_llm.model.gpt import GPT, pick_device
+from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import pick_device
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 
@@ -316,7 +317,7 @@ def test_lines_hold_what_was_promised(uninterrupted):
     always = {"step", "time_s", "tokens", "loss", "lr", "grad_norm", "skipped_steps", "tokens_per_s", "padding"}
     always |= {"data_wait_share", "peak_memory_gb", *(f"loss_{field}" for field in ("structure", "src", "dst", "rtt"))}
     for line in lines[1:]:
-        assert always <= line.keys() and "mfu" not in line  # no data sheet tells the peak of a CPU
+        assert always <= line.keys() and "mfu" not in line  # no data sheet gives the peak of a CPU
         assert line["tokens"] == line["step"] * 8 * 59 and line["lr"] > 0 and line["tokens_per_s"] > 0
         assert 0 <= line["data_wait_share"] < 1 and line["grad_norm"] > 0 and 0.01 < line["peak_memory_gb"] < 100
     times_s = [line["time_s"] for line in lines]

@@ -27,7 +27,8 @@ from ping_llm.inference.prefixes import has_partial_byte, prefix_law
 from ping_llm.inference.prompt import build_prompt, fitting_context
 from ping_llm.inference.query import Query, SrcKnown, told_name
 from ping_llm.model.checkpoint import load_model
-from ping_llm.model.gpt import GPT, pick_device
+from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import pick_device
 
 CHUNK = 64  # questions answered together: their laws take 33 MB
 LEAST_WEIGHT = 1e-4  # of what is told of the source: lengths of less are not asked

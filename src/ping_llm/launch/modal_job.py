@@ -1,36 +1,38 @@
-"""A training command for rented machines in; what it will cost told, its ranks run, every checkpoint handed over out.
+"""A training command for a rented machine in; its cost, its ranks run and every checkpoint handed over out.
 
-Such a machine may be taken away at any time: it says so by a signal, and what was not handed over is lost with it.
+Such a machine may be taken away at any time: a signal announces it, and what was not handed over is lost with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ping_llm
 from ping_llm.config import Config, parse_config
+from ping_llm.launch.job import checkpoints
+from ping_llm.system.signals import on_signals
+from ping_llm.training.metrics import MACHINE_NAME, read_metrics
 
 POLL_S = 0.2
 MAX_GPUS = 8
 """Of one machine."""
-SIGNAL, TIME_IS_UP, CANCELLED = "a signal said so", "its time is up", "the call was cancelled"
+SIGNAL, TIME_IS_UP = "a signal said so", "its time is up"
 
 
 @dataclass(frozen=True)
 class Order:
-    """A run, as its user asks for it."""
+    """A run with the machine that it is to train on."""
 
     config: Config
     toml: str
@@ -45,7 +47,7 @@ class Order:
     def parse(cls, arguments: Sequence[str], prog: str, local_disk: str, place: Callable[[str, Path], str]) -> Order:
         """`[--gpu KIND[:COUNT]] [--tokens-per-s N] [--wandb-secret NAME] [--local-disk DIR|none] CONFIG.toml [--…]`.
 
-        `place(field, path)` names a folder as it is there, or raises ValueError; ValueError says what else is wrong.
+        `place(field, path)` names a folder as it is there, or raises ValueError; so does any other mistake.
         """
         parser = argparse.ArgumentParser(prog, allow_abbrev=False)
         parser.add_argument("--gpu", default="A100")
@@ -53,18 +55,17 @@ class Order:
         parser.add_argument("--wandb-secret", default="wandb")
         parser.add_argument("--local-disk", default=local_disk)
         own, argv = parser.parse_known_args(list(arguments))
-        gpu, gpus = parse_gpu(own.gpu)
+        machine = parse_gpu(own.gpu)
         config = parse_config(argv, prog)
-        rows = place("data.rows", config.data.rows)
-        run_dir = place("train.run_dir", config.train.run_dir)
-        options = [*argv[1:], "--data.rows", rows, "--train.run-dir", run_dir]
+        options = [*argv[1:], "--data.rows", place("data.rows", config.data.rows)]
+        options += ["--train.run-dir", place("train.run_dir", config.train.run_dir)]
         toml = Path(argv[0]).read_text()
-        return cls(config, toml, options, gpu, gpus, own.tokens_per_s, own.wandb_secret, own.local_disk)
+        return cls(config, toml, options, *machine, own.tokens_per_s, own.wandb_secret, own.local_disk)
 
     def cost(self, measured: dict | None = None) -> list[str]:
         """Lines that say what the run will take; ValueError if its batch cannot be dealt to the GPUs.
 
-        measured: what `measured` below gives; it counts if the GPUs are the same.
+        measured: by `measured` below; used if the GPUs are the same.
         """
         from ping_llm.launch.plan import ASSUMED_MFU, GPU, plan_cost
         from ping_llm.model.gpt import flops_per_token
@@ -73,14 +74,13 @@ class Order:
         if not rate and measured and measured["processes"] == self.gpus and gpu.name.upper() in measured["device"]:
             rate = measured["tokens_per_s"]
         hours = train.max_minutes / 60
-        lines = (
-            [f"at most {hours:,.1f} hours, {hours * self.gpus * gpu.dollars_per_hour:,.2f} dollars"] if hours else []
-        )
+        dollars = hours * self.gpus * gpu.dollars_per_hour
+        lines = [f"at most {hours:,.1f} hours, {dollars:,.2f} dollars"] if hours else []
         if not (train.total_steps or train.target_tokens):
             return lines
         mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
         lines += plan_cost(self.config, gpu, self.gpus, mfu).lines()
-        speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured, --tokens-per-s tells one"
+        speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured; pass one with --tokens-per-s"
         return [*lines, f"{speed}; CPUs and memory come on top"]
 
 
@@ -95,13 +95,12 @@ def parse_gpu(text: str) -> tuple[str, int]:
     return GPU.named(kind).name, gpus
 
 
-def measured(run_dir: Path) -> dict | None:
+def measured(run_dir: Path) -> dict[str, Any] | None:
     """The last `tokens_per_s` that a run has logged, the `device` and the `processes`; None before there are any."""
     try:
-        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
-        machine = json.loads((run_dir / "machine.json").read_text())
-        return {"tokens_per_s": rates[-1], "device": machine["device"], "processes": machine["processes"]}
+        _, rates = read_metrics(run_dir).known("tokens_per_s")
+        machine = json.loads((run_dir / MACHINE_NAME).read_text())
+        return {"tokens_per_s": float(rates[-1]), "device": machine["device"], "processes": machine["processes"]}
     except (OSError, ValueError, LookupError):
         return None
 
@@ -109,70 +108,41 @@ def measured(run_dir: Path) -> dict | None:
 def run_ranks(
     ranks: int, argv: Sequence[str], local_disk: str, run_dir: Path, keep: Callable[[], None], stop_at_s: float
 ) -> tuple[int, str]:
-    """Trains in `ranks` processes; the exit code of torchrun, and why they were told to stop, "" if they were not.
+    """Trains in `ranks` processes; the exit code of torchrun, and why they were stopped, "" if they were not.
 
     local_disk: "none", or the disk that `copy_rows` has copied to. keep: is called after each checkpoint, and at the end.
-    stop_at_s: of time.monotonic(). SIGINT and SIGTERM, too, have the ranks finish their step and save.
+    stop_at_s: of time.monotonic(). On SIGINT and SIGTERM, too, the ranks finish their step and save.
     """
-    told: list[str] = []
-    launched: list[subprocess.Popen] = []
-
-    def stop(reason: str) -> None:
-        if not told:
-            told.append(reason)
-            for process in launched:
-                process.terminate()
-
-    settings = {"RANKS_PER_NODE": str(ranks), "LOCAL_DISK": local_disk, "MASTER": f"127.0.0.1:{_free_port()}"}
-    with _on_signals(lambda: stop(SIGNAL)):
+    reasons: list[str] = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"RANKS_PER_NODE": str(ranks), "LOCAL_DISK": local_disk, "MASTER": f"127.0.0.1:{port}"}
+    with on_signals((signal.SIGINT, signal.SIGTERM), lambda _: reasons.append(SIGNAL)):
         command = [sys.executable, "-m", "ping_llm.launch.slurm_job", "ranks", *argv]
         job = subprocess.Popen(command, env=environment() | settings, start_new_session=True)
-        launched.append(job)
+        stopped = False
         try:
-            if told:
-                job.terminate()
-            kept = _checkpoints(run_dir)
+            kept = checkpoints(run_dir)
             while job.poll() is None:
                 time.sleep(POLL_S)
                 if time.monotonic() > stop_at_s:
-                    stop(TIME_IS_UP)
-                if (now := _checkpoints(run_dir)) != kept:
+                    reasons.append(TIME_IS_UP)
+                if reasons and not stopped:
+                    job.terminate()
+                    stopped = True
+                if (now := checkpoints(run_dir)) != kept:
                     keep()
                     kept = now
         finally:
             if job.poll() is None:
-                stop(CANCELLED)
+                job.terminate()
                 job.wait()
             keep()
-    return job.returncode, told[0] if told else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return job.returncode, reasons[0] if reasons else ""
 
 
 def environment() -> dict[str, str]:
-    """That of this process, in which this very package is found from every folder."""
+    """The environment of this process, with this package importable from every folder."""
     paths = [str(Path(ping_llm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-def _checkpoints(run_dir: Path) -> set[str]:
-    """The names of the whole checkpoints."""
-    return {folder.name for folder in run_dir.glob("checkpoints/step-????????")}
-
-
-@contextlib.contextmanager
-def _on_signals(act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` on SIGINT and SIGTERM; handlers are put back."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield
-        return
-    previous = {number: signal.signal(number, lambda *_: act()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

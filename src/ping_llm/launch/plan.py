@@ -33,7 +33,7 @@ class GPU:
         """One of the price table; ValueError names those that are there."""
         table = tomllib.loads(prices.read_text())["gpu"]
         if name.lower() not in table:
-            raise ValueError(f"{prices} tells no price of {name!r}, only of {', '.join(table)}; add it there")
+            raise ValueError(f"{prices} has no price of {name!r}, only of {', '.join(table)}; add it there")
         peak = named_peak_flops(name)
         if peak is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A training command and the nodes of a batch job in; ranks started, stopped in time, and the job's end judged out.
+"""A training command and the nodes of a batch job in; ranks started, stopped in time, and the exit code of the job out.
 
     python -m ping_llm.launch.slurm_job check CONFIG.toml …
         once: batch and rows; prints where the run stands
@@ -11,17 +11,14 @@
     python -m ping_llm.launch.slurm_job gpus [--device cpu]
         whether one GPU can be used, if the job has any
 
-slurm/train.sbatch calls the first four in this order, slurm/eval.sbatch the last. The run folder tells how a run ended:
-DONE, or PREEMPTED while it waits to go on.
+slurm/train.sbatch calls the first four in this order, slurm/eval.sbatch the last. A file in the run folder says how a run
+ended: DONE, or PREEMPTED while it waits to be continued.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -29,17 +26,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.config import Config, parse_config
-from ping_llm.data.rows import RowReader, manifest_sha256
-from ping_llm.training import schedule
+from ping_llm.launch.job import DONE, PREEMPTED, check_run, copy_rows, local_rows, saved
 
-DONE, PREEMPTED = "DONE", "PREEMPTED"
 REQUEUE = os.EX_TEMPFAIL
-SPARE_SHARE = 0.05
-"""Of a local disk, left free."""
 POLL_S = 0.2
 MAX_IDLE_TURNS = 3
 """A job may be stopped before it has saved a step so often in a row, and still go back to the queue."""
@@ -47,7 +40,7 @@ MAX_IDLE_TURNS = 3
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a job, as its environment tells."""
+    """One node of a job, by its environment."""
 
     name: str
     number: int
@@ -84,14 +77,11 @@ class Standing:
 
 
 def check(config: Config, node: Node) -> Standing:
-    """Where the run stands, its markers removed; ValueError if the job cannot train, whatever its nodes are like."""
-    config.train.check_processes(node.nodes * node.ranks)
-    _shards(config.data.rows)
-    marker = config.train.run_dir / PREEMPTED
-    standing = Standing(saved(config)[0], int(marker.read_text() or 0) if marker.exists() else 0)
-    for name in (DONE, PREEMPTED):
-        (config.train.run_dir / name).unlink(missing_ok=True)
-    return standing
+    """Where the run stands, its marks removed; ValueError if the job cannot train, whatever its nodes are like."""
+    mark = config.train.run_dir / PREEMPTED
+    idle_turns = int(mark.read_text() or 0) if mark.exists() else 0
+    check_run(config, node.nodes * node.ranks)
+    return Standing(saved(config)[0], idle_turns)
 
 
 def check_gpus(device: str, node: Node) -> None:
@@ -108,44 +98,11 @@ def check_gpus(device: str, node: Node) -> None:
         )
 
 
-def local_rows(rows: Path, disk: Path) -> Path:
-    """Where the copy of rows is: told by their manifest, so that other rows have another place."""
-    return disk / f"ping-llm-rows-{manifest_sha256(rows)[:16]}"
-
-
-def copy_rows(rows: Path, disk: Path) -> Path:
-    """Copies what training reads of rows to a local disk, unless it is there; one process a disk copies, others wait.
-
-    ValueError if there is no such disk or no space on it.
-    """
-    if not disk.is_dir():
-        raise ValueError(f"there is no folder {disk} for a copy of the rows; set LOCAL_DISK to another one, or to none")
-    copy = local_rows(rows, disk)
-    aside = copy.with_name(f"{copy.name}.partial")
-    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # is released if this process dies
-        if copy.exists():
-            return copy
-        shutil.rmtree(aside, ignore_errors=True)
-        files = [*_shards(rows), *(path for path in rows.iterdir() if path.is_file() and path.suffix != ".arrayrecord")]
-        needed, space = sum(path.stat().st_size for path in files), shutil.disk_usage(disk)
-        if needed > space.free - SPARE_SHARE * space.total:
-            raise ValueError(
-                f"the rows take {needed / 1e6:,.1f} MB, {disk} has {space.free / 1e6:,.1f} MB free; free some, or set "
-                "LOCAL_DISK to another folder, or to none"
-            )
-        aside.mkdir()
-        for path in files:
-            shutil.copyfile(path, aside / path.name)
-        aside.rename(copy)
-    return copy
-
-
 def run_ranks(argv: Sequence[str], config: Config, node: Node) -> int:
     """Runs this node's ranks; the exit code of torchrun. SIGTERM marks the run as PREEMPTED and has them save and stop.
 
-    SLURM signals every process of a job. torchrun would give its ranks half a minute and then fail, and a loader process
-    would die: so they ignore it, as ranks do until they have a handler; when they do, they are told by SIGUSR1.
+    SLURM signals every process of a job. On SIGTERM torchrun would give its ranks half a minute and then fail, and a loader
+    process would die, so both ignore it, as ranks do until they have a handler. Ranks that have one get SIGUSR1 instead.
     """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -153,47 +110,26 @@ def run_ranks(argv: Sequence[str], config: Config, node: Node) -> int:
     address, _, port = node.master.rpartition(":")
     where = [f"--nnodes={node.nodes}", f"--node-rank={node.number}", f"--nproc-per-node={node.ranks}"]
     where += [f"--master-addr={address}", f"--master-port={port}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *where,
-        "-m",
-        "ping_llm.train",
-        *argv,
-        "--data.rows",
-        str(rows),
-    ]
+    training = ["-m", "ping_llm.train", *argv, "--data.rows", str(rows)]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, *training]
     torchrun = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
-    told = set()
+    signalled: set[int] = set()
     while torchrun.poll() is None:
         if stop.is_set():
             config.train.run_dir.mkdir(parents=True, exist_ok=True)
             (config.train.run_dir / PREEMPTED).touch()
-            for rank in _children(torchrun.pid) - told:
+            for rank in _children(torchrun.pid) - signalled:
                 if _catches(rank, signal.SIGUSR1):  # one that does not yet would be killed by it
                     os.kill(rank, signal.SIGUSR1)
-                    told.add(rank)
+                    signalled.add(rank)
         time.sleep(POLL_S)
     return torchrun.returncode
 
 
-def saved(config: Config) -> tuple[int, bool]:
-    """The step of the newest checkpoint, 0 if there is none, and whether it is the last of the run."""
-    for folder in sorted(config.train.run_dir.glob("checkpoints/step-????????"), reverse=True):
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            done = schedule.progress(state["step"], state["tokens"], state["elapsed_s"], config.train) >= 1
-        except (OSError, ValueError, KeyError):
-            continue  # damaged: the trainer goes on from the one before, too
-        return state["step"], done
-    return 0, False
-
-
 def judge(code: int, before: Standing, config: Config) -> int:
-    """The exit code of the job from that of its ranks: 0 and DONE, or REQUEUE if it stopped because it was told to.
+    """The exit code of the job from that of its ranks: 0 and DONE, or REQUEUE if it was preempted.
 
-    ValueError if it crashed, or was stopped too often before it had saved a step: such a job does not come back for ever.
+    ValueError if it crashed, or was stopped too often in a row before it had saved a step: such a job is not requeued.
     """
     run_dir = config.train.run_dir
     step, done = saved(config)
@@ -217,17 +153,6 @@ def judge(code: int, before: Standing, config: Config) -> int:
     (run_dir / PREEMPTED).write_text(str(idle_turns))
     print(f"{run_dir} was stopped after step {step:,}; it goes on when this job has its next turn", flush=True)
     return REQUEUE
-
-
-def _shards(rows: Path) -> list[Path]:
-    """The files that training reads measurements from; ValueError if one is missing."""
-    shards = []
-    for part in ("train", "val"):
-        held = RowReader(rows, part).paths
-        if not held or not held[0].stem.endswith(f"-of-{len(held):05d}"):
-            raise ValueError(f"{rows} has lost shards of {part}, {len(held)} are left; run ping-llm prepare again")
-        shards += held
-    return shards
 
 
 def _children(parent: int) -> set[int]:
@@ -256,22 +181,27 @@ def main(argv: Sequence[str]) -> int:
     name, *argv = argv
     place = ""
     try:
+        if name == "gpus":
+            no_gpu = "--baselines-only" in argv or any(word in ("cpu", "--device=cpu") for word in argv)
+            device = "cpu" if no_gpu else "auto"
+            node = dataclasses.replace(Node.from_environment(device), ranks=1)
+            place = f"{node.name}: "
+            check_gpus(device, node)
+            return 0
         numbers = [int(argv.pop(0)) for _ in range(3)] if name == "judge" else []
-        config = parse_config(argv, "ping-llm train") if name != "gpus" else None
-        asks_no_gpu = "--baselines-only" in argv or any(word in ("cpu", "--device=cpu") for word in argv)
-        device = config.train.device if config else "cpu" if asks_no_gpu else "auto"
-        node = Node.from_environment(device)
+        config = parse_config(argv, "ping-llm train")
+        node = Node.from_environment(config.train.device)
+        if name == "ranks":
+            return run_ranks(argv, config, node)
+        if name == "judge":
+            return judge(numbers[0], Standing(*numbers[1:]), config)
         if name == "check":
             print(*dataclasses.astuple(check(config, node)))
-        elif name == "ranks":
-            return run_ranks(argv, config, node)
-        elif name == "judge":
-            return judge(numbers[0], Standing(*numbers[1:]), config)
         else:
             place = f"{node.name}: "
-            check_gpus(device, node if config else replace(node, ranks=1))
-            if config and node.local_disk:
-                print(f"{node.name}: rows in {copy_rows(config.data.rows, node.local_disk)}", flush=True)
+            check_gpus(config.train.device, node)
+            if node.local_disk:
+                print(f"{place}rows in {copy_rows(config.data.rows, node.local_disk)}", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {place}{error}", file=sys.stderr, flush=True)
         return 1

@@ -5,8 +5,8 @@
         model.safetensors  optimizer.safetensors
         state.json                               format version, checksums of both, and the run's counters
 
-A checkpoint is written aside, flushed to the disk and renamed, so a folder of that name is whole; older ones go only
-then. Nothing is unpickled. `Saver` does this beside the training, in a thread.
+A checkpoint is written aside, flushed to the disk and renamed, so a folder of that name is whole; older ones are removed
+only after that. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import math
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,72 +73,6 @@ def load_config(run_dir: Path) -> Config | None:
     return config_from_dict(values, str(path))
 
 
-class Saver:
-    """Writes the checkpoints of a run in a thread of its own, one at a time, and prunes; a context manager.
-
-    `note` is told of a checkpoint that could not be written: the ones before it stay, and training goes on, for the next
-    may succeed. Only if the last one of a run fails too does the block end with what went wrong, an OSError for a disk.
-    """
-
-    def __init__(self, run_dir: Path, keep: int, note: Callable[[str], None]) -> None:
-        self.run_dir, self.keep, self.note = run_dir, keep, note
-        self.buffers: dict[str, Tensor] = {}  # of all tensors, allocated once: pinned where they come from a GPU
-        self.thread: threading.Thread | None = None
-        self.failed: Exception | None = None
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.wait()
-        if self.failed is not None and kind is None:
-            raise self.failed
-
-    def save(
-        self, step: int, model_state: dict[str, Tensor], optimizer_state: dict[str, Tensor], state: dict[str, Any]
-    ) -> None:
-        """Copies the tensors, after a save that is still under way, and returns; see `save` below."""
-        self.wait()
-        model, optimizer = self._copy("model.", model_state), self._copy("optimizer.", optimizer_state)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies are under way until then
-        self.thread = threading.Thread(target=self._write, args=(step, model, optimizer, state), name="checkpoint")
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Returns when no save is under way."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-
-    def _copy(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        copies = {}
-        for name, tensor in tensors.items():
-            if prefix + name not in self.buffers:
-                self.buffers[prefix + name] = torch.empty_like(
-                    tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
-                )
-            copies[name] = self.buffers[prefix + name].copy_(tensor.detach(), non_blocking=True)
-        return copies
-
-    def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
-        try:
-            save(self.run_dir, step, model, optimizer, state)
-            self.failed = None
-        except Exception as error:  # nothing may be lost in silence because a thread ended
-            last = next((folder.name for folder in _folders(self.run_dir)), "none")
-            reason = getattr(error, "strerror", None) or repr(error)
-            text = f"the checkpoint of step {step} could not be written ({reason}); the last good one is {last}"
-            told = OSError(f"{text}; make room in {self.run_dir} and run the same command again")
-            self.failed = told if isinstance(error, OSError) else error
-            self.note(f"warning: {text}, and training goes on")
-            return
-        try:
-            prune(self.run_dir, self.keep)
-        except (OSError, ValueError) as error:
-            self.note(f"warning: older checkpoints in {self.run_dir} stay ({error})")
-
-
 def save(
     run_dir: Path,
     step: int,
@@ -174,7 +107,7 @@ def save(
 
 def prune(run_dir: Path, keep: int) -> None:
     """Removes all checkpoints but the newest `keep` and the best."""
-    folders = _folders(run_dir)
+    folders = checkpoints(run_dir)
     best = _best(folders)
     for folder in folders[keep:]:
         if folder != best:
@@ -185,54 +118,53 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint, None if there is none at all; a damaged one is passed over with a warning."""
-    folders = _folders(Path(run_dir))
-    for folder in folders:
-        try:
-            state = _verified_state(folder, (MODEL_NAME, OPTIMIZER_NAME))
-        except _Damaged as error:
-            log.warning("%s is damaged (%s); trying the one before", folder, error)
-            continue
-        return Checkpoint(state["step"], load_file(folder / MODEL_NAME), load_file(folder / OPTIMIZER_NAME), state)
-    if folders:
-        raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or start a new run folder")
-    return None
+    folders = checkpoints(Path(run_dir))
+    if not folders:
+        return None
+    folder, state = _first_whole(folders, (MODEL_NAME, OPTIMIZER_NAME))
+    return Checkpoint(state["step"], load_file(folder / MODEL_NAME), load_file(folder / OPTIMIZER_NAME), state)
 
 
 def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Config, dict[str, Any]]:
     """The model of a run for inference, its config and its counters: the best by validation loss, else the newest."""
     run_dir = Path(run_dir)
-    config, folders = load_config(run_dir), _folders(run_dir)
+    config, folders = load_config(run_dir), checkpoints(run_dir)
     if config is None or not folders:
         raise ValueError(f'no checkpoint in {run_dir}; run "ping-llm train" first')
     best = _best(folders)
-    for folder in sorted(folders, key=lambda folder: folder != best):
-        try:
-            state = _verified_state(folder, (MODEL_NAME,))
-        except _Damaged as error:
-            log.warning("%s is damaged (%s); trying another one", folder, error)
-            continue
-        with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
-            model = GPT(config.model)
-        try:
-            model.load_state_dict(load_file(folder / MODEL_NAME), assign=True)
-        except RuntimeError:  # of several lines, one a tensor
-            raise ValueError(f"{folder} does not fit the model of {run_dir / CONFIG_NAME}; restore that file") from None
-        return model.to(device).eval(), config, state
-    raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or train again")
+    folder, state = _first_whole(sorted(folders, key=lambda folder: folder != best), (MODEL_NAME,))
+    with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
+        model = GPT(config.model)
+    try:
+        model.load_state_dict(load_file(folder / MODEL_NAME), assign=True)
+    except RuntimeError:  # its message has a line for each tensor
+        raise ValueError(f"{folder} does not fit the model of {run_dir / CONFIG_NAME}; restore that file") from None
+    return model.to(device).eval(), config, state
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The folders of the checkpoints, newest first."""
+    return sorted((f for f in run_dir.glob("checkpoints/step-*") if f.suffix != _ASIDE), reverse=True)
 
 
 class _Damaged(Exception):
     """A checkpoint that is not what was written."""
 
 
-def _folders(run_dir: Path) -> list[Path]:
-    """The checkpoints, newest first."""
-    return sorted((f for f in run_dir.glob("checkpoints/step-*") if f.suffix != _ASIDE), reverse=True)
+def _first_whole(folders: Sequence[Path], names: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+    """The first checkpoint whose files `names` are undamaged, and its state.json; ValueError if there is none."""
+    for folder in folders:
+        try:
+            return folder, _verified_state(folder, names)
+        except _Damaged as error:
+            log.warning("%s is damaged (%s); trying another one", folder, error)
+    run_dir = folders[0].parents[1]
+    raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or start a new run folder")
 
 
 def _best(folders: list[Path]) -> Path | None:
     """The checkpoint with the lowest validation loss; None if none was evaluated."""
-    losses = {}
+    losses: dict[Path, float] = {}
     for folder in folders:
         try:
             val_loss = _verified_state(folder, ()).get("val_loss")
@@ -240,15 +172,15 @@ def _best(folders: list[Path]) -> Path | None:
             continue
         if val_loss is not None and math.isfinite(val_loss):
             losses[folder] = val_loss
-    return min(losses, key=losses.get, default=None)
+    return min(losses, key=lambda folder: losses[folder], default=None)
 
 
 def _verified_state(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """state.json, after the checksums of the files `names`; _Damaged if one is wrong."""
     try:
         state = _read_json(folder / STATE_NAME)
-        told = state.pop("state_sha256", None)  # the first checkpoints had none
-        if told not in (None, _json_sha256(state)):
+        expected = state.pop("state_sha256", None)  # the first checkpoints had none
+        if expected not in (None, _json_sha256(state)):
             raise _Damaged(f"{STATE_NAME} does not match its checksum")
         for name in names:
             if _sha256(folder / name) != state["sha256"][name]:

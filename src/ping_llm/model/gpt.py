@@ -9,6 +9,9 @@ Letters of shapes, here and in every module that holds tensors:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +25,8 @@ VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units
 class KVCache:
     """Keys and values of the tokens that were already read, and which of them are real.
 
-    A forward pass appends its T tokens. `fork` gives a second cache over the same memory (nothing is copied), so that a
-    pass can be tried and forgotten: `model(tokens, cache.fork())` leaves `cache` as it was.
+    A forward pass appends its T tokens. `fork` gives a second cache over the same memory (nothing is copied):
+    `model(tokens, cache.fork())` leaves `cache` as it was.
     """
 
     def __init__(self) -> None:
@@ -38,6 +41,7 @@ class KVCache:
 
     def lengths(self) -> Tensor:
         """Real tokens of each prompt, (B,): the position of the next one."""
+        assert self.valid is not None, "an empty cache has no prompts"
         return self.valid.sum(dim=1)
 
     def fork(self) -> KVCache:
@@ -59,10 +63,10 @@ class KVCache:
         return self.keys[layer], self.values[layer]
 
     def append_valid(self, valid: Tensor) -> None:
-        """Says which of the new tokens are real, (B, T) bool."""
+        """Records which of the new tokens are real, (B, T) bool."""
         self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
 
-    def _map(self, function) -> KVCache:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> KVCache:
         mapped = KVCache()
         mapped.keys, mapped.values = [function(k) for k in self.keys], [function(v) for v in self.values]
         mapped.valid = None if self.valid is None else function(self.valid)
@@ -75,8 +79,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
-        for name in ("q", "k", "v", "out"):
-            setattr(self, name, nn.Linear(config.n_embd, config.n_embd, bias=False))
+        self.q, self.k, self.v, self.out = (nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
         B, T, D = x.shape
@@ -144,7 +147,7 @@ class GPT(nn.Module):
         bound = (3 / self.config.n_embd) ** 0.5  # of a uniform distribution with deviation D^−½
         nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
                 nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             for linear in (block.attention.out, block.mlp.down):
@@ -168,11 +171,12 @@ class GPT(nn.Module):
         cached = cache.size if cache is not None else 0
         if positions is None:
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
-            positions = positions + cache.lengths()[:, None] if cached else positions
+            if cache is not None and cached:
+                positions = positions + cache.lengths()[:, None]
         if cache is not None:
             cache.append_valid(tokens >= 0)
         if mask is not None or cached:
-            mask = _key_mask(mask, T, cached, cache)
+            mask = _key_mask(mask, T, cached, cache.valid if cache is not None else None, tokens.device)
         x = _rms_norm(self.embedding(tokens.clamp(min=0)))  # (B, T, D)
         rotation = _rotation(positions, self.config, _matmul_dtype(x))
         for block in self.blocks:
@@ -183,7 +187,7 @@ class GPT(nn.Module):
 
 def sibling_mask(cache: KVCache, siblings: int) -> Tensor:
     """Mask under which new tokens see the cached ones and themselves, never each other; (1, 1, siblings, S)."""
-    itself = torch.eye(siblings, dtype=torch.bool, device=cache.valid.device)
+    itself = torch.eye(siblings, dtype=torch.bool, device=cache.keys[0].device)
     return torch.cat([itself.new_ones(siblings, cache.size), itself], dim=1)[None, None]
 
 
@@ -228,28 +232,11 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
-def native_bf16(device: torch.device) -> bool:
-    """True where the device multiplies bf16 natively; where it emulates it, fp32 is as fast."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name: cpu, cuda, or auto for cuda where there is one; ValueError if it is not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {name!r} must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but no CUDA device is visible; pass cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _key_mask(mask: Tensor | None, T: int, cached: int, cache: KVCache | None) -> Tensor:
+def _key_mask(mask: Tensor | None, T: int, cached: int, valid: Tensor | None, device: torch.device) -> Tensor:
     """The mask of `GPT.forward`, causal if None, over cached + T keys without padding, (B or 1, 1, T, S)."""
-    device = mask.device if mask is not None else cache.valid.device
     queries = torch.arange(cached, cached + T, device=device)[:, None]  # (T, 1)
     keys = torch.arange(cached + T, device=device)  # (S,)
     mask = mask if mask is not None else (keys <= queries)[None, None]
-    if cache is not None:
-        mask = mask & cache.valid[:, None, None, :]
+    if valid is not None:
+        mask = mask & valid[:, None, None, :]
     return mask | (keys == queries)  # a row that sees nothing would be NaN, and spread

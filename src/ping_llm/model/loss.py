@@ -1,7 +1,7 @@
-"""Logits and tokens in, cross-entropy of each field out, as sums and counts: who uses them divides once.
+"""Logits and tokens in, cross-entropy of each field out, as sums and counts, to be divided once.
 
-A field is what a token tells of a measurement. The tables that assign roles to fields belong to the vocabulary and are
-passed in.
+A field is the part of a measurement that a token encodes. The tables that assign roles to fields belong to the
+vocabulary and are passed in.
 """
 
 from __future__ import annotations

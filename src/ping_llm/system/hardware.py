@@ -21,26 +21,44 @@ PEAK_BF16_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that matches counts."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name: cpu, cuda, or auto for cuda where there is one; ValueError if it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was requested, but no CUDA device is visible; pass cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """True where the device multiplies bf16 natively; where it emulates it, fp32 is as fast."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    named = re.search(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s at best; None where no data sheet tells them."""
+    """Dense bf16 FLOP/s at best; None if no data sheet gives them."""
     if device.type != "cuda":
         return None
     return named_peak_flops(device_name(device))
 
 
 def named_peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s at best of a device of that name; None where no data sheet tells them."""
+    """Dense bf16 FLOP/s at best of a device of that name; None if no data sheet gives them."""
     fits = (peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{re.escape(part)}\b", name, re.IGNORECASE))
     return next(fits, None)
 
@@ -55,7 +73,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
-    """What a report should say of where a run ran."""
+    """What a report says about the machine of a run."""
     return {
         "device": device_name(device),
         "peak_flops": peak_flops(device),
@@ -63,11 +81,3 @@ def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _read(path: str) -> str:
-    """The text of a file of the system; empty where there is none."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""A trained model and rows of val in, its calibration out: what its answers on val say of how to read the others."""
+"""A trained model and rows of val in, its calibration out: fitted to its answers on val."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ from ping_llm.inference.scoring import HISTORY, own_p_values, source_log_prob
 from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT
 
-UNFAMILIAR_SHARE = 0.05  # of the results of val are of sources as strange to the model as a new one may be
-SURPRISE_SHARE = 5  # of so many results one is also asked for with its history, which takes some twenty times as long
+UNFAMILIAR_SHARE = 0.05  # of the results of val are of sources as unfamiliar to the model as a new one may be
+SURPRISE_SHARE = 5  # one in so many results is also queried with its history, which takes about twenty times as long
 _BACK = 256  # measurements of a probe that are searched for those of the same source
 _BATCH = 64  # prompts read together
 
 
 def calibrate_run(config: Config, device: torch.device) -> None:
-    """Calibrates the checkpoint of a run folder that questions are put to, and writes it beside."""
+    """Calibrates the checkpoint that inference uses, and writes calibration.json into the run folder."""
     gpt, _, _ = load_model(config.train.run_dir, device)
     calibrate(gpt, config, device).save(config.train.run_dir)
 
 
 def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) -> Calibration:
-    """Asks for `results` pings of val, drawn evenly with a fixed seed; by default twice `train.eval_queries`."""
+    """Fits to `results` pings of val, drawn evenly with a fixed seed; by default twice `train.eval_queries`."""
     results = results or 2 * config.train.eval_queries
     queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), results, np.random.default_rng(config.seed))
+    sources = [query.src for query in queries if query.src is not None]  # all of them are known
     model = PingModel(gpt, device)
     src_weights, familiar = {}, {}
     for family, width in (("ipv4", 4), ("ipv6", 16)):
-        chosen = [i for i, query in enumerate(queries) if query.src.width == width]
+        chosen = [i for i, src in enumerate(sources) if src.width == width]
         if chosen:
             names, log_p = log_likelihoods(gpt, [queries[i] for i in chosen], rtt_ms[chosen])
             src_weights[family] = dict(zip(names, mixture_weights(log_p).tolist(), strict=True))
-            known = source_log_prob(model, [queries[i].src for i in chosen])
+            known = source_log_prob(model, [sources[i] for i in chosen])
             familiar[family] = float(np.quantile(known, UNFAMILIAR_SHARE))
     some = np.arange(0, len(queries), SURPRISE_SHARE)
     model = PingModel(gpt, device, Calibration(src_weights, familiar=familiar))
     own, first = [], 0
-    for laws in model.laws([queries[i] for i in some]):
-        own.append(own_p_values(laws, rtt_ms[some[first : first + len(laws)]]))
-        first += len(laws)
+    for distributions in model.laws([queries[i] for i in some]):
+        own.append(own_p_values(distributions, rtt_ms[some[first : first + len(distributions)]]))
+        first += len(distributions)
     return Calibration(src_weights, tuple(np.sort(np.concatenate(own)).tolist()), familiar)
 
 
 def sample_results(rows: RowReader, count: int, rng: np.random.Generator) -> tuple[list[Query], np.ndarray]:
-    """Up to `count` results, in the order of the rows, as what `score` asks for each, and what came, (n,) ms."""
+    """Up to `count` results, in the order of the rows, as the queries of `score`, and the results, (n,) ms."""
     ends = np.cumsum(rows.measurements)
     places = np.sort(rng.choice(ends[-1], min(count, ends[-1]), replace=False))
     queries, rtt_ms = [], []
@@ -78,16 +79,16 @@ def _query(row: ProbeRow, place: int) -> Query:
 
 
 def log_likelihoods(gpt: GPT, queries: Sequence[Query], rtt_ms: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The told lengths that `auto` mixes, by name, and log P of each result, to byte 1, under each without context: (n, L).
+    """The known lengths that `auto` mixes, by name, and log P of each result, to byte 1, under each without context: (n, L).
 
-    The sources are of one family, and told whole.
+    The sources are whole addresses of one family.
     """
     alone = [dataclasses.replace(query, context=Context.parse(None)) for query in queries]
     variants = [list(query.variants("auto")) for query in alone]
     lines = [
         np.append(build_prompt(variant, gpt.config.seq_len).tokens, _result_tokens(result))
-        for told, result in zip(variants, rtt_ms, strict=True)
-        for variant in told
+        for known, result in zip(variants, rtt_ms, strict=True)
+        for variant in known
     ]
     batches = range(0, len(lines), _BATCH)
     log_p = np.concatenate([read_contexts(gpt, lines[first : first + _BATCH]).log_likelihood for first in batches])
@@ -95,13 +96,13 @@ def log_likelihoods(gpt: GPT, queries: Sequence[Query], rtt_ms: np.ndarray) -> t
 
 
 def _result_tokens(rtt_ms: float) -> list[int]:
-    return [tk.FAILED] if rtt_ms < 0 else [tk.RTT_START, tk.BYTE_0 + int(tk.encode_rtt(rtt_ms)) // 256]
+    return [tk.FAILED] if rtt_ms < 0 else [tk.RTT_START, tk.BYTE_0 + int(tk.encode_rtt(np.array(rtt_ms))) // 256]
 
 
 def mixture_weights(log_p: np.ndarray, smoothing: float = 1.0, rounds: int = 200) -> np.ndarray:
-    """The weights of L laws whose mixture makes n results likeliest, (L,), from log P of each under each law, (n, L).
+    """The weights of L distributions whose mixture makes n results likeliest, (L,), from log P of each under each, (n, L).
 
-    Expectation and maximisation, from equal weights; the problem is convex. `smoothing` results are added to each law.
+    Expectation and maximisation, from equal weights; the problem is convex. `smoothing` results are added to each.
     """
     n, L = log_p.shape
     p = np.exp(log_p - log_p.max(axis=1, keepdims=True))

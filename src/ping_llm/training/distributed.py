@@ -1,6 +1,6 @@
 """The environment that torchrun sets in, what the processes of a run do together out.
 
-Everything here also works in a process that is alone; then nothing is sent.
+All of this also works in a single process; then nothing is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ping_llm.model.gpt import pick_device
+from ping_llm.system.hardware import pick_device
 
 TIMEOUT = dt.timedelta(minutes=10)  # of one exchange; a process may be compiling, or looking at samples, meanwhile
 
@@ -27,7 +27,7 @@ class PeerLost(ConnectionError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run as one of them sees them."""
+    """The processes of a run, seen from one of them."""
 
     device: torch.device
     rank: int = 0
@@ -53,7 +53,7 @@ class Ranks:
         return torch.cat(gathered)
 
     def share(self, value: Any) -> Any:
-        """A small value of the main process, in every process; what the others pass is not looked at."""
+        """A small value of the main process, in every process; what the others pass is ignored."""
         if self.world == 1:
             return value
         box = [value if self.is_main else None]
@@ -61,33 +61,31 @@ class Ranks:
         return box[0]
 
     def share_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The tensors of the main process, on the CPU of every process; what the others pass is not looked at."""
+        """The tensors of the main process, on the CPU of every process; what the others pass is ignored."""
+        own = tensors or {}
         if self.world == 1:
-            return tensors
-        kinds = self.share({n: (t.shape, t.dtype) for n, t in tensors.items()} if self.is_main else None)
+            return own
         received = {}
-        for name, (shape, dtype) in kinds.items():
-            sent = tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)
-            sent = sent.to(self.device)  # NCCL sends from the GPU alone
+        for name, (shape, dtype) in self.share({name: (t.shape, t.dtype) for name, t in own.items()}).items():
+            sent = own[name] if self.is_main else torch.empty(shape, dtype=dtype)
+            sent = sent.to(self.device)  # NCCL sends from the GPU only
             dist.broadcast(sent, src=0)
             received[name] = sent.cpu()
         return received
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Runs a function in the main process alone: its answer there, None elsewhere; an error ends all processes, but
-        only the main one says why."""
-        answer, error = None, None
+        """Runs a function in the main process only: its result there, None elsewhere; an error ends all processes, but
+        only the main one reports it."""
+        result = None
         if self.is_main:
             try:
-                answer = function()
-            except (ValueError, OSError) as caught:
-                error = caught
-        failed = self.share(error is not None)
-        if error is not None:
-            raise error
-        if failed:
+                result = function()
+            except (ValueError, OSError):
+                self.share(True)
+                raise
+        if self.share(False):
             raise SystemExit(1)
-        return answer
+        return result
 
 
 @contextmanager
@@ -143,7 +141,7 @@ def _own_gpu() -> torch.device:
 
 
 def _lost_peer(error: BaseException) -> bool:
-    """Whether an exchange broke off: gloo and NCCL say so in words only."""
+    """Whether an exchange broke off, which gloo and NCCL report only in words."""
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
     return any(sign in text for sign in signs)

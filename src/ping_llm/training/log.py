@@ -7,15 +7,18 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
 from ping_llm.config import FIELDS, Config, config_to_dict
 from ping_llm.system.files import write_atomically
+from ping_llm.training.metrics import METRICS_NAME, parse_line
 
-METRICS_NAME = "metrics.jsonl"
-MACHINE_NAME = "machine.json"
 SAMPLES_NAME = "samples.txt"
 LINE_EVERY_S = 10.0
 
@@ -24,7 +27,7 @@ class RunLog:
     """A context manager; `write` takes what was measured after a step, `show_progress` how far the run is.
 
     `resumed_step` is the step of the checkpoint the run continues, None for a new run: later lines of metrics.jsonl
-    belong to steps that are about to be repeated, and go.
+    belong to steps that are about to be repeated, and are removed.
     """
 
     def __init__(self, config: Config, resumed_step: int | None) -> None:
@@ -32,7 +35,8 @@ class RunLog:
         path = self.run_dir / METRICS_NAME
         _truncate(path, -1 if resumed_step is None else resumed_step)
         self.begun = self.last_line = time.monotonic()
-        self.first_progress = self.progress = None
+        self.first_progress: float | None = None
+        self.progress = 0.0
         self.wandb = _start_wandb(config)
         self.file = path.open("a")
         self.live = _LiveLines() if sys.stdout.isatty() else None
@@ -47,7 +51,7 @@ class RunLog:
             self.live.stop()
         try:
             self.file.close()
-        except OSError:  # writes what a full disk did not take; that it did not was said
+        except OSError:  # a full disk, which `_append` has reported
             pass
         finally:
             if self.wandb is not None:
@@ -59,24 +63,25 @@ class RunLog:
         self._append(json.dumps({"step": step, **values}) + "\n")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
-        trained, validated = summary(scalars), validation_summary(scalars)
+        trained, validated = _training_summary(scalars), _summary(scalars, _VALIDATION)
         if self.live is None:
             self._print_line(step, "  ".join(filter(None, (trained, validated))), always=bool(validated))
             return
         if validated:
             self.note(f"step {step:,}  {validated}")
         if trained:
-            self.live.show(trained)
+            self.live.values = trained
+            self.live.refresh()
 
     def note(self, text: str) -> None:
-        """Says something once."""
+        """Prints a line that is not a measurement."""
         if self.live is None:
             print(text, flush=True)
         else:
-            self.live.print(text)
+            self.live.console.print(text, highlight=False, markup=False)
 
     def show_samples(self, step: int, text: str) -> None:
-        """Shows what the model says by now, and adds it to samples.txt."""
+        """Prints samples of the model and adds them to samples.txt."""
         self.note(text)
         try:
             with (self.run_dir / SAMPLES_NAME).open("a") as file:
@@ -89,10 +94,10 @@ class RunLog:
         self.first_progress = progress if self.first_progress is None else self.first_progress
         self.progress = progress
         if self.live is not None:
-            self.live.advance(step, progress)
+            self.live.update(self.live.task, completed=min(1.0, progress), step=f"{step:,}")
 
     def _append(self, line: str) -> None:
-        """Adds to metrics.jsonl; a full disk costs lines of it, not the run."""
+        """Adds to metrics.jsonl; on a full disk lines are lost, but the run goes on."""
         try:
             self.file.write(line)
             self.file.flush()
@@ -100,20 +105,20 @@ class RunLog:
             self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
 
     def _print_line(self, step: int, text: str, always: bool) -> None:
-        """One line where no live one can be: after each evaluation, and else no more often than LINE_EVERY_S."""
+        """A line where the output is no terminal: after each evaluation, otherwise at most every LINE_EVERY_S."""
         now = time.monotonic()
         if not always and now - self.last_line < LINE_EVERY_S:
             return
         self.last_line = now
         left = ""
-        if self.progress is not None and self.first_progress < self.progress < 1:
+        if self.first_progress is not None and self.first_progress < self.progress < 1:
             seconds = (now - self.begun) * (1 - self.progress) / (self.progress - self.first_progress)
             left = f"  {self.progress:.0%}, {seconds / 60:.1f} min left"
         print(f"step {step:,}  {text}{left}", flush=True)
 
 
 class SilentLog:
-    """A RunLog that says and writes nothing: that of every process but the main one."""
+    """A RunLog whose every method does nothing: that of all processes but the main one."""
 
     def __enter__(self) -> SilentLog:
         return self
@@ -121,20 +126,11 @@ class SilentLog:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def write(self, step: int, **scalars: float) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def show_samples(self, step: int, text: str) -> None:
-        """Nothing."""
-
-    def show_progress(self, step: int, progress: float) -> None:
-        """Nothing."""
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
-_SUMMARY = {
+_TRAINING = {
     "lr": "lr {:.2g}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
@@ -143,24 +139,7 @@ _SUMMARY = {
     "grad_norm": "gradient {:.2g}",
     "peak_memory_gb": "{:.1f} GB",
 }
-
-
-def summary(scalars: Mapping[str, float]) -> str:
-    """What a line of training says: loss, bits a token of each field, rates; empty if nothing of it was measured."""
-    if "loss" not in scalars:
-        return ""
-    bits = [
-        f"{field} {nats / math.log(2):.2f}"
-        for field in FIELDS
-        if math.isfinite(nats := scalars.get(f"loss_{field}", math.nan))
-    ]
-    told = [form.format(scalars[name]) for name, form in _SUMMARY.items() if name in scalars]
-    if scalars.get("skipped_steps"):
-        told.append(f"{scalars['skipped_steps']:.0f} steps skipped")
-    return "  ".join([f"loss {scalars['loss']:.4f}", f"bits a token: {' '.join(bits)}", *told])
-
-
-_VALIDATION_SUMMARY = {
+_VALIDATION = {
     "val_loss": "val: loss {:.4f}",
     "val_loss_rtt": "rtt {:.4f} nats",
     "val_rtt_bits": "{:.3f} bits per RTT",
@@ -168,74 +147,41 @@ _VALIDATION_SUMMARY = {
 }
 
 
-def validation_summary(scalars: Mapping[str, float]) -> str:
-    """What a line of an evaluation says; empty if there was none."""
-    return "  ".join(form.format(scalars[name]) for name, form in _VALIDATION_SUMMARY.items() if name in scalars)
+def _summary(scalars: Mapping[str, float], forms: Mapping[str, str]) -> str:
+    """The scalars that were measured and have a form; empty if there are none."""
+    return "  ".join(form.format(scalars[name]) for name, form in forms.items() if name in scalars)
+
+
+def _training_summary(scalars: Mapping[str, float]) -> str:
+    """Loss, bits a token of each field, rates; empty if no training step was measured."""
+    if "loss" not in scalars:
+        return ""
+    nats = {field: scalars.get(f"loss_{field}", math.nan) for field in FIELDS}
+    bits = " ".join(f"{field} {loss / math.log(2):.2f}" for field, loss in nats.items() if math.isfinite(loss))
+    skipped = f"  {scalars['skipped_steps']:.0f} steps skipped" if scalars.get("skipped_steps") else ""
+    return f"loss {scalars['loss']:.4f}  bits a token: {bits}  {_summary(scalars, _TRAINING)}{skipped}"
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Drops the lines after a step, and a line that was cut while it was written."""
+    """Drops the lines after a step, and those that are damaged, as the last one if it was cut while it was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last_step]
-    write_atomically(path, "".join(kept))
+    rows = [(line, parse_line(line)) for line in lines if line.endswith("\n")]
+    write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last_step))
 
 
-def _step_of(line: str) -> float:
-    """Infinite for a line that is damaged."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-class _LiveLines:
-    """Two lines on a terminal that change in place: how far the run is, and what its last step was like."""
+class _LiveLines(Progress):
+    """Two lines on a terminal that change in place: the progress of the run, and the values of its last step."""
 
     def __init__(self) -> None:
-        from rich.live import Live
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        left = (TimeRemainingColumn(), TextColumn("left"))
+        bar = (TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self.values = ""
+        super().__init__(*bar, *left, refresh_per_second=4)
+        self.task = self.add_task("", total=1.0, step="0")
 
-        self.bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        self.task = self.bar.add_task("", total=1.0, step="0")
-        self.live = Live(self.bar, refresh_per_second=4)
-
-    def start(self) -> None:
-        """Shows the lines."""
-        self.live.start()
-
-    def stop(self) -> None:
-        """Leaves them as they are."""
-        self.live.stop()
-
-    def advance(self, step: int, progress: float) -> None:
-        """Moves the bar."""
-        self.bar.update(self.task, completed=min(1.0, progress), step=f"{step:,}")
-
-    def show(self, text: str) -> None:
-        """Puts a text under the bar."""
-        from rich.console import Group
-        from rich.text import Text
-
-        self.live.update(Group(self.bar, Text(text)))
-
-    def print(self, text: str) -> None:
-        """Prints above the lines."""
-        self.live.console.print(text, highlight=False, markup=False)
-
-
-def _wandb_id(run_dir: Path) -> str:
-    """The id of this run folder at Weights & Biases, drawn once: a continued run goes on in the same curves."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+    def get_renderables(self) -> Iterable[RenderableType]:
+        return [*super().get_renderables(), Text(self.values)] if self.values else super().get_renderables()
 
 
 def _start_wandb(config: Config) -> Any:
@@ -244,6 +190,9 @@ def _start_wandb(config: Config) -> Any:
         return None
     import wandb
 
+    id_file = config.train.run_dir / "wandb_id"  # drawn once: a continued run goes on in the same curves
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
     try:
         return wandb.init(
             project=config.train.wandb_project,
@@ -251,7 +200,7 @@ def _start_wandb(config: Config) -> Any:
             dir=config.train.run_dir,
             config=config_to_dict(config),
             mode=config.train.wandb,
-            id=_wandb_id(config.train.run_dir),
+            id=id_file.read_text(),
             resume="allow",
         )
     except wandb.errors.Error as error:

@@ -8,12 +8,13 @@ processes of a run share them; the momenta, which are cheap, are the same in eac
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ping_llm.model.gpt import native_bf16
+from ping_llm.system.hardware import native_bf16
 from ping_llm.training.distributed import Ranks
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values end between about 0.7 and 1.2
@@ -61,8 +62,8 @@ class Muon:
     def step(self, momentum: float, weight_decay: float) -> None:
         """Applies the gradients of the matrices; `weight_decay` is decoupled, times the rate."""
         for shape, names in self.names.items():
-            matrices = [self.matrices[name] for name in names]
-            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, A, B)
+            matrices: list[Tensor] = [self.matrices[name] for name in names]
+            gradients = torch.stack([cast(Tensor, matrix.grad) for matrix in matrices])  # (n, A, B)
             average = self.momenta[shape].lerp_(gradients, 1 - momentum)
             update = self._orthogonalize(gradients.lerp_(average, momentum)).float()  # Nesterov: looks ahead
             scale = max(1.0, shape[0] / shape[1]) ** 0.5

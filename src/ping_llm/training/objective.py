@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import FIELDS, Config
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
-from ping_llm.model.gpt import GPT, native_bf16
+from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
+from ping_llm.system.hardware import native_bf16
 from ping_llm.training.distributed import Ranks
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,8 +40,12 @@ class Objective:
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
         self.weights = field_weights(config.loss).to(self.device)  # (5,)
         self.precision = resolve_precision(config.train.precision, self.device)
-        self.parallel = _parallel(model, ranks) if ranks.world > 1 else None
-        self.forward = self.parallel or model
+        self.parallel: DistributedDataParallel | None = None
+        if ranks.world > 1:
+            device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+            # The gradients are views of the buffers that are sent: they are not copied.
+            self.parallel = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+        self.forward: Callable[[Tensor], Tensor] = self.parallel or model
         if config.train.compile:
             self.forward = torch.compile(self.forward)
 
@@ -106,12 +111,6 @@ class Objective:
         values = torch.cat([loss[None], sums / counts]).tolist()
         return dict(zip(("loss", *(f"loss_{name}" for name in FIELDS)), values, strict=True))
 
-    def _exchange(self, last: bool):
+    def _exchange(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once, with those of the last micro-batch."""
         return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
-
-
-def _parallel(model: GPT, ranks: Ranks) -> DistributedDataParallel:
-    device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-    # The gradients are views of the buffers that are sent: they are not copied.
-    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)

@@ -59,14 +59,11 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`, from any device."""
-        prefix, suffix = "muon.", ".momentum"
-        self.muon.load_state_dict(
-            {key[len(prefix) : -len(suffix)]: value for key, value in state.items() if key.startswith(prefix)}
-        )
+        self.muon.load_state_dict({name: state[f"muon.{name}.momentum"] for name in self.muon.matrices})
         for group in self.adamw.param_groups:
             parameter, prefix = group["params"][0], f"adamw.{group['name']}."
             self.adamw.state[parameter] = {
-                key[len(prefix) :]: value.to(parameter.device, copy=True)
+                key.removeprefix(prefix): value.to(parameter.device, copy=True)
                 for key, value in state.items()
                 if key.startswith(prefix)
             }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm.config import FIELDS
 from ping_llm.system.axes import label_log_ticks
-from ping_llm.training.log import METRICS_NAME
+from ping_llm.training.metrics import LABELS, METRICS_NAME, Metrics, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PLOTS_NAME = "plots"
 _TRAIN, _VAL, _SKIPPED, _BEST = "#1f6feb", "#d1660f", "#cf222e", "#57606a"
@@ -25,86 +26,28 @@ _COUNTS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """The lines of metrics.jsonl as columns, in the order of their steps."""
-
-    steps: np.ndarray  # (n,) int64, each once
-    columns: dict[str, np.ndarray]  # (n,) float64 each, NaN where a line does not tell or the value was not finite
-    skipped: np.ndarray  # (n,) steps skipped since the line before
-    damaged: int  # lines that could not be read
-
-    def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a column where it has one; (k,) each."""
-        values = self.columns.get(name, np.full(len(self.steps), np.nan))
-        told = np.isfinite(values)
-        return self.steps[told], values[told]
-
-    def best_step(self) -> int | None:
-        """The first step with the lowest validation loss; None if none was evaluated."""
-        steps, losses = self.known("val_loss")
-        return int(steps[losses.argmin()]) if len(losses) else None
-
-
-@dataclass(frozen=True)
 class _Panel:
-    label: str  # of the y axis, with the unit
     train: str = ""  # column of the training steps
     val: str = ""  # column of the evaluations
-    scale: float = 1.0  # from the column to the unit
     log: bool = False
     smooth: bool = True  # the running mean is drawn over the faint values
     marks_skipped: bool = False
+    thousands: bool = False
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """Label of the y axis, and factor from the column to its unit."""
+        label, scale = LABELS[self.train or self.val.removeprefix("val_")]
+        return (f"{label} (thousands)", scale / 1000) if self.thousands else (label, scale)
 
 
-_FIELD_LABELS = {
-    "loss": "weighted loss (nats per token)",
-    "loss_src": "source (nats per token)",
-    "loss_dst": "destination (nats per token)",
-    "loss_rtt": "RTT (nats per token)",
-} | {f"loss_{name}": f"{name} (nats per token)" for name in FIELDS if name not in ("src", "dst", "rtt")}
+_LOSSES = ("loss", "loss_src", "loss_dst", "loss_rtt", "loss_structure", "loss_time")
 _PICTURES = {
-    "loss": tuple(_Panel(label, name, f"val_{name}", log=True) for name, label in _FIELD_LABELS.items()),
-    "validation": (
-        _Panel("bits per RTT", val="val_rtt_bits", log=True),
-        _Panel("median relative\nerror of the RTT (%)", val="val_median_rel_error", scale=100, log=True),
-    ),
-    "optimizer": (
-        _Panel("learning rate of Muon", "lr", smooth=False),
-        _Panel("gradient norm", "grad_norm", log=True, marks_skipped=True),
-    ),
-    "throughput": (
-        _Panel("tokens/s (thousands)", "tokens_per_s", scale=1e-3),
-        _Panel("model FLOPs\nutilisation (%)", "mfu", scale=100),
-        _Panel("time waiting\nfor data (%)", "data_wait_share", scale=100),
-    ),
+    "loss": [_Panel(name, f"val_{name}", log=True) for name in _LOSSES],
+    "validation": [_Panel(val="val_rtt_bits", log=True), _Panel(val="val_median_rel_error", log=True)],
+    "optimizer": [_Panel("lr", smooth=False), _Panel("grad_norm", log=True, marks_skipped=True)],
+    "throughput": [_Panel("tokens_per_s", thousands=True), _Panel("mfu"), _Panel("data_wait_share")],
 }
-
-
-def read_metrics(run_dir: Path) -> Metrics:
-    """Reads metrics.jsonl; ValueError if there is none, or no line of it can be read."""
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise ValueError(f'no run folder {run_dir}; pass one that "ping-llm train" wrote')
-    path = run_dir / METRICS_NAME
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ValueError(
-            f'{path} cannot be read ({error.strerror}); pass a folder that "ping-llm train" wrote'
-        ) from None
-    rows, damaged = {}, 0  # step → what its lines tell, a later line before an earlier one
-    for line in lines:
-        row = _parse(line)
-        if row is None:
-            damaged += 1
-        else:
-            rows.setdefault(row["step"], {}).update(row)
-    if not rows:
-        raise ValueError(f"{path} holds no line yet; wait for the first evaluation of the run, or start it again")
-    rows = dict(sorted(rows.items()))
-    names = sorted({name for row in rows.values() for name in row} - {"step"})
-    columns = {name: np.array([_finite(row.get(name)) for row in rows.values()]) for name in names}
-    return Metrics(np.array(list(rows)), columns, _skipped(list(rows.values())), damaged)
 
 
 def plot_run(run_dir: Path, out: Path | None = None) -> list[Path]:
@@ -121,14 +64,14 @@ def plot_run(run_dir: Path, out: Path | None = None) -> list[Path]:
     name = run_dir.absolute().name
     name = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
     paths = []
-    for picture, panels in _PICTURES.items():
-        panels = [panel for panel in panels if len(_shown(metrics, panel)[0])]
+    for picture, all_panels in _PICTURES.items():
+        panels = [panel for panel in all_panels if len(_shown(metrics, panel))]
         if panels:
             out.mkdir(parents=True, exist_ok=True)
             paths.append(out / f"{picture}.png")
             _draw(metrics, panels, f"{name}: {picture}", paths[-1], columns=3 if picture == "loss" else 1)
     if not paths:
-        raise ValueError(f"{run_dir / METRICS_NAME} tells of no loss, no learning rate and no speed; nothing to draw")
+        raise ValueError(f"{run_dir / METRICS_NAME} has no loss, no learning rate and no speed; nothing to draw")
     return paths
 
 
@@ -150,50 +93,26 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """One line of metrics.jsonl, None if it is damaged."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return row if type(step) is int and 0 <= step < 1 << 62 else None
-
-
-def _finite(value: object) -> float:
-    """NaN for what is no finite number."""
-    return value if type(value) in (int, float) and math.isfinite(value) else math.nan
-
-
-def _skipped(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Steps skipped since the line before, (n,): as counted, or, in runs that did not count, seen by their norm."""
-    counts = np.array([_finite(row.get("skipped_steps")) for row in rows])
-    if np.isnan(counts).all():
-        return np.array([int("grad_norm" in row and row["grad_norm"] is None) for row in rows])
-    return np.diff(np.fmax.accumulate(np.fmax(counts, 0)), prepend=0).astype(int)  # fmax: NaN counts as no news
-
-
-def _shown(metrics: Metrics, panel: _Panel) -> tuple[np.ndarray, np.ndarray]:
-    """All points of a panel, of training and of validation."""
-    curves = [_curve(metrics, panel, name) for name in (panel.train, panel.val)]
-    return np.concatenate([steps for steps, _ in curves]), np.concatenate([values for _, values in curves])
+def _shown(metrics: Metrics, panel: _Panel) -> np.ndarray:
+    """All values of a panel, of training and of validation."""
+    return np.concatenate([_curve(metrics, panel, name)[1] for name in (panel.train, panel.val)])
 
 
 def _curve(metrics: Metrics, panel: _Panel, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values in the unit of the panel, without what its axis cannot show."""
     steps, values = metrics.known(name)
     shown = (values > 0) | (not panel.log)
-    return steps[shown], values[shown] * panel.scale
+    return steps[shown], values[shown] * panel.unit[1]
 
 
 def _draw(metrics: Metrics, panels: list[_Panel], title: str, path: Path, columns: int) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (4.2 * columns, 3.1 * rows + 0.9) if columns > 1 else (8.4, 2.4 * rows + 1.3)
-    figure = plt.figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1)
+    figure = plt.figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1))
     first = None
     for i, panel in enumerate(panels):
         axes = first = figure.add_subplot(rows, columns, i + 1, sharex=first)
@@ -211,7 +130,7 @@ def _draw(metrics: Metrics, panels: list[_Panel], title: str, path: Path, column
     plt.close(figure)
 
 
-def _draw_panel(axes, metrics: Metrics, panel: _Panel) -> None:
+def _draw_panel(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     _draw_training(axes, metrics, panel)
@@ -220,41 +139,40 @@ def _draw_panel(axes, metrics: Metrics, panel: _Panel) -> None:
         axes.set_yscale("log")
         _label_values(axes)
     else:
-        top = max(_shown(metrics, panel)[1])
+        top = max(_shown(metrics, panel))
         axes.set_ylim(0, 1.08 * top if top > 0 else 1)
     last = max(metrics.steps[-1], 1)
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_TICK_STEPS))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel(panel.label)
+    axes.set_ylabel(panel.unit[0])
     axes.grid(color="#eaeef2", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_training(axes, metrics: Metrics, panel: _Panel) -> None:
+def _draw_training(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
     """The values of the training steps, their running mean, and where steps were skipped."""
     steps, values = _curve(metrics, panel, panel.train)
     if not len(steps):
         return
     few = len(steps) <= _FEW
     smooth = panel.smooth and not few
-    style = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"linewidth": 1.6}
+    style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"linewidth": 1.6}
     label = "training" if panel.smooth else None
     axes.plot(*thin(steps, values), color=_TRAIN, marker="o" if few else "", markersize=3, label=label, **style)
     if smooth:
-        mean = (
-            np.exp(running_mean(np.log(values))) if panel.log else running_mean(values)
-        )  # of logs on a log axis: a spike weighs as it looks
+        # On a log axis the mean of the logs: a spike weighs as much as it looks.
+        mean = np.exp(running_mean(np.log(values))) if panel.log else running_mean(values)
         axes.plot(*thin(steps, mean), color=_TRAIN, linewidth=1.8, label="training, running mean")
     skipped = metrics.steps[metrics.skipped > 0]
     if panel.marks_skipped and len(skipped):
         label = f"skipped steps ({metrics.skipped.sum():,})"
-        at_the_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        at_the_bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(skipped, np.full(len(skipped), 0.03), "x", color=_SKIPPED, markersize=5, label=label, **at_the_bottom)
 
 
-def _draw_validation(axes, metrics: Metrics, panel: _Panel) -> None:
+def _draw_validation(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
     """The evaluations, and where the loss was the lowest."""
     steps, values = _curve(metrics, panel, panel.val)
     if not len(steps):
@@ -266,7 +184,7 @@ def _draw_validation(axes, metrics: Metrics, panel: _Panel) -> None:
         axes.axvline(best, color=_BEST, linestyle="--", linewidth=1, label=f"lowest validation loss: step {best:,}")
 
 
-def _label_values(axes) -> None:
+def _label_values(axes: Axes) -> None:
     """Plain numbers on a log axis, about as many whatever it spans."""
     from matplotlib.ticker import LogLocator
 
@@ -278,7 +196,7 @@ def _label_values(axes) -> None:
         axes.yaxis.set_major_locator(LogLocator())
 
 
-def _label_tokens(axes, metrics: Metrics) -> None:
+def _label_tokens(axes: Axes, metrics: Metrics) -> None:
     """A second axis above: tokens trained so far, where they are known."""
     from matplotlib.ticker import MaxNLocator
 

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ping_llm.config import FIELDS, Config, config_from_dict, config_to_dict
+from ping_llm.config import FIELDS, Config, config_to_dict
+from ping_llm.model.checkpoint import load_config
 from ping_llm.system.files import write_atomically
-from ping_llm.training.log import MACHINE_NAME
-from ping_llm.training.plots import Metrics, plot_run, read_metrics
+from ping_llm.training.metrics import LABELS, MACHINE_NAME, Metrics, read_metrics
+from ping_llm.training.plots import plot_run
 
 REPORT_NAME = "report.md"
-_CONFIG_NAME = "config.json"
-_FIELD_NAMES = {"src": "source", "dst": "destination", "rtt": "RTT"}
-_VALIDATION = {
-    "val_loss": ("weighted loss (nats per token)", 1.0),
-    **{f"val_loss_{name}": (f"{_FIELD_NAMES.get(name, name)} (nats per token)", 1.0) for name in FIELDS},
-    "val_rtt_bits": ("bits per RTT", 1.0),
-    "val_median_rel_error": ("median relative error of the RTT (%)", 100.0),
-}
-_SPEEDS = {
-    "tokens_per_s": ("tokens/s", 1.0, ",.0f"),
-    "mfu": ("model FLOPs utilisation (%)", 100.0, ".1f"),
-    "data_wait_share": ("time waiting for data (%)", 100.0, ".2f"),
-    "padding": ("padding (%)", 100.0, ".2f"),
-}
+_VALIDATION = ("val_loss", *(f"val_loss_{name}" for name in FIELDS), "val_rtt_bits", "val_median_rel_error")
+_SPEEDS = {"tokens_per_s": ",.0f", "mfu": ".1f", "data_wait_share": ".2f", "padding": ".2f"}
 _MACHINE_NAMES = {
     "device": "device",
     "processes": "processes",
@@ -47,17 +35,16 @@ _MACHINE_NAMES = {
 def write_report(run_dir: Path) -> Path:
     """Writes report.md into a run folder, with its curves where matplotlib is installed; gives its path.
 
-    All of it is read from metrics.jsonl, config.json and machine.json; what they do not tell is left out.
-    ValueError: no run, or a file that is damaged.
+    All of it is read from metrics.jsonl, config.json and machine.json; what they do not hold is left out.
+    ValueError: no run, or a damaged file.
     """
     run_dir = Path(run_dir)
-    metrics, config = read_metrics(run_dir), _read_config(run_dir)
-    machine = _read_object(run_dir / MACHINE_NAME, "remove it to report without it")
+    metrics, config = read_metrics(run_dir), load_config(run_dir)
     sections = {
         "": _summary(metrics, config),
         "Validation": _validation(metrics),
         "Throughput": _throughput(metrics),
-        "Machine": _machine(machine),
+        "Machine": _machine(run_dir / MACHINE_NAME),
         "Curves": _curves(run_dir),
         "Config": _config(config),
     }
@@ -80,50 +67,25 @@ def to_toml(values: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _read_config(run_dir: Path) -> Config | None:
-    path = run_dir / _CONFIG_NAME
-    values = _read_object(path, "restore it, or remove it to report without it")
-    if values is None:
-        return None
-    if not isinstance(values.get("config"), dict):
-        raise ValueError(f"{path} is damaged; restore it, or remove it to report without it")
-    return config_from_dict(values["config"], str(path))
-
-
-def _read_object(path: Path, advice: str) -> dict[str, Any] | None:
-    """The JSON object in a file, None if there is no such file."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged; {advice}")
-    return values
-
-
 def _summary(metrics: Metrics, config: Config | None) -> list[str]:
     """How long the run was, by its limits, and the best that it reached."""
-    limits = (
-        (config.train.total_steps, config.train.target_tokens, 60 * config.train.max_minutes) if config else (0, 0, 0)
-    )
-    ends = {"steps": (metrics.steps, _count), "tokens trained": (metrics.known("tokens")[1], _count)}
-    ends["time in training steps"] = (metrics.known("time_s")[1], _duration)
+    train = config.train if config else None
+    lengths: list[tuple[str, np.ndarray, float, Callable[[float], str]]] = [
+        ("steps", metrics.steps, train.total_steps if train else 0, _count),
+        ("tokens trained", metrics.known("tokens")[1], train.target_tokens if train else 0, _count),
+        ("time in training steps", metrics.known("time_s")[1], 60 * train.max_minutes if train else 0, _duration),
+    ]
     rows = [
         (label, form(values[-1]) + (f" (limit: {form(limit)})" if limit else ""))
-        for (label, (values, form)), limit in zip(ends.items(), limits, strict=True)
+        for label, values, limit, form in lengths
         if len(values)
     ]
     best = metrics.best_step()
     if best is not None:
-        rows.append(
-            ("lowest validation loss", f"{_number(_at(metrics, 'val_loss', best))} nats per token, step {best:,}")
-        )
+        rows.append(("lowest validation loss", f"{_at(metrics, 'val_loss', best)} nats per token, step {best:,}"))
         for name in ("val_rtt_bits", "val_median_rel_error"):
-            label, scale = _VALIDATION[name]
-            value = _at(metrics, name, best)
-            rows += [(f"{label}, there", _number(value * scale))] if math.isfinite(value) else []
+            if value := _at(metrics, name, best):
+                rows.append((f"{_label(name)}, there", value))
     if "skipped_steps" in metrics.columns or metrics.skipped.any():
         rows.append(("skipped steps (gradients not finite)", f"{metrics.skipped.sum():,}"))
     if metrics.damaged:
@@ -139,36 +101,40 @@ def _validation(metrics: Metrics) -> list[str]:
     last = max(int(metrics.known(name)[0][-1]) for name in evaluated)
     shown = {f"lowest loss (step {best:,})": best} if best is not None else {}
     shown[f"last (step {last:,})"] = last
-    rows = []
-    for name in evaluated:
-        label, scale = _VALIDATION[name]
-        rows.append((label, *(_number(_at(metrics, name, step) * scale) for step in shown.values())))
+    rows = [(_label(name), *(_at(metrics, name, step) for step in shown.values())) for name in evaluated]
     return _table(("", *shown), rows)
 
 
 def _throughput(metrics: Metrics) -> list[str]:
-    """Medians over the lines of the log: a slow first step, which compiles, does not weigh."""
+    """Medians over the lines of the log, so that a slow first step, which compiles, hardly counts."""
     rows = []
-    for name, (label, scale, form) in _SPEEDS.items():
-        values = metrics.known(name)[1] * scale
+    for name, form in _SPEEDS.items():
+        values = metrics.known(name)[1] * LABELS[name][1]
         if len(values):
-            rows.append((label, *(format(value, form) for value in np.quantile(values, (0.5, 0.05, 0.95)))))
+            rows.append((_label(name), *(format(value, form) for value in np.quantile(values, (0.5, 0.05, 0.95)))))
     lines = _table(("", "median", "5 %", "95 %"), rows) if rows else []
     memory = metrics.known("peak_memory_gb")[1]
     if len(memory):
-        lines += ["", f"Peak memory: {memory.max():.1f} GB."] if lines else [f"Peak memory: {memory.max():.1f} GB."]
+        lines += [""] * bool(lines) + [f"Peak memory: {memory.max():.1f} GB."]
     return lines
 
 
-def _machine(machine: dict[str, Any] | None) -> list[str]:
+def _machine(path: Path) -> list[str]:
     """Known entries first, by their names, others as they are called; null is unknown."""
-    machine = {name: value for name, value in (machine or {}).items() if value is not None}
-    if not machine:
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged; remove it to report without it")
+    machine: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if isinstance(machine.get("peak_flops"), int | float):
         machine["peak_flops"] /= 1e12
     names = [name for name in _MACHINE_NAMES if name in machine] + sorted(machine.keys() - _MACHINE_NAMES.keys())
-    return _table(("", ""), [(_MACHINE_NAMES.get(name, name), _text(machine[name])) for name in names])
+    rows = [(_MACHINE_NAMES.get(name, name), _text(machine[name])) for name in names]
+    return _table(("", ""), rows) if rows else []
 
 
 def _curves(run_dir: Path) -> list[str]:
@@ -200,11 +166,15 @@ def _toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
 
 
-def _at(metrics: Metrics, name: str, step: int) -> float:
-    """The value of a column at a step, NaN if it was not logged there."""
+def _label(name: str) -> str:
+    return LABELS[name.removeprefix("val_")][0]
+
+
+def _at(metrics: Metrics, name: str, step: int) -> str:
+    """The value of a column of val at a step, in the unit of its label; empty if it was not logged there."""
     steps, values = metrics.known(name)
     found = values[steps == step]
-    return float(found[0]) if len(found) else math.nan
+    return _number(float(found[0]) * LABELS[name.removeprefix("val_")][1]) if len(found) else ""
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -219,8 +189,8 @@ def _count(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Four significant digits; empty for what is unknown."""
-    return "" if math.isnan(value) else f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    """Four significant digits."""
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def _text(value: object) -> str:

@@ -16,11 +16,13 @@ from ping_llm.system.files import write_atomically
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.log import MACHINE_NAME
+from ping_llm.training.metrics import MACHINE_NAME
 from ping_llm.training.objective import resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
-ROWS_MANIFEST_NAME = "rows_manifest.json"  # of the rows that a run learns from: it is asked nothing that they hold
+ROWS_MANIFEST_NAME = (
+    "rows_manifest.json"  # of the rows that a run learns from: evaluations use none of their measurements
+)
 FIRST_LOSS_SCALE = 2.0**15
 LOSS_SCALE_STEPS = 2000  # in a row without overflow, after which the loss scale of fp16 doubles
 
@@ -62,7 +64,7 @@ class RunState:
             self.loss_scale *= 2
 
     def progress(self, config: TrainConfig) -> float:
-        """Share of the run that lies behind."""
+        """Share of the run that is done."""
         return schedule.progress(self.step, self.tokens, self.elapsed_s, config)
 
 
@@ -106,9 +108,7 @@ def restore(checkpoint: Checkpoint | None, ranks: Ranks, model: GPT, optimizer: 
         return None
     names = [f.name for f in dataclasses.fields(RunState)]
     if missing := [name for name in names if name not in values]:
-        raise ValueError(
-            f"the checkpoint of step {values['step']} does not tell {', '.join(missing)}; start a new run folder"
-        )
+        raise ValueError(f"the checkpoint of step {values['step']} lacks {', '.join(missing)}; start a new run folder")
     model.load_state_dict(ranks.share_tensors(checkpoint.model if checkpoint else None))
     tensors = dict(ranks.share_tensors(checkpoint.optimizer if checkpoint else None))
     torch.set_rng_state(tensors.pop("rng.cpu"))

@@ -8,7 +8,7 @@ from ping_llm.config import OptimConfig, TrainConfig
 
 
 def progress(step: int, tokens: int, elapsed_s: float, config: TrainConfig) -> float:
-    """Share of the run that lies behind, by the limit that is nearest: steps, tokens or trained time. It ends at 1.
+    """Share of the run that is done, by the limit that is nearest: steps, tokens or trained time. The run ends at 1.
 
     Without a limit of time it depends on steps and tokens alone, so a resumed run repeats it to the bit.
     """

@@ -1,8 +1,7 @@
 """A config in, a trained run folder out: the training loop, and what it does when something goes wrong.
 
-The loop knows its place by one number, `RunState.step`: batches, schedules and logs follow from it, so a run that was
-stopped and continued takes the same steps as one that was not, whatever the number of processes. Only the main process
-touches the run folder.
+Batches, schedules and logs are functions of `RunState.step`, so a run that was stopped and continued takes the same steps
+as one that was not, whatever the number of processes. Only the main process writes to the run folder.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ from torch import Tensor
 from ping_llm.config import FIELDS, Config, TrainConfig
 from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME
-from ping_llm.model.checkpoint import Saver
-from ping_llm.model.gpt import GPT, flops_per_token, parameter_count
+from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.system.files import write_lock
-from ping_llm.system.hardware import peak_flops, peak_memory_gb
+from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.calibration import calibrate_run
 from ping_llm.training.distributed import Ranks, processes
@@ -35,7 +34,9 @@ from ping_llm.training.objective import Objective
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.report import write_report
 from ping_llm.training.run_state import RunState, open_run, restore
-from ping_llm.training.validation import Questions, describe
+from ping_llm.training.saver import Saver
+from ping_llm.training.speed import Speed
+from ping_llm.training.validation import ValQueries, describe
 
 MAX_SKIPPED_IN_A_ROW = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -46,23 +47,23 @@ class Feed:
     """What a run learns from, and what it is measured on.
 
     `batches(config, start_step, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of
-    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `questions(config)` may be None.
+    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)` may be None.
     """
 
     batches: Callable[[Config, int, torch.device, int, int], Iterator[Tensor]]
     windows: Callable[[Config], Tensor]
-    questions: Callable[[Config], Questions | None]
+    queries: Callable[[Config], ValQueries | None]
 
     @classmethod
     def of_rows(cls) -> Feed:
         """The probe rows of `config.data.rows`."""
         from ping_llm.data.loader import training_batches, validation_windows
 
-        return cls(training_batches, validation_windows, Questions.load)
+        return cls(training_batches, validation_windows, ValQueries.load)
 
 
 def train(config: Config, feed: Feed | None = None) -> RunState:
-    """Trains until the run is over or a signal asks to stop, saves, and returns where it stands.
+    """Trains until the run is over or a signal stops it, saves, and returns where it stands.
 
     The run folder is continued if it holds a checkpoint. Under torchrun all processes train one model together.
     ValueError: the folder is of another config, the batch cannot be divided, memory ran out, or the gradients stayed
@@ -73,16 +74,16 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
         training = Training.begin(config, feed, ranks)
         with write_lock(config.train.run_dir, config.train.run_dir / ".lock") if ranks.is_main else nullcontext():
             trained = training.run(stop)
-        state, asks, main = training.state, training.questions is not None, ranks.is_main
-        del training  # its memory goes before a second model comes
-    if main:
-        _conclude(config, state, trained, asks, ranks.device)
+        state, calibrates = training.state, training.queries is not None
+        del training  # frees its memory before a second model is loaded
+    if ranks.is_main:
+        _conclude(config, state, trained, calibrates, ranks.device)
     return state
 
 
 @dataclass
 class Training:
-    """A run as one of its processes holds it."""
+    """A run in one of its processes."""
 
     config: Config
     feed: Feed
@@ -92,83 +93,85 @@ class Training:
     optimizer: Optimizer
     objective: Objective
     windows: Tensor  # (n, seq_len + 1), of val
-    questions: Questions | None
+    queries: ValQueries | None
 
     @classmethod
     def begin(cls, config: Config, feed: Feed, ranks: Ranks) -> Training:
-        """Reads all that a run needs, so that what is wrong with it is said before anything is done."""
+        """Reads all that a run needs, so that what is wrong is reported before anything is done."""
         ranks.on_main(lambda: config.train.check_processes(ranks.world))
-        read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.questions(config)))
-        rows_sha256, windows, questions = ranks.share(read)
+        read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.queries(config)))
+        rows_sha256, windows, queries = ranks.share(read)
         if manifest_sha256(config.data.rows) != rows_sha256:
             raise ValueError(
                 f"process {ranks.rank} finds other rows in {config.data.rows} than the main one; copy them"
             )
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks))
-        torch.manual_seed(config.seed)  # nothing below draws from it today; whatever comes to must repeat on resume
+        torch.manual_seed(
+            config.seed
+        )  # nothing below draws from it today; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
         optimizer = Optimizer(model, config.optim, ranks)
         state = restore(checkpoint, ranks, model, optimizer)
         objective = Objective(config, model, ranks)
         if state is None:
             state = RunState.new(rows_sha256, objective.precision)
-        return cls(config, feed, ranks, state, model, optimizer, objective, windows, questions)
+        return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
 
     def run(self, stop: threading.Event) -> bool:
         """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
         config, ranks, begun = self.config, self.ranks, self.state.step
-        log = RunLog(config, self.state.step or None) if ranks.is_main else SilentLog()
+        log = RunLog(config, begun or None) if ranks.is_main else SilentLog()
+        batches = self.feed.batches(config, begun, ranks.device, ranks.rank, ranks.world)
         with (
             log,
             Saver(config.train.run_dir, config.train.keep_checkpoints, log.note) as saver,
-            closing(self.feed.batches(config, self.state.step, ranks.device, ranks.rank, ranks.world)) as batches,
+            closing(cast(Generator[Tensor, None, None], batches)),
             _frozen_garbage(),
         ):
             self._announce(log)
             self._loop(batches, log, saver, stop)
         return self.state.step > begun
 
-    def _loop(self, batches: Iterator[Tensor], log: RunLog, saver: Saver, stop: threading.Event) -> None:
+    def _loop(self, batches: Iterator[Tensor], log: RunLog | SilentLog, saver: Saver, stop: threading.Event) -> None:
         """Fetch, forward and backward, step; then what is due."""
-        config, state, speed = self.config, self.state, _Speed(self)
+        train, state, speed = self.config.train, self.state, Speed(self.config, self.ranks)
         if state.step == 0:
             log.write(0, time_s=0.0, tokens=0, **self._evaluate())
-        progress, stopped, clock = state.progress(config.train), False, state.elapsed_s
+        progress, stopped, clock = state.progress(train), False, state.elapsed_s
         while progress < 1 and not stopped:
             started = time.perf_counter()
             tokens = next(batches)
             wait_s = time.perf_counter() - started
-            lr_scale = schedule.lr_scale(progress, config.optim)
+            lr_scale = schedule.lr_scale(progress, self.config.optim)
             votes = (stop.is_set(), clock if self.ranks.is_main else 0.0)  # all processes stop after the same step
             sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
             grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
-            trained, stopped, elapsed_s = sum(totals[: len(FIELDS)].tolist()), *totals[len(FIELDS) :].tolist()
+            (*counts, stopped, elapsed_s) = totals.tolist()
             self.apply_gradients(grad_norm, lr_scale, progress)
-            state.count(config, int(trained), elapsed_s, skipped=not math.isfinite(grad_norm))
+            state.count(self.config, int(sum(counts)), elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
             step_s = time.perf_counter() - started
-            clock, progress = clock + step_s, state.progress(config.train)
-            if speed.first:
+            clock, progress = clock + step_s, state.progress(train)
+            if speed.compiling:
                 log.note(f"compiled: the first step took {step_s:.0f} s")
-            speed.add(step_s, wait_s, trained)
+            speed.add(step_s, wait_s, sum(counts))
             log.show_progress(state.step, progress)
 
             over, line = progress >= 1, {}
             if stopped and not over:
-                self._save(saver, clock)  # before all else: who asks to stop may not wait for long
-            if over or state.step % config.train.log_every == 0:
-                sums = self.ranks.sum(sums.double())
-                line = {"time_s": clock, "tokens": state.tokens, **self.objective.means(sums, totals[: len(FIELDS)])}
-                line |= {"lr": config.optim.muon_lr * lr_scale, "grad_norm": grad_norm}
-                line |= {"skipped_steps": state.skipped_steps, **speed.rates()}
-            if over or state.step % config.train.eval_every == 0:
+                self._save(saver, clock)  # first of all: a machine that is taken away may not wait for long
+            if over or state.step % train.log_every == 0:
+                means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(FIELDS)])
+                line = {"time_s": clock, "tokens": state.tokens, **means, "lr": self.config.optim.muon_lr * lr_scale}
+                line |= {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, **speed.rates()}
+            if over or state.step % train.eval_every == 0:
                 line |= self._evaluate()
             state.val_loss = line.get("val_loss")
             if line:
                 log.write(state.step, **line)
-            if config.train.sample_every and (over or state.step % config.train.sample_every == 0):
+            if train.sample_every and (over or state.step % train.sample_every == 0):
                 self._show_samples(log)
-            if over or (not stopped and state.step % config.train.checkpoint_every == 0):
+            if over or (not stopped and state.step % train.checkpoint_every == 0):
                 speed.held_s += self._save(saver, clock)
         if stopped and progress < 1:
             log.note(f"stopped after step {state.step:,}; run the same command again to continue")
@@ -176,7 +179,7 @@ class Training:
     def gradient_norm(self) -> float:
         """Takes the loss scale out of the gradients and clips them; returns their norm before that."""
         if self.state.loss_scale != 1:
-            torch._foreach_div_([p.grad for p in self.model.parameters()], self.state.loss_scale)
+            torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], self.state.loss_scale)
         most = self.config.optim.grad_clip or math.inf
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
 
@@ -196,23 +199,23 @@ class Training:
         if self.state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
         if not self.ranks.is_main:
-            raise SystemExit(1)  # all processes have the same gradients: one says so
+            raise SystemExit(1)  # all processes have the same gradients: one reports it
         raise ValueError(
             f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, up to step {self.state.step}; "
             "the last checkpoint is from before: lower the rates of [optim], or set train.precision to fp32"
         )
 
     def _evaluate(self) -> dict[str, float]:
-        """What is known of the model from val."""
+        """The metrics of val."""
         gc.collect()  # what evaluations leave; the loop leaves nothing
         values = self.objective.evaluate(self.windows)
-        if self.questions is not None:
-            values["val_median_rel_error"] = self.questions.median_rel_error(self.objective, self.ranks)
+        if self.queries is not None:
+            values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
         return values
 
-    def _show_samples(self, log: RunLog) -> None:
+    def _show_samples(self, log: RunLog | SilentLog) -> None:
         if self.ranks.is_main:
-            log.show_samples(self.state.step, describe(self.model, self.questions, seed=self.state.step))
+            log.show_samples(self.state.step, describe(self.model, self.queries, seed=self.state.step))
 
     def _save(self, saver: Saver, elapsed_s: float) -> float:
         """Saves everything that the next step depends on; the seconds that training was held up."""
@@ -226,60 +229,20 @@ class Training:
         saver.save(state.step, self.model.state_dict(), tensors, dataclasses.asdict(state))
         return time.perf_counter() - started
 
-    def _announce(self, log: RunLog) -> None:
+    def _announce(self, log: RunLog | SilentLog) -> None:
         config, step, world = self.config, self.state.step, self.ranks.world
         start = f"continues after step {step:,}" if step else "starts"
-        where = f"{self.ranks.device.type} in {self.objective.precision}" + (
-            f", {world} processes" if world > 1 else ""
-        )
+        where = f"{self.ranks.device.type} in {self.objective.precision}"
+        where += f", {world} processes" if world > 1 else ""
         log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
         if config.train.compile:
             log.note("compiling the model: the first step takes a minute or more, the next time less")
 
 
-class _Speed:
-    """Sums of time and tokens since the last line of the log."""
-
-    def __init__(self, training: Training) -> None:
-        config, ranks = training.config, training.ranks
-        self.device, self.peak = ranks.device, peak_flops(ranks.device)
-        self.places = config.train.batch_size * config.model.seq_len  # of a step; padding takes some of them
-        self.step_flops = self.places * flops_per_token(config.model) / ranks.world
-        self.first = config.train.compile  # the step that compiles tells nothing of the others
-        self.sums, self.steps = torch.zeros(3, dtype=torch.float64), 0
-        self.held_s = 0.0  # by saves, which no step counts
-
-    def add(self, *values: float) -> None:
-        """Seconds of a step, of them for data, and targets trained on by all processes."""
-        if self.first:
-            self.first = False
-            return
-        self.sums += torch.tensor(values, dtype=torch.float64)
-        self.steps += 1
-
-    def rates(self) -> dict[str, float]:
-        """Targets a second, the shares of padding and of the time spent for data and for saves, MFU, memory; starts anew.
-
-        MFU is the share of the device's peak that the model's FLOPs take, padding included as it is computed too.
-        """
-        seconds, wait_s, tokens = self.sums.tolist()
-        memory = {"peak_memory_gb": peak_memory_gb(self.device)}
-        if not self.steps:
-            return memory
-        rates = {"tokens_per_s": tokens / seconds, "padding": 1 - tokens / (self.steps * self.places)}
-        rates["data_wait_share"] = wait_s / seconds
-        rates["save_share"] = self.held_s / (seconds + self.held_s)
-        if self.peak:
-            rates["mfu"] = self.steps * self.step_flops / seconds / self.peak
-        self.sums.zero_()
-        self.steps, self.held_s = 0, 0.0
-        return rates | memory
-
-
-def _conclude(config: Config, state: RunState, trained: bool, asks: bool, device: torch.device) -> None:
-    """What a finished run leaves besides its model: calibration, and a report, which a stopped one leaves too."""
+def _conclude(config: Config, state: RunState, trained: bool, calibrates: bool, device: torch.device) -> None:
+    """Calibrates a finished run, and writes the report, of a stopped one too."""
     run_dir = config.train.run_dir
-    if asks and state.progress(config.train) >= 1 and (trained or not (run_dir / CALIBRATION_NAME).exists()):
+    if calibrates and state.progress(config.train) >= 1 and (trained or not (run_dir / CALIBRATION_NAME).exists()):
         print("calibrating on val", flush=True)
         calibrate_run(config, device)
     print(f"report: {write_report(run_dir)}")
@@ -287,7 +250,7 @@ def _conclude(config: Config, state: RunState, trained: bool, asks: bool, device
 
 @contextmanager
 def _frozen_garbage() -> Iterator[None]:
-    """Keeps the garbage collector out of the steps: it would look through all of torch's objects, a process at a time."""
+    """Keeps the garbage collector out of the steps: it would look through all objects of torch, in each process anew."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -300,28 +263,21 @@ def _frozen_garbage() -> Iterator[None]:
 
 @contextmanager
 def _stop_flag() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT interrupts at once. Handlers are put back."""
+    """An event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT interrupts at once."""
     stop = threading.Event()
 
-    def request(number: int, _frame: object) -> None:
+    def request(number: int) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    with on_signals(STOP_SIGNALS, request):
         yield stop
-        return
-    previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def _memory_advice(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Turns exhausted memory into one line that says what to try."""
+    """Turns exhausted memory into one line with advice."""
     try:
         yield
     except RuntimeError as error:

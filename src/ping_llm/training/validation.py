@@ -1,4 +1,4 @@
-"""Rows of val in, how well a model in training answers out: fixed windows, fixed questions."""
+"""Rows of val in, metrics of a model in training out: fixed windows, fixed queries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ping_llm.config import Config
 from ping_llm.data.measurement import format_address, is_ipv4
-from ping_llm.data.rows import RowReader
+from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.inference.context import Context
 from ping_llm.inference.generation import format_measurements, generate
 from ping_llm.inference.predictor import PingModel
@@ -19,19 +19,19 @@ from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 
 SAMPLES = 4  # made-up measurements
-BATCH = 32  # questions in one pass: 256 values of byte 1 each
+BATCH = 32  # queries in one pass: 256 values of byte 1 each
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Pings of val that were answered: both addresses and the time are told, no context."""
+class ValQueries:
+    """Pings of val that were answered: both addresses and the time are given, no context."""
 
     queries: list[Query]
     rtt_ms: np.ndarray  # (n,)
 
     @classmethod
-    def load(cls, config: Config) -> Questions | None:
-        """`train.eval_queries` of them, evenly spaced over probes and time; None if none are asked for or answered."""
+    def load(cls, config: Config) -> ValQueries | None:
+        """`train.eval_queries` of them, evenly spaced over probes and time; None if none are wanted or answered."""
         count, rows = config.train.eval_queries, RowReader(config.data.rows, "val")
         ends = np.cumsum(rows.measurements)
         # Twice as many as needed, as some pings fail.
@@ -47,7 +47,7 @@ class Questions:
         return cls([query for query, _ in kept], np.array([rtt_ms for _, rtt_ms in kept]))
 
     def median_rel_error(self, objective: Objective, ranks: Ranks) -> float:
-        """Median of |predicted median − actual| / actual over all questions, which the processes share."""
+        """Median of |predicted median − actual| / actual over all queries, which the processes share."""
         model = PingModel(objective.model, ranks.device)
         each = -(-len(self.queries) // ranks.world)
         errors = torch.full((each,), torch.nan, dtype=torch.float64)
@@ -55,27 +55,27 @@ class Questions:
         for start in range(0, len(places), BATCH):
             chosen = places[start : start + BATCH]
             with objective.autocast():
-                laws = model.rtt_many([self.queries[i] for i in chosen], src_known="all")
-            medians = np.array([law.median for law in laws])
+                distributions = model.rtt_many([self.queries[i] for i in chosen], src_known="all")
+            medians = np.array([distribution.median for distribution in distributions])
             error = np.abs(medians - self.rtt_ms[chosen]) / self.rtt_ms[chosen]
             errors[start : start + len(chosen)] = torch.from_numpy(error)
         return ranks.gather(errors.to(ranks.device)).nanmedian().item()
 
 
-def _query(row, place: int) -> Query:
+def _query(row: ProbeRow, place: int) -> Query:
     src, dst = (a.tobytes() for a in (row.src_addresses[row.src[place]], row.dst_addresses[row.dst[place]]))
     src, dst = (Endpoint(a, 4 if is_ipv4(np.frombuffer(a, np.uint8)) else 16) for a in (src, dst))
     return Query(src, dst, int(row.times(np.array([place]))[0]), Context.parse(None))
 
 
-def describe(gpt: GPT, questions: Questions | None, seed: int) -> str:
-    """What a model says by now: a few measurements that it makes up, and the RTT of one ping of val beside the real one."""
+def describe(gpt: GPT, val: ValQueries | None, seed: int) -> str:
+    """Samples of a model: a few measurements that it generates, and the RTT of one ping of val beside the real one."""
     lines = [format_measurements(generate(gpt, next(gpt.parameters()).device, SAMPLES, seed=seed))]
-    if questions is not None:
-        query, rtt_ms = questions.queries[0], questions.rtt_ms[0]
-        law = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
-        src, dst = (format_address(end.packed) for end in (query.src, query.dst))
-        low, median, high = law.quantile(np.array([0.05, 0.5, 0.95]))
-        said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {law.p_fail:.1%})"
+    if val is not None:
+        query, rtt_ms = val.queries[0], val.rtt_ms[0]
+        distribution = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
+        src, dst = (format_address(end.packed) for end in (query.src, query.dst) if end)
+        low, median, high = distribution.quantile(np.array([0.05, 0.5, 0.95]))
+        said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {distribution.p_fail:.1%})"
         lines.append(f"{src} → {dst}: {said}; it was {rtt_ms:.4g} ms")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""A config in, where the time and the memory of its training steps go out.
+"""A config in, where the time and the memory of its training steps go out; for bench_train.py.
 
-Each speed has a second one of the same process beside it, taken in turn with it. Nothing that is timed compiles, makes its
-first buffers, or starts while the device is still at work on something else.
+What is compared is timed in turns in one process. Nothing that is timed compiles, makes its first buffers, or starts while
+the device is still at work on something else.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from ping_llm.config import Config, DataConfig
-from ping_llm.model.checkpoint import Saver
-from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, native_bf16, parameter_count
-from ping_llm.system.hardware import peak_flops, peak_memory_gb
+from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
+from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.run_state import RunState
+from ping_llm.training.saver import Saver
 from ping_llm.training.trainer import Feed, Training
 
 STEPS_BETWEEN_SAVES = 200
@@ -132,7 +132,7 @@ def compare(
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all it was given."""
+    """Waits until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -317,9 +317,9 @@ def profile_loader(config: Config, device: torch.device, effort: Effort) -> dict
         synchronize(device)
         wait_s, started = 0.0, time.perf_counter()
         for _ in range(steps):
-            asked = time.perf_counter()
+            waiting = time.perf_counter()
             batch = next(batches)
-            wait_s += time.perf_counter() - asked
+            wait_s += time.perf_counter() - waiting
             take_step(training, batch)
         synchronize(device)
         fed_s = time.perf_counter() - started

@@ -1,0 +1,102 @@
+"""The metrics.jsonl of a training run in, columns out; and how its columns are called where people read them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ping_llm.config import FIELDS
+
+METRICS_NAME = "metrics.jsonl"
+MACHINE_NAME = "machine.json"
+_FIELD_NAMES = {"src": "source", "dst": "destination", "rtt": "RTT"}
+LABELS = {
+    "loss": ("weighted loss (nats per token)", 1.0),
+    **{f"loss_{name}": (f"{_FIELD_NAMES.get(name, name)} (nats per token)", 1.0) for name in FIELDS},
+    "rtt_bits": ("bits per RTT", 1.0),
+    "median_rel_error": ("median relative\nerror of the RTT (%)", 100.0),
+    "lr": ("learning rate of Muon", 1.0),
+    "grad_norm": ("gradient norm", 1.0),
+    "tokens_per_s": ("tokens/s", 1.0),
+    "mfu": ("model FLOPs\nutilisation (%)", 100.0),
+    "data_wait_share": ("time waiting\nfor data (%)", 100.0),
+    "padding": ("padding (%)", 100.0),
+}
+"""Name with its unit, and factor to that unit, of each column; those of val have the prefix val_ in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of metrics.jsonl as columns, in the order of their steps."""
+
+    steps: np.ndarray  # (n,) int64, each once
+    columns: dict[str, np.ndarray]  # (n,) float64 each, NaN where a line has none or it was not finite
+    skipped: np.ndarray  # (n,) steps skipped since the line before
+    damaged: int  # lines that could not be read
+
+    def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a column where it has one; (k,) each."""
+        values = self.columns.get(name, np.full(len(self.steps), np.nan))
+        finite = np.isfinite(values)
+        return self.steps[finite], values[finite]
+
+    def best_step(self) -> int | None:
+        """The first step with the lowest validation loss; None if none was evaluated."""
+        steps, losses = self.known("val_loss")
+        return int(steps[losses.argmin()]) if len(losses) else None
+
+
+def read_metrics(run_dir: Path) -> Metrics:
+    """Reads metrics.jsonl; ValueError if there is none, or no line of it can be read."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f'no run folder {run_dir}; pass one that "ping-llm train" wrote')
+    path = run_dir / METRICS_NAME
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f'{path} cannot be read ({error.strerror}); pass a folder that "ping-llm train" wrote'
+        ) from None
+    rows: dict[int, dict[str, Any]] = {}  # by step; of two lines of a step the later one counts
+    damaged = 0
+    for line in lines:
+        row = parse_line(line)
+        if row is None:
+            damaged += 1
+        else:
+            rows.setdefault(row["step"], {}).update(row)
+    if not rows:
+        raise ValueError(f"{path} holds no line yet; wait for the first evaluation of the run, or start it again")
+    rows = dict(sorted(rows.items()))
+    names = sorted({name for row in rows.values() for name in row} - {"step"})
+    columns = {name: np.array([_finite(row.get(name)) for row in rows.values()]) for name in names}
+    return Metrics(np.array(list(rows)), columns, _skipped(list(rows.values())), damaged)
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl, None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and 0 <= step < 1 << 62 else None
+
+
+def _finite(value: Any) -> float:
+    """The value, or NaN if it is no finite number."""
+    return value if type(value) in (int, float) and math.isfinite(value) else math.nan
+
+
+def _skipped(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Steps skipped since the line before, (n,): by the run's own counter, or by the gradient norm in runs without one."""
+    counts = np.array([_finite(row.get("skipped_steps")) for row in rows])
+    if np.isnan(counts).all():
+        return np.array([int("grad_norm" in row and row["grad_norm"] is None) for row in rows])
+    return np.diff(np.fmax.accumulate(np.fmax(counts, 0)), prepend=0).astype(int)  # fmax ignores NaN

@@ -1,0 +1,51 @@
+"""The times of training steps in, the rates of a log line out."""
+
+from __future__ import annotations
+
+import torch
+
+from ping_llm.config import Config
+from ping_llm.model.gpt import flops_per_token
+from ping_llm.system.hardware import peak_flops, peak_memory_gb
+from ping_llm.training.distributed import Ranks
+
+
+class Speed:
+    """Sums of times and tokens since the last line of the log; a first step that compiles is left out."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.device, self.peak = ranks.device, peak_flops(ranks.device)
+        self.places = config.train.batch_size * config.model.seq_len  # of a step; padding takes some of them
+        self.step_flops = self.places * flops_per_token(config.model) / ranks.world
+        self.compiling = config.train.compile
+        self.sums, self.steps = torch.zeros(3, dtype=torch.float64), 0
+        self.held_s = 0.0  # by saves, which no step counts
+
+    def add(self, step_s: float, wait_s: float, tokens: float) -> None:
+        """Seconds of a step, how many of them it waited for data, and targets trained on by all processes."""
+        if self.compiling:
+            self.compiling = False
+            return
+        self.sums += torch.tensor((step_s, wait_s, tokens), dtype=torch.float64)
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Targets a second, the shares of padding and of the time spent for data and for saves, MFU, memory; starts anew.
+
+        MFU is the share of the device's peak that the model's FLOPs take, padding included as it is computed too.
+        """
+        memory = {"peak_memory_gb": peak_memory_gb(self.device)}
+        if not self.steps:
+            return memory
+        step_s, wait_s, tokens = self.sums.tolist()
+        rates = {
+            "tokens_per_s": tokens / step_s,
+            "padding": 1 - tokens / (self.steps * self.places),
+            "data_wait_share": wait_s / step_s,
+            "save_share": self.held_s / (step_s + self.held_s),
+        }
+        if self.peak:
+            rates["mfu"] = self.steps * self.step_flops / step_s / self.peak
+        self.sums.zero_()
+        self.steps, self.held_s = 0, 0.0
+        return rates | memory

@@ -14,13 +14,13 @@ import torch
 from conftest import make_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_decoder import decode
 
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import pipeline
 from ping_llm.data.loader import training_batches, validation_windows
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
-from ping_llm.data.tokenization import decode
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,10 @@ from conftest import make_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SCRIPTS
+from reference_decoder import decode
 
 from ping_llm.config import DataConfig
-from ping_llm.data.tokenization import MEASUREMENT_START, PADDING, decode
+from ping_llm.data.tokenization import MEASUREMENT_START, PADDING
 from ping_llm.data.windows import TIME_MODES, encode_windows, sample_window, windows_per_row
 
 CONFIG = DataConfig()

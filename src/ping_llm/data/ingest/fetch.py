@@ -17,13 +17,12 @@ from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit
 
-from ping_llm.data.ingest.download import Client, Manners, Refused, download_file, download_results
-from ping_llm.system.disk import full_disk_is_one_line
-from ping_llm.system.files import file_sha256, move_atomically, write_atomically, write_lock
-from ping_llm.system.progress import show_progress
+from ping_llm.data.ingest.download import Client, Clock, Manners, Refused, download_file, download_results
+from ping_llm.system.files import file_sha256, full_disk_is_one_line, move_atomically, write_atomically, write_lock
+from ping_llm.system.progress import by_part, show_progress
 
 RECORD_NAME = "fetch.json"
 ATTRIBUTION_NAME = "ATTRIBUTION.txt"
@@ -120,13 +119,15 @@ def results(
 
 
 @full_disk_is_one_line
-def fetch(wanted: Sequence[Wanted], out: Path | str, manners: Manners | None = None, key: str = "") -> dict:
+def fetch(
+    wanted: Sequence[Wanted], out: Path | str, manners: Manners | None = None, key: str = "", clock: Clock | None = None
+) -> dict[str, Any]:
     """Fetches the files into `out`; gives what fetch.json then says.
 
     key: of the Atlas API, for measurements that are not public; no file and no message holds it.
     ValueError says what was wrong; what is whole by then stays, and is not fetched again.
     """
-    client = Client(manners or Manners(), key)
+    client = Client(manners or Manners(), key, clock)
     out = Path(out)
     with write_lock(out, out / SCRATCH_NAME / "lock"):
         ledger = Ledger(out)
@@ -214,12 +215,12 @@ def _fetch_all(todo: Sequence[Wanted], ledger: Ledger, client: Client) -> list[s
     """Fetches all files, several at once; gives why each that the archive does not have is not there."""
     if not todo:
         return []
-    lock = threading.Lock()
     with (
         show_progress("fetch", len(todo), "files") as advance,
         ThreadPoolExecutor(client.manners.parallel) as threads,
     ):
-        futures = [threads.submit(_fetch_one, file, ledger, client, _share(advance, lock)) for file in todo]
+        reach = by_part(advance)
+        futures = [threads.submit(_fetch_one, file, ledger, client, partial(reach, file.name)) for file in todo]
         try:
             return sorted(filter(None, (future.result() for future in as_completed(futures))))
         except BaseException:
@@ -267,19 +268,6 @@ def _hint(file: Wanted, status: int) -> str:
 
 def _is_past_archive(file: Wanted) -> bool:
     return file.stop_s < time.time() - ARCHIVE_DAYS * 24 * _HOUR_S
-
-
-def _share(advance: Callable[[float], None], lock: threading.Lock) -> Callable[[float], None]:
-    """Progress of one file of many, told as the share of it that is there."""
-    shown = 0.0
-
-    def progress(share: float) -> None:
-        nonlocal shown
-        with lock:
-            advance(share - shown)
-            shown = share
-
-    return progress
 
 
 def _checked_base(url: str) -> str:

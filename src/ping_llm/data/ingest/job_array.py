@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from ping_llm.data.ingest.splits import SplitRule
 from ping_llm.data.ingest.tasks import REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
@@ -88,12 +89,12 @@ def run_strided(path: Path, first: int, stride: int) -> None:
         print(f"{task.folder.name}: {told}", flush=True)
 
 
-def _map_task(values: dict) -> MapTask:
-    paths = {name: Path(values[name]) for name in ("dump", "folder")}
-    return MapTask(**values | paths)
+def _map_task(values: dict[str, Any]) -> MapTask:
+    values.pop("threads", None)  # of an earlier version
+    return MapTask(**values | {name: Path(values[name]) for name in ("dump", "folder")})
 
 
-def _reduce_task(values: dict) -> ReduceTask:
+def _reduce_task(values: dict[str, Any]) -> ReduceTask:
     paths = {name: Path(values[name]) for name in ("sources", "folder")}
     rule = values["rule"] and SplitRule(**values["rule"])
     return ReduceTask(**values | paths | {"inputs": tuple(map(Path, values["inputs"])), "rule": rule})

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from ping_llm.data.ingest.choices import Packets
-from ping_llm.data.ingest.executors import LOCAL
 from ping_llm.data.ingest.splits import PARTS
 
 BUCKET_MEASUREMENTS = 1_000_000
@@ -67,11 +66,6 @@ class Plan:
         )
         parse, reduce = self.results / PARSE_RESULTS_PER_S, self.measurements / REDUCE_MEASUREMENTS_PER_S
         return (unpack + parse + reduce) / self.workers
-
-    @property
-    def threads(self) -> int:
-        """That unpack a dump: more than one where processes on this machine would have no dump of their own."""
-        return max(1, self.workers // len(self.dumps)) if self.executor == LOCAL else 1
 
     def describe(self) -> str:
         """The plan as a table of text."""

@@ -16,7 +16,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,16 +39,14 @@ from ping_llm.data.ingest.tasks import (
 )
 from ping_llm.data.ingest.traceroute import REPLIES
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
-from ping_llm.data.synthetic.truth import TRUTH_NAME
-from ping_llm.system.disk import full_disk_is_one_line
-from ping_llm.system.files import file_sha256, write_atomically
-from ping_llm.system.progress import cores, show_progress
+from ping_llm.system.files import file_sha256, full_disk_is_one_line, move_atomically, write_atomically
+from ping_llm.system.progress import by_part, cores, show_progress
 
 PARTIAL_NAME = ".partial"
 DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet")
 IDENTITY_NAME = "identity.json"
 STDIN = "-"
-_NO_DUMPS = (TRUTH_NAME, RECORD_NAME)
+_NO_DUMPS = ("truth.json", RECORD_NAME)  # the truth of a synthetic dump, the record of a fetch
 
 WATCH_EVERY_S = 1.0
 INLINE_S = 1.0
@@ -108,7 +106,7 @@ def prepare(
     with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
         folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
         maps = [
-            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute, plan.threads)
+            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute)
             for dump, folder in zip(dumps, folders, strict=True)
         ]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
@@ -251,30 +249,26 @@ def _run_maps(pool: Executor, tasks: Sequence[MapTask], dumps: Sequence[Dump], k
 
 @contextmanager
 def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of a dump that is done; how far the others are is told by their pieces.
+    """Gives a function to call with the number of a dump that is done; the progress of the others is seen by their pieces.
 
     That is an estimate, and stops short of the end: how well a dump is packed shows only there.
     """
-    shown, lock, over = [0.0] * len(dumps), Lock(), Event()
+    over = Event()
     scratch, numbers = tasks[0].folder.parent, {task.folder.name: i for i, task in enumerate(tasks)}
-
-    def show(i: int, size: float) -> None:
-        with lock:
-            more = max(size - shown[i], 0)
-            shown[i] += more
-            advance(more / 1e6)
-
-    def watch() -> None:
-        while not over.wait(WATCH_EVERY_S):
-            for name, pieces in pieces_written(scratch).items():
-                i = numbers[name]
-                show(i, min(pieces * CHUNK_BYTES * packed_share(dumps[i].name), 0.95 * dumps[i].bytes))
-
     with show_progress("unpack, parse", sum(dump.bytes for dump in dumps) / 1e6, "MB") as advance:
+        reach = by_part(advance)
+
+        def watch() -> None:
+            while not over.wait(WATCH_EVERY_S):
+                for name, pieces in pieces_written(scratch).items():
+                    dump = dumps[numbers[name]]
+                    size = min(pieces * CHUNK_BYTES * packed_share(dump.name), 0.95 * dump.bytes)
+                    reach(numbers[name], size / 1e6)
+
         watcher = Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield lambda i: show(i, dumps[i].bytes)
+            yield lambda i: reach(i, dumps[i].bytes / 1e6)
         finally:
             over.set()
             watcher.join()
@@ -328,5 +322,5 @@ def _publish(folders: Sequence[Path], out: Path) -> dict:
         rows[part] = sum(len(table) for table in tables) - sum(rows.values())
         shards[part] = len(held)
     pq.write_table(pa.concat_tables(tables), out / f"{INDEX_NAME}.tmp")
-    (out / f"{INDEX_NAME}.tmp").replace(out / INDEX_NAME)
+    move_atomically(out / f"{INDEX_NAME}.tmp", out / INDEX_NAME)
     return {"rows": rows, "shards": shards}

@@ -65,8 +65,6 @@ class MapTask:
     packets: Packets
     max_clock_skew_s: int
     traceroute: Traceroute = "off"
-    threads: int = 1
-    """That unpack it."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[
         for rows in read_rows(task.dump):
             yield len(rows), *parse_rows(rows, task.packets)
     else:
-        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES, task.threads):
+        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES):
             yield (
                 chunk.lines,
                 *parse_results(chunk.path, chunk.lines, task.packets, task.max_clock_skew_s, task.traceroute),

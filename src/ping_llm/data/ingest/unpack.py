@@ -17,8 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from ping_llm.data.ingest.parallel_unpack import unpack_parallel
-
 BLOCK_BYTES = 1 << 20
 READ_BYTES = 1 << 18
 MAX_LINE_BYTES = 1 << 20
@@ -44,12 +42,12 @@ class Chunk:
     lines: int  # blank ones too
 
 
-def read_chunks(path: Path, scratch: Path, chunk_bytes: int, threads: int = 1) -> Iterator[Chunk]:
+def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[Chunk]:
     """Cuts a dump into chunks of about `chunk_bytes`, all in the file `scratch`: each is overwritten by the next.
 
     Raises DamagedDump, after the last chunk, if the dump cannot be read to its end.
     """
-    blocks, damage, more = read_lines(path, threads), None, True
+    blocks, damage, more = read_lines(path), None, True
     with scratch.open("wb") as file:
         while more:
             file.seek(0)  # over the chunk before: its pages are at hand, new ones would have to be cleared
@@ -72,9 +70,9 @@ def read_chunks(path: Path, scratch: Path, chunk_bytes: int, threads: int = 1) -
         raise damage
 
 
-def read_lines(path: Path, threads: int = 1) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Blocks of whole lines of a dump, one result a line; DamagedDump at the end of what is readable."""
-    blocks = unpack(path) if threads == 1 else unpack_parallel(path, threads, unpack)
+    blocks = unpack(path)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
     if shape := _LATEST.match(first) or _ARRAY.match(first):
         return whole_lines(_elements(chain([first[shape.end() :]], blocks), path.name))

@@ -39,7 +39,7 @@ from ping_llm.data.ingest.splits import (
 )
 from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
 from ping_llm.data.ingest.unpack import DamagedDump, read_chunks
-from ping_llm.data.measurement import ADDRESS_BYTES
+from ping_llm.data.measurement import ADDRESS_BYTES, binary_column, byte_matrix
 from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
 from ping_llm.data.tokenization import clamped_rtts
 
@@ -144,10 +144,10 @@ def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
     """Every source address of all inputs, its owner and whether a held-out group used it, in one file for all buckets."""
     tables = [pa.ipc.open_file(folder / SOURCES_NAME).read_all() for folder in inputs]
     seen = pa.concat_tables(tables).group_by(_SEEN_SCHEMA.names).aggregate([]).combine_chunks()
-    sources = collect_sources(_byte_matrix(seen["key"]), _byte_matrix(seen["address"]), rule)
+    sources = collect_sources(byte_matrix(seen["key"]), byte_matrix(seen["address"]), rule)
     columns = {
-        "address": _binary(sources.addresses),
-        "owner": _binary(sources.owner),
+        "address": binary_column(sources.addresses),
+        "owner": binary_column(sources.owner),
         "held_out": pa.array(sources.held_out),
     }
     _write_table(path, pa.table(columns))
@@ -155,7 +155,7 @@ def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
 
 def _load_sources(path: Path) -> Sources:
     table = pa.ipc.open_file(path).read_all()
-    return Sources(_byte_matrix(table["address"]), _byte_matrix(table["owner"]), table["held_out"].to_numpy())
+    return Sources(byte_matrix(table["address"]), byte_matrix(table["owner"]), table["held_out"].to_numpy())
 
 
 def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
@@ -233,7 +233,7 @@ def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucke
 def _ranked(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """(n,) int64 indices into the (A, 16) distinct addresses of a column, ascending."""
     encoded = column.combine_chunks().dictionary_encode()
-    addresses = _byte_matrix(encoded.dictionary)
+    addresses = byte_matrix(encoded.dictionary)
     order = np.argsort(as_text(addresses))
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
@@ -250,7 +250,7 @@ def _bucketed(table: pa.Table, buckets: int) -> tuple[list[pa.RecordBatch], pa.T
     batch = table.to_batches()[0]
     batches = [batch.slice(begin, end - begin) for begin, end in pairwise([0, *ends])]
     group, source = np.divmod(np.unique(groups.index * len(addresses) + src), len(addresses))
-    seen = {"key": _binary(groups.keys[group]), "address": _binary(addresses[source])}
+    seen = {"key": binary_column(groups.keys[group]), "address": binary_column(addresses[source])}
     return batches, pa.table(seen, schema=_SEEN_SCHEMA)
 
 
@@ -272,20 +272,6 @@ def _write_piece(path: Path, batches: list[pa.RecordBatch]) -> None:
 def _write_table(path: Path, table: pa.Table) -> None:
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
-
-
-def _binary(matrix: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """(n, k) uint8 as a column of k bytes."""
-    buffer = pa.py_buffer(np.ascontiguousarray(matrix))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(matrix.shape[1]), len(matrix), [None, buffer])
-
-
-def _byte_matrix(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
-    """The inverse of `_binary`."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    width = array.type.byte_width
-    raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint8)[: width * (array.offset + len(array))]
-    return raw.reshape(-1, width)[array.offset :]
 
 
 def _fresh_folder(folder: Path) -> Path:

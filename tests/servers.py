@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback interface that misbehaves as told, and what tests ask it for."""
+"""A real HTTP server on the loopback interface that misbehaves as a test demands, and what tests request of it."""
 
 import bz2
 import re
@@ -90,12 +90,12 @@ def status(code, body=b"", **headers):
 
 
 def file(body, etag='"v1"', upto=None, then=None, **headers):
-    """Serves a file or the asked range of it; closes the connection after `upto` bytes of it, once `then` has returned."""
+    """Serves a file or the requested range of it; closes the connection after `upto` bytes, once `then` has returned."""
 
     def reply(handler):
         begin = 0
-        if (asked := handler.headers["Range"]) and handler.headers["If-Range"] in (etag, headers.get("Last_Modified")):
-            begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+        if (wanted := handler.headers["Range"]) and handler.headers["If-Range"] in (etag, headers.get("Last_Modified")):
+            begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
         if begin > len(body):
             return handler.begin(416, Content_Length=0)
         span = f"bytes {begin}-{len(body) - 1}/{len(body)}" if begin else None

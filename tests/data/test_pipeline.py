@@ -207,5 +207,5 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with open(f"/proc/{pid}/stat") as stat:  # a zombie has ended: only nobody has asked how
+    with open(f"/proc/{pid}/stat") as stat:  # a zombie has ended: only nobody has waited for it
         return stat.read().rsplit(")", 1)[1].split()[0] != "Z"

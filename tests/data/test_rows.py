@@ -82,7 +82,7 @@ def test_a_large_row_is_halved_until_its_records_fit(tmp_path):
     assert pa.concat_tables([part.to_measurements() for part in reader]) == measurements
 
 
-def test_the_index_tells_what_a_row_holds_without_reading_it(tmp_path):
+def test_the_index_says_what_a_row_holds_without_reading_it(tmp_path):
     tables = [table(50, seed, probe_id=seed) for seed in range(3)]
     reader = write_folder(tmp_path, map(row_of, tables))
     assert reader.probe_id.tolist() == [0, 1, 2]
@@ -102,7 +102,7 @@ def test_shards_with_the_same_rows_are_the_same_bytes(tmp_path):
     assert shards[0] == shards[1]
 
 
-def test_missing_rows_and_parts_are_told_with_what_to_do(tmp_path):
+def test_missing_rows_and_parts_are_reported_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r'no rows in .*; run "ping-llm prepare'):
         RowReader(tmp_path, "train")
     write_folder(tmp_path, [row_of(table(5))])

@@ -118,8 +118,8 @@ def test_decoder_inverts_the_encoder(window):
     for d, m in zip(decoded, window, strict=True):
         assert (d.src_bits, d.dst_bits) == (8 * m["src_bytes"], 8 * m["dst_bytes"])
         first = 12 if is_ipv4(np.frombuffer(m["dst"], np.uint8)) else 0
-        told = m["dst"][: first + m["dst_bytes"]].ljust(16, b"\0")
-        assert d.dst == format_address(told)
+        known = m["dst"][: first + m["dst_bytes"]].ljust(16, b"\0")
+        assert d.dst == format_address(known)
         assert d.time_s == m["time_s"]
         assert d.rtt_ms == m["rtt_ms"] == -1 or abs(d.rtt_ms / m["rtt_ms"] - 1) <= 2**-12
 

@@ -86,21 +86,6 @@ def is_ipv4(packed: np.ndarray) -> np.ndarray:
     return (words[..., 0] == prefix[0]) & (words[..., 1] == prefix[1]) & (words[..., 2] == prefix[2])
 
 
-def _in_network(packed: np.ndarray, network: str) -> np.ndarray:
-    """True where (…, 16) packed addresses lie in `network`, IPv4 or IPv6."""
-    base, mask = _base_and_mask(network)
-    return ((packed & mask) == base).all(axis=-1)
-
-
-@cache
-def _base_and_mask(network: str) -> tuple[np.ndarray, np.ndarray]:
-    parsed = ipaddress.ip_network(network)
-    length = parsed.prefixlen + (96 if parsed.version == 4 else 0)
-    mask = ((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big")
-    base = pack_address(str(parsed.network_address))
-    return np.frombuffer(base, dtype=np.uint8), np.frombuffer(mask, dtype=np.uint8)
-
-
 # IANA special-purpose registries: addresses that name no host on the public Internet.
 _NOT_PUBLIC = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
@@ -115,6 +100,18 @@ def is_public(packed: np.ndarray) -> np.ndarray:
     Documentation prefixes (192.0.2.0/24, 2001:db8::/32 …) count as public: tests and examples are written with them.
     """
     public = np.ones(packed.shape[:-1], dtype=bool)
-    for network in _NOT_PUBLIC:
-        public &= ~_in_network(packed, network)
+    for base, mask in _not_public():
+        public &= ((packed & mask) != base).any(axis=-1)
     return public
+
+
+@cache
+def _not_public() -> list[tuple[np.ndarray, np.ndarray]]:
+    """First address and mask of each network, (16,) uint8."""
+    found = []
+    for network in map(ipaddress.ip_network, _NOT_PUBLIC):
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        mask = ((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big")
+        base = pack_address(str(network.network_address))
+        found.append((np.frombuffer(base, dtype=np.uint8), np.frombuffer(mask, dtype=np.uint8)))
+    return found

@@ -302,7 +302,7 @@ def read_manifest(folder: Path | str) -> dict:
 
 
 def manifest_sha256(folder: Path | str) -> str:
-    """What tells these rows from others: the manifest names inputs and options by hash. Empty where there is none."""
+    """Identifies these rows: the manifest holds the options, and the hashes of the inputs. Empty where there is none."""
     path = Path(folder) / MANIFEST_NAME
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 

@@ -51,6 +51,7 @@ _FRACTION = 1 << 11
 DELTA1_MAX_S = 0xFF
 DELTA4_MAX_S = 0xFFFF_FFFF
 _TIME_BYTES = {TIMESTAMP_ABS: 8, TIMESTAMP_DELTA1: 1, TIMESTAMP_DELTA4: 4}
+_TIME_BYTES_OF_ROLE = np.array([_TIME_BYTES.get(role, 0) for role in range(BYTE_0)], dtype=np.int64)
 
 # Columns of `Fields.order`.
 SRC, DST, RESULT, TIME = range(4)
@@ -88,7 +89,7 @@ def rtt_code_edges_ms() -> np.ndarray:
 
 
 def clamped_rtts(rtt_ms: np.ndarray) -> int:
-    """How many of the RTTs (ms) of answered pings lie outside what a code can say."""
+    """How many of the RTTs (ms) of pings with a reply lie outside the range of the codes."""
     rtt_ms = np.asarray(rtt_ms)
     edges = rtt_code_edges_ms()[[0, -1]]
     return int(((rtt_ms >= 0) & ((rtt_ms < edges[0]) | (rtt_ms >= edges[1]))).sum())
@@ -96,15 +97,15 @@ def clamped_rtts(rtt_ms: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Fields:
-    """What is told of n measurements, in sequence order; several windows may follow one another."""
+    """What the tokens of n measurements hold, in sequence order; several windows may follow one another."""
 
     src: np.ndarray  # (n, 16) uint8, packed
     dst: np.ndarray  # (n, 16) uint8, packed
-    src_bytes: np.ndarray  # (n,) told bytes: 0–4 or 0–16
-    dst_bytes: np.ndarray  # (n,) told bytes: 1–4 or 1–16
+    src_bytes: np.ndarray  # (n,) known bytes: 0–4 or 0–16
+    dst_bytes: np.ndarray  # (n,) known bytes: 1–4 or 1–16
     rtt_ms: np.ndarray  # (n,) −1 = failed
     time_s: np.ndarray  # (n,) int64; read where timed
-    timed: np.ndarray  # (n,) bool: whether the time is told
+    timed: np.ndarray  # (n,) bool: whether the time is known
     order: np.ndarray  # (n, 4) sort keys of src, dst, result, time within the measurement; ties are not allowed
     window: np.ndarray  # (n,) number of the window, ascending: the first timestamp in each is absolute
 
@@ -134,10 +135,10 @@ def encode(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
 
     _put_address(tokens, at[SRC], fields.src, fields.src_bytes, src4)
     _put_address(tokens, at[DST], fields.dst, fields.dst_bytes, dst4)
-    answered = np.flatnonzero(~failed)
-    code = encode_rtt(fields.rtt_ms[answered])
-    tokens[at[RESULT, answered] + 1] = BYTE_0 + (code >> 8)
-    tokens[at[RESULT, answered] + 2] = BYTE_0 + (code & 0xFF)
+    replied = np.flatnonzero(~failed)
+    code = encode_rtt(fields.rtt_ms[replied])
+    tokens[at[RESULT, replied] + 1] = BYTE_0 + (code >> 8)
+    tokens[at[RESULT, replied] + 2] = BYTE_0 + (code & 0xFF)
     for role, width in _TIME_BYTES.items():
         chosen = np.flatnonzero(fields.timed & (time_role == role))
         if len(chosen):
@@ -157,13 +158,8 @@ def _places(first: np.ndarray, length: np.ndarray, order: np.ndarray) -> np.ndar
     return at
 
 
-_TIME_BYTES_OF_ROLE = np.zeros(BYTE_0, dtype=np.int64)
-for _role, _width in _TIME_BYTES.items():
-    _TIME_BYTES_OF_ROLE[_role] = _width
-
-
 def _times(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
-    """What the timestamp of each measurement says, (n,) s, and with which role, (n,)."""
+    """The value of the timestamp of each measurement, (n,) s, and its role, (n,)."""
     value = np.zeros(len(fields.timed), dtype=np.int64)
     role = np.full(len(fields.timed), TIMESTAMP_ABS, dtype=np.int64)
     timed = np.flatnonzero(fields.timed)
@@ -181,16 +177,16 @@ def _times(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
     return value, role
 
 
-def _put_address(tokens: np.ndarray, at: np.ndarray, packed: np.ndarray, told: np.ndarray, ipv4: np.ndarray) -> None:
-    """Writes the told bytes of packed addresses after their role tokens at positions `at`."""
+def _put_address(tokens: np.ndarray, at: np.ndarray, packed: np.ndarray, known: np.ndarray, ipv4: np.ndarray) -> None:
+    """Writes the known bytes of packed addresses after their role tokens at positions `at`."""
     for family, first in ((ipv4, 12), (~ipv4, 0)):
         chosen = np.flatnonzero(family)
         if not len(chosen):
             continue
         address = packed[chosen, first:]
         column = np.arange(address.shape[1])
-        is_told = column < told[chosen, None]
-        tokens[(at[chosen, None] + 1 + column)[is_told]] = address[is_told].astype(np.int16) + BYTE_0
+        is_known = column < known[chosen, None]
+        tokens[(at[chosen, None] + 1 + column)[is_known]] = address[is_known].astype(np.int16) + BYTE_0
 
 
 def token_name(token: int) -> str:

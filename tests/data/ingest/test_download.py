@@ -16,7 +16,7 @@ from ping_llm.data.ingest.fetch import fetch
 
 
 class VirtualTime:
-    """A clock of its own for each thread that asks for it; waits take no time, but move it on."""
+    """A clock of its own for each thread; waits take no time, but move it on."""
 
     def __init__(self):
         self.now, self.slept, self.begin = {}, [], 0.0
@@ -42,9 +42,9 @@ def test_a_broken_transfer_goes_on_where_it_broke_off(server, tmp_path):
         record = fetch(wanted, tmp_path / str(number), QUICK)  # 4 failures with 3 tries: each brought bytes
         assert content(tmp_path / str(number)) == {wanted[0].name: body}
         assert record["files"][0]["sha256"] == hashlib.sha256(body).hexdigest()
-        asked = [(headers.get("Range"), headers.get("If-Range")) for _, headers in server.requests]
+        requested = [(headers.get("Range"), headers.get("If-Range")) for _, headers in server.requests]
         strong = validator.get("Last_Modified", '"v1"')
-        assert asked == [(None, None)] + [(f"bytes={n}-", strong) for n in (100_000, 200_000, 250_000, 260_000)]
+        assert requested == [(None, None)] + [(f"bytes={n}-", strong) for n in (100_000, 200_000, 250_000, 260_000)]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_file_that_changed_between_tries_is_fetched_from_its_beginning(server,
     assert "Range" in server.requests[1][1]
 
 
-def test_a_range_that_nobody_asked_for_is_not_taken_for_a_file(server, tmp_path):
+def test_a_range_that_nobody_requested_is_not_taken_for_a_file(server, tmp_path):
     body = noise(0)
     rest = status(206, body[1000:], Content_Range=f"bytes 1000-{len(body) - 1}/{len(body)}", ETag='"v1"')
     wanted = dumps(server, [rest, file(body)])
@@ -77,7 +77,7 @@ def test_a_range_that_nobody_asked_for_is_not_taken_for_a_file(server, tmp_path)
     assert content(tmp_path) == {wanted[0].name: body}
 
 
-def test_a_file_that_cannot_be_told_from_another_is_never_resumed(server, tmp_path):
+def test_a_file_that_cannot_be_distinguished_from_another_is_never_resumed(server, tmp_path):
     body = noise(0)
     wanted = dumps(server, [file(noise(1), None, upto=100_000), file(body, None)])
     fetch(wanted, tmp_path, QUICK)
@@ -169,7 +169,7 @@ def test_an_answer_that_only_ends_like_results_is_not_kept(server, tmp_path, for
     assert content(tmp_path) == {wanted[0].name: body}
 
 
-def test_an_answer_of_untold_length_is_refused(server, tmp_path):
+def test_an_answer_of_unknown_length_is_refused(server, tmp_path):
     def endless(handler):
         handler.begin(200)
         handler.wfile.write(ndjson(ping()))

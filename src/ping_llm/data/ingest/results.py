@@ -22,7 +22,7 @@ from ping_llm.data.ingest.choices import Packets
 from ping_llm.data.measurement import MEASUREMENT_SCHEMA, binary_column, is_ipv4, is_public, pack_addresses
 
 RESULT_SCHEMA = MEASUREMENT_SCHEMA.append(pa.field("packet", pa.uint32())).append(pa.field("first_of_line", pa.bool_()))
-"""A measurement; `packet` tells those of one result apart, alike in each copy of it; one of each line is `first_of_line`."""
+"""A measurement; `packet` numbers those of one result, alike in each copy of it; one of each line is `first_of_line`."""
 
 MAX_TIME_S = 2**32 - 1
 MIN_RTT_MS = 1e-6

@@ -1,4 +1,4 @@
-"""Traceroute results in, measurements out: each reply tells the RTT from the source to the address that sent it.
+"""Traceroute results in, measurements out: each reply gives the RTT from the source to the address that sent it.
 
     target   only replies of the destination, in the last hop
     hops     replies of every public address on the way
@@ -21,7 +21,7 @@ from ping_llm.data.ingest.results import MAX_RTT_MS, MIN_RTT_MS, destination_fau
 REPLIES = {
     "reply_used": "that became measurements",
     "reply_absent": "no reply (x), one without an address, or a packet that never left",
-    "reply_late": "after the time-out: which packet it answers is not sure",
+    "reply_late": "after the time-out: to which packet it replies is not sure",
     "reply_duplicate": "second replies to one packet",
     "reply_icmp_error": "of a router that could not forward (!N, !H, !A …): it may have waited before it said so",
     "reply_without_rtt": "without an RTT between 1 ns and 71 minutes",
@@ -34,7 +34,7 @@ REPLIES = {
 """Counters of the entries of traceroutes, one a packet; after the first, in the order in which they apply."""
 
 _BY_DESTINATION_ITSELF = ("P", "p")
-"""Protocol or port unreachable is how a host answers a UDP traceroute; routers send the other ICMP errors."""
+"""Protocol or port unreachable is how a host replies to a UDP traceroute; routers send the other ICMP errors."""
 
 
 @dataclass(frozen=True)

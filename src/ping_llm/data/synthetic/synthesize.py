@@ -86,10 +86,22 @@ class Dump:
 
     def __init__(self, world: dict[str, Any], out: Path) -> None:
         self.world, self.out, self.truth, self.seed = world, out, Truth(world), world["seed"]
-        self.schedule = world["schedule"]
+        self.schedule, measurements = world["schedule"], world["measurements"]
+        self.pairs = self._measured_pairs()
+        interval_s, span_s = self.schedule["interval_s"], self.schedule["end_s"] - self.schedule["start_s"]
+        # (P,) of each pair: seconds after the start at which it is first measured; TTL of the replies, 64 less the hops; and
+        # whether the target is resolved by name
+        self.phase_s = (hash_uniform(self.seed, _PHASE, *self.pairs) * interval_s).astype(np.int64)
+        self.ttl = 64 - (6 + 18 * hash_uniform(self.seed, _HOPS, *self.pairs)).astype(np.int64)
+        self.named = np.array([m["dst_name"] != m["dst_addr"] for m in measurements])[self.pairs[1]]
+        hourly = len(self.pairs[0]) * _HOUR_S / interval_s
+        # Seconds that a file spans, and parts of it that are equal in time
+        self.file_s = _HOUR_S * next((h for h in (1, 2, 3, 4, 6, 8, 12) if h * hourly >= _FILE_RESULTS), 24)
+        self.blocks = -(-len(self.pairs[0]) * self.file_s // (interval_s * _BLOCK_RESULTS))
+        self.files = -(-span_s // self.file_s)
+        self.results = int((-((self.phase_s - span_s) // interval_s)).sum())  # a line that comes again counts once
 
-    @cached_property
-    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+    def _measured_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """(P,) probe and (P,) measurement indices of the pairs that are measured."""
         probes, measurements = self.world["probes"], self.world["measurements"]
         probe_id = np.array([probe["probe_id"] for probe in probes])
@@ -115,45 +127,8 @@ class Dump:
         return self.truth.paths(src, [measurements[j]["dst_addr"] for j in measurement])
 
     @cached_property
-    def phase_s(self) -> np.ndarray:
-        """(P,) seconds after the start at which a pair is first measured."""
-        return (hash_uniform(self.seed, _PHASE, *self.pairs) * self.schedule["interval_s"]).astype(np.int64)
-
-    @cached_property
-    def ttl(self) -> np.ndarray:
-        """(P,) TTL of the replies of a pair: 64 less the hops."""
-        return 64 - (6 + 18 * hash_uniform(self.seed, _HOPS, *self.pairs)).astype(np.int64)
-
-    @cached_property
-    def named(self) -> np.ndarray:
-        """(P,) bool: the target is resolved by name."""
-        names = [m["dst_name"] != m["dst_addr"] for m in self.world["measurements"]]
-        return np.array(names)[self.pairs[1]]
-
-    @cached_property
     def writer(self) -> LineWriter:
         return LineWriter(self.world["probes"], self.world["measurements"], self.schedule["interval_s"])
-
-    @cached_property
-    def file_s(self) -> int:
-        """Seconds that a file spans."""
-        hourly = len(self.pairs[0]) * _HOUR_S / self.schedule["interval_s"]
-        return _HOUR_S * next((hours for hours in (1, 2, 3, 4, 6, 8, 12) if hours * hourly >= _FILE_RESULTS), 24)
-
-    @cached_property
-    def blocks(self) -> int:
-        """Parts of a file, equal in time."""
-        return -(-len(self.pairs[0]) * self.file_s // (self.schedule["interval_s"] * _BLOCK_RESULTS))
-
-    @cached_property
-    def files(self) -> int:
-        return -(-(self.schedule["end_s"] - self.schedule["start_s"]) // self.file_s)
-
-    @cached_property
-    def results(self) -> int:
-        """Results in all files; a line that comes again counts once."""
-        span_s = self.schedule["end_s"] - self.schedule["start_s"]
-        return int((-((self.phase_s - span_s) // self.schedule["interval_s"])).sum())
 
     def path(self, i: int) -> Path:
         """ping-YYYY-MM-DDTHH00.bz2, named after the first second of file i."""
@@ -288,7 +263,7 @@ def _write_all(dump: Dump, workers: int) -> Iterator[Counter[str]]:
         yield from pool.map(_write_in_worker, range(dump.files))
 
 
-_worker_dump: Dump
+_worker_dump: Dump  # of a process that writes files
 
 
 def _start_worker(world: dict[str, Any], out: Path, parent: int) -> None:

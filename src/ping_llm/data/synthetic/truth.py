@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -135,9 +134,26 @@ class Truth:
                 f"the truth is of format {world.get('format_version')}, this program reads {FORMAT_VERSION}; "
                 'run "ping-llm synth" again'
             )
-        self.world, self.seed = world, int(world["seed"])
-        if not world["networks"]:
+        self.world, self.seed, networks = world, int(world["seed"]), world["networks"]
+        if not networks:
             raise KeyError("networks")
+        names = ("access_ms", "detour", "congestion_ms", "jitter_share", "jitter_shape", "loss", "ipv6_extra_ms")
+        self._columns = {name: np.array([network[name] for network in networks], dtype=float) for name in names}
+        self._is_anycast = np.array([network["kind"] == ANYCAST for network in networks])
+        counts = np.array([len(network["sites"]) for network in networks])  # several of anycast networks, one of others
+        self._has_site = np.arange(counts.max()) < counts[:, None]  # (N, sites) bool
+        regions = {name: i for i, name in enumerate(world["regions"])}
+        self._region = self._site_column("region", regions.__getitem__).astype(np.int64)
+        self._longitude = self._site_column("longitude")
+        latitude, longitude = np.radians(self._site_column("latitude")), np.radians(self._longitude)
+        flat = np.cos(latitude)
+        # (N, sites, 3) unit vectors from the centre of the Earth
+        self._position = np.stack([flat * np.cos(longitude), flat * np.sin(longitude), np.sin(latitude)], axis=-1)
+        owned = [(ip_network(p), i) for i, network in enumerate(networks) for p in network["prefixes"]]
+        borders = [_lookup_key(_pack([str(net[0]), str(net[-1])])) for net, _ in owned]
+        first, last = np.array(borders, dtype=np.uint64).T
+        order = np.argsort(first)
+        self._prefixes = first[order], last[order], np.array([i for _, i in owned])[order]
 
     @classmethod
     def load(cls, path: Path | str) -> Truth:
@@ -217,7 +233,7 @@ class Truth:
 
     def _network_of(self, packed: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         """(P,) index of the network that owns each address."""
-        first, last, owner = self._prefixes
+        first, last, owner = self._prefixes  # lookup keys, sorted
         key = _lookup_key(packed)
         at = np.maximum(np.searchsorted(first, key, side="right") - 1, 0)
         missing = (key < first[at]) | (key > last[at])
@@ -227,46 +243,6 @@ class Truth:
                 f"{TRUTH_NAME}"
             )
         return owner[at]
-
-    @cached_property
-    def _prefixes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First and last lookup key of every prefix, sorted, and the network that owns it."""
-        owned = [(ip_network(p), i) for i, network in enumerate(self.world["networks"]) for p in network["prefixes"]]
-        borders = [_lookup_key(_pack([str(net[0]), str(net[-1])])) for net, _ in owned]
-        first, last = np.array(borders, dtype=np.uint64).T
-        order = np.argsort(first)
-        return first[order], last[order], np.array([i for _, i in owned])[order]
-
-    @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("access_ms", "detour", "congestion_ms", "jitter_share", "jitter_shape", "loss", "ipv6_extra_ms")
-        return {name: np.array([n[name] for n in self.world["networks"]], dtype=float) for name in names}
-
-    @cached_property
-    def _is_anycast(self) -> np.ndarray:
-        return np.array([network["kind"] == ANYCAST for network in self.world["networks"]])
-
-    @cached_property
-    def _has_site(self) -> np.ndarray:
-        """(N, sites) bool: anycast networks have several sites, the others one."""
-        counts = np.array([len(network["sites"]) for network in self.world["networks"]])
-        return np.arange(counts.max()) < counts[:, None]
-
-    @cached_property
-    def _longitude(self) -> np.ndarray:
-        return self._site_column("longitude")
-
-    @cached_property
-    def _region(self) -> np.ndarray:
-        regions = {name: i for i, name in enumerate(self.world["regions"])}
-        return self._site_column("region", regions.__getitem__).astype(np.int64)
-
-    @cached_property
-    def _position(self) -> np.ndarray:
-        """(N, sites, 3) unit vectors from the centre of the Earth."""
-        latitude, longitude = np.radians(self._site_column("latitude")), np.radians(self._longitude)
-        flat = np.cos(latitude)
-        return np.stack([flat * np.cos(longitude), flat * np.sin(longitude), np.sin(latitude)], axis=-1)
 
     def _site_column(self, name: str, convert: Callable[[Any], float] = float) -> np.ndarray:
         """(N, sites) of one field of the sites, 0 where a network has fewer."""

@@ -1,5 +1,6 @@
 """Where the tasks of `prepare` run leaves no trace in the rows, and what goes wrong there is one clear line."""
 
+import json
 import os
 import signal
 import stat
@@ -13,6 +14,7 @@ from ping_llm.cli import main
 from ping_llm.data.ingest import executors, tasks
 from ping_llm.data.ingest import prepare as prepare_module
 from ping_llm.data.ingest.executors import open_executor, run_tasks
+from ping_llm.data.ingest.job_array import read_tasks
 from ping_llm.data.ingest.prepare import plan_rows, prepare
 from ping_llm.data.synthetic.synthesize import synthesize
 
@@ -184,6 +186,17 @@ def test_the_plan_is_near_what_a_synthetic_dump_takes(tmp_path):
     assert plan.buckets >= max(manifest["shards"].values())
     assert 0.5 < plan.results / count < 2
     assert 0.5 < plan.row_bytes / size < 2
+
+
+def test_tasks_that_an_earlier_version_wrote_are_read(dumps, tmp_path):
+    with pytest.raises(SystemExit):
+        prepare(dumps, tmp_path, executor="array")
+    path = tmp_path / ".partial" / "tasks.json"
+    values = json.loads(path.read_text())
+    _, now = read_tasks(path)
+    values["tasks"] = [task | {"threads": 1} for task in values["tasks"]]
+    path.write_text(json.dumps(values))
+    assert read_tasks(path) == (tasks.map_dump, now) and len(now) == 3
 
 
 def test_progress_moves_within_a_dump_and_ends_at_its_size(dumps, tmp_path, monkeypatch):

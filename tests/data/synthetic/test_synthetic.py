@@ -235,7 +235,8 @@ def test_hosts_are_public_and_sit_in_their_network_and_prefixes_are_disjoint():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_global_median_is_a_poor_guess_and_the_pair_is_a_good_one(seed):
     world = build_world(seed, 60, 40)
-    dump = synthetic.Dump(world | {"schedule": {"measured_share": 0.7}}, None)
+    schedule = {"start_s": 0, "end_s": 3600, "interval_s": 3600, "measured_share": 0.7}
+    dump = synthetic.Dump(world | {"schedule": schedule}, None)
     _, floor_ms, scale_ms, shape = dump.paths.at(EVENING_S)
     median = floor_ms + scale_ms
     guess = np.abs(np.median(median) - median) / median
@@ -249,7 +250,7 @@ def test_the_global_median_is_a_poor_guess_and_the_pair_is_a_good_one(seed):
     assert 0.55 < 1 - ipv6.mean() < 0.75
 
 
-def test_some_pairs_are_never_measured_though_both_ends_are(packets):
+def test_some_pairs_are_never_measured_though_both_endpoints_are(packets):
     measured = set(zip(packets["src"], packets["dst"], strict=True))
     four = [(s, d) for s in set(packets["src"]) for d in set(packets["dst"]) if ":" not in s + d]
     assert 0.2 < np.mean([pair not in measured for pair in four]) < 0.4

@@ -219,21 +219,21 @@ def plain_encode(fields: Fields) -> list[int]:
     ):
         if number != window:
             window, clock = number, None
-        told = [plain_address(1, src, src_bytes), plain_address(3, dst, dst_bytes), plain_result(rtt_ms), []]
+        fields = [plain_address(1, src, src_bytes), plain_address(3, dst, dst_bytes), plain_result(rtt_ms), []]
         if timed:
-            told[3] = plain_time(time_s, clock)
+            fields[3] = plain_time(time_s, clock)
             clock = time_s
         tokens.append(0)
-        for _, field in sorted(zip(order, told, strict=True)):
+        for _, field in sorted(zip(order, fields, strict=True)):
             tokens += field
     return tokens
 
 
-def plain_address(ipv4_role: int, packed: bytes, told: int) -> list[int]:
-    """The role and the told bytes of an address."""
+def plain_address(ipv4_role: int, packed: bytes, known: int) -> list[int]:
+    """The role and the known bytes of an address."""
     ipv4 = packed.startswith(bytes(10) + b"\xff\xff")
     role, address = (ipv4_role, packed[12:]) if ipv4 else (ipv4_role + 1, packed)
-    return [role, *(11 + byte for byte in address[:told])]
+    return [role, *(11 + byte for byte in address[:known])]
 
 
 def plain_result(rtt_ms: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""Prints what training windows of a folder of rows are like, by how much of their time they tell.
+"""Prints what training windows of a folder of rows are like, by how many of their timestamps they show.
 
     python scripts/report_windows.py ROWS [--seq-len 1024] [--windows 4096] [--json FILE]
 

@@ -24,10 +24,10 @@ def _bytes(value: bytes) -> list[int]:
     return [11 + b for b in value]
 
 
-def _address(kind: str, packed: bytes, told: int) -> list[int]:
+def _address(kind: str, packed: bytes, known: int) -> list[int]:
     if packed.startswith(IPV4_MAPPED_PREFIX):
-        return [ROLES[kind + "4"], *_bytes(packed[12:][:told])]
-    return [ROLES[kind + "6"], *_bytes(packed[:told])]
+        return [ROLES[kind + "4"], *_bytes(packed[12:][:known])]
+    return [ROLES[kind + "6"], *_bytes(packed[:known])]
 
 
 def encode(measurements: list[dict]) -> list[int]:

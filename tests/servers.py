@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback interface that misbehaves as planned, and what tests request of it."""
+"""A real HTTP server on the loopback interface that misbehaves as a test demands, and what tests request of it."""
 
 import bz2
 import re
@@ -90,7 +90,7 @@ def status(code, body=b"", **headers):
 
 
 def file(body, etag='"v1"', upto=None, then=None, **headers):
-    """Serves a file or the requested range of it; closes after `upto` bytes of it, once `then` has returned."""
+    """Serves a file or the requested range of it; closes the connection after `upto` bytes, once `then` has returned."""
 
     def reply(handler):
         begin = 0

@@ -10,7 +10,7 @@ import pytest
 
 from ping_llm import PingModel, cli, demo
 from ping_llm.data.rows import read_manifest
-from ping_llm.data.synthetic.truth import RTTLaw, Truth
+from ping_llm.data.synthetic.truth import TrueRTT, Truth
 from ping_llm.data.tokenization import RTT_CODES, rtt_code_edges_ms
 from ping_llm.inference.context import Context
 from ping_llm.inference.distributions import RTTDistributions
@@ -125,7 +125,7 @@ def places(history) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def true_distributions(world, history, places) -> list[RTTLaw]:
+def true_distributions(world, history, places) -> list[TrueRTT]:
     truth = Truth.load(world / "dump")
     return [truth.rtt_distribution(*history.endpoints(place)) for place in places]
 
@@ -136,7 +136,7 @@ def predicted(model, history, places) -> RTTDistributions:
     return RTTDistributions.concatenate(list(model.laws(queries, "all")))
 
 
-def deviations(predicted: RTTDistributions, true_distributions: list[RTTLaw]) -> dict[str, float]:
+def deviations(predicted: RTTDistributions, true_distributions: list[TrueRTT]) -> dict[str, float]:
     """How far the predicted distributions of B pings are from the true ones; each is 0 for the truth itself; no sampling.
 
     `kl_nats` is the mean divergence of the truth from the answer on the bins of byte 1 (9 %) and failure. `coverage` is the

@@ -14,13 +14,13 @@ import torch
 from conftest import make_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_decoder import decode
 
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import pipeline
 from ping_llm.data.loader import training_batches, validation_windows
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
-from ping_llm.data.tokenization import decode
 
 CPU = torch.device("cpu")
 
@@ -207,5 +207,5 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with open(f"/proc/{pid}/stat") as stat:  # a zombie has ended: only nobody has asked how
+    with open(f"/proc/{pid}/stat") as stat:  # a zombie has ended: only nobody has waited for it
         return stat.read().rsplit(")", 1)[1].split()[0] != "Z"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ping_llm.data.measurement import MEASUREMENT_SCHEMA, pack_address
+from ping_llm.data.measurement import MEASUREMENT_SCHEMA, byte_matrix, pack_address
 from ping_llm.data.rows import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -38,6 +38,15 @@ def table(size, seed=0, probe_id=7):
     return pa.table({name: pa.array(columns[name], MEASUREMENT_SCHEMA.field(name).type) for name in columns})
 
 
+def row_of(measurements):
+    """A row of a table with the columns of MEASUREMENT_SCHEMA, of one probe and already in time order."""
+    src, dst = (measurements[name].combine_chunks().dictionary_encode() for name in ("src", "dst"))
+    columns = {name: measurements[name].to_numpy() for name in ("time_s", "msm_id", "rtt_ms")}
+    columns |= {"src": src.indices.to_numpy(), "dst": dst.indices.to_numpy()}
+    addresses = {"src_addresses": byte_matrix(src.dictionary), "dst_addresses": byte_matrix(dst.dictionary)}
+    return ProbeRow.from_codes(measurements["probe_id"][0].as_py(), **columns, **addresses)
+
+
 def write_folder(folder, rows, max_row_bytes=8_000_000):
     with ShardWriter(folder / shard_name("train", 0, 1), "train", 0, max_row_bytes) as shard:
         for row in rows:
@@ -51,7 +60,7 @@ def write_folder(folder, rows, max_row_bytes=8_000_000):
 @given(size=st.integers(1, 400), seed=st.integers(0, 1000))
 def test_a_row_survives_the_way_to_bytes_and_back(size, seed):
     measurements = table(size, seed)
-    row = ProbeRow.from_bytes(ProbeRow.from_measurements(measurements).to_bytes())
+    row = ProbeRow.from_bytes(row_of(measurements).to_bytes())
     assert row.to_measurements() == measurements
 
 
@@ -65,7 +74,7 @@ def test_codes_into_larger_tables_keep_only_their_addresses():
 
 def test_a_large_row_is_halved_until_its_records_fit(tmp_path):
     measurements = table(5000)
-    row = ProbeRow.from_measurements(measurements)
+    row = row_of(measurements)
     limit = len(row.to_bytes()) // 3
     reader = write_folder(tmp_path, [row], limit)
     assert len(reader) == 4
@@ -73,9 +82,9 @@ def test_a_large_row_is_halved_until_its_records_fit(tmp_path):
     assert pa.concat_tables([part.to_measurements() for part in reader]) == measurements
 
 
-def test_the_index_tells_what_a_row_holds_without_reading_it(tmp_path):
+def test_the_index_says_what_a_row_holds_without_reading_it(tmp_path):
     tables = [table(50, seed, probe_id=seed) for seed in range(3)]
-    reader = write_folder(tmp_path, map(ProbeRow.from_measurements, tables))
+    reader = write_folder(tmp_path, map(row_of, tables))
     assert reader.probe_id.tolist() == [0, 1, 2]
     assert reader.measurements.tolist() == [50, 50, 50]
     assert reader.ipv6_measurements.tolist() == [int((t["ip_version"].to_numpy() == 6).sum()) for t in tables]
@@ -88,15 +97,15 @@ def test_shards_with_the_same_rows_are_the_same_bytes(tmp_path):
     shards = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_folder(tmp_path / name, [ProbeRow.from_measurements(table(20_000, seed)) for seed in range(4)])
+        write_folder(tmp_path / name, [row_of(table(20_000, seed)) for seed in range(4)])
         shards.append((tmp_path / name / shard_name("train", 0, 1)).read_bytes())
     assert shards[0] == shards[1]
 
 
-def test_missing_rows_and_parts_are_told_with_what_to_do(tmp_path):
+def test_missing_rows_and_parts_are_reported_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r'no rows in .*; run "ping-llm prepare'):
         RowReader(tmp_path, "train")
-    write_folder(tmp_path, [ProbeRow.from_measurements(table(5))])
+    write_folder(tmp_path, [row_of(table(5))])
     with pytest.raises(ValueError, match=r'holds no "val" rows, only train \(1\)'):
         RowReader(tmp_path, "val")
     (tmp_path / MANIFEST_NAME).write_text('{"format_version": 0}')

@@ -10,9 +10,10 @@ from conftest import make_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SCRIPTS
+from reference_decoder import decode
 
 from ping_llm.config import DataConfig
-from ping_llm.data.tokenization import MEASUREMENT_START, PADDING, decode
+from ping_llm.data.tokenization import MEASUREMENT_START, PADDING
 from ping_llm.data.windows import TIME_MODES, encode_windows, sample_window, windows_per_row
 
 CONFIG = DataConfig()
@@ -58,7 +59,7 @@ def test_source_is_cut_once_a_window_and_destinations_one_by_one():
     assert np.abs(shares - [0, 0.1 / 3, 0.1 / 3, 0.1 / 3, 0.9]).max() < 0.01
 
 
-def test_no_dropout_tells_every_address_whole(long_row):
+def test_no_dropout_shows_every_address_whole(long_row):
     config = DataConfig(src_prefix_dropout=0, dst_prefix_dropout=0)
     for window in draw(long_row, 20, config):
         width = np.where(long_row.dst_is_ipv4, 4, 16)[long_row.dst[window.index]]
@@ -87,9 +88,9 @@ def test_encoded_windows_hold_whole_measurements_of_the_row(count, seed, ipv6_sh
     encoded = encode_windows([(row, window) for window in windows], tokens)
     assert encoded.shape == (3, tokens)
     for line, window in zip(encoded, windows, strict=True):
-        told = line[line != PADDING]
-        assert (line[len(told) :] == PADDING).all()
-        decoded = decode(told)
+        known = line[line != PADDING]
+        assert (line[len(known) :] == PADDING).all()
+        decoded = decode(known)
         assert len(decoded) >= 1
         for measurement, i, timed in zip(decoded, window.index, window.timed, strict=False):
             expected = float(row.rtt_ms[i])

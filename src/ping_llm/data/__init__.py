@@ -1,5 +1,5 @@
 """From an Atlas dump to batches of tokens.
 
-Read in order: measurement, unpack, atlas, tables, traceroute, results, tasks, prepare, rows, windows, tokenization,
+Read in order: measurement, ingest (unpack, atlas, tables, traceroute, results, tasks, prepare), rows, windows, tokenization,
 pipeline, loader.
 """

@@ -12,7 +12,9 @@ from ping_llm.data.pipeline import WindowBlocks, block_iterator
 from ping_llm.data.rows import RowReader
 
 
-def training_batches(config: Config, start_step: int, device: torch.device, rank=0, world=1) -> Iterator[torch.Tensor]:
+def training_batches(
+    config: Config, start_step: int, device: torch.device, rank: int = 0, world: int = 1
+) -> Iterator[torch.Tensor]:
     """Endless batches from `start_step` on: (batch_size / world, seq_len + 1) int64 on the device, padding −1."""
     rows = RowReader(config.data.rows, "train")
     blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read, rank, world)
@@ -22,10 +24,7 @@ def training_batches(config: Config, start_step: int, device: torch.device, rank
         steps = to_device(next(iterator), device)[skipped:]
         while True:
             yield from (step.long() for step in steps[:-1])
-            last, steps = (
-                steps[-1],
-                to_device(next(iterator), device),
-            )  # copied before the last one is trained on
+            last, steps = steps[-1], to_device(next(iterator), device)  # copied before the last one is trained on
             yield last.long()
     finally:
         iterator.close()

@@ -1,7 +1,7 @@
 """The one schema of a measurement: its columns, their units, and the packing of addresses.
 
-A measurement is one packet of one ping: who asked (`probe_id`), what for (`msm_id`), when (`time_s`), from where
-(`src`), to where (`dst`), and how long the answer took (`rtt_ms`, −1 when none came).
+A measurement is one packet of one ping: its probe (`probe_id`), measurement id (`msm_id`), time (`time_s`), source (`src`),
+destination (`dst`), and the time until the reply (`rtt_ms`, −1 if none came).
 
 Addresses are 16 bytes, most significant first. IPv4 is stored IPv4-mapped (::ffff:a.b.c.d, RFC 4291 §2.5.5.2), so the
 family can be read off the bytes and equal hosts have equal keys.
@@ -59,31 +59,31 @@ def pack_addresses(texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]
     valid = np.zeros(len(texts), dtype=bool)
     for i, text in enumerate(texts):
         try:
-            packed[i * ADDRESS_BYTES : (i + 1) * ADDRESS_BYTES] = pack_address(text)
+            packed[i * ADDRESS_BYTES : (i + 1) * ADDRESS_BYTES] = pack_address(text or "")
         except (ValueError, TypeError):
             continue
         valid[i] = True
     return np.frombuffer(bytes(packed), dtype=np.uint8).reshape(-1, ADDRESS_BYTES), valid
 
 
+def binary_column(matrix: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """(n, k) uint8 as a column of k bytes."""
+    buffer = pa.py_buffer(np.ascontiguousarray(matrix))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(matrix.shape[1]), len(matrix), [None, buffer])
+
+
+def byte_matrix(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
+    """The inverse of `binary_column`; a view, if the column is one array."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    width = array.type.byte_width
+    raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint8)[: width * (array.offset + len(array))]
+    return raw.reshape(-1, width)[array.offset :]
+
+
 def is_ipv4(packed: np.ndarray) -> np.ndarray:
     """True where (…, 16) packed addresses are IPv4."""
     words, prefix = np.ascontiguousarray(packed).view(np.uint32), np.frombuffer(IPV4_MAPPED_PREFIX, dtype=np.uint32)
     return (words[..., 0] == prefix[0]) & (words[..., 1] == prefix[1]) & (words[..., 2] == prefix[2])
-
-
-def _in_network(packed: np.ndarray, network: str) -> np.ndarray:
-    """True where (…, 16) packed addresses lie in `network`, IPv4 or IPv6."""
-    base, mask = _base_and_mask(network)
-    return ((packed & mask) == base).all(axis=-1)
-
-
-@cache
-def _base_and_mask(network: str) -> tuple[np.ndarray, np.ndarray]:
-    parsed = ipaddress.ip_network(network)
-    length = parsed.prefixlen + (96 if parsed.version == 4 else 0)
-    mask = ((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big")
-    return tuple(np.frombuffer(raw, dtype=np.uint8) for raw in (pack_address(str(parsed.network_address)), mask))
 
 
 # IANA special-purpose registries: addresses that name no host on the public Internet.
@@ -100,6 +100,18 @@ def is_public(packed: np.ndarray) -> np.ndarray:
     Documentation prefixes (192.0.2.0/24, 2001:db8::/32 …) count as public: tests and examples are written with them.
     """
     public = np.ones(packed.shape[:-1], dtype=bool)
-    for network in _NOT_PUBLIC:
-        public &= ~_in_network(packed, network)
+    for base, mask in _not_public():
+        public &= ((packed & mask) != base).any(axis=-1)
     return public
+
+
+@cache
+def _not_public() -> list[tuple[np.ndarray, np.ndarray]]:
+    """First address and mask of each network, (16,) uint8."""
+    found = []
+    for network in map(ipaddress.ip_network, _NOT_PUBLIC):
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        mask = ((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big")
+        base = pack_address(str(network.network_address))
+        found.append((np.frombuffer(base, dtype=np.uint8), np.frombuffer(mask, dtype=np.uint8)))
+    return found

@@ -14,8 +14,9 @@ import ctypes
 import os
 import signal
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class WindowBlocks:
     """
 
     def __init__(
-        self, rows: RowReader, config: Config, batch_size: int, windows_per_read: int, rank=0, world=1
+        self, rows: RowReader, config: Config, batch_size: int, windows_per_read: int, rank: int = 0, world: int = 1
     ) -> None:
         if batch_size % world:
             raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {world} processes")
@@ -111,8 +112,8 @@ def block_iterator(
     return generator
 
 
-def _iterate(iterable) -> Generator[np.ndarray, None, None]:
-    iterator = iter(iterable)
+def _iterate(iterable: Iterable[np.ndarray]) -> Generator[np.ndarray, None, None]:
+    iterator: Any = iter(iterable)
     try:
         while True:
             yield np.array(next(iterator))  # a copy: what lies in shared memory is freed at once

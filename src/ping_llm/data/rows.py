@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm.data.measurement import ADDRESS_BYTES, MEASUREMENT_SCHEMA, is_ipv4
+from ping_llm.data.measurement import MEASUREMENT_SCHEMA, binary_column, byte_matrix, is_ipv4
 
 FORMAT_VERSION = 1
 MAX_ROW_BYTES = 8_000_000
@@ -46,7 +47,7 @@ class ProbeRow:
     """One probe's measurements in time order, n of them, as the columns of its record.
 
     Measurements and addresses are looked up by index, and times count from the first: a row read for a few windows is
-    not copied. `time_s` and `msm_id` are whole columns, made when they are first asked for.
+    not copied. `time_s` and `msm_id` are whole columns, made on first use.
     """
 
     probe_id: int
@@ -92,8 +93,8 @@ class ProbeRow:
         columns = {
             "offset_s": pa.array(self.offset_s),
             "msm_id": _dictionary(self.msm_ids, self.msm),
-            "src": _dictionary(_packed_array(self.src_addresses), self.src),
-            "dst": _dictionary(_packed_array(self.dst_addresses), self.dst),
+            "src": _dictionary(binary_column(self.src_addresses), self.src),
+            "dst": _dictionary(binary_column(self.dst_addresses), self.dst),
             "rtt_ms": pa.array(self.rtt_ms.astype(np.float32)),
         }
         batch = pa.record_batch(columns).replace_schema_metadata(
@@ -125,24 +126,8 @@ class ProbeRow:
             dst=dst.indices.to_numpy(),
             rtt_ms=batch.column("rtt_ms").to_numpy(),
             msm_ids=msm_id.dictionary.to_numpy(),
-            src_addresses=_address_matrix(src.dictionary),
-            dst_addresses=_address_matrix(dst.dictionary),
-        )
-
-    @classmethod
-    def from_measurements(cls, table: pa.Table) -> ProbeRow:
-        """A row of a table with the columns of MEASUREMENT_SCHEMA, of one probe and already in time order."""
-        table = table.combine_chunks()
-        src, dst = (table.column(name).combine_chunks().dictionary_encode() for name in ("src", "dst"))
-        return cls.from_codes(
-            probe_id=table.column("probe_id")[0].as_py(),
-            time_s=table.column("time_s").to_numpy(),
-            msm_id=table.column("msm_id").to_numpy(),
-            src=src.indices.to_numpy(),
-            dst=dst.indices.to_numpy(),
-            rtt_ms=table.column("rtt_ms").to_numpy(),
-            src_addresses=_address_matrix(src.dictionary),
-            dst_addresses=_address_matrix(dst.dictionary),
+            src_addresses=byte_matrix(src.dictionary),
+            dst_addresses=byte_matrix(dst.dictionary),
         )
 
     @classmethod
@@ -176,16 +161,15 @@ class ProbeRow:
 
     def halves(self) -> tuple[ProbeRow, ProbeRow]:
         """The earlier and the later half."""
-        middle = len(self) // 2
-        return tuple(
-            ProbeRow.from_codes(
-                self.probe_id,
-                *(column[cut] for column in (self.time_s, self.msm_id, self.src, self.dst, self.rtt_ms)),
-                self.src_addresses,
-                self.dst_addresses,
+        columns = (self.time_s, self.msm_id, self.src, self.dst, self.rtt_ms)
+
+        def part(cut: slice) -> ProbeRow:
+            time_s, msm_id, src, dst, rtt_ms = (column[cut] for column in columns)
+            return ProbeRow.from_codes(
+                self.probe_id, time_s, msm_id, src, dst, rtt_ms, self.src_addresses, self.dst_addresses
             )
-            for cut in (slice(None, middle), slice(middle, None))
-        )
+
+        return part(slice(len(self) // 2)), part(slice(len(self) // 2, None))
 
     def to_measurements(self) -> pa.Table:
         """The measurements as a table of MEASUREMENT_SCHEMA."""
@@ -194,8 +178,8 @@ class ProbeRow:
             pa.array(np.full(len(self), self.probe_id, dtype=np.int64)),
             pa.array(self.msm_id),
             pa.array(self.time_s),
-            _packed_array(self.src_addresses[self.src]),
-            _packed_array(self.dst_addresses[self.dst]),
+            binary_column(self.src_addresses[self.src]),
+            binary_column(self.dst_addresses[self.dst]),
             pa.array(ip_version),
             pa.array(self.rtt_ms),
         ]
@@ -267,7 +251,7 @@ class RowReader:
         self.paths = shard_paths(self.folder, part)
         if not self.paths:
             raise self._damaged(f"every shard of {part}")
-        self._source = None
+        self._source: Any = None
 
     def __len__(self) -> int:
         return len(self.measurements)
@@ -318,7 +302,7 @@ def read_manifest(folder: Path | str) -> dict:
 
 
 def manifest_sha256(folder: Path | str) -> str:
-    """What tells these rows from others: the manifest names inputs and options by hash. Empty where there is none."""
+    """Identifies these rows: the manifest holds the options, and the hashes of the inputs. Empty where there is none."""
     path = Path(folder) / MANIFEST_NAME
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
@@ -333,18 +317,7 @@ def shard_paths(folder: Path, part: str) -> list[Path]:
     return sorted(folder.glob(f"{part}-?????-of-?????.arrayrecord"))
 
 
-def _dictionary(values, indices: np.ndarray) -> pa.DictionaryArray:
+def _dictionary(values: np.ndarray | pa.Array, indices: np.ndarray) -> pa.DictionaryArray:
     """A dictionary column whose indices take the fewest bytes; uint64 is not needed below 8 MB."""
     kind = np.min_scalar_type(max(len(values) - 1, 0))
-    values = pa.array(values) if isinstance(values, np.ndarray) else values
-    return pa.DictionaryArray.from_arrays(pa.array(np.asarray(indices).reshape(-1).astype(kind)), values)
-
-
-def _packed_array(addresses: np.ndarray) -> pa.FixedSizeBinaryArray:
-    data = pa.py_buffer(np.ascontiguousarray(addresses).tobytes())
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(ADDRESS_BYTES), len(addresses), [None, data])
-
-
-def _address_matrix(array: pa.FixedSizeBinaryArray) -> np.ndarray:
-    raw = np.frombuffer(array.buffers()[1], dtype=np.uint8).reshape(-1, ADDRESS_BYTES)
-    return raw[array.offset : array.offset + len(array)]
+    return pa.DictionaryArray.from_arrays(pa.array(indices.reshape(-1).astype(kind)), pa.array(values))

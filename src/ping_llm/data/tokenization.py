@@ -1,4 +1,4 @@
-"""Measurements in, tokens out; and the other way round. The vocabulary, the codecs and the grammar.
+"""Measurements in, tokens out: the vocabulary, the codecs and the grammar.
 
     window      = measurement+
     measurement = MEASUREMENT_START, then source, destination, result and (maybe) time, in any order
@@ -13,13 +13,12 @@ Bytes are tokens 11–266, most significant first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from ping_llm.data.measurement import FAILED_RTT_MS, IPV4_MAPPED_PREFIX, format_address, is_ipv4
+from ping_llm.data.measurement import is_ipv4
 
 (
     MEASUREMENT_START,
@@ -52,12 +51,7 @@ _FRACTION = 1 << 11
 DELTA1_MAX_S = 0xFF
 DELTA4_MAX_S = 0xFFFF_FFFF
 _TIME_BYTES = {TIMESTAMP_ABS: 8, TIMESTAMP_DELTA1: 1, TIMESTAMP_DELTA4: 4}
-_ADDRESS_LIMITS = {
-    SRC_IPV4: (0, 4),
-    SRC_IPV6: (0, 16),
-    DST_IPV4: (1, 4),
-    DST_IPV6: (1, 16),
-}  # bytes
+_TIME_BYTES_OF_ROLE = np.array([_TIME_BYTES.get(role, 0) for role in range(BYTE_0)], dtype=np.int64)
 
 # Columns of `Fields.order`.
 SRC, DST, RESULT, TIME = range(4)
@@ -95,7 +89,7 @@ def rtt_code_edges_ms() -> np.ndarray:
 
 
 def clamped_rtts(rtt_ms: np.ndarray) -> int:
-    """How many of the RTTs (ms) of answered pings lie outside what a code can say."""
+    """How many of the RTTs (ms) of pings with a reply lie outside the range of the codes."""
     rtt_ms = np.asarray(rtt_ms)
     edges = rtt_code_edges_ms()[[0, -1]]
     return int(((rtt_ms >= 0) & ((rtt_ms < edges[0]) | (rtt_ms >= edges[1]))).sum())
@@ -103,15 +97,15 @@ def clamped_rtts(rtt_ms: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Fields:
-    """What is told of n measurements, in sequence order; several windows may follow one another."""
+    """What the tokens of n measurements hold, in sequence order; several windows may follow one another."""
 
     src: np.ndarray  # (n, 16) uint8, packed
     dst: np.ndarray  # (n, 16) uint8, packed
-    src_bytes: np.ndarray  # (n,) told bytes: 0–4 or 0–16
-    dst_bytes: np.ndarray  # (n,) told bytes: 1–4 or 1–16
+    src_bytes: np.ndarray  # (n,) known bytes: 0–4 or 0–16
+    dst_bytes: np.ndarray  # (n,) known bytes: 1–4 or 1–16
     rtt_ms: np.ndarray  # (n,) −1 = failed
     time_s: np.ndarray  # (n,) int64; read where timed
-    timed: np.ndarray  # (n,) bool: whether the time is told
+    timed: np.ndarray  # (n,) bool: whether the time is known
     order: np.ndarray  # (n, 4) sort keys of src, dst, result, time within the measurement; ties are not allowed
     window: np.ndarray  # (n,) number of the window, ascending: the first timestamp in each is absolute
 
@@ -141,10 +135,10 @@ def encode(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
 
     _put_address(tokens, at[SRC], fields.src, fields.src_bytes, src4)
     _put_address(tokens, at[DST], fields.dst, fields.dst_bytes, dst4)
-    answered = np.flatnonzero(~failed)
-    code = encode_rtt(fields.rtt_ms[answered])
-    tokens[at[RESULT, answered] + 1] = BYTE_0 + (code >> 8)
-    tokens[at[RESULT, answered] + 2] = BYTE_0 + (code & 0xFF)
+    replied = np.flatnonzero(~failed)
+    code = encode_rtt(fields.rtt_ms[replied])
+    tokens[at[RESULT, replied] + 1] = BYTE_0 + (code >> 8)
+    tokens[at[RESULT, replied] + 2] = BYTE_0 + (code & 0xFF)
     for role, width in _TIME_BYTES.items():
         chosen = np.flatnonzero(fields.timed & (time_role == role))
         if len(chosen):
@@ -164,13 +158,8 @@ def _places(first: np.ndarray, length: np.ndarray, order: np.ndarray) -> np.ndar
     return at
 
 
-_TIME_BYTES_OF_ROLE = np.zeros(BYTE_0, dtype=np.int64)
-for _role, _width in _TIME_BYTES.items():
-    _TIME_BYTES_OF_ROLE[_role] = _width
-
-
 def _times(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
-    """What the timestamp of each measurement says, (n,) s, and with which role, (n,)."""
+    """The value of the timestamp of each measurement, (n,) s, and its role, (n,)."""
     value = np.zeros(len(fields.timed), dtype=np.int64)
     role = np.full(len(fields.timed), TIMESTAMP_ABS, dtype=np.int64)
     timed = np.flatnonzero(fields.timed)
@@ -188,98 +177,16 @@ def _times(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
     return value, role
 
 
-def _put_address(tokens: np.ndarray, at: np.ndarray, packed: np.ndarray, told: np.ndarray, ipv4: np.ndarray) -> None:
-    """Writes the told bytes of packed addresses after their role tokens at positions `at`."""
+def _put_address(tokens: np.ndarray, at: np.ndarray, packed: np.ndarray, known: np.ndarray, ipv4: np.ndarray) -> None:
+    """Writes the known bytes of packed addresses after their role tokens at positions `at`."""
     for family, first in ((ipv4, 12), (~ipv4, 0)):
         chosen = np.flatnonzero(family)
         if not len(chosen):
             continue
         address = packed[chosen, first:]
         column = np.arange(address.shape[1])
-        is_told = column < told[chosen, None]
-        tokens[(at[chosen, None] + 1 + column)[is_told]] = address[is_told].astype(np.int16) + BYTE_0
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One measurement as its tokens tell it. Addresses are prefixes: text with the untold bytes 0, and told bits."""
-
-    src: str
-    src_bits: int
-    dst: str
-    dst_bits: int
-    rtt_ms: float  # −1 = failed
-    time_s: int | None
-    start: int  # position of its MEASUREMENT_START
-
-
-def decode(tokens: Sequence[int]) -> list[Decoded]:
-    """Parses a window, one measurement or more; ValueError says which token breaks the grammar."""
-    tokens = [int(token) for token in tokens]
-    measurement, clock, at = _decode_one(tokens, 0, None)
-    decoded = [measurement]
-    while at < len(tokens):
-        measurement, clock, at = _decode_one(tokens, at, clock)
-        decoded.append(measurement)
-    return decoded
-
-
-def _decode_one(tokens: list[int], start: int, clock: int | None) -> tuple[Decoded, int | None, int]:
-    if start == len(tokens) or tokens[start] != MEASUREMENT_START:
-        raise _broken(tokens, start, "MEASUREMENT_START")
-    found: dict[str, object] = {}
-    at = start + 1
-    while at < len(tokens) and tokens[at] != MEASUREMENT_START:
-        role, field = tokens[at], _FIELD_NAMES.get(tokens[at])
-        if field is None or field in found:
-            missing = [name for name in ("source", "destination", "result", "time") if name not in found]
-            complete = ["MEASUREMENT_START"] if set(missing) <= {"time"} else []
-            raise _broken(tokens, at, " or ".join([*(f"a {name}" for name in missing), *complete]))
-        end = at + 1
-        while end < len(tokens) and tokens[end] >= BYTE_0:
-            end += 1
-        wrong = next((i for i in range(at + 1, end) if tokens[i] >= VOCAB_SIZE), None)
-        if wrong is not None:
-            raise _broken(tokens, wrong, f"a token below {VOCAB_SIZE}")
-        value = bytes(token - BYTE_0 for token in tokens[at + 1 : end])
-        least, most = _ADDRESS_LIMITS.get(role) or (_TIME_BYTES.get(role, 2 if role == RTT_START else 0),) * 2
-        if not least <= len(value) <= most:
-            position = min(end, at + 1 + most)
-            raise _broken(
-                tokens, position, f"{least if least == most else f'{least}–{most}'} bytes after {ROLE_NAMES[role]}"
-            )
-        if field == "time":
-            if (clock is None) != (role == TIMESTAMP_ABS):
-                raise _broken(tokens, at, "TIMESTAMP_ABS" if clock is None else "TIMESTAMP_DELTA1 or TIMESTAMP_DELTA4")
-            clock = int.from_bytes(value, "big") + (clock or 0)
-        found[field] = clock if field == "time" else (role, value)
-        at = end
-    for name in ("source", "destination", "result"):
-        if name not in found:
-            raise _broken(tokens, at, f"the {name} of the measurement at token {start}")
-    src, src_bits = _prefix(*found["source"])
-    dst, dst_bits = _prefix(*found["destination"])
-    role, value = found["result"]
-    rtt_ms = FAILED_RTT_MS if role == FAILED else float(decode_rtt(int.from_bytes(value, "big")))
-    return Decoded(src, src_bits, dst, dst_bits, rtt_ms, found.get("time"), start), clock, at
-
-
-_FIELD_NAMES = {
-    **dict.fromkeys((SRC_IPV4, SRC_IPV6), "source"),
-    **dict.fromkeys((DST_IPV4, DST_IPV6), "destination"),
-    **dict.fromkeys((RTT_START, FAILED), "result"),
-    **dict.fromkeys(_TIME_BYTES, "time"),
-}
-
-
-def _prefix(role: int, value: bytes) -> tuple[str, int]:
-    width, lead = (4, IPV4_MAPPED_PREFIX) if role in (SRC_IPV4, DST_IPV4) else (16, b"")
-    return format_address(lead + value.ljust(width, b"\0")), 8 * len(value)
-
-
-def _broken(tokens: list[int], at: int, expected: str) -> ValueError:
-    found = token_name(tokens[at]) if at < len(tokens) else "the end"
-    return ValueError(f"token {at}: expected {expected}, found {found}")
+        is_known = column < known[chosen, None]
+        tokens[(at[chosen, None] + 1 + column)[is_known]] = address[is_known].astype(np.int16) + BYTE_0
 
 
 def token_name(token: int) -> str:

@@ -1,14 +1,14 @@
-"""Probe rows in, measurement windows out: which measurements, in which order, and how much of each is told.
+"""Probe rows in, measurement windows out: which measurements, in which order, and how much of each is shown.
 
 A window is a random look at one probe's history, drawn by `sample_window` as a pure function of the row and an rng:
 
 - its span is log-uniform between just enough measurements to fill the sequence and the whole row, its middle uniform (a
   span that would stick out is pushed in: without that, the edges of a row would hardly ever be shown); of the span a
   random subset is kept, so that one window may hold a minute or a month;
-- its timestamps are full (time order), partial (10–90 % of the measurements lose theirs; those are shuffled and strewn
-  between the others) or none (all shuffled);
-- its source is told whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one; each
-  destination is told whole or cut on its own, to at least 1 byte.
+- its timestamps are full (time order), partial (10–90 % of the measurements lose theirs; those are shuffled among the
+  others) or none (all shuffled);
+- its source is whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one; each destination
+  is whole or cut on its own, to at least 1 byte.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _LENGTH_SAMPLE = 64
 
 @dataclass(frozen=True)
 class Window:
-    """k measurements of a row, in sequence order, and how much of each is told."""
+    """k measurements of a row, in sequence order, and how much of each is shown."""
 
     index: np.ndarray  # (k,) into the row
     timed: np.ndarray  # (k,) bool
-    src_bytes: np.ndarray  # (k,) told bytes of the source
-    dst_bytes: np.ndarray  # (k,) told bytes of the destination
+    src_bytes: np.ndarray  # (k,) known bytes of the source
+    dst_bytes: np.ndarray  # (k,) known bytes of the destination
     order: np.ndarray  # (k, 4) sort keys of src, dst, result, time
     mode: str  # one of TIME_MODES
 
@@ -79,7 +79,7 @@ def encode_windows(drawn: Sequence[tuple[ProbeRow, Window]], tokens: int) -> np.
 
 
 def window_fields(drawn: Sequence[tuple[ProbeRow, Window]]) -> Fields:
-    """What W windows, each with its row, tell, one after the other."""
+    """The fields of W windows, each with its row, one after the other."""
     columns = [
         (
             row.src_addresses[row.src[window.index]],
@@ -94,7 +94,8 @@ def window_fields(drawn: Sequence[tuple[ProbeRow, Window]]) -> Fields:
         for row, window in drawn
     ]
     number = np.repeat(np.arange(len(drawn)), [len(window.index) for _, window in drawn])
-    return Fields(*map(np.concatenate, zip(*columns, strict=True)), window=number)
+    src, dst, src_bytes, dst_bytes, rtt_ms, time_s, timed, order = map(np.concatenate, zip(*columns, strict=True))
+    return Fields(src, dst, src_bytes, dst_bytes, rtt_ms, time_s, timed, order, window=number)
 
 
 def windows_per_row(measurements: np.ndarray, ipv6_measurements: np.ndarray, tokens: int) -> np.ndarray:
@@ -104,12 +105,12 @@ def windows_per_row(measurements: np.ndarray, ipv6_measurements: np.ndarray, tok
     rows made 9 % of all tokens padding; so it is 3 %.
     """
     ipv4_measurements = measurements - ipv6_measurements
-    told = ipv4_measurements * _expected_tokens(8, 1) + ipv6_measurements * _expected_tokens(32, 1)
-    return np.minimum(told / tokens, MAX_WINDOWS_PER_ROW)
+    expected = ipv4_measurements * _expected_tokens(8, 1) + ipv6_measurements * _expected_tokens(32, 1)
+    return np.minimum(expected / tokens, MAX_WINDOWS_PER_ROW)
 
 
 def _expected_tokens(address_bytes: float, timed_share: float) -> float:
-    """Tokens of a measurement that tells `address_bytes` bytes of its two addresses together."""
+    """Tokens of a measurement with `address_bytes` known bytes of its two addresses together."""
     return _TOKENS_UNTIMED + address_bytes + timed_share * _DELTA_TOKENS
 
 

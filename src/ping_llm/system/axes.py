@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def label_log_ticks(axis, low: float, high: float) -> None:
+
+def label_log_ticks(axis: Any, low: float, high: float) -> None:
     """Plain numbers on a log axis: evenly spread where it spans less than a factor of 5, else at 1, 2 and 5."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 

@@ -8,9 +8,9 @@ import time
 
 
 def end_with_parent(parent: int, *_: object) -> None:
-    """Run first in a child process, ends it once `parent` is gone: killed, it could not tell; the child would wait for ever.
+    """Run first in a child process, ends it once `parent`, a process id, is gone: even if that was killed.
 
-    The parent tells its own number: it may be gone before this process comes to ask for it.
+    The parent passes its own id: it may be gone before the child could look it up.
     """
 
     def watch() -> None:

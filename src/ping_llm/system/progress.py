@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 LINE_EVERY_S = 10.0
 
@@ -19,33 +22,42 @@ def cores() -> int:
 @contextmanager
 def show_progress(title: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
     """Gives a function to call with the units just done, of `total` in all."""
-    terminal = sys.stderr.isatty()
     done, begin = 0.0, time.monotonic()
     last = begin
-    bar = _bar() if terminal else None
-    task = bar.add_task(title, total=total, text="") if bar else None
+    with _bar() if sys.stderr.isatty() else nullcontext() as bar:
+        task = bar and bar.add_task(title, total=total, text="")
 
-    def advance(units: float) -> None:
-        nonlocal done, last
-        done += units
-        now = time.monotonic()
-        rate = done / max(now - begin, 1e-9)
-        text = f"{done:,.0f} of {total:,.0f} {unit}, {rate:,.{0 if rate >= 100 else 1}f} {unit}/s"
-        if bar:
-            bar.update(task, completed=done, text=text)
-        elif done >= total * (1 - 1e-9) or now - last >= LINE_EVERY_S:
-            last = now
-            left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
-            print(f"{title}: {text}{left}", file=sys.stderr, flush=True)
+        def advance(units: float) -> None:
+            nonlocal done, last
+            done += units
+            now = time.monotonic()
+            rate = done / max(now - begin, 1e-9)
+            text = f"{done:,.0f} of {total:,.0f} {unit}, {rate:,.{0 if rate >= 100 else 1}f} {unit}/s"
+            if bar:
+                bar.update(task, completed=done, text=text)
+            elif done >= total * (1 - 1e-9) or now - last >= LINE_EVERY_S:
+                last = now
+                left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
+                print(f"{title}: {text}{left}", file=sys.stderr, flush=True)
 
-    if bar:
-        with bar:
-            yield advance
-    else:
         yield advance
 
 
-def _bar():
+def by_part(advance: Callable[[float], None]) -> Callable[[Hashable, float], None]:
+    """Gives a function to call, from any thread, with a part of the work and the units of it that are done by now."""
+    shown: defaultdict[Hashable, float] = defaultdict(float)
+    lock = threading.Lock()
+
+    def reach(part: Hashable, units: float) -> None:
+        with lock:
+            gained = max(units - shown[part], 0.0)
+            shown[part] += gained
+            advance(gained)
+
+    return reach
+
+
+def _bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -165,7 +165,7 @@ def test_older_firmware_names_its_fields_otherwise(tmp_path):
         (2, 3, 10, 14, 20, []),
     ],
 )
-def test_firmware_1_tells_up_to_three_packets_by_min_avg_max(tmp_path, sent, rcvd, low, avg, high, want):
+def test_firmware_1_gives_up_to_three_packets_by_min_avg_max(tmp_path, sent, rcvd, low, avg, high, want):
     line = {
         "fw": 1,
         "dst_addr": None,

@@ -1,6 +1,6 @@
 """Where the tasks of `prepare` run leaves no trace in the rows, and what goes wrong there is one clear line."""
 
-import bz2
+import json
 import os
 import signal
 import stat
@@ -8,15 +8,13 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pings import ndjson, ping, write
 
 from ping_llm.cli import main
-from ping_llm.data.ingest import executors, tasks, unpack
+from ping_llm.data.ingest import executors, tasks
 from ping_llm.data.ingest import prepare as prepare_module
 from ping_llm.data.ingest.executors import open_executor, run_tasks
-from ping_llm.data.ingest.parallel_unpack import unpack_parallel
+from ping_llm.data.ingest.job_array import read_tasks
 from ping_llm.data.ingest.prepare import plan_rows, prepare
 from ping_llm.data.synthetic.synthesize import synthesize
 
@@ -190,77 +188,15 @@ def test_the_plan_is_near_what_a_synthetic_dump_takes(tmp_path):
     assert 0.5 < plan.row_bytes / size < 2
 
 
-def test_threads_share_a_dump_where_there_are_more_workers_than_dumps(dumps, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(tasks, "read_chunks", lambda *args: seen.append(args[-1]) or unpack.read_chunks(*args))
-    monkeypatch.setattr(prepare_module, "open_executor", lambda name, _: open_executor(name, 1))
-    prepare(dumps[:1], tmp_path / "a", workers=4)
-    prepare(dumps[:1], tmp_path / "b", workers=1)
-    prepare(dumps, tmp_path / "c", workers=2)
-    assert seen == [4, 1, 1, 1, 1]
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-
-
-PLAIN = b"".join(b'{"number": %d, "noise": "%x"}\n' % (i, hash_) for i, hash_ in enumerate(
-    np.random.default_rng(0).integers(1 << 62, size=40_000).tolist()
-))  # fmt: skip
-PACKED = {
-    "whole": bz2.compress(PLAIN, 1),
-    "two streams": bz2.compress(PLAIN[:700_000], 1) + bz2.compress(PLAIN[700_000:]),
-}
-
-
-def outcome(blocks):
-    """All that is given out, and what is said at the end."""
-    given = []
-    try:
-        given.extend(blocks)
-    except unpack.DamagedDump as error:
-        return b"".join(given), str(error)
-    return b"".join(given), None
-
-
-@pytest.mark.parametrize("form", PACKED)
-def test_threads_unpack_what_one_thread_unpacks(tmp_path, form):
-    path = tmp_path / "a.bz2"
-    path.write_bytes(PACKED[form])
-
-    def not_needed(_):
-        raise AssertionError("unpacked again")
-
-    assert outcome(unpack_parallel(path, 2, not_needed)) == (PLAIN, None)
-
-
-@given(form=st.sampled_from(list(PACKED)), at=st.floats(0, 1), bit=st.integers(0, 7), cut=st.booleans())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damage_is_told_by_threads_as_by_one(tmp_path, form, at, bit, cut):
-    packed = bytearray(PACKED[form])
-    place = int(at * (len(packed) - 1))
-    packed[place] ^= 1 << bit
-    path = tmp_path / "a.bz2"
-    path.write_bytes(packed[:place] if cut else packed)
-    # (PLAIN, None): only the checksum of a whole stream was hit, which the threads do not look at
-    assert outcome(unpack_parallel(path, 2, unpack.unpack)) in (outcome(unpack.unpack(path)), (PLAIN, None))
-
-
-@pytest.mark.parametrize("byte", [4, 6, 9])
-@pytest.mark.parametrize("stream", [0, 1])
-def test_a_first_block_whose_header_is_damaged_is_not_passed_over(tmp_path, stream, byte):
-    first = bz2.compress(PLAIN[:700_000], 1)
-    packed = bytearray(first + bz2.compress(PLAIN[700_000:], 1))
-    packed[stream * len(first) + byte] ^= 1
-    path = tmp_path / "a.bz2"
-    path.write_bytes(packed)
-    given, problem = outcome(unpack_parallel(path, 2, unpack.unpack))
-    assert (given, problem) == outcome(unpack.unpack(path))
-    assert problem and PLAIN.startswith(given)
-
-
-@pytest.mark.parametrize("content", [b"", b"BZh9", PLAIN[:1000], PACKED["whole"] + b"more", bz2.compress(b"")])
-def test_what_threads_cannot_unpack_is_left_to_one(tmp_path, content):
-    path = tmp_path / "a"
-    path.write_bytes(content)
-    assert outcome(unpack_parallel(path, 2, unpack.unpack)) == outcome(unpack.unpack(path))
+def test_tasks_that_an_earlier_version_wrote_are_read(dumps, tmp_path):
+    with pytest.raises(SystemExit):
+        prepare(dumps, tmp_path, executor="array")
+    path = tmp_path / ".partial" / "tasks.json"
+    values = json.loads(path.read_text())
+    _, now = read_tasks(path)
+    values["tasks"] = [task | {"threads": 1} for task in values["tasks"]]
+    path.write_text(json.dumps(values))
+    assert read_tasks(path) == (tasks.map_dump, now) and len(now) == 3
 
 
 def test_progress_moves_within_a_dump_and_ends_at_its_size(dumps, tmp_path, monkeypatch):
@@ -286,7 +222,7 @@ def test_progress_moves_within_a_dump_and_ends_at_its_size(dumps, tmp_path, monk
         for piece in range(3):
             before = len(shown)
             (aside / f"piece-{piece:05d}.arrow").touch()
-            while len(shown) == before or not shown[-1]:
+            while not any(shown[before:]):
                 time.sleep(0.001)
         assert 0 < sum(shown) < 1
         finished(0)

@@ -29,7 +29,7 @@ from ping_llm.data.ingest.prepare import prepare
 SECRET = "1f3e-not-to-be-seen"
 
 
-def test_dumps_come_byte_for_byte_with_record_and_terms_and_are_not_asked_for_again(server, tmp_path, capsys):
+def test_dumps_come_byte_for_byte_with_record_and_terms_and_are_not_requested_again(server, tmp_path, capsys):
     bodies = [noise(0), noise(1)]
     wanted = dumps(server, [file(bodies[0], Last_Modified="Sun, 01 Nov 2026 02:00:00 GMT")], [file(bodies[1], None)])
     record = fetch(wanted, tmp_path, QUICK)
@@ -100,7 +100,7 @@ def test_results_come_as_json_and_plain_and_of_some_probes(server, tmp_path):
         fetch(other, tmp_path, QUICK)
 
 
-def test_a_span_without_results_leaves_no_file_and_is_not_asked_for_again(server, tmp_path):
+def test_a_span_without_results_leaves_no_file_and_is_not_requested_again(server, tmp_path):
     wanted = chunks(server, [stream(b"")], [stream(ndjson(ping()))])
     record = fetch(wanted, tmp_path, QUICK)
     assert list(content(tmp_path)) == [wanted[1].name]
@@ -224,13 +224,13 @@ def test_a_fetch_killed_between_the_note_and_the_file_fetches_it_again(server, t
     assert content(tmp_path) == {wanted[0].name: body} and len(server.requests) == 2
 
 
-def test_a_fetch_killed_when_all_bytes_were_there_asks_for_none(server, tmp_path):
+def test_a_fetch_killed_when_all_bytes_were_there_requests_none(server, tmp_path):
     body = noise(0)
     wanted = dumps(server, [file(body)])
     (tmp_path / ".fetch").mkdir()
     (tmp_path / ".fetch" / wanted[0].name).write_bytes(body)
-    told = {"url": wanted[0].url, "bytes": len(body), "etag": '"v1"', "last_modified": None}
-    (tmp_path / ".fetch" / f"{wanted[0].name}.json").write_text(json.dumps(told))
+    version = {"url": wanted[0].url, "bytes": len(body), "etag": '"v1"', "last_modified": None}
+    (tmp_path / ".fetch" / f"{wanted[0].name}.json").write_text(json.dumps(version))
     fetch(wanted, tmp_path, QUICK)
     assert content(tmp_path) == {wanted[0].name: body} and not server.requests
 
@@ -267,7 +267,7 @@ def test_an_interrupted_fetch_ends_soon_and_keeps_what_is_whole(server, tmp_path
     wait_for(lambda: len(server.requests) == 2)
     time.sleep(0.2)
     fetching.send_signal(signal.SIGINT)
-    _, err = fetching.communicate(timeout=10)
+    _, err = fetching.communicate(timeout=60)  # far below the wait of 300 s
     assert fetching.returncode == 130 and "stopped" in err and "Traceback" not in err
     assert content(tmp_path) == {wanted[0].name: body} and (tmp_path / "fetch.json").exists()
 

@@ -280,7 +280,7 @@ def test_a_bad_dump_is_one_clear_line(dumps, tmp_path, name, content, message):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_truncated_dump_fails_unless_told_to_keep_going(dumps, tmp_path):
+def test_a_truncated_dump_fails_unless_it_may_keep_going(dumps, tmp_path):
     rng = np.random.default_rng(0)
     lines = (ping(timestamp=1_700_000_000 + i, msm_name=rng.bytes(150).hex()) for i in range(8000))
     path = write(tmp_path / "d.bz2", ndjson(*lines))
@@ -314,7 +314,7 @@ def test_a_folder_stands_for_the_dumps_in_it_but_not_for_the_truth_beside_them(d
     assert prepare([folder], tmp_path / "a", workers=1) == prepare(dumps, tmp_path / "b", workers=1)
 
 
-def test_a_folder_without_dumps_or_no_input_is_told_what_to_name(tmp_path):
+def test_a_folder_without_dumps_or_no_input_says_what_to_name(tmp_path):
     with pytest.raises(ValueError, match=r"holds no dumps, that is, no files ending in \.bz2"):
         prepare([tmp_path], tmp_path / "out")
     with pytest.raises(ValueError, match="no input; name the dumps"):

@@ -183,7 +183,7 @@ def test_a_new_pair_is_unseen_where_groups_share_addresses(seed):
 def test_new_pairs_are_no_blocks_of_sources_and_destinations():
     sources = hashing.int64_bytes(np.zeros(200), np.zeros(200), np.arange(200))[:, -KEY_BYTES:]
     hosts = address_keys(addresses(*(f"198.51.100.{i}" for i in range(200))))
-    held = RULE.holds_out_pair(RULE.end_hashes(sources)[:, None], RULE.end_hashes(hosts)[None])
+    held = RULE.holds_out_pair(RULE.endpoint_hashes(sources)[:, None], RULE.endpoint_hashes(hosts)[None])
     assert abs(held.mean() - 0.10) < 0.01
     shared = (held.astype(float) @ held.T)[np.triu_indices(200, 1)]  # destinations that two sources both lose: about 2
     assert shared.max() <= 12
@@ -311,7 +311,7 @@ def test_the_parts_of_a_prepared_folder_keep_apart_what_the_rule_keeps_apart(tmp
     assert everything.group_by(["probe_id", "msm_id", "time_s"]).aggregate([]).num_rows == len(everything)
 
 
-def test_the_rule_as_the_manifest_tells_it_has_every_number():
+def test_the_rule_in_the_manifest_has_every_number():
     assert RULE.describe() | {"hash": ""} == {
         "name": "pingbench",
         "salt": "pingbench",

@@ -173,7 +173,7 @@ def test_rows_of_one_second_are_repeats_only_if_they_are_equal(tmp_path):
     assert manifest["measurements"]["written"] == 3
 
 
-def test_a_table_is_told_by_content_and_prepared_beside_dumps(tmp_path):
+def test_a_table_is_recognised_by_content_and_prepared_beside_dumps(tmp_path):
     rows = [row(event_time=WHEN + dt.timedelta(seconds=i), src_addr=f"192.0.2.{i}") for i in range(200)]
     table = save(tmp_path / "no_suffix", rows, row_group_size=30)
     dump = write(tmp_path / "a.bz2", ndjson(ping()))

@@ -22,7 +22,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("suffix", ["bz2", "gz", "zst", "ndjson"])
-def test_every_compression_is_told_by_its_content(tmp_path, suffix):
+def test_every_compression_is_recognised_by_its_content(tmp_path, suffix):
     plain = ndjson(*(ping(timestamp=i) for i in range(1, 5000)))
     path = write(tmp_path / f"a.{suffix}", plain)
     assert read(path) == plain
@@ -82,7 +82,7 @@ def test_api_arrays_become_lines(tmp_path, monkeypatch, indent, block):
     shapes = {"array": results, "latest": {"7": results[:10], "-3": [], "12": results[10:]}}
     for shape in shapes.values():
         if block == 7 and shape is shapes["latest"]:
-            continue  # the shape is told by the first block
+            continue  # the shape is recognised in the first block
         path.write_text(json.dumps(shape, indent=indent))
         assert [json.loads(line) for line in read(path).splitlines()] == results
 

@@ -1,4 +1,4 @@
-"""A synthetic dump looks like Atlas, follows its law exactly, and depends on nothing but its arguments."""
+"""A synthetic dump looks like Atlas, follows its distribution exactly, and depends on nothing but its arguments."""
 
 from __future__ import annotations
 
@@ -64,28 +64,28 @@ def packets(results):
 
 
 def pit(truth: Truth, packets: dict, delay_s: float = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the answered packets lie in their law (uniform if it is theirs), what was lost, and how likely that was."""
+    """Where the replies lie in their distribution (uniform if it is theirs), what was lost, and how likely that was."""
     time_s, rtt_ms = np.array(packets["time_s"]), np.array(packets["rtt_ms"])
     p_fail, floor_ms, scale_ms, shape = truth.paths(packets["src"], packets["dst"]).at(time_s + delay_s)
     excess = np.maximum(rtt_ms - floor_ms, 1e-12) / scale_ms
     return (1 / (1 + excess**-shape))[rtt_ms >= 0], rtt_ms < 0, p_fail
 
 
-def test_every_packet_of_the_dump_follows_the_law_of_its_pair_and_time(truth, packets):
+def test_every_packet_of_the_dump_follows_the_distribution_of_its_pair_and_time(truth, packets):
     u, lost, p_fail = pit(truth, packets)
     assert len(u) > 50_000
     assert stats.kstest(u, "uniform").pvalue > 0.01
     assert abs(lost.sum() - p_fail.sum()) < 4 * np.sqrt((p_fail * (1 - p_fail)).sum())
 
 
-def test_loss_follows_the_law_at_every_level(truth, packets):
+def test_loss_follows_the_truth_at_every_level(truth, packets):
     _, lost, p_fail = pit(truth, packets)
     for group in np.array_split(np.argsort(p_fail), 10):
         expected = p_fail[group]
         assert abs(lost[group].sum() - expected.sum()) < 4 * np.sqrt((expected * (1 - expected)).sum())
 
 
-def test_the_law_of_another_time_does_not_fit(truth, packets):
+def test_the_distribution_of_another_time_does_not_fit(truth, packets):
     u, _, _ = pit(truth, packets, delay_s=12 * 3600)
     assert stats.kstest(u, "uniform").pvalue < 1e-6
 
@@ -101,11 +101,11 @@ def test_packets_of_one_result_are_independent(truth, packets):
     assert abs(np.corrcoef(first[both], second[both])[0, 1]) < 4 / np.sqrt(both.sum())
 
 
-def test_rtt_distribution_is_the_law_that_paths_give_in_bulk(truth, packets):
+def test_rtt_distribution_is_the_one_that_paths_give_in_bulk(truth, packets):
     i = 1234
-    law = truth.rtt_distribution(packets["src"][i], packets["dst"][i], packets["time_s"][i])
+    true = truth.rtt_distribution(packets["src"][i], packets["dst"][i], packets["time_s"][i])
     bulk = truth.paths(packets["src"], packets["dst"]).at(np.array(packets["time_s"]))
-    assert [float(column[i]) for column in bulk] == [float(getattr(law, f.name)[0]) for f in dataclasses.fields(law)]
+    assert [float(column[i]) for column in bulk] == [float(getattr(true, f.name)[0]) for f in dataclasses.fields(true)]
 
 
 def test_any_number_of_workers_writes_the_same_bytes(dump, tmp_path):
@@ -235,7 +235,8 @@ def test_hosts_are_public_and_sit_in_their_network_and_prefixes_are_disjoint():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_global_median_is_a_poor_guess_and_the_pair_is_a_good_one(seed):
     world = build_world(seed, 60, 40)
-    dump = synthetic.Dump(world | {"schedule": {"measured_share": 0.7}}, None)
+    schedule = {"start_s": 0, "end_s": 3600, "interval_s": 3600, "measured_share": 0.7}
+    dump = synthetic.Dump(world | {"schedule": schedule}, None)
     _, floor_ms, scale_ms, shape = dump.paths.at(EVENING_S)
     median = floor_ms + scale_ms
     guess = np.abs(np.median(median) - median) / median
@@ -249,7 +250,7 @@ def test_the_global_median_is_a_poor_guess_and_the_pair_is_a_good_one(seed):
     assert 0.55 < 1 - ipv6.mean() < 0.75
 
 
-def test_some_pairs_are_never_measured_though_both_ends_are(packets):
+def test_some_pairs_are_never_measured_though_both_endpoints_are(packets):
     measured = set(zip(packets["src"], packets["dst"], strict=True))
     four = [(s, d) for s in set(packets["src"]) for d in set(packets["dst"]) if ":" not in s + d]
     assert 0.2 < np.mean([pair not in measured for pair in four]) < 0.4

@@ -1,4 +1,4 @@
-"""The law of truth.json: closed forms that agree with each other, and an Internet that obeys geography."""
+"""The true of truth.json: closed forms that agree with each other, and an Internet that obeys geography."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from ping_llm.data.synthetic.truth import ANYCAST, RTTLaw, Truth
+from ping_llm.data.synthetic.truth import ANYCAST, TrueRTT, Truth, draw_packets
 from ping_llm.data.synthetic.world import build_world
 
 START_S = 1_767_225_600  # 2026-01-01T00:00:00Z
@@ -74,8 +74,8 @@ def test_evening_raises_rtt_and_loss(truth):
     assert evening.median > morning.median and evening.p_fail > morning.p_fail
 
 
-LAWS = st.builds(
-    lambda parts: RTTLaw(*map(np.array, zip(*parts, strict=True))),
+DISTRIBUTIONS = st.builds(
+    lambda parts: TrueRTT(*map(np.array, zip(*parts, strict=True))),
     st.lists(
         st.tuples(st.floats(0, 0.9), st.floats(0.5, 300), st.floats(0.01, 10), st.floats(2.2, 6)),
         min_size=1,
@@ -84,47 +84,62 @@ LAWS = st.builds(
 )
 
 
+def pdf(true, rtt_ms):
+    """Density per ms, of the shape of rtt_ms."""
+    excess = np.maximum(np.asarray(rtt_ms, float)[..., None] - true.floor_ms, 1e-300)
+    odds = (excess / true.scale_ms) ** true.shape
+    return (true.shape / excess * odds / (1 + odds) ** 2) @ true.weights
+
+
+def sample(true, n, rng):
+    """(n,) RTTs in ms of n packets, −1 for those without a reply."""
+    part = rng.integers(len(true.shape), size=n)
+    return draw_packets(true.loss[part], true.floor_ms[part], true.scale_ms[part], true.shape[part], rng)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(LAWS, st.floats(0.001, 0.999))
-def test_quantile_inverts_the_cdf(law, q):
-    assert law.cdf(law.quantile(q)) == pytest.approx(q, abs=1e-7)
+@given(DISTRIBUTIONS, st.floats(0.001, 0.999))
+def test_quantile_inverts_the_cdf(true, q):
+    assert true.cdf(true.quantile(q)) == pytest.approx(q, abs=1e-7)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(LAWS)
-def test_density_integrates_to_the_cdf_and_quantiles_to_the_mean(law):
-    low, high = float(law.floor_ms.min()), float(law.quantile(0.95))
-    kinks = sorted({low, *law.floor_ms.tolist(), *law.quantile([0.1, 0.5, 0.9]).tolist(), high})
+@given(DISTRIBUTIONS)
+def test_density_integrates_to_the_cdf_and_quantiles_to_the_mean(true):
+    low, high = float(true.floor_ms.min()), float(true.quantile(0.95))
+    kinks = sorted({low, *true.floor_ms.tolist(), *true.quantile([0.1, 0.5, 0.9]).tolist(), high})
     inside = [point for point in kinks if point <= high]
-    mass = sum(integrate.quad(law.pdf, a, b)[0] for a, b in itertools.pairwise(inside))
+    mass = sum(integrate.quad(lambda x: pdf(true, x), a, b)[0] for a, b in itertools.pairwise(inside))
     assert mass == pytest.approx(0.95, abs=1e-5)
     u = (np.arange(200_000) + 0.5) / 200_000
-    parts = [RTTLaw(*(getattr(law, f.name)[k : k + 1] for f in dataclasses.fields(law))) for k in range(len(law.shape))]
+    parts = [
+        TrueRTT(*(getattr(true, f.name)[k : k + 1] for f in dataclasses.fields(true))) for k in range(len(true.shape))
+    ]
     excess = [(part.quantile(u) - part.floor_ms).mean() + part.floor_ms[0] for part in parts]
-    assert law.mean == pytest.approx(np.dot(law.weights, excess), rel=2e-2)
+    assert true.mean == pytest.approx(np.dot(true.weights, excess), rel=2e-2)
 
 
 def test_samples_follow_the_mixture_and_its_loss(truth):
     probe = truth.world["probes"][0]
     target = next(m["dst_addr"] for m in truth.world["measurements"] if m["built_in"] and m["ip_version"] == 4)
-    law = truth.rtt_distribution(probe["ipv4"], target)
-    rtt_ms = law.sample(20_000, np.random.default_rng(1))
-    assert stats.kstest(law.cdf(rtt_ms[rtt_ms >= 0]), "uniform").pvalue > 0.01
-    assert stats.binomtest(int((rtt_ms < 0).sum()), len(rtt_ms), law.p_fail).pvalue > 0.01
-    assert abs(law.cdf(law.median) - 0.5) < 1e-9
+    true = truth.rtt_distribution(probe["ipv4"], target)
+    rtt_ms = sample(true, 20_000, np.random.default_rng(1))
+    assert stats.kstest(true.cdf(rtt_ms[rtt_ms >= 0]), "uniform").pvalue > 0.01
+    assert stats.binomtest(int((rtt_ms < 0).sum()), len(rtt_ms), true.p_fail).pvalue > 0.01
+    assert abs(true.cdf(true.median) - 0.5) < 1e-9
 
 
 def test_the_mixture_over_the_day_is_as_good_as_exact(truth):
     src, dst = (p["ipv4"] for p in truth.world["probes"][:2])
-    law = truth.rtt_distribution(src, dst)
-    fine = RTTLaw(*truth.paths([src], [dst]).at((np.arange(6000) + 0.5) * 86_400 / 6000))
-    at = law.quantile(np.linspace(0.05, 0.95, 19))
-    assert np.abs(law.cdf(at) - fine.cdf(at)).max() < 1e-5
-    assert law.p_fail == pytest.approx(fine.p_fail, rel=1e-9) and law.mean == pytest.approx(fine.mean, rel=1e-9)
+    true = truth.rtt_distribution(src, dst)
+    fine = TrueRTT(*truth.paths([src], [dst]).at((np.arange(6000) + 0.5) * 86_400 / 6000))
+    at = true.quantile(np.linspace(0.05, 0.95, 19))
+    assert np.abs(true.cdf(at) - fine.cdf(at)).max() < 1e-5
+    assert true.p_fail == pytest.approx(fine.p_fail, rel=1e-9) and true.mean == pytest.approx(fine.mean, rel=1e-9)
 
 
-def test_the_law_of_a_truth_on_disk_stays_what_it_is():
-    """A change to the constants or the hash changes old laws: then FORMAT_VERSION must be raised, and these numbers."""
+def test_the_distribution_of_a_truth_on_disk_stays_what_it_is():
+    """A change to the constants or the hash changes old worlds: then FORMAT_VERSION must be raised, and these numbers."""
     site = {"city": "A", "region": "Europe", "latitude": 50.0, "longitude": 10.0}
     network = {"kind": "fibre", "access_ms": 2.0, "detour": 0.1, "congestion_ms": 1.0, "jitter_share": 0.01}
     network |= {"jitter_shape": 3.0, "loss": 0.01, "ipv6_extra_ms": 0.5}
@@ -133,8 +148,8 @@ def test_the_law_of_a_truth_on_disk_stays_what_it_is():
         network | {"asn": 2, "sites": [site | {"latitude": 40.0}], "prefixes": ["198.51.100.0/24"]},
     ]
     truth = Truth({"format_version": 1, "seed": 7, "regions": ["Europe"], "networks": networks})
-    law = truth.rtt_distribution("192.0.2.1", "198.51.100.1", EVENING_S)
-    assert [law.p_fail, law.median, law.mean] == pytest.approx(
+    true = truth.rtt_distribution("192.0.2.1", "198.51.100.1", EVENING_S)
+    assert [true.p_fail, true.median, true.mean] == pytest.approx(
         [0.07796324139535749, 22.5584940898692, 22.765011834223984], rel=1e-9
     )
 

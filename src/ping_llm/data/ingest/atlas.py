@@ -30,7 +30,7 @@ _REPLIES = 'STRUCT("from" VARCHAR, rtt DOUBLE, x VARCHAR, err VARCHAR, late VARC
 _TRACEROUTE_COLUMNS = _COLUMNS | {"result": f"{_COLUMNS['result'].removesuffix(')[]')}, result {_REPLIES})[]"}
 
 # A duplicate is a second reply to one packet. "sendto failed" is a packet that was tried and lost; the other errors come
-# from before the first packet. Firmware 1 gives no packets, but of up to three of them min, avg and max tell the RTT of
+# from before the first packet. Firmware 1 gives no packets, but of up to three of them min, avg and max give the RTT of
 # each, and sent − rcvd were lost: a fair sample, which min or avg alone are not.
 _PACKETS = f"""
     CASE WHEN result IS NOT NULL THEN list_transform(
@@ -44,7 +44,7 @@ _PACKETS = f"""
             ELSE [min, least(greatest(3 * avg - min - max, min), max), max] END, sent, {FAILED_RTT_MS})
     END"""
 
-# Before firmware 4460 no line names its type; the hops of a traceroute tell it.
+# Before firmware 4460 no line names its type; a traceroute is recognised by its hops.
 _HOPS = """
         coalesce(type = 'traceroute', len(list_filter(result, lambda h: h.result IS NOT NULL)) > 0, false) AS is_traceroute,
         list_transform(result, lambda h: h.result) AS hops,"""

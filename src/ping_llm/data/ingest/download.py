@@ -1,9 +1,8 @@
-"""A URL in, a whole file out: asked for politely, retried with patience, resumed where it broke off, its size checked."""
+"""A URL in, a whole file out: requested politely, retried with patience, resumed where it broke off, its size checked."""
 
 from __future__ import annotations
 
 import gzip
-import http.client
 import json
 import random
 import re
@@ -11,23 +10,23 @@ import ssl
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
+
+import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from ping_llm.system.files import write_atomically
 
-BLOCK_BYTES = 1 << 18
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
-"""A server that asks for a longer wait is left alone: the command says so and ends."""
+"""If a server demands a longer wait, the command says so and ends."""
 
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
 _DETAIL_BYTES = 4096
@@ -36,11 +35,12 @@ T = TypeVar("T")
 
 
 class Transient(Exception):
-    """A failure that another try may not meet, how long the server asks to wait, and the bytes kept for that try."""
+    """A failure that another try may not meet."""
 
-    def __init__(self, reason: str, wait_s: float = 0.0, kept: int = 0) -> None:
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
-        self.wait_s, self.kept = wait_s, kept
+        self.wait_s = wait_s  # demanded by the server
+        self.kept = 0  # bytes that the next try need not fetch again
 
 
 class Refused(ValueError):
@@ -55,20 +55,16 @@ class Stopped(Exception):
     """The download was given up because another one failed."""
 
 
-class _Changed(Exception):
-    """The server now has another file than the one that was begun."""
-
-
 @dataclass(frozen=True)
 class Manners:
-    """How often, how many at once and how patiently a server is asked."""
+    """The rate, the parallelism and the patience of requests to a server."""
 
     requests_per_s: float = 2.0
     parallel: int = 2
     tries: int = 8  # without a byte of progress
-    backoff_s: float = 1.0  # before the second try; doubles up to LONGEST_BACKOFF_S, and half of it is drawn
+    backoff_s: float = 1.0  # before the second try; doubles up to LONGEST_BACKOFF_S, and half of it is random
     timeout_s: float = 30.0  # without a byte
-    seed: int | None = None  # of what is drawn; None = another one each time
+    seed: int | None = None  # of what is random; None = another one each time
 
     def __post_init__(self) -> None:
         if not 0 < self.requests_per_s < float("inf"):
@@ -78,16 +74,30 @@ class Manners:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
-class Client:
-    """Asks servers for what several threads want, all within the same manners."""
+@dataclass(frozen=True)
+class Clock:
+    """How downloads see time pass; a test brings its own."""
 
-    def __init__(self, manners: Manners, key: str = "") -> None:
+    now: Callable[[], float] = time.monotonic
+    wait: Callable[[threading.Event, float], bool] = threading.Event.wait  # for so many seconds, or until the event
+
+
+class Client:
+    """Requests of several threads, all within the same manners."""
+
+    def __init__(self, manners: Manners, key: str = "", clock: Clock | None = None) -> None:
         if not re.fullmatch(r"[!-~]*", key):
             raise ValueError("the API key holds spaces or characters that no key has; set it again")
-        self.manners = manners
-        self._key = key
+        self.manners, self._clock = manners, clock or Clock()
+        self._authorization = {"Authorization": f"Key {key}"} if key else {}
+        self._http = httpx.Client(
+            headers={"User-Agent": "ping-llm", "Accept-Encoding": "identity"},
+            follow_redirects=True,  # without the key, where they lead to another server
+            timeout=manners.timeout_s,
+            verify=ssl.create_default_context(),
+        )
         self._lock = threading.Lock()
-        self._next_turn = time.monotonic()
+        self._next_turn = self._clock.now()
         self._reached = False
         self._stopped = threading.Event()
 
@@ -98,138 +108,120 @@ class Client:
     def persist(self, name: str, attempt: Callable[[], T]) -> T:
         """Repeats what raises Transient until it succeeds; ValueError after `tries` failures without progress."""
         rng = random.Random(None if self.manners.seed is None else f"{self.manners.seed} {name}")
-        failures = best = 0
-        while True:
-            try:
-                return attempt()
-            except Transient as error:
-                failures = 1 if error.kept > best else failures + 1
-                best = max(best, error.kept)
-                if failures >= self.manners.tries:
-                    raise ValueError(
-                        f"{name}: {error}, {failures} times in a row; run the command again later: it continues"
-                    ) from None
-                backoff_s = min(self.manners.backoff_s * 2 ** (failures - 1), LONGEST_BACKOFF_S)
-                wait_s = max(error.wait_s, backoff_s * (0.5 + rng.random() / 2))
-                print(f"{name}: {error}; again in {wait_s:.1f} s", file=sys.stderr, flush=True)
-                if error.wait_s:
-                    self._hold_all(wait_s)
-            self._sleep(wait_s)
+        backoff = wait_exponential(self.manners.backoff_s, LONGEST_BACKOFF_S)
+        best = 0
+
+        def wait_s(state: Any) -> float:
+            nonlocal best
+            error = state.outcome.exception()
+            if error.kept > best:  # progress: the failures are counted anew
+                best, state.attempt_number = error.kept, 1
+            return max(error.wait_s, backoff(state) * rng.uniform(0.5, 1.0))
+
+        def announce(state: Any) -> None:
+            error, seconds = state.outcome.exception(), state.next_action.sleep
+            print(f"{name}: {error}; again in {seconds:.1f} s", file=sys.stderr, flush=True)
+            if error.wait_s:
+                with self._lock:  # all threads wait
+                    self._next_turn = max(self._next_turn, self._clock.now() + seconds)
+
+        stop, retry = stop_after_attempt(self.manners.tries), retry_if_exception_type(Transient)
+        retrying = Retrying(stop=stop, retry=retry, wait=wait_s, before_sleep=announce, sleep=self._sleep, reraise=True)
+        try:
+            return retrying(attempt)
+        except Transient as error:
+            failures = f"{error}, {self.manners.tries} times in a row"
+            raise ValueError(f"{name}: {failures}; run the command again later: it continues") from None
 
     @contextmanager
-    def get(self, url: str, headers: dict[str, str], with_key: bool = False) -> Iterator[http.client.HTTPResponse]:
+    def get(self, url: str, headers: dict[str, str], with_key: bool = False) -> Iterator[httpx.Response]:
         """A good answer, its body unread; Transient, Refused, or ValueError if no server was ever reached."""
-        self._take_turn()
-        own = {"User-Agent": "ping-llm", "Accept-Encoding": "identity"}
-        request = urllib.request.Request(url, headers=own | headers)
-        if with_key and self._key:
-            request.add_unredirected_header("Authorization", f"Key {self._key}")  # no other server gets to see it
-        try:
-            response = urllib.request.urlopen(request, timeout=self.manners.timeout_s)
-        except urllib.error.HTTPError as error:
-            self._reached = True
-            with error:
-                raise _refusal(url, error) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unreachable(url, error) from None
-        self._reached = True
-        with response:
-            if response.headers.get_content_type() == "text/html":
-                raise Transient("a web page came instead of data")
-            if response.length is None and not response.chunked:
-                raise ValueError(
-                    f"{url}: the server does not say how long its answer is; nobody could tell if it is whole"
-                )
-            yield response
-
-    def blocks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The body of an answer as it comes in; Transient if it breaks off before its promised end."""
-        promised, received = response.length, 0
-        while received != promised:
-            if self._stopped.is_set():
-                raise Stopped
-            try:
-                block = response.read1(BLOCK_BYTES)
-            except (OSError, http.client.HTTPException) as error:
-                raise Transient(f"the answer broke off after {received:,} bytes ({_reason(error)})") from None
-            if not block:
-                break
-            received += len(block)
-            yield block
-        if promised is not None and received != promised:
-            raise Transient(f"the answer broke off after {received:,} of {promised:,} bytes")
-
-    def _unreachable(self, url: str, error: Exception) -> Exception:
-        reason = getattr(error, "reason", error)
-        host = urlsplit(url).netloc
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            return ValueError(f"{host} shows a certificate that cannot be trusted ({reason.verify_message})")
-        if self._reached:
-            return Transient(f"{host} cannot be reached ({_reason(reason)})")
-        return ValueError(
-            f"{host} cannot be reached ({_reason(reason)}); is this machine offline, or the address wrong?"
-        )
-
-    def _take_turn(self) -> None:
         with self._lock:
-            now = time.monotonic()
+            now = self._clock.now()
             begin = max(now, self._next_turn)
             self._next_turn = begin + 1 / self.manners.requests_per_s
         self._sleep(begin - now)
+        try:
+            with self._http.stream("GET", url, headers=headers | (self._authorization if with_key else {})) as response:
+                self._reached = True
+                if not response.is_success:
+                    raise _refusal(url, response)
+                if response.headers.get("Content-Type", "").startswith("text/html"):
+                    raise Transient("a web page came instead of data")
+                if not {"content-length", "transfer-encoding"} & response.headers.keys():
+                    raise ValueError(
+                        f"{url}: the server does not say how long its answer is, so nobody could tell if it is whole"
+                    )
+                yield response
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            reason = f"{urlsplit(url).netloc} cannot be reached ({str(error) or type(error).__name__})"
+            if self._reached:
+                raise Transient(reason) from None
+            raise ValueError(f"{reason}; is this machine offline, or the address wrong?") from None
 
-    def _hold_all(self, seconds: float) -> None:
-        with self._lock:
-            self._next_turn = max(self._next_turn, time.monotonic() + seconds)
+    def blocks(self, response: httpx.Response) -> Iterator[bytes]:
+        """The body of an answer as it comes in; Transient if it breaks off before its promised end."""
+        received = 0
+        try:
+            for block in response.iter_raw():
+                if self._stopped.is_set():
+                    raise Stopped
+                received += len(block)
+                yield block
+        except httpx.TransportError:
+            promised = _bytes(response)
+            of_all = "" if promised is None else f" of {promised:,}"
+            raise Transient(f"the answer broke off after {received:,}{of_all} bytes") from None
 
     def _sleep(self, seconds: float) -> None:
-        if self._stopped.wait(max(seconds, 0.0)):
+        if self._clock.wait(self._stopped, max(seconds, 0.0)):
             raise Stopped
 
 
-def download_file(client: Client, url: str, part: Path, progress: Callable[[float], None]) -> dict:
+def download_file(client: Client, url: str, part: Path, progress: Callable[[float], None]) -> dict[str, Any]:
     """One try to bring a .bz2 file to `part`, from where the last try ended if the server still has the same file.
 
-    What the server said of the file is kept beside it, so that a later process can resume too. `progress` is told the
-    share that is there, short of all. Gives {"etag", "last_modified"}.
+    What the server says of the file is kept beside it, so that a later process can resume too. `progress` gets the share
+    that is there, below 1. Gives {"etag", "last_modified"}.
     """
     note = part.with_name(f"{part.name}.json")
-    have, told = _resume_point(part, note, url)
-    if have == 0 or have != told["bytes"]:
-        headers = {"Range": f"bytes={have}-", "If-Range": told["etag"] or told["last_modified"]} if have else {}
+    have, version = _resume_point(part, note, url)
+    if have == 0 or have != version["bytes"]:
+        headers = {"Range": f"bytes={have}-", "If-Range": version["etag"] or version["last_modified"]} if have else {}
         try:
             with client.get(url, headers) as response:
-                if response.status == http.client.PARTIAL_CONTENT:
-                    _check_range(response, have, told)
+                if response.status_code == httpx.codes.PARTIAL_CONTENT:
+                    _check_range(response, have, version)
                 else:
-                    have, told = 0, _validators(response, url)
+                    have, version = 0, _version(response, url)
                     part.write_bytes(b"")  # before the note: an empty part never resumes
-                    write_atomically(note, json.dumps(told))
+                    write_atomically(note, json.dumps(version))
                 with part.open("ab") as file:
                     for block in client.blocks(response):
                         file.write(block)
                         file.flush()  # so that a killed process has lost nothing that came
                         have += len(block)
-                        progress(min(have / told["bytes"], 0.99) if told["bytes"] else 0.0)
+                        progress(min(have / version["bytes"], 0.99) if version["bytes"] else 0.0)
         except Transient as error:
-            raise Transient(str(error), error.wait_s, have) from None
-        except _Changed as error:
-            note.unlink(missing_ok=True)
-            raise Transient(str(error)) from None
+            error.kept = have
+            raise
         except Refused as error:
-            if error.status != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            if error.status not in (httpx.codes.PARTIAL_CONTENT, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE):
                 raise
             note.unlink(missing_ok=True)
-            raise Transient("the server has no such range of the file any more") from None
-    assert told["bytes"] in (None, part.stat().st_size), part
+            raise Transient("the file changed on the server; from its beginning") from None
+    assert version["bytes"] in (None, part.stat().st_size), part
     with part.open("rb") as file:
         begin = file.read(len(_BZ2_MAGIC))
     if begin != _BZ2_MAGIC:
         note.unlink()
         raise Transient(f"no .bz2 file came, but one that begins with {begin!r}")
-    return {name: told[name] for name in ("etag", "last_modified")}
+    return {name: version[name] for name in ("etag", "last_modified")}
 
 
-def download_results(client: Client, url: str, part: Path, format: Literal["txt", "json"], packed: bool) -> dict:
+def download_results(
+    client: Client, url: str, part: Path, format: Literal["txt", "json"], packed: bool
+) -> dict[str, Any]:
     """One try to bring results of the Atlas API to `part`, as gzip if `packed`: a broken try leaves nothing to resume.
 
     Gives {"empty", "results": lines (txt only), "etag", "last_modified"}.
@@ -243,7 +235,7 @@ def download_results(client: Client, url: str, part: Path, format: Literal["txt"
                 head = (head + block)[:_DETAIL_BYTES]
                 tail = (tail + block)[-_DETAIL_BYTES:]
                 newlines += block.count(b"\n")
-        told = _validators(response, url)
+        version = _version(response, url)
     if newlines <= 1 and re.match(rb'\s*\{\s*"error"\s*:', head):
         raise Transient(f"the server answered with an error ({_detail(head)})")
     begin, end, nothing = {"txt": (b"{", b"}", b""), "json": (b"[", b"]", b"[]")}[format]
@@ -253,62 +245,64 @@ def download_results(client: Client, url: str, part: Path, format: Literal["txt"
     if not empty and not tail.rstrip().endswith(end):
         raise Transient(f"the results break off; they end with {tail[-40:]!r}")
     lines = {"results": 0 if empty else newlines + (not tail.endswith(b"\n"))} if format == "txt" else {}
-    return {"empty": empty, **lines, "etag": told["etag"], "last_modified": told["last_modified"]}
+    return {"empty": empty, **lines, "etag": version["etag"], "last_modified": version["last_modified"]}
 
 
-def _resume_point(part: Path, note: Path, url: str) -> tuple[int, dict]:
-    """The bytes that are there of a file, and what the server said of it; 0 if they cannot be told from another file's."""
+def _resume_point(part: Path, note: Path, url: str) -> tuple[int, dict[str, Any]]:
+    """How many bytes of a file are there, and its version; 0 if another version of it could not be told apart."""
     try:
-        have, told = part.stat().st_size, json.loads(note.read_text())
+        have, version = part.stat().st_size, json.loads(note.read_text())
     except (FileNotFoundError, ValueError):
         return 0, {}
-    known = told["url"] == url and told["bytes"] is not None and (told["etag"] or told["last_modified"])
-    return (have, told) if known and have <= told["bytes"] else (0, {})
+    known = version["url"] == url and version["bytes"] is not None and (version["etag"] or version["last_modified"])
+    return (have, version) if known and have <= version["bytes"] else (0, {})
 
 
-def _validators(response: http.client.HTTPResponse, url: str) -> dict:
+def _version(response: httpx.Response, url: str) -> dict[str, Any]:
     """What tells this version of a file from another; a weak ETag does not."""
     etag = response.headers.get("ETag")
     return {
         "url": url,
-        "bytes": response.length,
+        "bytes": _bytes(response),
         "etag": None if etag and etag.startswith("W/") else etag,
         "last_modified": response.headers.get("Last-Modified"),
     }
 
 
-def _check_range(response: http.client.HTTPResponse, have: int, told: dict) -> None:
-    """Raises _Changed unless what comes is the rest of the file that was begun."""
-    if not have:
-        raise _Changed("the server sent a part of the file that nobody asked for")
-    now = _validators(response, "")
-    asked = f"bytes {have}-{told['bytes'] - 1}/{told['bytes']}"
-    same = all(now[name] in (None, told[name]) for name in ("etag", "last_modified"))
-    if response.headers.get("Content-Range") != asked or not same:
-        raise _Changed("the file changed on the server; from its beginning")
+def _check_range(response: httpx.Response, have: int, version: dict[str, Any]) -> None:
+    """Raises Refused unless the answer is the rest of the file that was begun."""
+    now = _version(response, "")
+    same = have and all(now[name] in (None, version[name]) for name in ("etag", "last_modified"))
+    if not same or response.headers.get("Content-Range") != f"bytes {have}-{version['bytes'] - 1}/{version['bytes']}":
+        raise Refused("another part of a file than was requested", response.status_code)
 
 
-def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
+def _bytes(response: httpx.Response) -> int | None:
+    """The length of an answer, if the server says it beforehand."""
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
+
+
+def _refusal(url: str, response: httpx.Response) -> Exception:
     """Transient or Refused, by the status of an answer."""
-    if error.code in _MAY_PASS:
-        wait_s = _retry_after_s(error.headers.get("Retry-After"))
+    status = f"{response.status_code} {response.reason_phrase}"
+    if response.status_code in _MAY_PASS:
+        wait_s = _retry_after_s(response.headers.get("Retry-After"))
         if wait_s > LONGEST_RETRY_AFTER_S:
-            text = f"{urlsplit(url).netloc} asks to wait {wait_s:,.0f} s ({error.code} {error.reason})"
+            text = f"{urlsplit(url).netloc} asks to wait {wait_s:,.0f} s ({status})"
             return ValueError(f"{text}; run the command again after that: it continues")
-        return Transient(f"{error.code} {error.reason}", wait_s)
-    try:
-        detail = _detail(error.read(_DETAIL_BYTES))
-    except (OSError, http.client.HTTPException):
-        detail = ""
-    return Refused(f"{url}: {error.code} {error.reason}{detail and f' ({detail})'}", error.code)
+        return Transient(status, wait_s)
+    detail = _detail(next(response.iter_raw(_DETAIL_BYTES), b""))
+    return Refused(f"{url}: {status}{detail and f' ({detail})'}", response.status_code)
 
 
 def _retry_after_s(text: str | None) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 if it asks for nothing one can read."""
-    if re.fullmatch(r"[0-9]{1,9}", (text or "").strip()):
+    """Seconds that a Retry-After header demands, as a number or a date; 0 if there is none or it cannot be read."""
+    text = (text or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     try:
-        until = parsedate_to_datetime(text or "")
+        until = parsedate_to_datetime(text)
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return max((until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
@@ -321,7 +315,3 @@ def _detail(body: bytes) -> str:
         return " ".join(str(error.get("detail") or error.get("title") or error).split())[:200]
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""
-
-
-def _reason(error: Exception | str) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -6,7 +6,7 @@ Tasks are pure functions over files, so any executor whose workers see the same 
     dask-local          a Dask cluster of processes on this machine
     dask-slurm          Dask workers as SLURM jobs, one core and one worker each unless Dask's jobqueue.yaml says otherwise
     dask=tcp://…:8786   a running Dask cluster, by the address of its scheduler
-    array               none: the tasks that are left are written down for a job array, see job_array.py
+    array               none: the tasks that are left are listed for a job array, see job_array.py
     dask                the cluster that DASK_SCHEDULER_ADDRESS names, else dask-local
 """
 
@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
-from queue import SimpleQueue
 from threading import Lock
+from typing import Any
 
-from ping_llm.data.ingest.job_array import TaskFile
+from ping_llm.data.ingest.job_array import Report, TaskFile
 from ping_llm.system.processes import end_with_parent
 
 LOCAL, ARRAY, DASK, DASK_LOCAL, DASK_SLURM, DASK_AT = "local", "array", "dask", "dask-local", "dask-slurm", "dask="
 JOB_MEMORY = "2GB"
-"""Asked of SLURM for a worker; one takes below 1 GB."""
+"""Requested of SLURM for a worker; one takes below 1 GB."""
 CONNECT_TIMEOUT_S = 30
 _WORKER_DIED = (
     "a worker was killed, most likely for want of memory; repeat the command with fewer --workers: it continues"
@@ -44,8 +44,11 @@ def open_executor(name: str, workers: int) -> Iterator[Executor]:
     check_executor(name)
     try:
         if name == LOCAL:
-            with _Inline() if workers == 1 else _spawned(workers) as pool:
-                yield pool  # spawned: a fork would copy the threads' locks of DuckDB and Arrow
+            if workers == 1:
+                yield Inline()
+            else:  # spawned: a fork would copy the threads' locks of DuckDB and Arrow
+                with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent, (os.getpid(),)) as pool:
+                    yield pool
         elif name == ARRAY:
             yield TaskFile()
         else:
@@ -64,29 +67,19 @@ def check_executor(name: str) -> None:
         )
 
 
-def run_tasks(pool: Executor, function: Callable, tasks: Sequence, done: Callable[[int, dict], None]) -> list[dict]:
+def run_tasks(
+    pool: Executor, function: Callable[[Any], Report], tasks: Sequence[Any], done: Callable[[int, Report], None]
+) -> list[Report]:
     """The reports of all tasks, in order; `done(i, report)` is called as each comes in, and may raise to stop the rest."""
-    if isinstance(pool, TaskFile):
+    if isinstance(pool, Inline | TaskFile):
         return pool.run(function, tasks, done)
-    reports: list[dict] = [{}] * len(tasks)
-    futures: list[Future] = []
-    finished: SimpleQueue[int] = SimpleQueue()
-
-    def take() -> None:
-        i = finished.get()
-        reports[i] = futures[i].result()
-        done(i, reports[i])
-
-    taken = 0
+    reports: list[Report] = [{}] * len(tasks)
+    futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
     try:
-        for i, task in enumerate(tasks):
-            futures.append(pool.submit(function, task))
-            futures[i].add_done_callback(lambda _, i=i: finished.put(i))
-            while not finished.empty():
-                take()
-                taken += 1
-        for _ in range(len(tasks) - taken):
-            take()
+        for future in as_completed(futures):
+            i = futures[future]
+            reports[i] = future.result()
+            done(i, reports[i])
     except BaseException:
         for future in futures:
             future.cancel()
@@ -94,18 +87,18 @@ def run_tasks(pool: Executor, function: Callable, tasks: Sequence, done: Callabl
     return reports
 
 
-def _spawned(workers: int) -> Executor:
-    """Processes that end with this one, even if it is killed."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent, (os.getpid(),))
-
-
-class _Inline(Executor):
+class Inline(Executor):
     """Runs each task at once, in this process."""
 
-    def submit(self, function: Callable, /, *args: object) -> Future:
-        future = Future()
-        future.set_result(function(*args))
-        return future
+    def run(
+        self, function: Callable[[Any], Report], tasks: Sequence[Any], done: Callable[[int, Report], None]
+    ) -> list[Report]:
+        """The reports of all tasks, as `run_tasks` gives them."""
+        reports = []
+        for i, task in enumerate(tasks):
+            reports.append(function(task))
+            done(i, reports[-1])
+        return reports
 
 
 class _OneATime(Executor):
@@ -114,13 +107,13 @@ class _OneATime(Executor):
     def __init__(self, pool: Executor) -> None:
         self.pool = pool
 
-    def submit(self, function: Callable, /, *args: object) -> Future:
-        return self.pool.submit(_run_alone, function, *args)
+    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        return self.pool.submit(_run_alone, function, *args, **named)
 
 
-def _run_alone(function: Callable, *args: object) -> object:
+def _run_alone(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
     with _task_lock:
-        return function(*args)
+        return function(*args, **named)
 
 
 @contextmanager
@@ -138,9 +131,8 @@ def _dask_cluster(name: str, workers: int) -> Iterator[object]:
     else:
         from dask_jobqueue import SLURMCluster
 
-        wanted = {"cores": 1, "processes": 1, "memory": JOB_MEMORY}
-        configured = {key: dask.config.get(f"jobqueue.slurm.{key}", None) for key in wanted}
-        if any(configured[key] for key in ("cores", "memory")):
+        wanted: dict[str, Any] = {"cores": 1, "processes": 1, "memory": JOB_MEMORY}
+        if any(dask.config.get(f"jobqueue.slurm.{key}", None) for key in ("cores", "memory")):
             wanted = {}
         with SLURMCluster(**wanted) as cluster:
             cluster.scale(jobs=workers)

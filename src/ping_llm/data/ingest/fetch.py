@@ -1,4 +1,4 @@
-"""Days of the Atlas archive, or measurements and a span of time, in; a folder of dumps that `prepare` reads out.
+"""Days of the Atlas archive, or measurements and a span of time, in; a folder of dumps for `prepare` out.
 
 Every file is whole or not there. `fetch.json` says of each where it came from, its size, hash and time, ATTRIBUTION.txt
 under which terms. What is under way is in the folder `.fetch`; a fetch that was killed goes on where it stopped.
@@ -17,20 +17,19 @@ from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit
 
-from ping_llm.data.ingest.download import Client, Manners, Refused, download_file, download_results
-from ping_llm.system.disk import full_disk_is_one_line
-from ping_llm.system.files import file_sha256, move_atomically, write_atomically, write_lock
-from ping_llm.system.progress import show_progress
+from ping_llm.data.ingest.download import Client, Clock, Manners, Refused, download_file, download_results
+from ping_llm.system.files import file_sha256, full_disk_is_one_line, move_atomically, write_atomically, write_lock
+from ping_llm.system.progress import by_part, show_progress
 
 RECORD_NAME = "fetch.json"
 ATTRIBUTION_NAME = "ATTRIBUTION.txt"
 SCRATCH_NAME = ".fetch"
 KEY_VARIABLE = "RIPE_ATLAS_API_KEY"
 ARCHIVE_DAYS = 30
-"""About so long does the archive keep its hourly dumps."""
+"""The archive keeps its hourly dumps for about so long."""
 MAX_FILES = 100_000
 ATTRIBUTION = (
     "Data: RIPE Atlas, https://atlas.ripe.net, a service of the RIPE NCC. Its terms apply, and ask that it is named as the "
@@ -103,13 +102,13 @@ def results(
             f"stop={_iso(stop_s)} is in the future: its results would be missing; choose a time that is past"
         )
     _check_count(len(set(msm)) * (stop_s - start_s) // chunk_s, "--chunk-hours that are longer")
-    # On a grid of the clock, so that a longer span asks for the same chunks again and finds them here.
+    # On a grid of the clock, so that a longer span has the same chunks and finds them here.
     edges = [start_s, *range((start_s // chunk_s + 1) * chunk_s, stop_s, chunk_s), stop_s]
     suffix = {"txt": ".ndjson", "json": ".json"}[format] + (".gz" if packed else "")
     wanted = []
     for measurement in sorted(set(msm)):
         for begin, end in pairwise(edges):
-            # The second at the end is asked for by both neighbours: what comes twice is dropped by `prepare`.
+            # Both neighbours request the second at the end: `prepare` drops what comes twice.
             query = {"start": begin, "stop": end, "format": format}
             if probes:
                 query["probe_ids"] = ",".join(map(str, sorted(set(probes))))
@@ -120,13 +119,15 @@ def results(
 
 
 @full_disk_is_one_line
-def fetch(wanted: Sequence[Wanted], out: Path | str, manners: Manners | None = None, key: str = "") -> dict:
+def fetch(
+    wanted: Sequence[Wanted], out: Path | str, manners: Manners | None = None, key: str = "", clock: Clock | None = None
+) -> dict[str, Any]:
     """Fetches the files into `out`; gives what fetch.json then says.
 
     key: of the Atlas API, for measurements that are not public; no file and no message holds it.
     ValueError says what was wrong; what is whole by then stays, and is not fetched again.
     """
-    client = Client(manners or Manners(), key)
+    client = Client(manners or Manners(), key, clock)
     out = Path(out)
     with write_lock(out, out / SCRATCH_NAME / "lock"):
         ledger = Ledger(out)
@@ -139,9 +140,7 @@ def fetch(wanted: Sequence[Wanted], out: Path | str, manners: Manners | None = N
         raise ValueError(f"{absent[0]}; {len(absent)} of {len(wanted)} files are not there, the others are in {out}")
     names = {file.name for file in wanted}
     if not any(entry["bytes"] for entry in record["files"] if entry["name"] in names):
-        raise ValueError(
-            "the measurements have no results in that time, or not of those probes; check what you asked for"
-        )
+        raise ValueError("the measurements have no results in that time, or not of those probes; check ids and times")
     shutil.rmtree(out / SCRATCH_NAME)
     return record
 
@@ -170,13 +169,15 @@ class Ledger:
             raise ValueError(f"{self.out} holds {file.name} of other options ({entry['url']}); choose another --out")
         return entry is not None
 
-    def add(self, file: Wanted, part: Path, answer: dict) -> None:
+    def add(self, file: Wanted, part: Path, answer: dict[str, Any]) -> None:
         """Moves a fetched file to its place and notes it; an empty one leaves the note alone, as `prepare` reads no such."""
         empty = answer.pop("empty", False)
         entry = {"name": file.name, "url": file.url, "bytes": 0 if empty else part.stat().st_size}
         entry |= {"sha256": None if empty else file_sha256(part), "fetched_at": _iso(time.time())} | answer
         with self._lock:
-            self._attribute()
+            if not (self.out / ATTRIBUTION_NAME).exists():
+                write_atomically(self.out / ATTRIBUTION_NAME, ATTRIBUTION + "\n")
+                print(ATTRIBUTION, flush=True)
             write_atomically(self.scratch / f"{file.name}.done", json.dumps(entry))
             if empty:
                 part.unlink()
@@ -184,25 +185,19 @@ class Ledger:
                 move_atomically(part, self.out / file.name)
             self._entries[file.name] = entry
 
-    def publish(self) -> dict:
+    def publish(self) -> dict[str, Any]:
         """Writes fetch.json."""
         record = {"source": ATTRIBUTION, "files": [self._entries[name] for name in sorted(self._entries)]}
         if self._entries:
             write_atomically(self.out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
         return record
 
-    def _is_whole(self, entry: dict) -> bool:
+    def _is_whole(self, entry: dict[str, Any]) -> bool:
         path = self.out / entry["name"]
         return not entry["bytes"] or (path.exists() and path.stat().st_size == entry["bytes"])
 
-    def _attribute(self) -> None:
-        path = self.out / ATTRIBUTION_NAME
-        if not path.exists():
-            write_atomically(path, ATTRIBUTION + "\n")
-            print(ATTRIBUTION, flush=True)
 
-
-def summary(record: dict, out: Path) -> str:
+def summary(record: dict[str, Any], out: Path) -> str:
     """What a folder holds, in one line."""
     files = [entry for entry in record["files"] if entry["bytes"]]
     empty = len(record["files"]) - len(files)
@@ -214,12 +209,12 @@ def _fetch_all(todo: Sequence[Wanted], ledger: Ledger, client: Client) -> list[s
     """Fetches all files, several at once; gives why each that the archive does not have is not there."""
     if not todo:
         return []
-    lock = threading.Lock()
     with (
         show_progress("fetch", len(todo), "files") as advance,
         ThreadPoolExecutor(client.manners.parallel) as threads,
     ):
-        futures = [threads.submit(_fetch_one, file, ledger, client, _share(advance, lock)) for file in todo]
+        reach = by_part(advance)
+        futures = [threads.submit(_fetch_one, file, ledger, client, partial(reach, file.name)) for file in todo]
         try:
             return sorted(filter(None, (future.result() for future in as_completed(futures))))
         except BaseException:
@@ -250,14 +245,13 @@ def _fetch_one(file: Wanted, ledger: Ledger, client: Client, progress: Callable[
 
 def _hint(file: Wanted, status: int) -> str:
     """What a refusal most likely means."""
-    if status in (401, 403) and file.format != "bz2":
-        return (
+    if file.format != "bz2":
+        key = (
             f"if the measurement is not public, give a key that may read it in the environment variable {KEY_VARIABLE}"
         )
+        return {401: key, 403: key, 404: "there is no such measurement; check its id"}.get(status, "")
     if status != 404:
         return ""
-    if file.format != "bz2":
-        return "there is no such measurement; check its id"
     if _is_past_archive(file):
         return f"the archive keeps about {ARCHIVE_DAYS} days; older results come by measurement: --msm ID --start … --stop …"
     if file.stop_s > time.time() - 24 * _HOUR_S:
@@ -267,19 +261,6 @@ def _hint(file: Wanted, status: int) -> str:
 
 def _is_past_archive(file: Wanted) -> bool:
     return file.stop_s < time.time() - ARCHIVE_DAYS * 24 * _HOUR_S
-
-
-def _share(advance: Callable[[float], None], lock: threading.Lock) -> Callable[[float], None]:
-    """Progress of one file of many, told as the share of it that is there."""
-    shown = 0.0
-
-    def progress(share: float) -> None:
-        nonlocal shown
-        with lock:
-            advance(share - shown)
-            shown = share
-
-    return progress
 
 
 def _checked_base(url: str) -> str:

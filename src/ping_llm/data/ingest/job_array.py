@@ -17,20 +17,23 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from ping_llm.data.ingest.splits import SplitRule
 from ping_llm.data.ingest.tasks import REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
 from ping_llm.system.files import write_atomically
 
+Report = dict[str, Any]  # of a finished task, as JSON
 TASKS_NAME = "tasks.json"
 TASKS_LEFT = os.EX_TEMPFAIL
-_FUNCTIONS = {"map_dump": map_dump, "reduce_bucket": reduce_bucket}
 
 
 class TaskFile(Executor):
-    """An executor that takes a whole list of tasks and only looks which of them are done."""
+    """An executor that runs no task of a list, and only looks which of them are done."""
 
-    def run(self, function: Callable, tasks: Sequence, done: Callable[[int, dict], None]) -> list[dict]:
+    def run(
+        self, function: Callable[[Any], Report], tasks: Sequence[Any], done: Callable[[int, Report], None]
+    ) -> list[Report]:
         """The reports of all tasks, in order, as `run_tasks` gives them.
 
         SystemExit with code TASKS_LEFT when those that are left are written down, ValueError if some of them already were.
@@ -50,26 +53,22 @@ class TaskFile(Executor):
             write_atomically(path, json.dumps(values, indent=1, default=str) + "\n")
             print(f"{len(left)} of {len(tasks)} tasks are left, written to {path}", flush=True)
             raise SystemExit(TASKS_LEFT)
-        return [self._report(i, task, done) for i, task in enumerate(tasks)]
-
-    def _report(self, i: int, task: MapTask | ReduceTask, done: Callable[[int, dict], None]) -> dict:
-        """What a task reported; if `done` will not have it, the task is to be run again."""
-        report = json.loads((task.folder / REPORT_NAME).read_text())
-        try:
-            done(i, report)
-        except ValueError:
-            shutil.rmtree(task.folder)
-            (task.folder.parent / TASKS_NAME).unlink(missing_ok=True)
-            raise
-        return report
+        reports = [json.loads((task.folder / REPORT_NAME).read_text()) for task in tasks]
+        for i, task in enumerate(tasks):
+            try:
+                done(i, reports[i])
+            except ValueError:  # the task is to be run again
+                shutil.rmtree(task.folder)
+                path.unlink(missing_ok=True)
+                raise
+        return reports
 
 
-def read_tasks(path: Path) -> tuple[Callable, list[MapTask | ReduceTask]]:
+def read_tasks(path: Path) -> tuple[Callable[[Any], Report], list[MapTask | ReduceTask]]:
     """What `TaskFile` wrote; ValueError if there is no such file or it is something else."""
     try:
         values = json.loads(path.read_text())
-        function = _FUNCTIONS[values["function"]]
-        build = _map_task if function is map_dump else _reduce_task
+        function, build = _KINDS[values["function"]]
         return function, [build(task) for task in values["tasks"]]
     except FileNotFoundError:
         raise ValueError(f"no tasks in {path}; ping-llm prepare --executor array writes them") from None
@@ -84,19 +83,25 @@ def run_strided(path: Path, first: int, stride: int) -> None:
     function, tasks = read_tasks(path)
     for task in tasks[first::stride]:
         report = function(task)
-        told = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, (int, str)))
-        print(f"{task.folder.name}: {told}", flush=True)
+        said = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, (int, str)))
+        print(f"{task.folder.name}: {said}", flush=True)
 
 
-def _map_task(values: dict) -> MapTask:
-    paths = {name: Path(values[name]) for name in ("dump", "folder")}
-    return MapTask(**values | paths)
+def _map_task(values: dict[str, Any]) -> MapTask:
+    values.pop("threads", None)  # of an earlier version
+    return MapTask(**values | {name: Path(values[name]) for name in ("dump", "folder")})
 
 
-def _reduce_task(values: dict) -> ReduceTask:
-    paths = {name: Path(values[name]) for name in ("sources", "folder")}
-    rule = values["rule"] and SplitRule(**values["rule"])
-    return ReduceTask(**values | paths | {"inputs": tuple(map(Path, values["inputs"])), "rule": rule})
+def _reduce_task(values: dict[str, Any]) -> ReduceTask:
+    paths: dict[str, Any] = {name: Path(values[name]) for name in ("sources", "folder")}
+    paths["inputs"] = tuple(map(Path, values["inputs"]))
+    return ReduceTask(**values | paths | {"rule": values["rule"] and SplitRule(**values["rule"])})
+
+
+_KINDS: dict[str, tuple[Callable[[Any], Report], Callable[[dict[str, Any]], MapTask | ReduceTask]]] = {
+    "map_dump": (map_dump, _map_task),
+    "reduce_bucket": (reduce_bucket, _reduce_task),
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from ping_llm.data.ingest.choices import Packets
-from ping_llm.data.ingest.executors import LOCAL
 from ping_llm.data.ingest.splits import PARTS
 
 BUCKET_MEASUREMENTS = 1_000_000
 """Aimed at; sorting and writing takes about 300 bytes each, and groups are of uneven size."""
 MIN_BUCKETS = 4
 PACKETS_OF_A_RESULT = 3
-LEAST_RESULT_BYTES = {".bz2": 30, ".gz": 40, ".zst": 40, ".parquet": 10}
-"""Bytes that a result takes in a dump, from below; plain JSON takes 400. For the number of buckets only."""
-
-RESULT_BYTES = {".bz2": 37, ".gz": 55, ".zst": 55, ".parquet": 11}
-PLAIN_RESULT_BYTES = 480
-UNPACK_RESULTS_PER_S = {".bz2": 95_000, ".gz": 600_000, ".zst": 2_000_000, ".parquet": 10_000_000}
+# Of a kind of dump: least bytes of a result (for the number of buckets only), usual bytes, results unpacked a second.
+_PLAIN = (400, 480, float("inf"))
+_KINDS = {
+    ".bz2": (30, 37, 95_000),
+    ".gz": (40, 55, 600_000),
+    ".zst": (40, 55, 2_000_000),
+    ".parquet": (10, 11, 10_000_000),
+}
 PARSE_RESULTS_PER_S = 500_000
 REDUCE_MEASUREMENTS_PER_S = 500_000
 ROW_BYTES = 7
@@ -46,7 +47,7 @@ class Plan:
     @property
     def results(self) -> float:
         """Lines of all dumps."""
-        return sum(size / RESULT_BYTES.get(_suffix(name), PLAIN_RESULT_BYTES) for name, size in self.dumps)
+        return sum(size / _kind(name)[1] for name, size in self.dumps)
 
     @property
     def measurements(self) -> float:
@@ -60,18 +61,9 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Wall-clock time of all tasks, were they spread evenly."""
-        unpack = sum(
-            size / RESULT_BYTES[_suffix(name)] / UNPACK_RESULTS_PER_S[_suffix(name)]
-            for name, size in self.dumps
-            if _suffix(name) in RESULT_BYTES
-        )
+        unpack = sum(size / _kind(name)[1] / _kind(name)[2] for name, size in self.dumps)
         parse, reduce = self.results / PARSE_RESULTS_PER_S, self.measurements / REDUCE_MEASUREMENTS_PER_S
         return (unpack + parse + reduce) / self.workers
-
-    @property
-    def threads(self) -> int:
-        """That unpack a dump: more than one where processes on this machine would have no dump of their own."""
-        return max(1, self.workers // len(self.dumps)) if self.executor == LOCAL else 1
 
     def describe(self) -> str:
         """The plan as a table of text."""
@@ -91,17 +83,17 @@ class Plan:
 
 def bucket_count(dumps: Sequence[tuple[str, int]], packets: Packets) -> int:
     """So many that a bucket fits well in memory; by the inputs alone, so that the shards are the same everywhere."""
-    results = sum(size / LEAST_RESULT_BYTES.get(_suffix(name), 400) for name, size in dumps)
+    results = sum(size / _kind(name)[0] for name, size in dumps)
     return max(MIN_BUCKETS, round(results * (PACKETS_OF_A_RESULT if packets == "all" else 1) / BUCKET_MEASUREMENTS))
 
 
 def packed_share(name: str) -> float:
     """Bytes in a dump of one plain byte."""
-    return RESULT_BYTES.get(_suffix(name), PLAIN_RESULT_BYTES) / PLAIN_RESULT_BYTES
+    return _kind(name)[1] / _PLAIN[1]
 
 
-def _suffix(name: str) -> str:
-    return PurePath(name).suffix
+def _kind(name: str) -> tuple[int, int, float]:
+    return _KINDS.get(PurePath(name).suffix, _PLAIN)
 
 
 def _rounded(count: float) -> str:
@@ -115,10 +107,6 @@ def _megabytes(size: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:,.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:,.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:,.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -16,7 +16,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Thread
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +25,6 @@ import pyarrow.parquet as pq
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 from ping_llm.data.ingest.executors import LOCAL, check_executor, open_executor, run_tasks
-from ping_llm.data.ingest.fetch import RECORD_NAME
 from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
 from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
 from ping_llm.data.ingest.splits import PARTS, SplitRule
@@ -39,20 +39,18 @@ from ping_llm.data.ingest.tasks import (
 )
 from ping_llm.data.ingest.traceroute import REPLIES
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
-from ping_llm.data.synthetic.truth import TRUTH_NAME
-from ping_llm.system.disk import full_disk_is_one_line
-from ping_llm.system.files import file_sha256, write_atomically
-from ping_llm.system.progress import cores, show_progress
+from ping_llm.system.files import file_sha256, full_disk_is_one_line, move_atomically, write_atomically
+from ping_llm.system.progress import by_part, cores, show_progress
 
 PARTIAL_NAME = ".partial"
 DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet")
 IDENTITY_NAME = "identity.json"
 STDIN = "-"
-_NO_DUMPS = (TRUTH_NAME, RECORD_NAME)
+_NO_DUMPS = ("truth.json", "fetch.json")  # the truth of a synthetic dump, the record of a fetch
 
 WATCH_EVERY_S = 1.0
 INLINE_S = 1.0
-"""What takes less is done in this process unless told otherwise: to start others takes as long."""
+"""What takes less is done in this process by default: to start others takes as long."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ class Dump:
     bytes: int
     sha256: str
 
-    def identity(self) -> dict:
-        """What tells a dump from another."""
-        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
+    def identity(self) -> dict[str, Any]:
+        """Equal for equal dumps."""
+        return {name: value for name, value in vars(self).items() if name != "path"}
 
 
 @full_disk_is_one_line
@@ -81,7 +79,7 @@ def prepare(
     max_clock_skew_s: int = MAX_CLOCK_SKEW_S,
     executor: str | Executor = LOCAL,
     traceroute: Traceroute = "off",
-) -> dict:
+) -> dict[str, Any]:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
     inputs: dumps (.bz2, .gz, .zst, plain, .parquet), folders of them, patterns like dump/*.bz2, "-" for standard input.
@@ -98,8 +96,8 @@ def prepare(
     paths = _find_inputs(inputs, partial)
     plan = _plan(paths, workers, packets, shards, executor)
     dumps = _read_inputs(paths)
-    options = {"packets": packets, "split": split, "shards": shards, "max_clock_skew_s": max_clock_skew_s}
-    options["traceroute"] = traceroute
+    options: dict[str, Any] = {"packets": packets, "split": split, "shards": shards}
+    options |= {"max_clock_skew_s": max_clock_skew_s, "traceroute": traceroute}
     identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
     if (out / MANIFEST_NAME).exists():
         return _finished(out, identity)
@@ -108,7 +106,7 @@ def prepare(
     with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
         folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
         maps = [
-            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute, plan.threads)
+            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute)
             for dump, folder in zip(dumps, folders, strict=True)
         ]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
@@ -135,7 +133,7 @@ def plan_rows(
     return _plan(_find_inputs(inputs, Path()), workers, packets, shards, executor)
 
 
-def summary(manifest: dict) -> str:
+def summary(manifest: dict[str, Any]) -> str:
     """The counters and parts of a manifest as a table of text."""
     lines, measurements = manifest["lines"], manifest["measurements"]
     table = [("lines read", lines["read"], "")]
@@ -181,7 +179,7 @@ def _plan(paths: dict[Path, str], workers: int, packets: Packets, shards: int, e
 
 
 def _read_inputs(paths: dict[Path, str]) -> list[Dump]:
-    """Every input with its hash, in an order that does not depend on the one given."""
+    """Every input with its hash, in an order that depends on names and contents alone."""
     with ThreadPoolExecutor(cores()) as threads:
         hashes = list(threads.map(file_sha256, paths))
     dumps = [Dump(path, name, path.stat().st_size, h) for (path, name), h in zip(paths.items(), hashes, strict=True)]
@@ -204,19 +202,18 @@ def _spool_stdin(partial: Path) -> Path:
     return partial / "stdin"
 
 
-def _finished(out: Path, identity: dict) -> dict:
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The manifest that is there, if it is of the same plan."""
     manifest = read_manifest(out)
-    fields = Dump.__dataclass_fields__.keys() - {"path"}
-    there = [{name: entry[name] for name in entry if name in fields} for entry in manifest["inputs"]]
+    there = [{name: entry[name] for name in ("name", "bytes", "sha256")} for entry in manifest["inputs"]]
     shutil.rmtree(out / PARTIAL_NAME, ignore_errors=True)
-    if {"inputs": there, "options": manifest["options"]} != {name: identity[name] for name in ("inputs", "options")}:
+    if (there, manifest["options"]) != (identity["inputs"], identity["options"]):
         raise ValueError(f"{out} holds the rows of other inputs or options; choose another --out or delete the folder")
     print(f"{out} already holds these rows; nothing to do", file=sys.stderr)
     return manifest
 
 
-def _begin(out: Path, partial: Path, identity: dict) -> None:
+def _begin(out: Path, partial: Path, identity: dict[str, Any]) -> None:
     """Makes the scratch folder ready: with what an interrupted run of the same plan left in it, else empty."""
     shards = [path for part in PARTS for path in out.glob(f"{part}-?????-of-?????.arrayrecord")]
     if shards and not partial.exists():
@@ -240,7 +237,7 @@ def _run_maps(pool: Executor, tasks: Sequence[MapTask], dumps: Sequence[Dump], k
     order = sorted(range(len(tasks)), key=lambda i: (-dumps[i].bytes, i))
     with _map_progress(tasks, dumps) as finished:
 
-        def done(i: int, report: dict) -> None:
+        def done(i: int, report: dict[str, Any]) -> None:
             if report["problem"] and not keep_going:
                 raise ValueError(f"{report['problem']}, or --keep-going with what can be read")
             finished(order[i])
@@ -251,36 +248,34 @@ def _run_maps(pool: Executor, tasks: Sequence[MapTask], dumps: Sequence[Dump], k
 
 @contextmanager
 def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of a dump that is done; how far the others are is told by their pieces.
+    """Gives a function to call with the number of a dump that is done; the progress of the others is seen by their pieces.
 
     That is an estimate, and stops short of the end: how well a dump is packed shows only there.
     """
-    shown, lock, over = [0.0] * len(dumps), Lock(), Event()
+    over = Event()
     scratch, numbers = tasks[0].folder.parent, {task.folder.name: i for i, task in enumerate(tasks)}
-
-    def show(i: int, size: float) -> None:
-        with lock:
-            more = max(size - shown[i], 0)
-            shown[i] += more
-            advance(more / 1e6)
-
-    def watch() -> None:
-        while not over.wait(WATCH_EVERY_S):
-            for name, pieces in pieces_written(scratch).items():
-                i = numbers[name]
-                show(i, min(pieces * CHUNK_BYTES * packed_share(dumps[i].name), 0.95 * dumps[i].bytes))
-
     with show_progress("unpack, parse", sum(dump.bytes for dump in dumps) / 1e6, "MB") as advance:
+        reach = by_part(advance)
+
+        def watch() -> None:
+            while not over.wait(WATCH_EVERY_S):
+                for name, pieces in pieces_written(scratch).items():
+                    dump = dumps[numbers[name]]
+                    size = min(pieces * CHUNK_BYTES * packed_share(dump.name), 0.95 * dump.bytes)
+                    reach(numbers[name], size / 1e6)
+
         watcher = Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield lambda i: show(i, dumps[i].bytes)
+            yield lambda i: reach(i, dumps[i].bytes / 1e6)
         finally:
             over.set()
             watcher.join()
 
 
-def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None) -> dict:
+def _manifest(
+    identity: dict[str, Any], maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None
+) -> dict[str, Any]:
     """The manifest but for what is known once the shards stand; ValueError if no measurement is left."""
     counters = {name: sum(report[name] for report in reduces) for name in ("kept", "duplicate")}
     counters |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in DROPPED_LINES}
@@ -288,8 +283,8 @@ def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rul
     assert sum(counters.values()) == read, f"{counters} do not add up to {read} lines"
     parts = {part: sum(report["parts"][part] for report in reduces) for part in PARTS}
     if not any(parts.values()):
-        used = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
-        raise ValueError(f"no measurement is left of {read:,} lines ({used}); prepare other dumps")
+        became = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
+        raise ValueError(f"no measurement is left of {read:,} lines ({became}); prepare other dumps")
     measurements = {"written": sum(parts.values())}
     since_parsed = ("dropped_repeated", "dropped_held_out_source", "clamped_rtt")
     measurements |= {name: sum(report[name] for report in reduces) for name in since_parsed}
@@ -309,12 +304,14 @@ def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rul
     }
 
 
-def _publish(folders: Sequence[Path], out: Path) -> dict:
+def _publish(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """Moves the shards of all buckets to their places and writes the index; gives {"rows", "shards": {part: n}}.
 
     The shards of a part are numbered without gaps, though a bucket may hold nothing of it.
     """
-    tables, rows, shards = [], {}, {}
+    tables: list[pa.Table] = []
+    rows: dict[str, int] = {}
+    shards: dict[str, int] = {}
     indices = [pq.read_table(folder / INDEX_NAME) for folder in folders]
     for part in PARTS:
         held = [
@@ -328,5 +325,5 @@ def _publish(folders: Sequence[Path], out: Path) -> dict:
         rows[part] = sum(len(table) for table in tables) - sum(rows.values())
         shards[part] = len(held)
     pq.write_table(pa.concat_tables(tables), out / f"{INDEX_NAME}.tmp")
-    (out / f"{INDEX_NAME}.tmp").replace(out / INDEX_NAME)
+    move_atomically(out / f"{INDEX_NAME}.tmp", out / INDEX_NAME)
     return {"rows": rows, "shards": shards}

@@ -8,8 +8,10 @@ What is read from JSON or from a table is first brought to the same columns, her
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +19,17 @@ import pyarrow.compute as pc
 
 from ping_llm.data.hashing import hash_below, hash_keys, int64_bytes
 from ping_llm.data.ingest.choices import Packets
-from ping_llm.data.measurement import ADDRESS_BYTES, MEASUREMENT_SCHEMA, is_ipv4, is_public, pack_addresses
+from ping_llm.data.measurement import MEASUREMENT_SCHEMA, binary_column, is_ipv4, is_public, pack_addresses
 
 RESULT_SCHEMA = MEASUREMENT_SCHEMA.append(pa.field("packet", pa.uint32())).append(pa.field("first_of_line", pa.bool_()))
-"""A measurement; `packet` tells those of one result apart, alike in each copy of it; one of each line is `first_of_line`."""
+"""A measurement; `packet` numbers those of one result, alike in each copy of it; one of each line is `first_of_line`."""
 
 MAX_TIME_S = 2**32 - 1
 MIN_RTT_MS = 1e-6
 MAX_RTT_MS = 4_294_967.0
 """2³² µs, 71 minutes, the end of the RTT code; a longer one is an error of the probe."""
 MAX_CLOCK_SKEW_S = 86_400
-"""Largest `lts`. At 20 ppm a clock that was set a day ago is off by 2 s, about what whole seconds leave open anyway."""
+"""Largest `lts`. At 20 ppm a clock that was set a day ago is off by 2 s, about the resolution of whole seconds."""
 
 DROPPED_LINES = {
     "blank_line": "nothing but white space",
@@ -39,7 +41,7 @@ DROPPED_LINES = {
     "bad_destination": "whose destination is not an address",
     "private_destination": "whose destination is private, link-local, multicast or reserved",
     "local_error": "of packets that never left: address not allowed, socket, bind or connect failed",
-    "no_result": "without a packet whose fate is told; of traceroutes, without a reply that is used",
+    "no_result": "without a packet whose fate is known; of traceroutes, without a reply that is used",
     "no_source": "with neither a public src_addr nor a public from",
     "unsynced_clock": "whose clock was last set longer ago than allowed, or never (lts −1)",
 }
@@ -73,15 +75,10 @@ def measure_pings(
     src, other_src, dst = read_addresses(*(fields[name] for name in ("src", "from", "dst")))
     src = src.or_else(other_src)
     empty = pc.list_value_length(fields["packets"]).to_numpy() == 0
-    keep, dropped = drop_lines(
-        {
-            **line_faults(fields),
-            **destination_faults(fields, dst),
-            "local_error": fields["has_error"].to_numpy() & empty,
-            "no_result": empty,
-            "no_source": ~src.public,
-        }
-    )
+    faults = {name: fields[name].to_numpy() for name in DROPPED_LINES if name in fields.column_names}
+    faults |= destination_faults(fields, dst) | {"no_result": empty, "no_source": ~src.public}
+    faults["local_error"] = fields["has_error"].to_numpy() & empty
+    keep, dropped = drop(np.ones(len(fields), dtype=bool), faults)
     kept = fields.select(["probe_id", "msm_id", "time_s", "packets"]).filter(pa.array(keep))
     line, taken, packet = _take_packets(kept, packets)
     rtt_ms = pc.list_flatten(kept["packets"]).to_numpy()[taken]
@@ -92,16 +89,11 @@ def measure_pings(
 
 
 @cache
-def database():
+def database() -> Any:
     """A connection to DuckDB that reads into fields, of this process."""
     import duckdb
 
     return duckdb.connect(config={"threads": 1, "memory_limit": "500MB", "autoinstall_known_extensions": False})
-
-
-def line_faults(fields: pa.Table) -> dict[str, np.ndarray]:
-    """The (n,) bool columns of fields that are counters by themselves."""
-    return {name: fields[name].to_numpy() for name in DROPPED_LINES if name in fields.column_names}
 
 
 def destination_faults(fields: pa.Table, dst: Addresses) -> dict[str, np.ndarray]:
@@ -113,13 +105,15 @@ def destination_faults(fields: pa.Table, dst: Addresses) -> dict[str, np.ndarray
     }
 
 
-def drop_lines(faults: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """(n,) bool of the lines without fault, and how many lines each of DROPPED_LINES took."""
-    keep, dropped = np.ones_like(faults["no_source"]), {}
-    for name in DROPPED_LINES:
+def drop(
+    keep: np.ndarray, faults: dict[str, np.ndarray], order: Iterable[str] = DROPPED_LINES
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which of (n,) bool are left without fault, and how many each fault took; a line goes to the first that fits."""
+    dropped = {}
+    for name in order:
         if name in faults:
             dropped[name] = int((keep & faults[name]).sum())
-            keep &= ~faults[name]
+            keep = keep & ~faults[name]
     return keep, dropped
 
 
@@ -146,10 +140,8 @@ def result_table(
     """n measurements with (n, 16) addresses as a table of RESULT_SCHEMA; `line` (n,) ascends and is their row in fields."""
     columns = [
         *(fields[name].to_numpy()[line] for name in ("probe_id", "msm_id", "time_s")),
-        *(
-            pa.FixedSizeBinaryArray.from_buffers(pa.binary(ADDRESS_BYTES), len(a), [None, pa.py_buffer(a)])
-            for a in (np.ascontiguousarray(src), np.ascontiguousarray(dst))
-        ),
+        binary_column(src),
+        binary_column(dst),
         np.where(is_ipv4(dst), 4, 6).astype(np.uint8),
         rtt_ms.astype(np.float32),
         packet.astype(np.uint32),

@@ -8,11 +8,11 @@
     val                         the 10 % before that; all earlier is train
 
 Every choice but that of time is a salted hash of a stable key, never a position: it does not depend on the order of a
-dump. A source address that a held-out group used too would give away what the group's rows look like, so its measurements
-in other groups are dropped. A held-out source may still be a destination in train.
+dump. A source address that a held-out group used too would leak what the group's rows look like, so its measurements in
+other groups are excluded. A held-out source may still be a destination in train.
 
 A destination that is also a source stands for its group, so that a pair has two directions. Groups that shared a source
-address count as one end of a pair, and so do groups joined by several such addresses: a pair has no one owner otherwise.
+address count as one endpoint of a pair, and so do groups joined by several such addresses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DROPPED = len(PARTS)
 """What stands for a part where a measurement is dropped because its source address occurs in a held-out group."""
 
 KEY_BYTES = 1 + ADDRESS_BYTES
-"""Of the key of an end of a pair: 0 and the probe as 16 bytes, or 1 and an address; so probes sort before addresses."""
+"""Of the key of an endpoint: 0 and the probe as 16 bytes, or 1 and an address; so probes sort before addresses."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class SplitRule:
     future_percent: int = 15
     val_percent: int = 10
 
-    def describe(self) -> dict:
-        """The rule as the manifest tells it."""
+    def describe(self) -> dict[str, str | int]:
+        """The rule as the manifest holds it."""
         return {"name": "pingbench", **asdict(self), "hash": "murmur3 finaliser of crc32(salt/field/ + key)"}
 
     def hashes(self, field: str, keys: np.ndarray) -> np.ndarray:
@@ -61,12 +61,12 @@ class SplitRule:
         prefixes = np.where(np.arange(ADDRESS_BYTES) < kept, addresses, 0).astype(np.uint8)
         return hash_selects(self.hashes("prefix", prefixes), self.prefix_percent)
 
-    def end_hashes(self, keys: np.ndarray) -> np.ndarray:
-        """(n, 17) keys of the ends of pairs to (n,) uint32, for `holds_out_pair`."""
+    def endpoint_hashes(self, keys: np.ndarray) -> np.ndarray:
+        """(n, 17) keys of endpoints to (n,) uint32, for `holds_out_pair`."""
         return crc32(keys, f"{self.salt}/pair/".encode())
 
     def holds_out_pair(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """True where a pair of ends, told by `end_hashes`, is held out; the sum makes both directions one pair."""
+        """True where a pair of endpoints, by `endpoint_hashes`, is held out; the sum makes both directions one pair."""
         return hash_selects(mix(mix(one) + mix(other)), self.pair_percent)
 
 
@@ -131,12 +131,15 @@ def assign_parts(
     """
     new_source = rule.holds_out_group(groups.keys)[groups.index]
     new_destination = rule.holds_out_prefix(dst_addresses)[dst]
-    src_end, dst_end = (rule.end_hashes(_owners(addresses, sources)) for addresses in (src_addresses, dst_addresses))
-    new_pair = rule.holds_out_pair(src_end[src], dst_end[dst])
-    burnt = _find(src_addresses, sources, sources.held_out, np.zeros(len(src_addresses), dtype=bool))[src] & ~new_source
+    src_hash, dst_hash = (
+        rule.endpoint_hashes(_owners(addresses, sources)) for addresses in (src_addresses, dst_addresses)
+    )
+    new_pair = rule.holds_out_pair(src_hash[src], dst_hash[dst])
+    leaking = _find(src_addresses, sources, sources.held_out, np.zeros(len(src_addresses), dtype=bool))
+    excluded = leaking[src] & ~new_source
 
     part = np.full(len(time_s), PARTS.index("train"), dtype=np.uint8)
-    rest = ~(new_source | new_destination | new_pair | burnt)
+    rest = ~(new_source | new_destination | new_pair | excluded)
     val, future = _last_of_span(groups, time_s, rest, rule)
     part[val] = PARTS.index("val")
     part[future] = PARTS.index("test-s1")
@@ -144,7 +147,7 @@ def assign_parts(
     part[new_source] = PARTS.index("test-s3")
     part[new_destination] = PARTS.index("test-s4")
     part[new_source & new_destination] = PARTS.index("test-s5")
-    part[burnt] = DROPPED
+    part[excluded] = DROPPED
     return part
 
 
@@ -183,7 +186,7 @@ def _least_joined(group: np.ndarray, address: np.ndarray, groups: int, addresses
 
 
 def _owners(addresses: np.ndarray, sources: Sources) -> np.ndarray:
-    """The keys of the ends behind (n, 16) addresses: the group that owns an address, else the address itself. (n, 17)."""
+    """(n, 17) keys of the endpoints behind (n, 16) addresses: the group that owns an address, else the address itself."""
     return _find(addresses, sources, sources.owner, address_keys(addresses))
 
 

@@ -3,7 +3,7 @@
     a packet a row    msm_id, event_time, src_addr, dst_addr, rtt (ms, −1 = failed)           prb_id where it is known
     BigQuery          prb_id, msm_id, start_time, src_addr, dst_addr, pings: a list of packets
 
-Every row is counted as a line is (see results). Parquet is told by the first bytes of a file, the kind by its columns.
+Every row is counted as a line is (see results). Parquet is recognised by the first bytes of a file, the kind by its columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TIME_COLUMNS = ("event_time", "start_time")
 
 
 def is_parquet(path: Path) -> bool:
-    """Told by content, not by name. What cannot be read is none; to read it as lines will tell why."""
+    """By its content, not its name. What cannot be read is none: reading it as lines says why."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -59,7 +59,7 @@ def read_rows(path: Path) -> Iterator[pa.Table]:
 def parse_rows(rows: pa.Table, packets: Packets) -> tuple[pa.Table, dict[str, int]]:
     """A table of RESULT_SCHEMA of rows as `read_rows` gives them, and how many each of DROPPED_LINES took.
 
-    Rows of one packet each are all kept, whatever `packets` says: which of them are of one ping is not told.
+    Rows of one packet each are all kept, whatever `packets` says: which of them are of one ping is unknown.
     """
     time = next(name for name in _TIME_COLUMNS if name in rows.column_names)
     rows = rows.set_column(rows.column_names.index(time), "time_s", _seconds(rows[time]))
@@ -124,7 +124,9 @@ def _listed_packets(schema: pa.Schema) -> tuple[str, str]:
 
     Some exports wrap a list, and some each of its elements, in a struct of one field.
     """
-    pings, element, kind = _packet_type(schema.field("pings").type)
+    packet_type = _packet_type(schema.field("pings").type)
+    assert packet_type, schema
+    pings, element, kind = packet_type
     there = {field.name for field in kind}
 
     def field(name: str) -> str:

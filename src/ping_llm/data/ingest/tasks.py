@@ -2,7 +2,7 @@
 
 A task is a pure function of its arguments and of the files it names. It writes into a folder aside and renames it at the
 end, so a folder under its final name is done, and a task that was killed is simply run again. A bucket holds whole groups,
-told by a hash of the group: a group's measurements can be sorted and split without looking at another bucket.
+by a hash of the group: a group's measurements can be sorted and split without looking at another bucket.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -22,24 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ping_llm.data.hashing import hash_below, hash_keys
+from ping_llm.data.ingest import splits
 from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.choices import Packets, Traceroute
 from ping_llm.data.ingest.results import RESULT_SCHEMA
-from ping_llm.data.ingest.splits import (
-    DROPPED,
-    KEY_BYTES,
-    PARTS,
-    Groups,
-    Sources,
-    SplitRule,
-    as_text,
-    assign_parts,
-    collect_sources,
-    group_measurements,
-)
+from ping_llm.data.ingest.splits import DROPPED, PARTS, Groups, Sources, SplitRule
 from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
 from ping_llm.data.ingest.unpack import DamagedDump, read_chunks
-from ping_llm.data.measurement import ADDRESS_BYTES
+from ping_llm.data.measurement import ADDRESS_BYTES, binary_column, byte_matrix
 from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
 from ping_llm.data.tokenization import clamped_rtts
 
@@ -51,7 +42,7 @@ ASIDE = ".*.tmp"
 """What follows the name of a folder while a task works on it."""
 
 SOURCES_NAME = "sources.arrow"
-_SEEN_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("address", pa.binary(ADDRESS_BYTES))])
+_SEEN_SCHEMA = pa.schema([("key", pa.binary(splits.KEY_BYTES)), ("address", pa.binary(ADDRESS_BYTES))])
 
 
 @dataclass(frozen=True)
@@ -65,8 +56,6 @@ class MapTask:
     packets: Packets
     max_clock_skew_s: int
     traceroute: Traceroute = "off"
-    threads: int = 1
-    """That unpack it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,8 @@ def map_dump(task: MapTask) -> dict:
             return report
         shutil.rmtree(task.folder)
     aside = _fresh_folder(task.folder)
-    lines, counters, problem = 0, Counter(), None
+    counters: Counter[str] = Counter()
+    lines, problem = 0, None
     seen = _SEEN_SCHEMA.empty_table()
     try:
         for number, (read, table, counts) in enumerate(_parsed(task, aside / "chunk.ndjson")):
@@ -120,15 +110,13 @@ def reduce_bucket(task: ReduceTask) -> dict:
     aside = _fresh_folder(task.folder)
     results = _sorted_results(_read_bucket(task.inputs, task.bucket))
     first, repeated = results.first_of_line, results.repeated
-    report = {"kept": int((first & ~repeated).sum()), "duplicate": int((first & repeated).sum())}
+    report: dict[str, Any] = {"kept": int((first & ~repeated).sum()), "duplicate": int((first & repeated).sum())}
     report["dropped_repeated"] = int(repeated.sum())
     results = results.take(~repeated)
     part = np.zeros(len(results.time_s), dtype=np.uint8)
     if task.rule:
-        part = assign_parts(
-            *(results.groups, results.time_s, results.src, results.src_addresses, results.dst, results.dst_addresses),
-            *(_load_sources(task.sources), task.rule),
-        )
+        sides = (results.src, results.src_addresses, results.dst, results.dst_addresses)
+        part = splits.assign_parts(results.groups, results.time_s, *sides, _load_sources(task.sources), task.rule)
     counts = np.bincount(part, minlength=DROPPED + 1).tolist()
     report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out_source": counts[DROPPED]}
     report["clamped_rtt"] = clamped_rtts(results.rtt_ms[part != DROPPED])
@@ -146,10 +134,10 @@ def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
     """Every source address of all inputs, its owner and whether a held-out group used it, in one file for all buckets."""
     tables = [pa.ipc.open_file(folder / SOURCES_NAME).read_all() for folder in inputs]
     seen = pa.concat_tables(tables).group_by(_SEEN_SCHEMA.names).aggregate([]).combine_chunks()
-    sources = collect_sources(_byte_matrix(seen["key"]), _byte_matrix(seen["address"]), rule)
+    sources = splits.collect_sources(byte_matrix(seen["key"]), byte_matrix(seen["address"]), rule)
     columns = {
-        "address": _binary(sources.addresses),
-        "owner": _binary(sources.owner),
+        "address": binary_column(sources.addresses),
+        "owner": binary_column(sources.owner),
         "held_out": pa.array(sources.held_out),
     }
     _write_table(path, pa.table(columns))
@@ -157,7 +145,7 @@ def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
 
 def _load_sources(path: Path) -> Sources:
     table = pa.ipc.open_file(path).read_all()
-    return Sources(_byte_matrix(table["address"]), _byte_matrix(table["owner"]), table["held_out"].to_numpy())
+    return Sources(byte_matrix(table["address"]), byte_matrix(table["owner"]), table["held_out"].to_numpy())
 
 
 def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
@@ -166,11 +154,9 @@ def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[
         for rows in read_rows(task.dump):
             yield len(rows), *parse_rows(rows, task.packets)
     else:
-        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES, task.threads):
-            yield (
-                chunk.lines,
-                *parse_results(chunk.path, chunk.lines, task.packets, task.max_clock_skew_s, task.traceroute),
-            )
+        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES):
+            options = (task.packets, task.max_clock_skew_s, task.traceroute)
+            yield chunk.lines, *parse_results(chunk.path, chunk.lines, *options)
 
 
 @dataclass(frozen=True)
@@ -203,14 +189,16 @@ def _sorted_results(table: pa.Table) -> _SortedResults:
     dst, dst_addresses = _ranked(table["dst"])
     names = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
     probe_id, msm_id, time_s, rtt_ms, packet, first = (table[name].to_numpy() for name in names)
-    groups = group_measurements(probe_id, src, src_addresses)
+    groups = splits.group_measurements(probe_id, src, src_addresses)
     when = groups.index << 32 | time_s
     pair = dst << 32 | src
     order = np.lexsort((first, rtt_ms.view(np.uint32), packet, pair, msm_id, when))  # as bits, −1 comes after every RTT
     repeated = np.zeros(len(order), dtype=bool)
     repeated[1:] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in (when, msm_id, pair, packet)])
-    columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, packet, first))
-    return _SortedResults(Groups(groups.index[order], groups.keys), *columns, repeated, src_addresses, dst_addresses)
+    probe_id, msm_id, time_s, src, dst = (column[order] for column in (probe_id, msm_id, time_s, src, dst))
+    groups, rtt_ms, packet, first = Groups(groups.index[order], groups.keys), rtt_ms[order], packet[order], first[order]
+    columns = (probe_id, msm_id, time_s, src, dst, rtt_ms, packet, first)
+    return _SortedResults(groups, *columns, repeated, src_addresses, dst_addresses)
 
 
 def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucket: int) -> list[dict]:
@@ -224,9 +212,10 @@ def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucke
         with ShardWriter(folder / f"{name}.arrayrecord", name, bucket) as shard:
             for begin, end in pairwise(borders.tolist()):
                 columns = (held.time_s, held.msm_id, held.src, held.dst, held.rtt_ms)
-                columns = (column[begin:end] for column in columns)
+                time_s, msm_id, src, dst, rtt_ms = (column[begin:end] for column in columns)
+                addresses = held.src_addresses, held.dst_addresses
                 shard.write(
-                    ProbeRow.from_codes(int(held.probe_id[begin]), *columns, held.src_addresses, held.dst_addresses)
+                    ProbeRow.from_codes(int(held.probe_id[begin]), time_s, msm_id, src, dst, rtt_ms, *addresses)
                 )
         index += shard.index
     return index
@@ -235,8 +224,8 @@ def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucke
 def _ranked(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """(n,) int64 indices into the (A, 16) distinct addresses of a column, ascending."""
     encoded = column.combine_chunks().dictionary_encode()
-    addresses = _byte_matrix(encoded.dictionary)
-    order = np.argsort(as_text(addresses))
+    addresses = byte_matrix(encoded.dictionary)
+    order = np.argsort(splits.as_text(addresses))
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return rank[encoded.indices.to_numpy()], addresses[order]
@@ -245,14 +234,14 @@ def _ranked(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def _bucketed(table: pa.Table, buckets: int) -> tuple[list[pa.RecordBatch], pa.Table]:
     """A table of RESULT_SCHEMA cut into one batch a bucket, and the distinct (group, source address) pairs in it."""
     src, addresses = _ranked(table["src"])
-    groups = group_measurements(table["probe_id"].to_numpy(), src, addresses)
+    groups = splits.group_measurements(table["probe_id"].to_numpy(), src, addresses)
     bucket = hash_below(hash_keys(groups.keys, b"bucket/"), buckets)[groups.index]
     table = table.take(pa.array(np.argsort(bucket, kind="stable"))).combine_chunks()
     ends = np.cumsum(np.bincount(bucket, minlength=buckets)).tolist()
     batch = table.to_batches()[0]
     batches = [batch.slice(begin, end - begin) for begin, end in pairwise([0, *ends])]
     group, source = np.divmod(np.unique(groups.index * len(addresses) + src), len(addresses))
-    seen = {"key": _binary(groups.keys[group]), "address": _binary(addresses[source])}
+    seen = {"key": binary_column(groups.keys[group]), "address": binary_column(addresses[source])}
     return batches, pa.table(seen, schema=_SEEN_SCHEMA)
 
 
@@ -274,20 +263,6 @@ def _write_piece(path: Path, batches: list[pa.RecordBatch]) -> None:
 def _write_table(path: Path, table: pa.Table) -> None:
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
-
-
-def _binary(matrix: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """(n, k) uint8 as a column of k bytes."""
-    buffer = pa.py_buffer(np.ascontiguousarray(matrix))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(matrix.shape[1]), len(matrix), [None, buffer])
-
-
-def _byte_matrix(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
-    """The inverse of `_binary`."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    width = array.type.byte_width
-    raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint8)[: width * (array.offset + len(array))]
-    return raw.reshape(-1, width)[array.offset :]
 
 
 def _fresh_folder(folder: Path) -> Path:

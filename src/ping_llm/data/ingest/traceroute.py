@@ -1,9 +1,9 @@
-"""Traceroute results in, measurements out: each reply tells the RTT from the source to the address that sent it.
+"""Traceroute results in, measurements out: each reply gives the RTT from the source to the address that sent it.
 
     target   only replies of the destination, in the last hop
     hops     replies of every public address on the way
 
-A packet without reply is no measurement: nothing tells which address kept silent. So traceroutes say nothing about loss.
+A packet without reply is no measurement: which address did not reply is unknown. So traceroutes say nothing about loss.
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ import pyarrow.compute as pc
 
 from ping_llm.data.hashing import hash_below, hash_keys, int64_bytes
 from ping_llm.data.ingest.choices import Packets, Traceroute
-from ping_llm.data.ingest.results import (
-    MAX_RTT_MS,
-    MIN_RTT_MS,
-    destination_faults,
-    drop_lines,
-    read_addresses,
-    result_table,
-)
+from ping_llm.data.ingest.results import MAX_RTT_MS, MIN_RTT_MS, destination_faults, drop, read_addresses, result_table
 
 REPLIES = {
     "reply_used": "that became measurements",
     "reply_absent": "no reply (x), one without an address, or a packet that never left",
-    "reply_late": "after the time-out: which packet it answers is not sure",
+    "reply_late": "after the time-out: to which packet it replies is not sure",
     "reply_duplicate": "second replies to one packet",
     "reply_icmp_error": "of a router that could not forward (!N, !H, !A …): it may have waited before it said so",
     "reply_without_rtt": "without an RTT between 1 ns and 71 minutes",
@@ -41,7 +34,7 @@ REPLIES = {
 """Counters of the entries of traceroutes, one a packet; after the first, in the order in which they apply."""
 
 _BY_DESTINATION_ITSELF = ("P", "p")
-"""Protocol or port unreachable is how a host answers a UDP traceroute; routers send the other ICMP errors."""
+"""Protocol or port unreachable is how a host replies to a UDP traceroute; routers send the other ICMP errors."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +62,21 @@ def measure_traceroutes(fields: pa.Table, traceroute: Traceroute, packets: Packe
     if traceroute == "target":
         of_target = (hop.packed == dst.packed[entries.line]).all(axis=1)
         faults["reply_not_of_target"] = ~(of_target & entries.in_last_hop)
-    usable, counters = _drop_replies(np.ones(len(entries.line), dtype=bool), faults)
+    usable, counters = drop(np.ones(len(entries.line), dtype=bool), faults, REPLIES)
     silent, unused = (
         np.bincount(entries.line[replies], minlength=len(fields)) == 0 for replies in (~faults["reply_absent"], usable)
     )
     destination = destination_faults(fields, dst)
     if traceroute == "hops":  # where the path leads does not matter to what was met on it
         destination = {"no_destination": destination["no_destination"] & unused}
-    keep, dropped = drop_lines(
-        {
-            "no_timestamp": fields["no_timestamp"].to_numpy(),
-            **destination,
-            "local_error": fields["has_error"].to_numpy() & silent,
-            "no_result": unused,
-            "no_source": ~src.public,
-            "unsynced_clock": fields["unsynced_clock"].to_numpy(),
-        }
-    )
-    usable, counts = _drop_replies(usable, {"reply_of_dropped_line": ~keep[entries.line]})
+    faults = {name: fields[name].to_numpy() for name in ("no_timestamp", "unsynced_clock")}
+    faults |= destination | {"no_result": unused, "no_source": ~src.public}
+    faults["local_error"] = fields["has_error"].to_numpy() & silent
+    keep, dropped = drop(np.ones(len(fields), dtype=bool), faults)
+    usable, counts = drop(usable, {"reply_of_dropped_line": ~keep[entries.line]}, REPLIES)
     counters |= counts
     if packets == "one":
-        usable, counts = _drop_replies(usable, {"reply_not_picked": ~_picked(fields, entries, usable)})
+        usable, counts = drop(usable, {"reply_not_picked": ~_picked(fields, entries, usable)}, REPLIES)
         counters |= counts
     taken = np.flatnonzero(usable)
     line = entries.line[taken]
@@ -115,25 +102,17 @@ def _reply_faults(entries: _Entries) -> dict[str, np.ndarray]:
     """What can be wrong with each entry by itself, each (R,) bool."""
     column = entries.columns
     error = pc.is_in(column["err"], pa.array(_BY_DESTINATION_ITSELF))
+    rtt_ms = column["rtt"].fill_null(0)
     faults = {
         "reply_absent": pc.or_(pc.is_valid(column["x"]), pc.is_null(column["from"])),
         "reply_late": pc.not_equal(column["late"].fill_null("0"), "0"),
         "reply_duplicate": pc.not_equal(column["dup"].fill_null(0), 0),
         "reply_icmp_error": pc.and_(pc.is_valid(column["err"]), pc.invert(error)),
+        "reply_without_rtt": pc.invert(
+            pc.and_(pc.greater_equal(rtt_ms, MIN_RTT_MS), pc.less_equal(rtt_ms, MAX_RTT_MS))
+        ),
     }
-    rtt_ms = column["rtt"].fill_null(0).to_numpy()
-    faults = {name: fault.to_numpy(zero_copy_only=False) for name, fault in faults.items()}
-    return faults | {"reply_without_rtt": ~((rtt_ms >= MIN_RTT_MS) & (rtt_ms <= MAX_RTT_MS))}
-
-
-def _drop_replies(usable: np.ndarray, faults: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """(R,) bool of the usable replies without fault, and how many each fault took; the first that fits takes a reply."""
-    dropped = {}
-    for name in REPLIES:
-        if name in faults:
-            dropped[name] = int((usable & faults[name]).sum())
-            usable = usable & ~faults[name]
-    return usable, dropped
+    return {name: fault.to_numpy(zero_copy_only=False) for name, fault in faults.items()}
 
 
 def _picked(fields: pa.Table, entries: _Entries, usable: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Dump files in, blocks of whole lines out: .bz2, .gz, .zst or plain; one JSON result a line, or an array of results.
 
-The compression is told by the first bytes of a file, not by its name. The arrays of the Atlas API (`[…]`, and
+The compression is recognised by the first bytes of a file, not by its name. The arrays of the Atlas API (`[…]`, and
 `{"<probe id>": […]}` of its latest results) are turned into lines, one an element.
 """
 
@@ -11,13 +11,11 @@ import codecs
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
-
-from ping_llm.data.ingest.parallel_unpack import unpack_parallel
+from typing import Any, BinaryIO
 
 BLOCK_BYTES = 1 << 20
 READ_BYTES = 1 << 18
@@ -44,47 +42,53 @@ class Chunk:
     lines: int  # blank ones too
 
 
-def read_chunks(path: Path, scratch: Path, chunk_bytes: int, threads: int = 1) -> Iterator[Chunk]:
+def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[Chunk]:
     """Cuts a dump into chunks of about `chunk_bytes`, all in the file `scratch`: each is overwritten by the next.
 
     Raises DamagedDump, after the last chunk, if the dump cannot be read to its end.
     """
-    blocks, damage, more = read_lines(path, threads), None, True
+    damage: list[str] = []
+    blocks, more = _lines(path, damage), True
     with scratch.open("wb") as file:
         while more:
             file.seek(0)  # over the chunk before: its pages are at hand, new ones would have to be cleared
             lines, more = 0, False
-            try:
-                for block in blocks:
-                    file.write(block)
-                    lines += block.count(b"\n")
-                    if file.tell() >= chunk_bytes:
-                        more = True
-                        break
-            except DamagedDump as error:
-                damage = error
+            for block in blocks:
+                file.write(block)
+                lines += block.count(b"\n")
+                if file.tell() >= chunk_bytes:
+                    more = True
+                    break
             file.truncate()
             file.flush()
             if lines:
                 yield Chunk(scratch, lines)
     scratch.unlink()
     if damage:
-        raise damage
+        raise DamagedDump(damage[0])
 
 
-def read_lines(path: Path, threads: int = 1) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Blocks of whole lines of a dump, one result a line; DamagedDump at the end of what is readable."""
-    blocks = unpack(path) if threads == 1 else unpack_parallel(path, threads, unpack)
+    damage: list[str] = []
+    yield from _lines(path, damage)
+    if damage:
+        raise DamagedDump(damage[0])
+
+
+def _lines(path: Path, damage: list[str]) -> Iterator[bytes]:
+    """What `read_lines` gives; what is wrong with the dump is appended to `damage`, the cause first."""
+    blocks = _unpack(path, damage)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
     if shape := _LATEST.match(first) or _ARRAY.match(first):
-        return whole_lines(_elements(chain([first[shape.end() :]], blocks), path.name))
+        return whole_lines(_elements(chain([first[shape.end() :]], blocks), path.name, damage))
     return whole_lines(chain([first], blocks))
 
 
-def unpack(path: Path) -> Iterator[bytes]:
-    """The plain bytes of a dump in blocks of at most BLOCK_BYTES; DamagedDump where the compressed stream breaks."""
+def _unpack(path: Path, damage: list[str]) -> Iterator[bytes]:
+    """The plain bytes of a dump in blocks of at most BLOCK_BYTES, up to where it cannot be read or unpacked."""
     with path.open("rb") as file:
-        packed = _read_some(file, path.name)
+        packed = _read_some(file, path.name, damage)
         new_stream = _decompressor_of(packed)
         stream, begin = new_stream and new_stream(), 0
         while packed:
@@ -94,59 +98,50 @@ def unpack(path: Path) -> Iterator[bytes]:
                 try:
                     plain = stream.decompress(packed)
                 except Exception as error:  # each library has its own, and zstandard's derives from Exception alone
-                    raise DamagedDump(
-                        f"{path.name} is corrupt between bytes {begin:,} and {begin + len(packed):,} ({error}); get it again"
-                    ) from None
+                    between = f"between bytes {begin:,} and {begin + len(packed):,}"
+                    return damage.append(f"{path.name} is corrupt {between} ({error}); get it again")
                 rest = stream.unused_data
             for at in range(0, len(plain), BLOCK_BYTES):
                 yield plain[at : at + BLOCK_BYTES]
             begin += len(packed) - len(rest)
-            packed = rest or _read_some(file, path.name)
-            if stream is not None and stream.eof and packed:
+            packed = rest or _read_some(file, path.name, damage)
+            if new_stream and stream and stream.eof and packed:
                 stream = new_stream()
         if stream is not None and not stream.eof:
-            raise DamagedDump(
-                f"{path.name} is cut off: its compressed stream has no end at byte {begin:,}; get it again"
-            )
+            damage.append(f"{path.name} is cut off: its compressed stream has no end at byte {begin:,}; get it again")
 
 
-def _read_some(file: BinaryIO, name: str) -> bytes:
-    """The next bytes of a dump; what the disk fails to give ends it as damage does."""
+def _read_some(file: BinaryIO, name: str, damage: list[str]) -> bytes:
+    """The next bytes of a dump; an error of the disk ends it as damage does."""
     at = file.tell()
     try:
         return file.read(READ_BYTES)
     except OSError as error:
-        raise DamagedDump(
-            f"{name} cannot be read at byte {at:,} ({error.strerror}); check the file and the disk"
-        ) from None
+        damage.append(f"{name} cannot be read at byte {at:,} ({error.strerror}); check the file and the disk")
+        return b""
 
 
 def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Blocks cut anywhere to blocks cut at line ends; the last line gets its newline if it has none."""
-    rest, skipping, damage = b"", False, None
-    try:
-        for block in blocks:
-            if skipping:
-                _, newline, block = block.partition(b"\n")
-                skipping = not newline
-            end = block.rfind(b"\n") + 1
-            if end:
-                yield rest + block[:end]
-                rest = block[end:]
-            else:
-                rest += block
-            if len(rest) > MAX_LINE_BYTES:
-                yield _UNREADABLE_LINE
-                rest, skipping = b"", True
-    except DamagedDump as error:
-        damage = error
+    rest, skipping = b"", False
+    for block in blocks:
+        if skipping:
+            _, newline, block = block.partition(b"\n")
+            skipping = not newline
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield rest + block[:end]
+            rest = block[end:]
+        else:
+            rest += block
+        if len(rest) > MAX_LINE_BYTES:
+            yield _UNREADABLE_LINE
+            rest, skipping = b"", True
     if rest:
         yield rest + b"\n"
-    if damage:
-        raise damage
 
 
-def _decompressor_of(begin: bytes):
+def _decompressor_of(begin: bytes) -> Callable[[], Any] | None:
     """What makes a decompressor (`decompress`, `eof`, `unused_data`) for a file that begins so; None if it is plain."""
     if begin.startswith(b"BZh"):
         return bz2.BZ2Decompressor
@@ -159,28 +154,23 @@ def _decompressor_of(begin: bytes):
     return None
 
 
-def _elements(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
+def _elements(blocks: Iterable[bytes], name: str, damage: list[str]) -> Iterator[bytes]:
     """The elements of a JSON array, its opening bracket already taken, as lines."""
     utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are no UTF-8 go through as they are
-    rest, damage = "", None
-    try:
-        for block in blocks:
-            lines, rest = _take_elements(rest + utf8.decode(block), final=False)
-            yield _to_lines(lines)
-            if len(rest) > MAX_LINE_BYTES + BLOCK_BYTES:
-                break
-    except DamagedDump as error:
-        damage = error
+    rest = ""
+    for block in blocks:
+        lines, rest = _take_elements(rest + utf8.decode(block), final=False)
+        yield _to_lines(lines)
+        if len(rest) > MAX_LINE_BYTES + BLOCK_BYTES:
+            break
     lines, rest = _take_elements(rest + utf8.decode(b"", final=True), final=True)
     yield _to_lines(lines)
-    unread = rest[_BETWEEN_ELEMENTS.match(rest).end() :]
+    unread = rest[_end_of_gap(rest, 0) :]
     if unread:
         yield _to_lines([unread[: BLOCK_BYTES // 4]])
-        damage = damage or DamagedDump(f"{name} is cut off or corrupt: JSON ends at {unread[:40]!r}; get it again")
+        damage.append(f"{name} is cut off or corrupt: JSON ends at {unread[:40]!r}; get it again")
     elif "]" not in rest:
-        damage = damage or DamagedDump(f"{name} is cut off: its JSON array has no end; get it again")
-    if damage:
-        raise damage
+        damage.append(f"{name} is cut off: its JSON array has no end; get it again")
 
 
 def _take_elements(text: str, final: bool) -> tuple[list[str], str]:
@@ -188,7 +178,7 @@ def _take_elements(text: str, final: bool) -> tuple[list[str], str]:
     decode = json.JSONDecoder().raw_decode
     elements, taken = [], 0
     while True:
-        begin = _BETWEEN_ELEMENTS.match(text, taken).end()
+        begin = _end_of_gap(text, taken)
         if begin == len(text):
             break
         try:
@@ -200,6 +190,12 @@ def _take_elements(text: str, final: bool) -> tuple[list[str], str]:
         elements.append(text[begin:end])
         taken = end
     return elements, text[taken:]
+
+
+def _end_of_gap(text: str, begin: int) -> int:
+    """Where the next element begins."""
+    between = _BETWEEN_ELEMENTS.match(text, begin)
+    return between.end() if between else begin
 
 
 def _to_lines(elements: list[str]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def hilbert_positions(numbers: np.ndarray, order: int) -> tuple[np.ndarray, np.n
 
 
 def _plot_rtts(summary: Summary, path: Path) -> Path:
-    """How many answers of each family have which RTT, on a log axis."""
+    """The distribution of the RTT of each family, on a log axis."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -62,7 +63,7 @@ def _plot_rtts(summary: Summary, path: Path) -> Path:
         share = 100 * counts.reshape(-1, codes_a_bin).sum(axis=1) / counts.sum()
         reached = np.cumsum(share)
         shown |= (reached > 0.1) & (reached - share < 99.9)
-        median = decode_rtt(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
+        median = float(decode_rtt(np.searchsorted(np.cumsum(counts), counts.sum() / 2)))
         label = f"{name}: {total:,} pings, median {median:.3g} ms, {failed / total:.1%} failed"
         density = share / np.diff(np.log2(edges))
         axes.stairs(density, edges, color=color, linewidth=1.6, label=label)
@@ -70,7 +71,7 @@ def _plot_rtts(summary: Summary, path: Path) -> Path:
         axes.axvline(median, color=color, linestyle="--", linewidth=1)
     first, last = np.flatnonzero(shown)[[0, -1]]
     axes.set_xscale("log")
-    axes.set(xlim=(edges[first], edges[last + 1]), ylim=(0, None), xlabel="RTT (ms)", ylabel="answers (% an octave)")
+    axes.set(xlim=(edges[first], edges[last + 1]), ylim=(0, None), xlabel="RTT (ms)", ylabel="replies (% an octave)")
     axes.set_title(f"RTTs of {_short_name(summary)}", fontsize=11)
     label_log_ticks(axes.xaxis, *axes.get_xlim())
     return _finish(figure, axes, path)
@@ -113,11 +114,12 @@ def _plot_networks(summary: Summary, path: Path, bits: int) -> Path:
     low, high = np.quantile(medians, (0.02, 0.98))
     figure, axes = plt.subplots(figsize=(7.6, 6.8), layout="constrained")
     axes.set_facecolor(_EMPTY)
-    norm = LogNorm(low, max(high, low * 1.01))
+    high = max(high, low * 1.01)
+    norm = LogNorm(low, high)
     extent = (0, 16, 16, 0)  # in /8s, whatever the networks are
     image = axes.imshow(world, norm=norm, cmap="viridis_r", interpolation="nearest", extent=extent)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="both", label="median RTT (ms)")
-    label_log_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
+    label_log_ticks(bar.ax.yaxis, low, high)
     axes.set_xticks(range(17), [])
     axes.set_yticks(range(17), [])
     axes.grid(color="white", linewidth=1)
@@ -127,10 +129,10 @@ def _plot_networks(summary: Summary, path: Path, bits: int) -> Path:
     for number, column, row in zip(first_bytes, *hilbert_positions(first_bytes, 4), strict=True):
         dark = bits == 8 and number in networks and norm(medians[networks == number][0]) > 0.5
         at = (column + 0.5, row + 0.5) if bits == 8 else (column + 0.08, row + 0.28)
-        align = {"ha": "center", "va": "center"} if bits == 8 else {"ha": "left", "va": "center"}
         known = number in networks >> (bits - 8)
         color = "white" if dark else "#24292f" if known else "#a0a7b0"
-        axes.text(*at, str(number), color=color, fontsize=7 if bits == 8 else 5, **align)
+        align, size = ("center", 7) if bits == 8 else ("left", 5)
+        axes.text(*at, str(number), color=color, fontsize=size, ha=align, va="center")
     axes.set_title(
         f"Median RTT to IPv4 /{bits}s, {_short_name(summary)}\n(numbers: first byte of the address)", fontsize=11
     )
@@ -143,7 +145,7 @@ def _short_name(summary: Summary) -> str:
     return Path(summary.name).absolute().name
 
 
-def _finish(figure, axes, path: Path) -> Path:
+def _finish(figure: Any, axes: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     axes.spines[["top", "right"]].set_visible(False)

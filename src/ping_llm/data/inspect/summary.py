@@ -1,4 +1,4 @@
-"""A folder of probe rows in, what it holds out: counters, spans, families, ends, RTTs, gaps, tokens.
+"""A folder of probe rows in, what it holds out: counters, spans, families, endpoints, RTTs, gaps, tokens.
 
 Rows are read in batches and leave counts behind, so memory grows with the distinct addresses and networks alone. RTTs are
 counted by their 16-bit code: percentiles are exact to half a code, 0.024 %.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,35 +32,60 @@ _MEDIAN_BITS = 11  # of an RTT code: 64 bins an octave, 1.1 % wide, for the medi
 _COMPACT_AT = 1 << 20
 
 
-@dataclass(frozen=True)
 class Summary:
-    """What a folder of rows holds. Families are [IPv4, IPv6], those of the destinations."""
+    """What a folder of rows holds. Families are [IPv4, IPv6], those of the destinations.
 
-    name: str
-    manifest: dict
-    row_measurements: np.ndarray  # (rows,)
-    probes: int
-    first_time_s: int
-    last_time_s: int
-    measurements: np.ndarray  # (2,) of each family
-    failed: np.ndarray  # (2,)
-    rtt_codes: np.ndarray  # (2, RTT_CODES) answered measurements with each RTT code
-    gaps_s: np.ndarray  # (MAX_GAP_S + 1,) pairs of successive measurements of a probe so far apart
-    over_time_start_s: int
-    over_time_step_s: int  # one of TIME_STEPS_S
-    over_time: np.ndarray  # (2, steps) measurements in each step of time
-    sources: tuple[np.ndarray, np.ndarray]  # (S, 16) uint8, and (S,) measurements, most first
-    destinations: tuple[np.ndarray, np.ndarray]
-    networks: tuple[np.ndarray, np.ndarray, np.ndarray]  # destination IPv4 /16 (N,) ascending, RTT bin (N,), count (N,)
+    row_measurements     (rows,)
+    failed               (2,) measurements of each family without a reply
+    rtt_codes            (2, RTT_CODES) replies with each RTT code
+    gaps_s               (MAX_GAP_S + 1,) pairs of successive measurements of a row so far apart
+    over_time            (2, steps) measurements in each step of `over_time_step_s` seconds, one of TIME_STEPS_S
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Reads every row of every part once."""
+        self.name, self.manifest = name, read_manifest(folder)
+        readers = [RowReader(folder, part) for part, count in self.manifest["parts"].items() if count]
+        self.row_measurements = np.concatenate([reader.measurements for reader in readers])
+        self.probes = len(np.unique(np.concatenate([reader.probe_id for reader in readers])))
+        self.first_time_s = min(int(reader.first_time_s.min()) for reader in readers)
+        self.last_time_s = max(int(reader.last_time_s.max()) for reader in readers)
+        span_s = self.last_time_s - self.first_time_s
+        self.over_time_step_s = next((s for s in TIME_STEPS_S if span_s < s * (MAX_TIME_STEPS - 1)), TIME_STEPS_S[-1])
+        self.over_time_start_s = self.first_time_s // self.over_time_step_s * self.over_time_step_s
+        steps = (self.last_time_s - self.over_time_start_s) // self.over_time_step_s + 1
+        self.failed, self.over_time = np.zeros(2, dtype=np.int64), np.zeros((2, steps), dtype=np.int64)
+        self.rtt_codes, self.gaps_s = np.zeros((2, RTT_CODES), dtype=np.int64), np.zeros(MAX_GAP_S + 1, dtype=np.int64)
+        self._sources, self._destinations, self._networks = Tally(), Tally(), Tally()
+        with show_progress("read rows", int(self.row_measurements.sum()), "measurements") as advance:
+            for batch in (batch for reader in readers for batch in _batches(reader)):
+                self._add(batch)
+                advance(sum(map(len, batch)))
+
+    @property
+    def measurements(self) -> np.ndarray:
+        """(2,) of each family."""
+        return self.over_time.sum(axis=1)
+
+    @cached_property
+    def sources(self) -> tuple[np.ndarray, np.ndarray]:
+        """(S, 16) uint8, and (S,) measurements, most first."""
+        return _ranked(*self._sources.totals())
+
+    @cached_property
+    def destinations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Likewise."""
+        return _ranked(*self._destinations.totals())
 
     def rtt_quantiles_ms(self, family: int) -> list[float] | None:
-        """At QUANTILES; None if nothing answered."""
+        """At QUANTILES; None without replies."""
         counts = self.rtt_codes[family]
         return [float(decode_rtt(code)) for code in count_quantiles(counts, QUANTILES)] if counts.any() else None
 
     def network_medians(self, bits: int) -> tuple[np.ndarray, np.ndarray]:
-        """IPv4 networks of 8 or 16 bits that answered, as (N,) numbers, and their median RTTs in ms, (N,)."""
-        network, rtt_bin, count = self.networks
+        """IPv4 networks of 8 or 16 bits with replies, as (N,) numbers, and their median RTTs in ms, (N,)."""
+        key, count = self._networks.totals()  # destination /16 and RTT bin
+        network, rtt_bin = key >> _MEDIAN_BITS, key & ((1 << _MEDIAN_BITS) - 1)
         network, order = network >> (16 - bits), np.lexsort((rtt_bin, network >> (16 - bits)))
         network, rtt_bin, count = network[order], rtt_bin[order], count[order]
         networks, first = np.unique(network, return_index=True)
@@ -70,15 +96,15 @@ class Summary:
         return networks, decode_rtt((rtt_bin[middle] << (16 - _MEDIAN_BITS)) + half_bin)
 
     def tokens_per_measurement(self) -> dict[str, float]:
-        """With all of both addresses told, and the time as a delta to the measurement before, or not at all."""
+        """With both addresses in full, and the time as a delta to the measurement before, or not at all."""
         total, failed = self.measurements.sum(), self.failed.sum()
-        address = (self.measurements * (8, 32)).sum() / total  # of both ends, in bytes
+        address = (self.measurements * (8, 32)).sum() / total  # both, in bytes
         untimed = 3 + address + (3 * (total - failed) + failed) / total
         gaps = max(self.gaps_s.sum(), 1)
         short = self.gaps_s[: DELTA1_MAX_S + 1].sum() / gaps
         return {"untimed": float(untimed), "timed": float(untimed + 2 * short + 5 * (1 - short))}
 
-    def to_json(self, top: int) -> dict:
+    def to_json(self, top: int) -> dict[str, Any]:
         """Plain JSON types, with the `top` busiest sources and destinations."""
         families = {}
         for family, name in enumerate(("ipv4", "ipv6")):
@@ -106,53 +132,43 @@ class Summary:
             "destinations": {"distinct": len(self.destinations[1]), "top": _texts(self.destinations, top)},
         }
 
+    def _add(self, rows: Sequence[ProbeRow]) -> None:
+        """Counts rows: few large ones or many small ones, for each call has a fixed cost."""
+        time_s, rtt_ms = (np.concatenate([getattr(row, name) for row in rows]) for name in ("time_s", "rtt_ms"))
+        src, src_addresses = _joined(rows, "src")
+        dst, dst_addresses = _joined(rows, "dst")
+        ipv6 = np.concatenate([~row.dst_is_ipv4 for row in rows])
+        family = ipv6.astype(np.int64)[dst]
+        replied = rtt_ms >= 0
+        code = encode_rtt(rtt_ms[replied])
+
+        self.failed += np.bincount(family[~replied], minlength=2)
+        np.add.at(self.rtt_codes, (family[replied], code), 1)
+        np.add.at(self.over_time, (family, (time_s - self.over_time_start_s) // self.over_time_step_s), 1)
+        same_row = np.ones(len(time_s), dtype=bool)
+        same_row[np.cumsum([0, *map(len, rows[:-1])])] = False
+        np.add.at(self.gaps_s, np.minimum(np.diff(time_s, prepend=0)[same_row], MAX_GAP_S), 1)
+
+        self._sources.add(as_text(src_addresses), np.bincount(src, minlength=len(src_addresses)))
+        self._destinations.add(as_text(dst_addresses), np.bincount(dst, minlength=len(dst_addresses)))
+        network = dst_addresses[:, 12].astype(np.int64) << 8 | dst_addresses[:, 13]
+        ipv4 = family[replied] == 0
+        keys = network[dst[replied][ipv4]] << _MEDIAN_BITS | code[ipv4] >> (16 - _MEDIAN_BITS)
+        self._networks.add(*np.unique(keys, return_counts=True))
+
 
 def summarize(path: Path | str) -> Summary:
     """Reads a folder of rows; or a dump, or a folder of dumps, by way of rows in a scratch folder."""
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
-        return summarize_rows(path, str(path))
+        return Summary(path, str(path))
     if path.suffix == ".arrayrecord":
         raise ValueError(f"{path} is one shard of a folder of rows; inspect the folder, {path.parent}")
     from ping_llm.data.ingest.prepare import prepare
 
     with tempfile.TemporaryDirectory(prefix="ping-llm-") as scratch:
         prepare([str(path)], Path(scratch) / "rows", split="none", keep_going=True)
-        return summarize_rows(Path(scratch) / "rows", str(path))
-
-
-def summarize_rows(folder: Path, name: str) -> Summary:
-    """Reads every row of every part once."""
-    manifest = read_manifest(folder)
-    readers = [RowReader(folder, part) for part, count in manifest["parts"].items() if count]
-    row_measurements, probes, first, last = (
-        np.concatenate([getattr(reader, column) for reader in readers])
-        for column in ("measurements", "probe_id", "first_time_s", "last_time_s")
-    )
-    counts = _Counts(int(first.min()), int(last.max()))
-    with show_progress("read rows", int(row_measurements.sum()), "measurements") as advance:
-        for batch in (batch for reader in readers for batch in _batches(reader)):
-            counts.add(batch)
-            advance(sum(map(len, batch)))
-    network, count = counts.networks.totals()
-    return Summary(
-        name=name,
-        manifest=manifest,
-        row_measurements=row_measurements,
-        probes=len(np.unique(probes)),
-        first_time_s=int(first.min()),
-        last_time_s=int(last.max()),
-        measurements=counts.over_time.sum(axis=1),
-        failed=counts.failed,
-        rtt_codes=counts.rtt_codes,
-        gaps_s=counts.gaps_s,
-        over_time_start_s=counts.start_s,
-        over_time_step_s=counts.step_s,
-        over_time=counts.over_time,
-        sources=_ranked(*counts.sources.totals()),
-        destinations=_ranked(*counts.destinations.totals()),
-        networks=(network >> _MEDIAN_BITS, network & ((1 << _MEDIAN_BITS) - 1), count),
-    )
+        return Summary(Path(scratch) / "rows", str(path))
 
 
 def count_quantiles(counts: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
@@ -183,44 +199,6 @@ class Tally:
         return keys, counts
 
 
-class _Counts:
-    """What the batches so far add up to."""
-
-    def __init__(self, first_time_s: int, last_time_s: int) -> None:
-        span_s = last_time_s - first_time_s
-        self.step_s = next((s for s in TIME_STEPS_S if span_s < s * (MAX_TIME_STEPS - 1)), TIME_STEPS_S[-1])
-        self.start_s = first_time_s // self.step_s * self.step_s
-        self.failed = np.zeros(2, dtype=np.int64)
-        self.rtt_codes = np.zeros((2, RTT_CODES), dtype=np.int64)
-        self.gaps_s = np.zeros(MAX_GAP_S + 1, dtype=np.int64)
-        self.over_time = np.zeros((2, (last_time_s - self.start_s) // self.step_s + 1), dtype=np.int64)
-        self.sources, self.destinations, self.networks = Tally(), Tally(), Tally()
-
-    def add(self, rows: Sequence[ProbeRow]) -> None:
-        """Counts rows: few large ones or many small ones, for each call has a fixed cost."""
-        time_s, rtt_ms = (np.concatenate([getattr(row, name) for row in rows]) for name in ("time_s", "rtt_ms"))
-        src, src_addresses = _joined(rows, "src")
-        dst, dst_addresses = _joined(rows, "dst")
-        ipv6 = np.concatenate([~row.dst_is_ipv4 for row in rows])
-        family = ipv6.astype(np.int64)[dst]
-        answered = rtt_ms >= 0
-        code = encode_rtt(rtt_ms[answered])
-
-        self.failed += np.bincount(family[~answered], minlength=2)
-        np.add.at(self.rtt_codes, (family[answered], code), 1)
-        np.add.at(self.over_time, (family, (time_s - self.start_s) // self.step_s), 1)
-        same_row = np.ones(len(time_s), dtype=bool)
-        same_row[np.cumsum([0, *map(len, rows[:-1])])] = False
-        np.add.at(self.gaps_s, np.minimum(np.diff(time_s, prepend=0)[same_row], MAX_GAP_S), 1)
-
-        self.sources.add(as_text(src_addresses), np.bincount(src, minlength=len(src_addresses)))
-        self.destinations.add(as_text(dst_addresses), np.bincount(dst, minlength=len(dst_addresses)))
-        network = dst_addresses[:, 12].astype(np.int64) << 8 | dst_addresses[:, 13]
-        ipv4 = family[answered] == 0
-        keys = network[dst[answered][ipv4]] << _MEDIAN_BITS | code[ipv4] >> (16 - _MEDIAN_BITS)
-        self.networks.add(*np.unique(keys, return_counts=True))
-
-
 def _batches(reader: RowReader) -> Iterator[list[ProbeRow]]:
     """The rows of a part, in order, by about BATCH_MEASUREMENTS at once."""
     batch = (np.cumsum(reader.measurements) - reader.measurements) // BATCH_MEASUREMENTS
@@ -228,11 +206,11 @@ def _batches(reader: RowReader) -> Iterator[list[ProbeRow]]:
         yield [reader[i] for i in range(begin, end)]
 
 
-def _joined(rows: Sequence[ProbeRow], end: str) -> tuple[np.ndarray, np.ndarray]:
+def _joined(rows: Sequence[ProbeRow], side: str) -> tuple[np.ndarray, np.ndarray]:
     """One table of addresses (A, 16) of all rows, and (n,) indices into it, for `src` or `dst`."""
-    tables = [getattr(row, f"{end}_addresses") for row in rows]
+    tables = [getattr(row, f"{side}_addresses") for row in rows]
     before = np.cumsum([0, *map(len, tables[:-1])])
-    codes = [getattr(row, end).astype(np.int64) + first for row, first in zip(rows, before, strict=True)]
+    codes = [getattr(row, side).astype(np.int64) + first for row, first in zip(rows, before, strict=True)]
     return np.concatenate(codes), np.concatenate(tables)
 
 

@@ -18,7 +18,7 @@ _WIDTH = 80
 def print_summary(summary: Summary, top: int) -> None:
     """Prints all that `Summary.to_json` holds."""
     console = Console(width=_WIDTH, highlight=False)
-    for table in (_counters(summary), _contents(summary), _families(summary), _spreads(summary), _ends(summary, top)):
+    for table in (_counters(summary), _contents(summary), _families(summary), _spreads(summary), _busy(summary, top)):
         if table.row_count:
             console.print(table)
             console.print()
@@ -83,9 +83,9 @@ def _spreads(summary: Summary) -> Table:
     return table
 
 
-def _ends(summary: Summary, top: int) -> Table:
+def _busy(summary: Summary, top: int) -> Table:
     """The busiest sources above the busiest destinations: side by side, two IPv6 addresses would not fit."""
-    table = _table("Busiest ends", "", "pings", "share")
+    table = _table("Busiest endpoints", "", "pings", "share")
     total, found = summary.measurements.sum(), summary.to_json(top)
     for title in ("sources", "destinations"):
         table.add_section()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Results:
 class LineWriter:
     """Writes results of one schedule: what only depends on the probe or the measurement is made once."""
 
-    def __init__(self, probes: list[dict], measurements: list[dict], interval_s: int) -> None:
+    def __init__(self, probes: list[dict[str, Any]], measurements: list[dict[str, Any]], interval_s: int) -> None:
         self._sorted = np.array([probe["firmware"] < FIRST_UNSORTED_FIRMWARE for probe in probes])
         self._by_probe = _columns([_probe_fields(probe) for probe in probes])
         self._by_measurement = _columns([_measurement_fields(m, interval_s) for m in measurements])
@@ -77,7 +78,7 @@ class LineWriter:
                 lines[rows] = _fill(template, self._fields(results.take(np.flatnonzero(rows))))
         return lines.tolist()
 
-    def _fields(self, results: Results) -> dict[str, np.ndarray | list]:
+    def _fields(self, results: Results) -> dict[str, np.ndarray]:
         """The n values of every field that a template names; optional fields are whole `"key":value,` texts or empty."""
         probe = {name: column[results.probe] for name, column in self._by_probe.items()}
         measurement = {name: column[results.measurement] for name, column in self._by_measurement.items()}
@@ -106,7 +107,7 @@ class LineWriter:
         }
 
 
-def _packet_fields(results: Results) -> dict[str, np.ndarray | list]:
+def _packet_fields(results: Results) -> dict[str, np.ndarray]:
     """What is counted over the packets of a result, and the text of its `result` list."""
     replied = results.rtt_ms >= 0  # (n, P)
     received = replied.sum(axis=1)
@@ -146,7 +147,7 @@ def _entries(results: Results, replied: np.ndarray) -> np.ndarray:
     return joined
 
 
-def _probe_fields(probe: dict) -> dict[str, str | int]:
+def _probe_fields(probe: dict[str, Any]) -> dict[str, str | int]:
     src = probe["private_ipv4"] or probe["ipv4"]
     return {
         "fw": probe["firmware"],
@@ -159,7 +160,7 @@ def _probe_fields(probe: dict) -> dict[str, str | int]:
     }
 
 
-def _measurement_fields(measurement: dict, interval_s: int) -> dict[str, str | int]:
+def _measurement_fields(measurement: dict[str, Any], interval_s: int) -> dict[str, str | int]:
     return {
         "af": measurement["ip_version"],
         "msm_id": measurement["msm_id"],
@@ -172,7 +173,7 @@ def _measurement_fields(measurement: dict, interval_s: int) -> dict[str, str | i
     }
 
 
-def _fill(template: str, columns: dict[str, np.ndarray | list]) -> list[str]:
+def _fill(template: str, columns: dict[str, np.ndarray]) -> list[str]:
     """The template with its `%(name)d` and `%(name)s` filled from columns, one line a row."""
     names = re.findall(r"%\((\w+)\)", template)
     positional = re.sub(r"%\(\w+\)", "%", template)

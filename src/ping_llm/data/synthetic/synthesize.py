@@ -1,8 +1,8 @@
-"""A seeded Internet in, an Atlas-shaped dump and its exact latency law (truth.json) out.
+"""A seeded Internet in, an Atlas-shaped dump and its exact RTT distribution (truth.json) out.
 
 Every probe pings a share of the targets and anchors every `interval_s`. The dump is a pure function of its arguments:
 file i, block b draws from the generator seeded with (seed, i, b), so any number of workers writes the same bytes.
-Packets of one result are independent draws of the law in truth.py; what no law covers is in the lines as well:
+Packets of one result are independent draws of the distribution in truth.py. The lines also hold what it does not cover:
 
     results without packets     "connect failed", failed name resolution, "address not allowed": in place of any result,
                                 whatever became of its packets, so leaving them out biases nothing
@@ -25,12 +25,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ping_llm.data.synthetic.atlas_lines import CONNECT_FAILED, DNS_FAILED, NO_ERROR, NOT_ALLOWED, LineWriter, Results
 from ping_llm.data.synthetic.truth import DAY_S, TRUTH_NAME, Paths, Truth, draw_packets, hash_uniform
 from ping_llm.data.synthetic.world import build_world
+from ping_llm.system.files import write_atomically
 from ping_llm.system.processes import end_with_parent
 from ping_llm.system.progress import cores, show_progress
 
@@ -71,7 +73,7 @@ def synthesize(
     world["schedule"] = schedule | {"measured_share": measured_share}
     dump = Dump(world, Path(out))
     _claim(dump)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     with show_progress("synth", dump.results, "results") as advance:
         for counted in _write_all(dump, min(workers or cores(), dump.files)):
             counts.update(counted)
@@ -82,12 +84,24 @@ def synthesize(
 class Dump:
     """The files of one dump: which results each holds, drawn and written one file at a time."""
 
-    def __init__(self, world: dict, out: Path) -> None:
+    def __init__(self, world: dict[str, Any], out: Path) -> None:
         self.world, self.out, self.truth, self.seed = world, out, Truth(world), world["seed"]
-        self.schedule = world["schedule"]
+        self.schedule, measurements = world["schedule"], world["measurements"]
+        self.pairs = self._measured_pairs()
+        interval_s, span_s = self.schedule["interval_s"], self.schedule["end_s"] - self.schedule["start_s"]
+        # (P,) of each pair: seconds after the start at which it is first measured; TTL of the replies, 64 less the hops; and
+        # whether the target is resolved by name
+        self.phase_s = (hash_uniform(self.seed, _PHASE, *self.pairs) * interval_s).astype(np.int64)
+        self.ttl = 64 - (6 + 18 * hash_uniform(self.seed, _HOPS, *self.pairs)).astype(np.int64)
+        self.named = np.array([m["dst_name"] != m["dst_addr"] for m in measurements])[self.pairs[1]]
+        hourly = len(self.pairs[0]) * _HOUR_S / interval_s
+        # Seconds that a file spans, and parts of it that are equal in time
+        self.file_s = _HOUR_S * next((h for h in (1, 2, 3, 4, 6, 8, 12) if h * hourly >= _FILE_RESULTS), 24)
+        self.blocks = -(-len(self.pairs[0]) * self.file_s // (interval_s * _BLOCK_RESULTS))
+        self.files = -(-span_s // self.file_s)
+        self.results = int((-((self.phase_s - span_s) // interval_s)).sum())  # a line that comes again counts once
 
-    @cached_property
-    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+    def _measured_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """(P,) probe and (P,) measurement indices of the pairs that are measured."""
         probes, measurements = self.world["probes"], self.world["measurements"]
         probe_id = np.array([probe["probe_id"] for probe in probes])
@@ -100,12 +114,12 @@ class Dump:
             chosen[i, [column[a] for a in (probe["ipv4"], probe["ipv6"]) if a in column]] = False
         probe, measurement = np.nonzero(chosen)
         if not len(probe):
-            raise ValueError("no probe measures any target; ask for more of them or a larger measured_share")
+            raise ValueError("no probe measures any target; choose more of them or a larger measured_share")
         return probe, measurement
 
     @cached_property
     def paths(self) -> Paths:
-        """The law of each pair."""
+        """The parameters of each pair."""
         probe, measurement = (index.tolist() for index in self.pairs)
         measurements = self.world["measurements"]
         sources = [(p["ipv4"], p["ipv6"]) for p in self.world["probes"]]
@@ -113,54 +127,18 @@ class Dump:
         return self.truth.paths(src, [measurements[j]["dst_addr"] for j in measurement])
 
     @cached_property
-    def phase_s(self) -> np.ndarray:
-        """(P,) seconds after the start at which a pair is first measured."""
-        return (hash_uniform(self.seed, _PHASE, *self.pairs) * self.schedule["interval_s"]).astype(np.int64)
-
-    @cached_property
-    def ttl(self) -> np.ndarray:
-        """(P,) TTL of the replies of a pair: 64 less the hops."""
-        return 64 - (6 + 18 * hash_uniform(self.seed, _HOPS, *self.pairs)).astype(np.int64)
-
-    @cached_property
-    def named(self) -> np.ndarray:
-        """(P,) bool: the target is resolved by name."""
-        names = [m["dst_name"] != m["dst_addr"] for m in self.world["measurements"]]
-        return np.array(names)[self.pairs[1]]
-
-    @cached_property
     def writer(self) -> LineWriter:
         return LineWriter(self.world["probes"], self.world["measurements"], self.schedule["interval_s"])
-
-    @cached_property
-    def file_s(self) -> int:
-        """Seconds that a file spans."""
-        hourly = len(self.pairs[0]) * _HOUR_S / self.schedule["interval_s"]
-        return _HOUR_S * next((hours for hours in (1, 2, 3, 4, 6, 8, 12) if hours * hourly >= _FILE_RESULTS), 24)
-
-    @cached_property
-    def blocks(self) -> int:
-        """Parts of a file, equal in time."""
-        return -(-len(self.pairs[0]) * self.file_s // (self.schedule["interval_s"] * _BLOCK_RESULTS))
-
-    @cached_property
-    def files(self) -> int:
-        return -(-(self.schedule["end_s"] - self.schedule["start_s"]) // self.file_s)
-
-    @cached_property
-    def results(self) -> int:
-        """Results in all files; a line that comes again counts once."""
-        span_s = self.schedule["end_s"] - self.schedule["start_s"]
-        return int((-((self.phase_s - span_s) // self.schedule["interval_s"])).sum())
 
     def path(self, i: int) -> Path:
         """ping-YYYY-MM-DDTHH00.bz2, named after the first second of file i."""
         first = datetime.fromtimestamp(self.schedule["start_s"] + i * self.file_s, UTC)
         return self.out / f"ping-{first:%Y-%m-%dT%H}00.bz2"
 
-    def write(self, i: int) -> Counter:
+    def write(self, i: int) -> Counter[str]:
         """Writes file i aside and renames it."""
-        path, counts, compressor = self.path(i), Counter(), bz2.BZ2Compressor()
+        path, compressor = self.path(i), bz2.BZ2Compressor()
+        counts: Counter[str] = Counter()
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with aside.open("wb") as file:
@@ -211,10 +189,11 @@ class Dump:
         return pair, time_s, is_late
 
     def _draw(self, pair: np.ndarray, time_s: np.ndarray, rng: np.random.Generator) -> Results:
-        """Results of n pairs and times: packets by the law, then what surrounds them."""
+        """Results of n pairs and times: packets by their distribution, then what surrounds them."""
         n, shape = len(pair), (len(pair), PACKETS)
-        law = [np.broadcast_to(column[:, None], shape) for column in self.paths.take(pair).at(time_s)]
-        rtt_ms = np.round(draw_packets(*law, rng), 6)
+        columns = (np.broadcast_to(column[:, None], shape) for column in self.paths.take(pair).at(time_s))
+        p_fail, floor_ms, scale_ms, tail = columns
+        rtt_ms = np.round(draw_packets(p_fail, floor_ms, scale_ms, tail, rng), 6)
         lost = rtt_ms < 0
         error = np.where(rng.random(n) < _CONNECT_FAILED_SHARE, CONNECT_FAILED, NO_ERROR)
         luck = np.where(self.named[pair], rng.random(n), 1)
@@ -240,7 +219,9 @@ class Dump:
         )
 
 
-def _check(probes, targets, days, seed, interval_s, workers, start, measured_share) -> int:
+def _check(
+    probes: int, targets: int, days: float, seed: int, interval_s: int, workers: int, start: str, measured_share: float
+) -> int:
     """The start in Unix seconds; ValueError for an argument out of range."""
     least = {"probes": (probes, 2), "targets": (targets, 1), "seed": (seed, 0), "interval_s": (interval_s, 1)}
     for name, (value, low) in (least | {"workers": (workers, 0)}).items():
@@ -269,12 +250,10 @@ def _claim(dump: Dump) -> None:
     held = {file.name for file in dump.out.glob("ping-*.bz2")}
     if (path.exists() and path.read_text() != text) or (held and not path.exists()):
         raise ValueError(f"{dump.out} holds another dump; name another folder, or delete this one first")
-    aside = path.with_name(f".{TRUTH_NAME}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    write_atomically(path, text)
 
 
-def _write_all(dump: Dump, workers: int) -> Iterator[Counter]:
+def _write_all(dump: Dump, workers: int) -> Iterator[Counter[str]]:
     """The counts of every file, as they are written by this process or by several."""
     if workers == 1:
         yield from map(dump.write, range(dump.files))
@@ -284,11 +263,14 @@ def _write_all(dump: Dump, workers: int) -> Iterator[Counter]:
         yield from pool.map(_write_in_worker, range(dump.files))
 
 
-def _start_worker(world: dict, out: Path, parent: int) -> None:
+_worker_dump: Dump  # of a process that writes files
+
+
+def _start_worker(world: dict[str, Any], out: Path, parent: int) -> None:
     global _worker_dump
     end_with_parent(parent)
     _worker_dump = Dump(world, out)
 
 
-def _write_in_worker(i: int) -> Counter:
+def _write_in_worker(i: int) -> Counter[str]:
     return _worker_dump.write(i)

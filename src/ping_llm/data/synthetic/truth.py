@@ -1,33 +1,33 @@
-"""The truth.json of a synthetic dump in, the exact law of loss and RTT for any source, destination and time out.
+"""The truth.json of a synthetic dump in, the exact distribution of loss and RTT given source, destination and time out.
 
-A packet sent at t gets no answer with probability p_fail(t); otherwise its RTT is floor(t) + J, all in ms, with
+A packet sent at t gets no reply with probability p_fail(t); otherwise its RTT is floor(t) + J, all in ms, with
 
-    floor(t) = fibre + access of both ends + congestion(t)     fibre = 2 · great circle / (200 km/ms) · path inflation
+    floor(t) = fibre + access at both endpoints + congestion(t)    fibre = 2 · great circle / (200 km/ms) · path inflation
     J        ~ log-logistic(scale(t), shape)                   P(J ≤ x) = 1 / (1 + (x / scale)^−shape), positive, skewed
     scale(t) = a share of the uncongested floor + CONGESTION_JITTER · congestion(t)
 
-Congestion and loss rise in the evening of either end. What belongs to a network is stored; what belongs to a pair of
-networks, a subnet (/24 or /48) or a host is a hash of the seed, so the law covers every address of every network.
+Congestion and loss rise in the evening at either endpoint. What belongs to a network is stored; what belongs to a pair of
+networks, a subnet (/24 or /48) or a host is a hash of the seed, so every address of every network has its distribution.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ping_llm.data.measurement import FAILED_RTT_MS, is_ipv4, pack_address, pack_addresses
 
-FORMAT_VERSION = 1  # to be raised with any change to the constants below: they are part of the law
+FORMAT_VERSION = 1  # to be raised with any change to the constants below: they are part of the distribution
 TRUTH_NAME = "truth.json"
 ANYCAST = "anycast"
 DAY_S = 86_400
-DAY_POINTS = 96  # of the mixture over a day: one law a quarter of an hour, at its middle
+DAY_POINTS = 96  # of the mixture over a day: one part a quarter of an hour, at its middle
 
 _EARTH_RADIUS_KM = 6371.0
 _METRO_KM = 20.0  # the least a path is long: no two hosts share a cable
@@ -39,20 +39,20 @@ _SUBNET_SHARE, _HOST_SHARE = 0.15, 0.10  # of the access delay, at most, that a 
 _PEAK_HOUR, _PEAK_SHARPNESS = 21.0, 2.0  # local solar time; von Mises concentration
 CONGESTION_JITTER = 0.3
 _CONGESTION_LOSS = 3.0  # at the peak hour a network loses 1 + this times what it loses when idle
-_DARK_SHARE, _DARK_LOSS = 0.04, 0.98  # destinations that hardly ever answer
+_DARK_SHARE, _DARK_LOSS = 0.04, 0.98  # destinations that hardly ever reply
 
 # One word for each use of the hash, so that no two uses agree.
 _REGION, _NETWORK, _CATCHMENT, _SUBNET, _HOST, _DARK = range(1, 7)
 
 
 @dataclass(frozen=True)
-class RTTLaw:
-    """The law of one packet: a mixture of K shifted log-logistic laws, K = 1 at a given time; each column is (K,).
+class TrueRTT:
+    """The distribution of one packet: K shifted log-logistic ones mixed, K = 1 at a given time; each column is (K,).
 
-    `p_fail` is the probability of no answer; cdf, pdf, quantile, median and mean are of an answered packet's RTT in ms.
+    `p_fail` is the probability of no reply; cdf, quantile, median and mean are of the RTT in ms given a reply.
     """
 
-    loss: np.ndarray  # probability of no answer
+    loss: np.ndarray  # probability of no reply
     floor_ms: np.ndarray
     scale_ms: np.ndarray
     shape: np.ndarray
@@ -63,22 +63,17 @@ class RTTLaw:
 
     @property
     def weights(self) -> np.ndarray:
-        """(K,) share of each part among the answered packets."""
+        """(K,) share of each part among the packets with a reply."""
         return (1 - self.loss) / (1 - self.loss).sum()
 
     def cdf(self, rtt_ms: np.ndarray | float) -> np.ndarray:
         """P(RTT ≤ rtt_ms), of the shape of rtt_ms."""
-        power = self._power(rtt_ms)  # (…, K)
-        return (power / (1 + power)) @ self.weights
-
-    def pdf(self, rtt_ms: np.ndarray | float) -> np.ndarray:
-        """Density per ms, of the shape of rtt_ms."""
-        power = self._power(rtt_ms)
-        excess = np.maximum(np.asarray(rtt_ms, float)[..., None] - self.floor_ms, 1e-300)
-        return (self.shape / excess * power / (1 + power) ** 2) @ self.weights
+        excess = np.maximum(np.asarray(rtt_ms, float)[..., None] - self.floor_ms, 0)  # (…, K)
+        odds = (excess / self.scale_ms) ** self.shape
+        return (odds / (1 + odds)) @ self.weights
 
     def quantile(self, q: np.ndarray | float) -> np.ndarray:
-        """The RTT in ms that a share q of the answered packets stays below, 0 ≤ q < 1; by bisection where K > 1."""
+        """The RTT in ms that a share q of the replies stays below, 0 ≤ q < 1; by bisection where K > 1."""
         q = np.asarray(q, float)
         if not ((q >= 0) & (q < 1)).all():
             raise ValueError(f"a quantile must be at least 0 and below 1, not {q}")
@@ -99,20 +94,10 @@ class RTTLaw:
         angle = np.pi / self.shape
         return float((self.floor_ms + self.scale_ms * angle / np.sin(angle)) @ self.weights)
 
-    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """(n,) RTTs in ms of n packets, −1 for those without an answer."""
-        part = rng.integers(len(self.shape), size=n)
-        return draw_packets(self.loss[part], self.floor_ms[part], self.scale_ms[part], self.shape[part], rng)
-
-    def _power(self, rtt_ms: np.ndarray | float) -> np.ndarray:
-        """(…, K) odds of an RTT up to rtt_ms; 0 at and below the floor."""
-        excess = np.maximum(np.asarray(rtt_ms, float)[..., None] - self.floor_ms, 0)
-        return (excess / self.scale_ms) ** self.shape
-
 
 @dataclass(frozen=True)
 class Paths:
-    """What the laws of P (source, destination) pairs are made of, each column (P,); `at` puts in the time."""
+    """The parameters of P (source, destination) pairs, each column (P,); `at` puts in the time."""
 
     idle_floor_ms: np.ndarray
     idle_scale_ms: np.ndarray
@@ -124,9 +109,6 @@ class Paths:
     dark_loss: np.ndarray
     src_longitude: np.ndarray  # degrees
     dst_longitude: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.shape)
 
     def take(self, index: np.ndarray) -> Paths:
         """The paths at `index`, in its order."""
@@ -146,15 +128,32 @@ class Paths:
 class Truth:
     """The synthetic Internet of a truth.json: `rtt_distribution` for one pair, `paths(…).at(…)` for many at once."""
 
-    def __init__(self, world: dict) -> None:
+    def __init__(self, world: dict[str, Any]) -> None:
         if world.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"the truth is of format {world.get('format_version')}, this program reads {FORMAT_VERSION}; "
                 'run "ping-llm synth" again'
             )
-        self.world, self.seed = world, int(world["seed"])
-        if not world["networks"]:
+        self.world, self.seed, networks = world, int(world["seed"]), world["networks"]
+        if not networks:
             raise KeyError("networks")
+        names = ("access_ms", "detour", "congestion_ms", "jitter_share", "jitter_shape", "loss", "ipv6_extra_ms")
+        self._columns = {name: np.array([network[name] for network in networks], dtype=float) for name in names}
+        self._is_anycast = np.array([network["kind"] == ANYCAST for network in networks])
+        counts = np.array([len(network["sites"]) for network in networks])  # several of anycast networks, one of others
+        self._has_site = np.arange(counts.max()) < counts[:, None]  # (N, sites) bool
+        regions = {name: i for i, name in enumerate(world["regions"])}
+        self._region = self._site_column("region", regions.__getitem__).astype(np.int64)
+        self._longitude = self._site_column("longitude")
+        latitude, longitude = np.radians(self._site_column("latitude")), np.radians(self._longitude)
+        flat = np.cos(latitude)
+        # (N, sites, 3) unit vectors from the centre of the Earth
+        self._position = np.stack([flat * np.cos(longitude), flat * np.sin(longitude), np.sin(latitude)], axis=-1)
+        owned = [(ip_network(p), i) for i, network in enumerate(networks) for p in network["prefixes"]]
+        borders = [_lookup_key(_pack([str(net[0]), str(net[-1])])) for net, _ in owned]
+        first, last = np.array(borders, dtype=np.uint64).T
+        order = np.argsort(first)
+        self._prefixes = first[order], last[order], np.array([i for _, i in owned])[order]
 
     @classmethod
     def load(cls, path: Path | str) -> Truth:
@@ -168,15 +167,15 @@ class Truth:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{path} is damaged ({error}); run "ping-llm synth" again') from None
 
-    def rtt_distribution(self, src: str, dst: str, time_s: float | None = None) -> RTTLaw:
-        """The law of a packet from `src` to `dst` at Unix seconds.
+    def rtt_distribution(self, src: str, dst: str, time_s: float | None = None) -> TrueRTT:
+        """Of a packet from `src` to `dst` at Unix seconds.
 
-        None = sent at a time uniform over the day: the mixture of the laws at DAY_POINTS equally spaced times (the
-        midpoint rule, which on a smooth periodic function is as good as exact). ValueError names an address of no network.
+        None = sent at a time uniform over the day: the mixture over DAY_POINTS equally spaced times (the midpoint rule,
+        which on a smooth periodic function is as good as exact). ValueError names an address of no network.
         """
         path = self.paths([src], [dst])
         times = (np.arange(DAY_POINTS) + 0.5) * (DAY_S / DAY_POINTS) if time_s is None else np.array([float(time_s)])
-        return RTTLaw(*path.at(times))
+        return TrueRTT(*path.at(times))
 
     def paths(self, src: Sequence[str], dst: Sequence[str]) -> Paths:
         """The paths of P pairs of addresses; ValueError names one that is in no network, or a source that is anycast."""
@@ -184,7 +183,7 @@ class Truth:
         src_network, dst_network = self._network_of(src_packed, src), self._network_of(dst_packed, dst)
         if self._is_anycast[src_network].any():
             i = int(self._is_anycast[src_network].argmax())
-            raise ValueError(f"{src[i]} is anycast: it answers pings but sends none; swap source and destination")
+            raise ValueError(f"{src[i]} is anycast: it replies to pings but sends none; swap source and destination")
         families = is_ipv4(src_packed), is_ipv4(dst_packed)
         if (families[0] != families[1]).any():
             i = int((families[0] != families[1]).argmax())
@@ -192,8 +191,8 @@ class Truth:
         count = len(self.world["networks"])
         networks, which = np.unique(src_network * count + dst_network, return_inverse=True)
         fibre_ms, site = (column[which] for column in self._fibre(*np.divmod(networks, count)))
-        src_ms = self._end_ms(src_network, src_packed, families[0])
-        floor_ms = fibre_ms + src_ms + self._end_ms(dst_network, dst_packed, families[0])
+        src_ms = self._access_ms(src_network, src_packed, families[0])
+        floor_ms = fibre_ms + src_ms + self._access_ms(dst_network, dst_packed, families[0])
         column = self._columns
         return Paths(
             idle_floor_ms=floor_ms,
@@ -223,19 +222,18 @@ class Truth:
         inflation = np.exp(np.maximum(log_inflation, 0))  # never faster than the straight fibre
         return np.take_along_axis(km, site[:, None], 1)[:, 0] / _FIBRE_KM_PER_MS * inflation, site
 
-    def _end_ms(self, network: np.ndarray, packed: np.ndarray, ipv4: np.ndarray) -> np.ndarray:
-        """(P,) ms that one end adds: its network's access, and what its subnet and host add to it."""
+    def _access_ms(self, network: np.ndarray, packed: np.ndarray, ipv4: np.ndarray) -> np.ndarray:
+        """(P,) ms that an endpoint adds: its network's access, and what its subnet and host add to it."""
         high, low = _words(packed)
         subnet = np.where(ipv4, low >> np.uint64(8), high >> np.uint64(16))
-        share = _SUBNET_SHARE * hash_uniform(self.seed, _SUBNET, subnet) + _HOST_SHARE * hash_uniform(
-            self.seed, _HOST, high, low
-        )
+        share = _SUBNET_SHARE * hash_uniform(self.seed, _SUBNET, subnet)
+        share = share + _HOST_SHARE * hash_uniform(self.seed, _HOST, high, low)
         access_ms = self._columns["access_ms"][network] * (1 + share)
         return access_ms + np.where(ipv4, 0, self._columns["ipv6_extra_ms"][network])
 
     def _network_of(self, packed: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         """(P,) index of the network that owns each address."""
-        first, last, owner = self._prefixes
+        first, last, owner = self._prefixes  # lookup keys, sorted
         key = _lookup_key(packed)
         at = np.maximum(np.searchsorted(first, key, side="right") - 1, 0)
         missing = (key < first[at]) | (key > last[at])
@@ -246,52 +244,11 @@ class Truth:
             )
         return owner[at]
 
-    @cached_property
-    def _prefixes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First and last lookup key of every prefix, sorted, and the network that owns it."""
-        owned = [(ip_network(p), i) for i, network in enumerate(self.world["networks"]) for p in network["prefixes"]]
-        ends = [_lookup_key(_pack([str(net[0]), str(net[-1])])) for net, _ in owned]
-        first, last = np.array(ends, dtype=np.uint64).T
-        order = np.argsort(first)
-        return first[order], last[order], np.array([i for _, i in owned])[order]
-
-    @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("access_ms", "detour", "congestion_ms", "jitter_share", "jitter_shape", "loss", "ipv6_extra_ms")
-        return {name: np.array([n[name] for n in self.world["networks"]], dtype=float) for name in names}
-
-    @cached_property
-    def _is_anycast(self) -> np.ndarray:
-        return np.array([network["kind"] == ANYCAST for network in self.world["networks"]])
-
-    @cached_property
-    def _has_site(self) -> np.ndarray:
-        """(N, sites) bool: anycast networks have several sites, the others one."""
-        counts = np.array([len(network["sites"]) for network in self.world["networks"]])
-        return np.arange(counts.max()) < counts[:, None]
-
-    @cached_property
-    def _longitude(self) -> np.ndarray:
-        return self._site_column("longitude")
-
-    @cached_property
-    def _region(self) -> np.ndarray:
-        regions = {name: i for i, name in enumerate(self.world["regions"])}
-        return self._site_column("region", regions.__getitem__).astype(np.int64)
-
-    @cached_property
-    def _position(self) -> np.ndarray:
-        """(N, sites, 3) unit vectors from the centre of the Earth."""
-        latitude, longitude = np.radians(self._site_column("latitude")), np.radians(self._longitude)
-        flat = np.cos(latitude)
-        return np.stack([flat * np.cos(longitude), flat * np.sin(longitude), np.sin(latitude)], axis=-1)
-
-    def _site_column(self, name: str, convert=float) -> np.ndarray:
+    def _site_column(self, name: str, convert: Callable[[Any], float] = float) -> np.ndarray:
         """(N, sites) of one field of the sites, 0 where a network has fewer."""
         column = np.zeros(self._has_site.shape)
-        column[self._has_site] = [
-            convert(site[name]) for network in self.world["networks"] for site in network["sites"]
-        ]
+        sites = (site for network in self.world["networks"] for site in network["sites"])
+        column[self._has_site] = [convert(site[name]) for site in sites]
         return column
 
 
@@ -303,7 +260,7 @@ def shifted_log_logistic(u: np.ndarray, floor_ms: np.ndarray, scale_ms: np.ndarr
 def draw_packets(
     p_fail: np.ndarray, floor_ms: np.ndarray, scale_ms: np.ndarray, shape: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """One packet from each of the laws that the four columns broadcast to: RTTs in ms, −1 without an answer."""
+    """One packet of each distribution that the four columns broadcast to: RTTs in ms, −1 without a reply."""
     lost = rng.random(p_fail.shape) < p_fail
     return np.where(lost, FAILED_RTT_MS, shifted_log_logistic(rng.random(p_fail.shape), floor_ms, scale_ms, shape))
 
@@ -344,11 +301,12 @@ def _unordered(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _pack(texts: Sequence[str]) -> np.ndarray:
     """(n, 16) packed addresses; ValueError names a text that is none."""
-    position = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each text is parsed once
-    packed, valid = pack_addresses(list(position))
+    distinct = list(dict.fromkeys(texts))  # each is parsed once
+    packed, valid = pack_addresses(distinct)
     if not valid.all():
-        pack_address(list(position)[int(valid.argmin())])
-    return packed[np.fromiter(map(position.__getitem__, texts), dtype=np.int64, count=len(texts))]
+        pack_address(distinct[int(valid.argmin())])
+    position = {text: i for i, text in enumerate(distinct)}
+    return packed[[position[text] for text in texts]]
 
 
 def _words(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,62 +6,29 @@ those of one registry do; hosts of a network sit in a few of its subnets.
 
 from __future__ import annotations
 
+import csv
 import itertools
 from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import Any
 
 import numpy as np
 
 from ping_llm.data.measurement import is_public, pack_addresses
 from ping_llm.data.synthetic.truth import ANYCAST, FORMAT_VERSION
 
-# Region: share of the networks, leading 16 bits of its IPv6 space, and cities as (name, latitude, longitude).
+Entry = dict[str, Any]  # of truth.json
+
+# Region: share of the networks, and leading 16 bits of its IPv6 space. Its cities are in cities.csv.
 _REGIONS = {
-    "Europe": (
-        0.62,
-        0x2A00,
-        (
-            *(("Amsterdam", 52.4, 4.9), ("Frankfurt", 50.1, 8.7), ("London", 51.5, -0.1), ("Paris", 48.9, 2.4)),
-            *(("Madrid", 40.4, -3.7), ("Milan", 45.5, 9.2), ("Vienna", 48.2, 16.4), ("Prague", 50.1, 14.4)),
-            *(("Warsaw", 52.2, 21.0), ("Stockholm", 59.3, 18.1), ("Helsinki", 60.2, 24.9), ("Athens", 38.0, 23.7)),
-            *(("Bucharest", 44.4, 26.1), ("Dublin", 53.3, -6.3), ("Zurich", 47.4, 8.5), ("Lisbon", 38.7, -9.1)),
-        ),
-    ),
-    "North America": (
-        0.17,
-        0x2600,
-        (
-            *(("New York", 40.7, -74.0), ("Ashburn", 39.0, -77.5), ("Chicago", 41.9, -87.6), ("Dallas", 32.8, -96.8)),
-            *(("Los Angeles", 34.1, -118.2), ("Seattle", 47.6, -122.3), ("Toronto", 43.7, -79.4)),
-            *(("Miami", 25.8, -80.2), ("Denver", 39.7, -105.0), ("Montreal", 45.5, -73.6)),
-        ),
-    ),
-    "Asia": (
-        0.10,
-        0x2400,
-        (
-            *(("Tokyo", 35.7, 139.7), ("Singapore", 1.3, 103.8), ("Hong Kong", 22.3, 114.2), ("Seoul", 37.6, 127.0)),
-            *(("Mumbai", 19.1, 72.9), ("Jakarta", -6.2, 106.8), ("Dubai", 25.2, 55.3), ("Bangkok", 13.8, 100.5)),
-            *(("Istanbul", 41.0, 29.0), ("Tel Aviv", 32.1, 34.8)),
-        ),
-    ),
-    "South America": (
-        0.04,
-        0x2800,
-        (
-            *(("São Paulo", -23.6, -46.6), ("Buenos Aires", -34.6, -58.4), ("Santiago", -33.4, -70.7)),
-            *(("Bogotá", 4.7, -74.1), ("Lima", -12.0, -77.0)),
-        ),
-    ),
-    "Africa": (
-        0.03,
-        0x2C00,
-        (
-            *(("Johannesburg", -26.2, 28.0), ("Nairobi", -1.3, 36.8), ("Lagos", 6.5, 3.4), ("Cairo", 30.0, 31.2)),
-            ("Casablanca", 33.6, -7.6),
-        ),
-    ),
-    "Oceania": (0.04, 0x2402, (("Sydney", -33.9, 151.2), ("Melbourne", -37.8, 145.0), ("Auckland", -36.8, 174.8))),
+    "Europe": (0.62, 0x2A00),
+    "North America": (0.17, 0x2600),
+    "Asia": (0.10, 0x2400),
+    "South America": (0.04, 0x2800),
+    "Africa": (0.03, 0x2C00),
+    "Oceania": (0.04, 0x2402),
 }
 # Kind of network: ranges of access RTT in ms, evening congestion in ms, jitter as a share of the RTT, loss when idle.
 _KINDS = {
@@ -86,7 +53,7 @@ _HOSTS_PER_NETWORK = 3
 _PROBES_PER_ANCHOR = 6  # one probe in so many is pinged by the others
 
 
-def build_world(seed: int, probes: int, targets: int) -> dict:
+def build_world(seed: int, probes: int, targets: int) -> Entry:
     """The networks, probes and measurements of a seed: what truth.json holds beside the schedule."""
     rng = np.random.default_rng([seed, 0])
     anycast = round(targets * _ANYCAST_SHARE)
@@ -112,7 +79,13 @@ def build_world(seed: int, probes: int, targets: int) -> dict:
     }
 
 
-def _network(i: int, kind: str, blocks_4: dict[str, Iterator], blocks_6: dict[str, Iterator], rng) -> dict:
+def _network(
+    i: int,
+    kind: str,
+    blocks_4: dict[str, Iterator[int]],
+    blocks_6: dict[str, Iterator[IPv6Network]],
+    rng: np.random.Generator,
+) -> Entry:
     """An autonomous system: one place, one access profile, 1–4 IPv4 blocks, one IPv6 /32. Anycast: many places, /24, /48."""
     count = int(rng.integers(8, 17)) if kind == ANYCAST else 1
     # Golden-ratio steps: few networks, and the sites of each anycast one, already have the regions in their shares.
@@ -141,25 +114,30 @@ def _network(i: int, kind: str, blocks_4: dict[str, Iterator], blocks_6: dict[st
     }
 
 
-def _site(share: float, rng: np.random.Generator) -> dict:
+def _site(share: float, rng: np.random.Generator) -> Entry:
     """A place in or around a city, in the region that holds this point of the cumulated shares."""
-    ends = np.cumsum([share for share, _, _ in _REGIONS.values()])
-    region = list(_REGIONS)[int((share * ends[-1] >= ends).sum())]
-    cities = _REGIONS[region][2]
-    city, latitude, longitude = cities[rng.integers(len(cities))]
-    offsets = rng.normal(0, 0.3, 2)
-    place = {"latitude": round(latitude + offsets[0], 3), "longitude": round(longitude + offsets[1], 3)}
-    return {"city": city, "region": region, **place}
+    edges = np.cumsum([share for share, _ in _REGIONS.values()])
+    region = list(_REGIONS)[int((share * edges[-1] >= edges).sum())]
+    cities = [city for city in _cities() if city["region"] == region]
+    city = cities[rng.integers(len(cities))]
+    offsets = dict(zip(("latitude", "longitude"), rng.normal(0, 0.3, 2), strict=True))
+    place = {name: round(float(city[name]) + offset, 3) for name, offset in offsets.items()}
+    return {"city": city["city"], "region": region, **place}
+
+
+@cache
+def _cities() -> list[dict[str, str]]:
+    """Name, region, latitude and longitude of each city."""
+    return list(csv.DictReader((files(__package__) / "cities.csv").read_text("utf-8").splitlines()))
 
 
 def _ipv4_blocks(region: str, rng: np.random.Generator) -> Iterator[int]:
     """The region's free public /16s as 32-bit numbers, a few leading bytes first, as a registry hands them out."""
-    names, shares = list(_REGIONS), [share for share, _, _ in _REGIONS.values()]
+    names, shares = list(_REGIONS), [share for share, _ in _REGIONS.values()]
     edges = np.round(np.cumsum([0, *shares]) / sum(shares) * 223).astype(int)
     i = names.index(region)
     # 97 is coprime to 223: the leading bytes of a region lie scattered, and no byte has two regions.
-    leading = [(k * 97) % 223 + 1 for k in range(edges[i], edges[i + 1])]
-    leading = rng.permutation(leading)
+    leading = rng.permutation([(k * 97) % 223 + 1 for k in range(edges[i], edges[i + 1])])
     for group in range(0, len(leading), 4):
         pairs = [(int(a), b) for a in leading[group : group + 4] for b in range(256)]
         packed, _ = pack_addresses([f"{a}.{b}.0.0" for a, b in pairs])
@@ -167,7 +145,7 @@ def _ipv4_blocks(region: str, rng: np.random.Generator) -> Iterator[int]:
         for k in rng.permutation(len(pairs)):
             if public[k] and pairs[k] not in _RESERVED_16:
                 yield pairs[k][0] << 24 | pairs[k][1] << 16
-    raise ValueError(f"{region} has no IPv4 block left; ask for fewer probes and targets")
+    raise ValueError(f"{region} has no IPv4 block left; choose fewer probes and targets")
 
 
 def _ipv6_blocks(region: str, rng: np.random.Generator) -> Iterator[IPv6Network]:
@@ -175,7 +153,7 @@ def _ipv6_blocks(region: str, rng: np.random.Generator) -> Iterator[IPv6Network]
     lead = _REGIONS[region][1]
     for second in rng.permutation(1 << 16):
         yield IPv6Network(((lead << 16 | int(second)) << 96, 32))
-    raise ValueError(f"{region} has no IPv6 block left; ask for fewer probes and targets")
+    raise ValueError(f"{region} has no IPv6 block left; choose fewer probes and targets")
 
 
 def _ipv4_prefix(base: int, rng: np.random.Generator) -> str:
@@ -184,7 +162,7 @@ def _ipv4_prefix(base: int, rng: np.random.Generator) -> str:
     return f"{IPv4Address(base | int(rng.integers(1 << (length - 16))) << (32 - length))}/{length}"
 
 
-def _members(networks: list[dict], hosts: int, rng: np.random.Generator) -> list[dict]:
+def _members(networks: list[Entry], hosts: int, rng: np.random.Generator) -> list[Entry]:
     """The network of each host: every network has one, then larger networks have more."""
     if not hosts:
         return []
@@ -193,7 +171,7 @@ def _members(networks: list[dict], hosts: int, rng: np.random.Generator) -> list
     return [networks[i] for i in (*range(min(hosts, len(networks))), *extra.tolist())]
 
 
-def _probes(networks: list[dict], rng: np.random.Generator) -> list[dict]:
+def _probes(networks: list[Entry], rng: np.random.Generator) -> list[Entry]:
     """One probe in each network of the list; `ipv4` and `ipv6` are public, `private_ipv4` is what a NAT hides."""
     ids = np.sort(rng.choice(np.arange(6000, 66_000 + 10 * len(networks)), size=len(networks), replace=False)).tolist()
     firmware = rng.choice(list(_FIRMWARE), p=list(_FIRMWARE.values()), size=len(ids)).tolist()
@@ -216,14 +194,16 @@ def _probes(networks: list[dict], rng: np.random.Generator) -> list[dict]:
     return probes
 
 
-def _measurements(hosts: list[dict], probes: list[dict], rng: np.random.Generator) -> list[dict]:
+def _measurements(hosts: list[Entry], probes: list[Entry], rng: np.random.Generator) -> list[Entry]:
     """One measurement for every target and IP version, then for every anchor (a probe that others ping)."""
     anchors = rng.choice(len(probes), size=min(len(probes), max(2, len(probes) // _PROBES_PER_ANCHOR)), replace=False)
-    ends = [(host["asn"], host["kind"], *pair) for host, pair in zip(hosts, _addresses(hosts, rng), strict=True)]
-    ends = [(asn, kind, a, b if rng.random() < _IPV6_SHARE else None) for asn, kind, a, b in ends]
-    ends += [(probes[i]["asn"], "anchor", probes[i]["ipv4"], probes[i]["ipv6"]) for i in sorted(anchors.tolist())]
+    pinged = [
+        (host["asn"], host["kind"], ipv4, ipv6 if rng.random() < _IPV6_SHARE else None)
+        for host, (ipv4, ipv6) in zip(hosts, _addresses(hosts, rng), strict=True)
+    ]
+    pinged += [(probes[i]["asn"], "anchor", probes[i]["ipv4"], probes[i]["ipv6"]) for i in sorted(anchors.tolist())]
     measurements, built_ins = [], 0
-    for i, (asn, kind, ipv4, ipv6) in enumerate(ends):
+    for i, (asn, kind, ipv4, ipv6) in enumerate(pinged):
         named = kind not in (ANYCAST, "anchor") and rng.random() < _NAMED_SHARE
         built_in = kind == ANYCAST and built_ins < _MAX_BUILT_INS
         built_ins += built_in
@@ -241,9 +221,10 @@ def _measurements(hosts: list[dict], probes: list[dict], rng: np.random.Generato
     return [measurement for measurement in measurements if measurement["dst_addr"]]
 
 
-def _addresses(networks: list[dict], rng: np.random.Generator) -> list[tuple[str, str]]:
+def _addresses(networks: list[Entry], rng: np.random.Generator) -> list[tuple[str, str]]:
     """A free IPv4 and IPv6 address for each host; hosts of a network share 3 subnets a prefix, more where those are full."""
-    used, pairs = set(), []
+    used: set[str] = set()
+    pairs = []
     for network in networks:
         *blocks, ipv6_block = network["prefixes"]
         ipv6 = IPv6Network(ipv6_block)

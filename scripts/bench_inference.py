@@ -23,7 +23,7 @@ import torch
 from ping_llm.config import load_config
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.context import Context
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
 from ping_llm.model.gpt import GPT, pick_device

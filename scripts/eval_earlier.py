@@ -23,7 +23,7 @@ def answer(options: argparse.Namespace) -> list[dict]:
     models = []
     if options.run:
         from ping_llm.eval.model import ModelMethod
-        from ping_llm.inference.predictor import PingModel
+        from ping_llm.inference.model import PingModel
 
         models = [ModelMethod(PingModel.load(options.run, options.device), "auto")]
     print(f"{protocol.nodes} nodes, {len(protocol.train):,} pings to learn from, {len(protocol.test):,} to ask")

@@ -12,7 +12,7 @@ import sys
 
 from ping_llm.eval.live import compare_live
 from ping_llm.eval.script import run_script, script_parser
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 
 
 def answer(options: argparse.Namespace) -> list[dict]:

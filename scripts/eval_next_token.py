@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ping_llm.eval.script import run_script, script_parser
 from ping_llm.eval.tokens import colored, part_windows, score_tokens
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.model.checkpoint import load_model
 
 

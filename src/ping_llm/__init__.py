@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ping_llm.inference.distribution import RTTDistribution
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # each process that imports grain would be told that it has no jax
 
@@ -20,7 +20,7 @@ __all__ = ["PingModel", "RTTDistribution"]
 
 def __getattr__(name: str):  # torch takes a second to import: `--help` does not wait for it
     if name == "PingModel":
-        from ping_llm.inference.predictor import PingModel
+        from ping_llm.inference.model import PingModel
 
         return PingModel
     if name == "RTTDistribution":

@@ -127,7 +127,7 @@ def evaluate(out: Path) -> tuple[dict[str, dict], dict[str, float], list[dict]]:
     """For each part: median relative errors of the predicted median; the median of the raw mass on valid results; and one
     example, drawn beside the truth."""
     from ping_llm.data.synthetic.truth import Truth
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
     history, truth, model = History.load(out / "rows"), Truth.load(out / "dump"), PingModel.load(out / "run")
     rtt_ms, train = history.table.column("rtt_ms").to_numpy(), history.part == "train"

@@ -11,7 +11,7 @@ from ping_llm.config import ModelConfig
 from ping_llm.inference import batch
 from ping_llm.inference.batch import ANSWER_COLUMNS, SCORE_COLUMNS, answer_table
 from ping_llm.inference.distribution import QUANTILES
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint
 from ping_llm.model.gpt import GPT
 
@@ -109,8 +109,8 @@ def test_answers_do_not_depend_on_the_order_of_rows_or_the_size_of_chunks(model,
 
 def test_questions_that_are_equal_are_asked_once(model, monkeypatch):
     asked = []
-    laws = PingModel.laws
-    monkeypatch.setattr(PingModel, "laws", lambda self, q, *rest: asked.extend(q) or laws(self, q, *rest))
+    answer = batch.distributions
+    monkeypatch.setattr(batch, "distributions", lambda reader, q, *rest: asked.extend(q) or answer(reader, q, *rest))
     table = answer_table(model, [QUERIES[0] | {"rtt": float(i + 1)} for i in range(50)], CONTEXT, "all")
     assert len(asked) == 1
     assert len(set(table.column("p_fail").to_pylist())) == 1 and len(set(table.column("pit").to_pylist())) == 50
@@ -139,7 +139,7 @@ def assert_equal_answers(table, expected):
         ({"dst_addr": "0.0.0.0"}, "'0.0.0.0' is the unspecified address"),
         ({"dst_addr": "::"}, "'::' is the unspecified address"),
         ({"dst_addr": "198.51.100.0/33"}, "must be a number from 0 to 32"),
-        ({"src_addr": None, "dst_addr": None}, "tell at least one end"),
+        ({"src_addr": None, "dst_addr": None}, "give the source or the destination of the ping, or both"),
         ({"event_time": "yesterday"}, "'yesterday' is not a time"),
         ({"rtt": -5.0}, "rtt -5.0 must be ms, or −1 for a failed ping"),
         ({"rtt": float("inf")}, "must be ms"),
@@ -160,7 +160,7 @@ def test_a_context_of_its_own_that_does_not_belong_to_a_question_is_an_error_of_
     later = [CONTEXT[0] | {"query_id": 0, "event_time": 20_000}]
     strange = [CONTEXT[1] | {"query_id": 1}]
     rows = answer_table(model, queries, later + strange).to_pylist()
-    assert "later than the time asked for" in rows[0]["error"] and "holds a ping of 192.0.2.9" in rows[1]["error"]
+    assert "later than the time of the query" in rows[0]["error"] and "holds a ping of 192.0.2.9" in rows[1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_context_of_its_own_that_does_not_belong_to_a_question_is_an_error_of_
         ([QUERIES[0] | {"src_addr": "192.0.2.1"}, {}], [{"rtt": 1.0}], "the context has no column src_addr"),
         ([{"src_addr": "192.0.2.1", "dst_addr": "192.0.2.9", "rtt_ms": 1.0}], None, "rtt_ms; did you mean rtt?"),
         ([{"src_addr": "192.0.2.1", "dst_addr": "192.0.2.9", "start_time": 1}], None, "did you mean event_time?"),
-        (QUERIES, [CONTEXT[0] | {"rtt": -3.0}], "context row 1: rtt must be ms"),
+        (QUERIES, [CONTEXT[0] | {"rtt": -3.0}], "context row 1: rtt -3.0 must be ms"),
         (QUERIES, [CONTEXT[0], CONTEXT[1] | {"dst_addr": "x"}], "context row 2: 'x' is not an IPv4"),
         (QUERIES, [CONTEXT[0] | {"query_id": 1}], "give both or neither one"),
         ("queries.csv", None, "is no table"),
@@ -197,8 +197,8 @@ def test_what_is_odd_is_warned_of(model, caplog):
         answer_table(model, [QUERIES[0] | {"query_id": 1}], [CONTEXT[0] | {"query_id": 2}], "all")
     told = [record.getMessage() for record in caplog.records]
     assert told[0] == "the context is not in the order of event_time; it was put in order"
-    assert "no question is of a source of the context" in told[1]
-    assert "1 rows of the context belong to no question" in told[2]
+    assert "no query is of a source of the context" in told[1]
+    assert "1 rows of the context belong to no query" in told[2]
 
 
 def test_rtt_many_takes_tables_of_arrow_and_of_others_that_hand_out_arrow(model):

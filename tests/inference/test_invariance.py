@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.inference import predictor
+from ping_llm.data.times import parse_time
+from ping_llm.inference import mixture
 from ping_llm.inference.calibration import LEAST_SHARE, Calibration
-from ping_llm.inference.context import Context, parse_time
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.predictor import LEAST_WEIGHT, PingModel
+from ping_llm.inference.context import Context
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.mixture import LEAST_WEIGHT
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model.gpt import GPT
 
@@ -101,7 +103,7 @@ def assert_same(law, other, rel: float):
 def test_an_answer_does_not_depend_on_what_is_asked_beside_it_or_in_which_order(model, alone, which, known, chunk):
     asked = queries()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictor, "CHUNK", chunk)
+        patch.setattr(mixture, "CHUNK", chunk)
         together = model.rtt_many([asked[i] for i in which], known)
     for i, law in zip(which, together, strict=True):
         assert_same(law, alone[known][i], rel=1e-4)
@@ -117,13 +119,13 @@ def test_all_questions_at_once_get_the_answers_they_get_alone(model, alone):
 @given(st.floats(1e-6, 0.3), st.sampled_from(KNOWN))
 def test_no_event_is_off_by_more_than_the_mass_that_was_not_looked_into(exact, least_mass, known):
     some = [query for query in queries() if query.dst is None or not query.dst.extra_bits]
-    (laws,) = dataclasses.replace(exact, least_mass=least_mass).laws(some, known)
-    (full,) = exact.laws(some, known)
+    (laws,) = dataclasses.replace(exact, least_mass=least_mass).distributions(some, known)
+    (full,) = exact.distributions(some, known)
     assert (total_variation(laws, full) <= laws.unresolved + 1e-12).all() and not full.unresolved.any()
     assert laws.unresolved.max() > 0 or least_mass < 1e-3  # so that it has been tried
 
 
-def total_variation(laws: RTTDistributions, others: RTTDistributions) -> np.ndarray:
+def total_variation(laws: RTTDistribution, others: RTTDistribution) -> np.ndarray:
     """The largest difference of the probability of any event, (B,)."""
     codes = np.abs(laws.code_probability - others.code_probability).sum(axis=1)
     return (codes + np.abs(laws.p_fail - others.p_fail)) / 2
@@ -139,11 +141,11 @@ def results(gpt: GPT, tokens: list[int]) -> tuple[np.ndarray, float]:
     return p[0, 0, tk.RTT_START].item() * (p[0, 1, bytes_, None] * p[:, 2, bytes_]).numpy(), p[0, 0, tk.FAILED].item()
 
 
-def address(role_ipv4: int, text: str, told_bytes: int = 16) -> list[int]:
+def address(role_ipv4: int, text: str, known_bytes: int = 16) -> list[int]:
     """Role and bytes, by hand."""
     packed = np.frombuffer(Endpoint.parse(text).packed, np.uint8)
     ipv4 = bool(is_ipv4(packed[None])[0])
-    told = packed[12 if ipv4 else 0 :][:told_bytes]
+    told = packed[12 if ipv4 else 0 :][:known_bytes]
     return [role_ipv4 + (not ipv4), *(tk.BYTE_0 + int(byte) for byte in told)]
 
 
@@ -245,7 +247,7 @@ def test_the_law_of_one_end_is_that_of_a_ping_whose_other_end_is_told_after_its_
     end = Endpoint.parse(src or dst)
     tokens += [
         tk.MEASUREMENT_START,
-        *address(tk.SRC_IPV4 if src else tk.DST_IPV4, str(end).split("/")[0], end.told_bytes),
+        *address(tk.SRC_IPV4 if src else tk.DST_IPV4, str(end).split("/")[0], end.known_bytes),
     ]
     before = context[-1]["event_time"] if at and context else None
     tokens += timestamp(at, before) if at else []
@@ -278,5 +280,5 @@ def test_bf16_answers_as_fp32_does(seed):
     """The bound in the docstring of `PingModel.load`, here of random models; test_end_to_end.py has a trained one."""
     gpt = random_gpt(seed, 0.1, n_layer=3, n_embd=128)
     some = [query for query in queries() if query.dst is None or not query.dst.extra_bits]
-    fp32, bf16 = (next(model_of(gpt, precision=precision).laws(some, "all")) for precision in ("fp32", "bf16"))
+    fp32, bf16 = (next(model_of(gpt, precision=precision).distributions(some, "all")) for precision in ("fp32", "bf16"))
     assert 0 < total_variation(fp32, bf16).max() < 0.02

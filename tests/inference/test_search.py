@@ -16,9 +16,11 @@ from ping_llm.data.measurement import pack_address
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.engine import read_beginnings
+from ping_llm.inference.model import PingModel
+from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, opening
 from ping_llm.inference.query import Endpoint, Query
-from ping_llm.inference.search import DST_ROLES, SRC_ROLES, AddressSearch, address_tokens, opening, read_beginnings
+from ping_llm.inference.search import AddressSearch
 from ping_llm.model.gpt import GPT
 
 SRC = "192.0.2.1"
@@ -121,8 +123,8 @@ def test_order_and_probabilities_do_not_depend_on_how_many_are_expanded_at_once(
     inside = Endpoint.parse(prefix) if prefix else None
     begun = [opening(Query.parse(src, None, 0), 160) for src in (SRC, "203.0.113.0/24")]
     lines = [np.append(line, address_tokens(DST_ROLES, inside)) if inside else line for line in begun]
-    read = read_beginnings(model.gpt, lines, [len(line) for line in begun])
-    searches = [AddressSearch(model.gpt, read, np.log([0.7, 0.3]), DST_ROLES, inside, batch=n) for n in (16, batch)]
+    read = read_beginnings(model, lines, [len(line) for line in begun])
+    searches = [AddressSearch(model, read, np.log([0.7, 0.3]), DST_ROLES, inside, batch=n) for n in (16, batch)]
     expected, found = ([next(search) for _ in range(count)] for search in searches)
     assert [a.end for a in found] == [a.end for a in expected]
     np.testing.assert_allclose([a.log_p for a in found], [a.log_p for a in expected], rtol=1e-4)
@@ -177,11 +179,11 @@ def test_context_and_time_stand_before_what_is_searched(model):
 def test_destinations_within_an_rtt_equal_bayes_over_every_address(model, top, src_known):
     prefix, rtt_max = "198.51.100.48/28", 3.0
     found = model.destinations(SRC, rtt_max=rtt_max, prefix=prefix, top=top, src_known=src_known)
-    told_bits = {"none": 0, "/8": 8, "/16": 16, "/24": 24, "all": 32} if src_known == "auto" else {"all": 32}
+    known_bits = {"none": 0, "/8": 8, "/16": 16, "/24": 24, "all": 32} if src_known == "auto" else {"all": 32}
     joint, told_p = dict.fromkeys(range(48, 64), 0.0), 0.0
-    for name, bits in told_bits.items():
+    for name, bits in known_bits.items():
         before = [tk.MEASUREMENT_START, *told(SRC, tk.SRC_IPV4, bits)]
-        share = SHARES.src_weights["ipv4"][name] if len(told_bits) > 1 else 1.0
+        share = SHARES.src_weights["ipv4"][name] if len(known_bits) > 1 else 1.0
         for last in joint:
             p = share * np.exp(chain(model, before, told(f"198.51.100.{last}", tk.DST_IPV4)))
             law = model.rtt(f"{SRC}/{bits}", f"198.51.100.{last}", src_known="all")
@@ -203,7 +205,7 @@ def test_destinations_within_an_rtt_equal_bayes_over_every_address(model, top, s
 
 
 def law_of_mixture(laws, log_p):
-    return RTTDistribution.mixture(laws, np.exp(log_p - np.logaddexp.reduce(log_p)))
+    return RTTDistribution.concatenate(laws).mixture(np.exp(log_p - np.logaddexp.reduce(log_p)))
 
 
 @pytest.mark.parametrize("at", [None, 1767400000])
@@ -264,21 +266,6 @@ def test_source_is_completed_after_its_destination_and_with_nothing_else_told(mo
         np.testing.assert_allclose(found.table["probability"], [law[key] for key in best], rtol=1e-4)
 
 
-def test_average_over_completions_is_the_mixture_of_the_laws_of_the_addresses(model):
-    prefix = "198.51.100.4/30"
-    law, covered, addresses = model.rtt_by_completion(SRC, prefix, mass=1.0, src_known="all")
-    table = model.complete(prefix, src=SRC, src_known="all").table
-    laws = [model.rtt(SRC, address, src_known="all") for address in table["dst_addr"].to_pylist()]
-    mixed = RTTDistribution.mixture(laws, table["probability"].to_numpy())
-    assert covered == pytest.approx(1) and addresses == 4
-    np.testing.assert_allclose(law.code_probability, mixed.code_probability, rtol=1e-3, atol=1e-12)
-    _, covered, addresses = model.rtt_by_completion(SRC, prefix, mass=0.5, src_known="all")
-    shares = np.cumsum(table["probability"].to_numpy())
-    assert addresses == 1 + int((shares < 0.5).sum()) and covered == pytest.approx(shares[addresses - 1])
-    assert model.rtt_by_completion(SRC, prefix, mass=1.0, most=2).addresses == 2
-    assert 1 <= model.rtt_by_completion(SRC, "0.0.0.0/1", expansions=1, src_known="all").addresses <= 10
-
-
 @pytest.mark.parametrize("expansions", [1, 20])
 def test_a_search_cut_short_says_so_and_still_tells_true_probabilities(model, expansions):
     asked = {"prefix": "198.0.0.0/8", "top": 50, "src_known": "all"}
@@ -314,7 +301,7 @@ def test_more_context_than_fits_leaves_room_for_result_and_address(model):
         ({"rtt": -5.0}, "rtt=-5.0 must be a finite number of ms"),
         ({"rtt": float("nan")}, "rtt=nan must be a finite number"),
         ({"rtt_max": float("inf")}, "rtt_max=inf must be a finite number"),
-        ({"rtt_max": 0.0}, "no RTT is told below"),
+        ({"rtt_max": 0.0}, "knows no RTT below"),
         ({"top": 0}, "top=0 must be at least 1"),
         ({"prefix": "2001:db8::/32", "families": ("ipv4",)}, "no address of ipv4 lies in 2001:db8::/32"),
         ({"families": ()}, "must be one or both of ipv4, ipv6"),
@@ -332,13 +319,11 @@ def test_bad_questions_for_destinations_are_one_clear_error(model, asked, messag
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (lambda m: m.destinations(None), "tell the source"),
+        (lambda m: m.destinations(None), "give the source"),
         (lambda m: m.complete("192.0.2.1"), "is a whole address; give a prefix like 192.0.2.1/16"),
         (lambda m: m.complete("192.0.2.0/24", role="to"), "role='to' must be dst or src"),
         (lambda m: m.complete("192.0.2.0/24", dst="192.0.2.1"), "is the dst that is completed"),
         (lambda m: m.complete("192.0.2.0/24", context=CONTEXT), "a context is of one source"),
-        (lambda m: m.rtt_by_completion(SRC, "192.0.2.1"), "is a whole address"),
-        (lambda m: m.rtt_by_completion(SRC, "192.0.2.0/24", mass=0), "mass=0 must be a share"),
     ],
 )
 def test_bad_questions_for_completions_are_one_clear_error(model, question, message):
@@ -352,9 +337,9 @@ def test_endpoint_covers_what_its_network_does(address, data):
     bits = data.draw(st.integers(0, address.max_prefixlen))
     end = Endpoint.parse(f"{address}/{bits}")
     network = ipaddress.ip_network(f"{address}/{bits}", strict=False)
-    assert end.told_bits == bits
+    assert end.known_bits == bits
     assert str(end) == (str(network) if bits < address.max_prefixlen else str(network.network_address))
     others = [address, *(type(address)(int(address) ^ (1 << i)) for i in range(address.max_prefixlen))]
     packed = np.stack([np.frombuffer(pack_address(str(other)), np.uint8) for other in others])
     assert end.covers(packed).tolist() == [other in network for other in others]
-    assert dataclasses.replace(end).cut(end.told_bytes + 1) == end and not end.cut(end.told_bytes).extra_bits
+    assert dataclasses.replace(end).cut(end.known_bytes + 1) == end and not end.cut(end.known_bytes).extra_bits

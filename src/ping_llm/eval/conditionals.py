@@ -12,7 +12,7 @@ from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.extras import records
 from ping_llm.eval.model import LARGEST_NLL, model_queries
 from ping_llm.eval.queries import SplitQueries
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 
 PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
@@ -34,7 +34,7 @@ def score_questions(
     """Means over n questions and their answers (n,): NLL and CRPS in log-ms, median relative error, P(fail)."""
     nll, crps, error, p_fail = (np.empty(len(asked)) for _ in range(4))
     done = 0
-    for laws in model.laws(asked, src_known):
+    for laws in model.distributions(asked, src_known):
         here = slice(done, done + len(laws))
         nll[here] = np.minimum(-laws.log_density(rtt_ms[here]), LARGEST_NLL)
         crps[here], p_fail[here] = laws.crps(rtt_ms[here]), laws.p_fail

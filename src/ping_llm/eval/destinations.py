@@ -16,7 +16,7 @@ from ping_llm.eval.baselines.pairs import find
 from ping_llm.eval.columns import Queries, prefix_ids
 
 if TYPE_CHECKING:
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
 PREFIXES = {8: 24, 16: 32, 24: 48, 32: 128}
 """Of IPv4, in bits, each with the IPv6 prefix that is counted with it."""

@@ -16,7 +16,7 @@ from ping_llm.eval.queries import SplitQueries
 
 if TYPE_CHECKING:
     from ping_llm.eval.run import Bench, EvalOptions, Methods
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
 WINDOWS, QUICK_WINDOWS = 256, 32
 MEASUREMENTS, QUICK_MEASUREMENTS = 1_000, 100
@@ -96,7 +96,7 @@ def examples(split: SplitQueries, methods: Methods) -> list[dict]:
         return []
     baseline = next((one for one in methods.predictors if one.name == "stack"), methods.predictors[0])
     simple = baseline.predict(queries.view()).laws
-    laws = [law for batch in methods.models[0].model.laws(model_queries(queries)) for law in batch]
+    laws = [law for batch in methods.models[0].model.distributions(model_queries(queries)) for law in batch]
     shown = []
     for i, (law, told) in enumerate(zip(laws, records(queries), strict=True)):
         inner = np.log([law.quantile(0.01), law.quantile(0.99), told["rtt"] + 1e-3])

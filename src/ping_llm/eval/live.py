@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
 _REPLY = re.compile(r"icmp_seq=(\d+) .*?time[=<]([\d.]+) ?ms")
 _SENT = re.compile(r"(\d+) packets transmitted")

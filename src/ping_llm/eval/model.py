@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.data.measurement import format_address
 from ping_llm.eval.baselines.base import Prediction
 from ping_llm.eval.columns import Queries, QueryView
 from ping_llm.eval.law import SUPPORT, QuantileLaws
@@ -16,7 +16,7 @@ from ping_llm.eval.metrics import LEAST_P_FAIL, QUANTILE_LEVELS, Scores
 
 if TYPE_CHECKING:
     from ping_llm.data.synthetic.truth import Truth
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
     from ping_llm.inference.query import Query
 
 SRC_KNOWN = ("auto", "all", "none")
@@ -52,7 +52,7 @@ class ModelMethod:
         order = np.lexsort((table.time_s[queries.rows], queries.probe))  # neighbours share their context
         columns = {name: np.empty(len(queries)) for name in ("p_fail", "nll_nats", "crps_log", "pit")}
         quantiles_ms, done = np.empty((len(queries), len(QUANTILE_LEVELS))), 0
-        for laws in self.model.laws(model_queries(queries.take(order)), self.src_known):
+        for laws in self.model.distributions(model_queries(queries.take(order)), self.src_known):
             rows = order[done : done + len(laws)]
             with np.errstate(invalid="ignore"):
                 columns["nll_nats"][rows] = np.minimum(-laws.log_density(rtt_ms[rows]), LARGEST_NLL)
@@ -72,10 +72,9 @@ def model_queries(queries: Queries) -> list[Query]:
     from ping_llm.inference.query import Endpoint, Query
 
     table, asked = queries.measurements, []
-    width = np.where(is_ipv4(table.addresses), 4, 16)
 
     def end(place: int) -> Endpoint:
-        return Endpoint(table.addresses[place].tobytes(), int(width[place]))
+        return Endpoint.whole(table.addresses[place].tobytes())
 
     for row, context in zip(queries.rows, queries.context, strict=True):
         told = context[context >= 0][::-1]

@@ -199,7 +199,7 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], LeakCheck, Path]
         return [], LeakCheck(same_rows=True), options.train_rows or options.data
     from ping_llm.eval.leak import check_leak
     from ping_llm.eval.model import ModelMethod
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
     from ping_llm.model.checkpoint import load_config, load_model
 
     _, config, state = load_model(options.run)

@@ -9,8 +9,10 @@ import torch
 
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
-from ping_llm.inference.context import Context, parse_time, read_table
-from ping_llm.inference.predictor import PingModel
+from ping_llm.data.times import parse_time
+from ping_llm.inference.context import Context
+from ping_llm.inference.files import read_table
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model.gpt import GPT
@@ -131,9 +133,9 @@ def test_prefixes_are_told_as_fewer_bytes():
         ("192.0.2.1", "198.51.100.0/", None, None, "must be a number from 0 to 32"),
         ("192.0.2.1", "198.51.100.0/33", None, None, "must be a number from 0 to 32"),
         ("192.0.2.0/20", "198.51.100.7", None, CONTEXT, "give one like /16 or /24"),
-        ("192.0.2.1", "198.51.100.0/0", None, None, "tells nothing of the destination"),
+        ("192.0.2.1", "198.51.100.0/0", None, None, "covers every destination"),
         ("192.0.2.1", "198.51.100.7", "yesterday", None, "'yesterday' is not a time"),
-        ("192.0.2.1", "198.51.100.7", "2025-01-01", CONTEXT, "later than the time asked for"),
+        ("192.0.2.1", "198.51.100.7", "2025-01-01", CONTEXT, "later than the time of the query"),
         (
             "192.0.2.1",
             "198.51.100.7",
@@ -141,8 +143,8 @@ def test_prefixes_are_told_as_fewer_bytes():
             [{"src_addr": "x", "dst_addr": "192.0.2.9", "rtt": 1.0}],
             "context row 1: 'x'",
         ),
-        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt must be ms"),
-        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt must be ms"),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt 'fast' must be ms"),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt nan must be ms"),
         ("192.0.2.1", "198.51.100.7", None, [{"src_addr": "192.0.2.1", "rtt": 1.0}], "no column dst_addr"),
     ],
 )
@@ -199,4 +201,4 @@ def _touch(path):
 
 
 def test_prefix_of_no_bytes_is_an_unknown_source():
-    assert Endpoint.parse("192.0.2.1/0").told_bytes == 0
+    assert Endpoint.parse("192.0.2.1/0").known_bytes == 0

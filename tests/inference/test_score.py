@@ -11,9 +11,10 @@ from pings import ndjson, ping, write
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
 from ping_llm.data.ingest.prepare import prepare
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.predictor import PingModel
-from ping_llm.inference.scoring import calibrated_p_values, dump_table, own_p_values
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.files import dump_table
+from ping_llm.inference.model import PingModel
+from ping_llm.inference.score import calibrated_p_values, own_p_values
 from ping_llm.model.gpt import GPT
 
 MEASUREMENTS = [
@@ -158,10 +159,10 @@ def test_no_measurements_are_scored_as_none(model):
     assert model.log_prob([]).shape == (0,)
 
 
-def three_atoms() -> RTTDistributions:
+def three_atoms() -> RTTDistribution:
     codes = np.zeros((1, tk.RTT_CODES))
     codes[0, [20_000, 20_001, 30_000]] = 0.5, 0.2, 0.1
-    return RTTDistributions(codes, np.array([0.2]))
+    return RTTDistribution(codes, np.array([0.2]))
 
 
 def test_own_p_value_is_the_probability_of_all_that_is_as_surprising():
@@ -178,7 +179,7 @@ def test_p_values_of_draws_from_the_law_are_uniform():
     places = rng.integers(0, tk.RTT_CODES, (n, 40))
     np.put_along_axis(codes, places, rng.random((n, 40)).astype(np.float32), axis=1)
     codes *= ((1 - p_fail) / codes.sum(axis=1))[:, None].astype(np.float32)
-    laws = RTTDistributions(codes, 1 - codes.sum(axis=1, dtype=np.float64))
+    laws = RTTDistribution(codes, 1 - codes.sum(axis=1, dtype=np.float64))
     drawn = [rng.choice(np.flatnonzero(law), p=law[law > 0] / law.sum(dtype=float)) for law in codes.astype(float)]
     rtt_ms = np.where(rng.random(n) < laws.p_fail, -1.0, tk.decode_rtt(np.array(drawn)))
     p = np.sort(own_p_values(laws, rtt_ms, rng))
@@ -210,7 +211,7 @@ def test_a_dump_and_its_rows_are_the_same_table(tmp_path):
     [
         (lambda m: m.log_prob(MEASUREMENTS, ("src", "dest")), "must hold some of src, dst, rtt, time"),
         (lambda m: m.log_prob(MEASUREMENTS, ("src", "src")), "each at most once"),
-        (lambda m: m.log_prob([{**MEASUREMENTS[0], "rtt": -2}]), "row 1: rtt must be ms"),
+        (lambda m: m.log_prob([{**MEASUREMENTS[0], "rtt": -2}]), "row 1: rtt -2 must be ms"),
         (lambda m: m.log_prob([*MEASUREMENTS, {**MEASUREMENTS[0], "dst_addr": "x"}]), "row 4: 'x' is not an IPv4"),
         (
             lambda m: m.log_prob([{"src_addr": "::1", "dst_addr": "::2", "rtt": 1}], ("time",)),

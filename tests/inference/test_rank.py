@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.config import ModelConfig
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.predictor import PingModel
-from ping_llm.inference.ranking import fastest
+from ping_llm.inference import rank as ranking
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.model import PingModel
+from ping_llm.inference.rank import fastest
 from ping_llm.model.gpt import GPT
 
 
@@ -112,17 +113,17 @@ def test_two_worlds_that_agree_on_the_winner_leave_no_doubt(model, monkeypatch):
     """Fast in one world, slow in the other, but A always first: a race of the mixed laws would say 3/4."""
     slow = {"192.0.2.5": (10, 30), "192.0.2.6": (20, 40)}
 
-    def laws(self, queries, src_known="auto"):
+    def distributions(reader, queries, src_known="auto"):
         for query in queries:
             codes = np.zeros((1, 65_536))
-            codes[0, slow[str(query.dst)][query.src.told_bytes == 0]] = 1.0
-            yield RTTDistributions(codes, np.zeros(1))
+            codes[0, slow[str(query.dst)][query.src.known_bytes == 0]] = 1.0
+            yield RTTDistribution(codes, np.zeros(1))
 
-    def worlds(self, query, src_known):
+    def worlds(reader, query, src_known):
         return [dataclasses.replace(query, src=query.src.cut(n)) for n in (0, 4)], np.array([0.5, 0.5])
 
-    monkeypatch.setattr(type(model), "laws", laws)
-    monkeypatch.setattr(type(model), "weighted_variants", worlds)
+    monkeypatch.setattr(ranking, "distributions", distributions)
+    monkeypatch.setattr(ranking, "weighted_variants", worlds)
     rows = model.rank("192.0.2.1", list(slow)).table.to_pylist()
     assert [(row["dst_addr"], row["p_fastest"]) for row in rows] == [("192.0.2.5", 1.0), ("192.0.2.6", 0.0)]
 

@@ -91,7 +91,7 @@ def test_rtt_draws_its_answer_beside_the_truth(world, history, tmp_path, capsys)
     plot, truth = tmp_path / "rtt.png", world / "dump" / "truth.json"
     asked = ["--src", src, "--dst", dst, "--at", "2026-01-05T06:00:00Z", "--plot", plot, "--truth", truth]
     command("inference", "rtt", "--model", world / "run", *asked)
-    assert "true law" in capsys.readouterr().out
+    assert "true distribution" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -34,7 +34,10 @@ def distributions(reader: Reader, queries: Sequence[Query], src_known: SrcKnown 
     for first in range(0, len(queries), CHUNK):
         some = queries[first : first + CHUNK]
         if any(query.has_partial_byte for query in some):
-            yield RTTDistribution.concatenate([_of_one(reader, query, src_known) for query in some])
+            of = (_of_partial_bytes if query.has_partial_byte else _of_whole_bytes for query in some)
+            yield RTTDistribution.concatenate(
+                [f(reader, [query], src_known) for f, query in zip(of, some, strict=True)]
+            )
         else:
             yield _of_whole_bytes(reader, some, src_known)
 
@@ -63,14 +66,6 @@ def source_log_prob(reader: Reader, sources: Sequence[Endpoint]) -> np.ndarray:
     lines = [np.append(tk.MEASUREMENT_START, address_tokens(SRC_ROLES, Endpoint.whole(packed))) for packed in distinct]
     log_p = dict(zip(distinct, line_log_prob(reader, lines, np.zeros(0, dtype=np.int64)), strict=True))
     return np.array([log_p[src.packed] for src in sources])
-
-
-def _of_one(reader: Reader, query: Query, src_known: SrcKnown) -> RTTDistribution:
-    return (
-        _of_partial_bytes(reader, query, src_known)
-        if query.has_partial_byte
-        else _of_whole_bytes(reader, [query], src_known)
-    )
 
 
 def _of_whole_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
@@ -145,11 +140,12 @@ def _name(variant: Query) -> str:
     return known_name(variant.src) if variant.src else "all"
 
 
-def _of_partial_bytes(reader: Reader, query: Query, src_known: SrcKnown) -> RTTDistribution:
+def _of_partial_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
+    (query,) = queries
     variants, variant_weights = weighted_variants(reader, query, src_known)
-    queries, weights = _split(reader, variants, variant_weights)
+    parts, weights = _split(reader, variants, variant_weights)
     chunks, masses, passes, done = [], [], 0, 0
-    for some in distributions(reader, queries, "all"):
+    for some in distributions(reader, parts, "all"):
         own = weights[done : done + len(some)]
         done, passes = done + len(some), passes + int(some.forward_passes.max())
         if own.sum() > 0:

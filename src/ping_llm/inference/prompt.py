@@ -43,7 +43,8 @@ def build_prompt(query: Query, seq_len: int) -> Prompt:
     if not _fits(tokens, seq_len) and len(context):
         context = fitting_context(query, seq_len)
         tokens, starts = _encode(query, context)
-    tokens = tokens[: len(tokens) - 1 - _tokens_after_result(query)]  # FAILED stands where the result comes
+    after_result = 1 if query.src is None else 2 if query.dst is None else 0  # tokens of the address that is not given
+    tokens = tokens[: len(tokens) - 1 - after_result]  # FAILED stands where the result comes
     return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
 
 
@@ -118,10 +119,6 @@ def _order(query: Query) -> np.ndarray:
     order = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
     order[[end is None for end in (query.src, query.dst)] + [False, False]] = _LAST
     return order
-
-
-def _tokens_after_result(query: Query) -> int:
-    return 1 if query.src is None else 2 if query.dst is None else 0
 
 
 def _also_legal(query: Query) -> np.ndarray:

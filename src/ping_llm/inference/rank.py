@@ -61,10 +61,8 @@ def rank(
     # The known length of the source is the same for all candidates: each length is a race of its own.
     for variant, weight in zip(*weighted_variants(reader, about_src, src_known), strict=True):
         own = [dataclasses.replace(query, src=variant.src) for query in queries]
-        parts = [
-            (batch.code_probability.astype(np.float32), batch.p_fail) for batch in distributions(reader, own, "all")
-        ]
-        codes, p_fail = (np.concatenate(column) for column in zip(*parts, strict=True))
+        found = [(some.code_probability.astype(np.float32), some.p_fail) for some in distributions(reader, own, "all")]
+        codes, p_fail = (np.concatenate(column) for column in zip(*found, strict=True))
         races.append((weight, codes, p_fail, *fastest(codes, p_fail), p_fail.prod()))
     weights, *columns = zip(*races, strict=True)
     codes, p_fail, p_fastest, expected_rank, p_none = (

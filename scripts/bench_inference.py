@@ -1,10 +1,11 @@
-"""Prints how fast exact laws of RTT are answered.
+"""Prints how fast exact RTT distributions are computed.
 
     python scripts/bench_inference.py [--model RUN] [--quick] [--json FILE]
 
-Two ratios, each of two things in the same run: one exact law against 200 results drawn by plain generation, a token at a
-time and without a cache; and `batch` on many queries that share contexts against a loop of single queries. The model is that
-of RUN, else that of `make demo`, else an untrained one of the size of tiny, of which no byte can be skipped.
+Two ratios, each of two things in the same run: one exact distribution against 200 results drawn by plain generation, a
+token at a time and without a cache; and `batch` on many queries that share contexts against a loop of single queries.
+The model is that of RUN, else that of `make demo`, else an untrained one of the size of tiny, of which no byte can be
+skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from ping_llm.config import load_config
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.context import Context
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
 from ping_llm.model.gpt import GPT
@@ -66,8 +67,8 @@ def load(run: Path | None, device: str, precision: str) -> tuple[PingModel, str]
 
 
 def against_sampling(model: PingModel, rounds: int) -> dict[str, float]:
-    """One law with a context against DRAWS draws of its result; one draw is measured, for each costs the same."""
-    context, queries = questions(np.random.default_rng(0), rounds, sources=1)
+    """One distribution with a context against DRAWS draws of its result; one draw is measured, for each costs the same."""
+    context, queries = make_queries(np.random.default_rng(0), rounds, sources=1)
     queries = [Query.parse(q["src_addr"], q["dst_addr"], q["event_time"], Context.parse(context)) for q in queries]
     exact_s = median_s(lambda q: model.rtt_many([q], "all"), queries)
     draw_s = median_s(lambda q: draw_result(model, q), queries)
@@ -88,15 +89,15 @@ def draw_result(model: PingModel, query: Query) -> list[int]:
 
 def batch_against_loop(model: PingModel, count: int, singles: int) -> dict[str, float]:
     """Queries of SOURCES sources, each with its context; and queries without context."""
-    context, queries = questions(np.random.default_rng(1), count, SOURCES)
+    context, queries = make_queries(np.random.default_rng(1), count, SOURCES)
     table = pa.Table.from_pylist(queries)
     batch_s = seconds(lambda: model.rtt_many(table, src_known="all", context=context)) / count
     sources = set(table["src_addr"].to_pylist())
     by_source = {src: context.filter(pc.equal(context["src_addr"], src)) for src in sources}
 
     def single(query: dict) -> dict:
-        told = by_source[query["src_addr"]]
-        return model.rtt(query["src_addr"], query["dst_addr"], query["event_time"], told, src_known="all").to_dict()
+        earlier = by_source[query["src_addr"]]
+        return model.rtt(query["src_addr"], query["dst_addr"], query["event_time"], earlier, src_known="all").to_dict()
 
     chosen = [queries[i] for i in np.linspace(0, count - 1, singles).astype(int)]
     single(chosen[0])
@@ -111,7 +112,7 @@ def batch_against_loop(model: PingModel, count: int, singles: int) -> dict[str, 
     }
 
 
-def questions(rng: np.random.Generator, count: int, sources: int) -> tuple[pa.Table, list[dict]]:
+def make_queries(rng: np.random.Generator, count: int, sources: int) -> tuple[pa.Table, list[dict]]:
     """Earlier measurements of some sources, and later queries of them."""
     ends = rng.integers(1, 224, (500, 4))
     addresses = [".".join(map(str, end)) for end in ends]
@@ -145,9 +146,9 @@ def seconds(function: Callable[[], object]) -> float:
 def report(numbers: dict[str, float]) -> list[str]:
     """What is printed."""
     return [
-        f"one exact law with {CONTEXT_MEASUREMENTS} earlier pings       {numbers['exact_law_ms']:8.2f} ms",
+        f"one distribution, {CONTEXT_MEASUREMENTS} earlier pings         {numbers['exact_law_ms']:8.2f} ms",
         f"one draw of its result, token by token  {numbers['draw_ms']:8.2f} ms",
-        f"exact law against {DRAWS} draws             {numbers['speedup_vs_sampling']:8.1f} ×",
+        f"distribution against {DRAWS} draws          {numbers['speedup_vs_sampling']:8.1f} ×",
         f"a query in a loop                       {numbers['single_ms']:8.2f} ms",
         f"a query in a batch, shared contexts     {numbers['batch_ms']:8.2f} ms",
         f"batch against the loop                  {numbers['batch_speedup']:8.1f} ×",

@@ -13,7 +13,7 @@ import tyro
 from ping_llm.eval.columns import Queries
 from ping_llm.eval.conditionals import by_prefix_length, completion_hits, print_look
 from ping_llm.eval.options import PartOptions
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 
 
 @dataclass(frozen=True)

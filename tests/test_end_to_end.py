@@ -13,7 +13,7 @@ from ping_llm.data.rows import read_manifest
 from ping_llm.data.synthetic.truth import TrueRTT, Truth
 from ping_llm.data.tokenization import RTT_CODES, rtt_code_edges_ms
 from ping_llm.inference.context import Context
-from ping_llm.inference.distributions import RTTDistributions
+from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.query import Query
 
 LEVELS = (0.5, 0.8, 0.9)
@@ -91,7 +91,7 @@ def test_rtt_draws_its_answer_beside_the_truth(world, history, tmp_path, capsys)
     plot, truth = tmp_path / "rtt.png", world / "dump" / "truth.json"
     query = ["--src", src, "--dst", dst, "--at", "2026-01-05T06:00:00Z", "--plot", plot, "--truth", truth]
     command("inference", "rtt", "--model", world / "run", *query)
-    assert "true law" in capsys.readouterr().out
+    assert "true distribution" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,12 +131,12 @@ def true_distributions(world, history, places) -> list[TrueRTT]:
 
 
 @pytest.fixture(scope="module")
-def predicted(model, history, places) -> RTTDistributions:
+def predicted(model, history, places) -> RTTDistribution:
     queries = [Query.parse(*history.endpoints(place)) for place in places]
-    return RTTDistributions.concatenate(list(model.laws(queries, "all")))
+    return RTTDistribution.concatenate(list(model.distributions(queries, "all")))
 
 
-def deviations(predicted: RTTDistributions, true_distributions: list[TrueRTT]) -> dict[str, float]:
+def deviations(predicted: RTTDistribution, true_distributions: list[TrueRTT]) -> dict[str, float]:
     """How far the predicted distributions of B pings are from the true ones; each is 0 for the truth itself; no sampling.
 
     `kl_nats` is the mean divergence of the truth from the answer on the bins of byte 1 (9 %) and failure. `coverage` is the
@@ -149,10 +149,8 @@ def deviations(predicted: RTTDistributions, true_distributions: list[TrueRTT]) -
     ours = np.column_stack([predicted.code_probability.reshape(-1, 256, 256).sum(axis=2), predicted.p_fail])  # (B, 257)
     with np.errstate(divide="ignore", invalid="ignore"):
         divergence = np.where(true > 0, true * np.log(true / ours), 0.0).sum(axis=1)
-    inside = [
-        [d.cdf(high) - d.cdf(low) for d, (low, high) in _zip(true_distributions, predicted.interval(at))]
-        for at in LEVELS
-    ]
+    bounds = [predicted.quantile(np.array([(1 - at) / 2, (1 + at) / 2])) for at in LEVELS]
+    inside = [[d.cdf(high) - d.cdf(low) for d, (low, high) in _zip(true_distributions, each)] for each in bounds]
     shares = np.linspace(0.02, 0.98, 49)
     below = [d.cdf(rtt_ms) for d, rtt_ms in _zip(true_distributions, predicted.quantile(shares))]  # (B, 49)
     median = np.array([d.median for d in true_distributions])
@@ -168,7 +166,7 @@ def _zip(*columns):
     return zip(*columns, strict=True)
 
 
-def broken(predicted: RTTDistributions, how: str) -> RTTDistributions:
+def broken(predicted: RTTDistribution, how: str) -> RTTDistribution:
     """The answers of a decoder that goes wrong."""
     codes, p_fail, each = predicted.code_probability, predicted.p_fail, np.arange(len(predicted))
     if how == "of another query":
@@ -176,15 +174,15 @@ def broken(predicted: RTTDistributions, how: str) -> RTTDistributions:
     if how == "likeliest code only":
         certain = np.zeros_like(codes)
         certain[each, codes.argmax(axis=1)] = 1 - p_fail
-        return RTTDistributions(certain, p_fail)
+        return RTTDistribution(certain, p_fail)
     if how == "bytes swapped":
-        return RTTDistributions(codes.reshape(-1, 256, 256).swapaxes(1, 2).reshape(codes.shape), p_fail)
+        return RTTDistribution(codes.reshape(-1, 256, 256).swapaxes(1, 2).reshape(codes.shape), p_fail)
     if how == "byte 1 off by one":
-        return RTTDistributions(np.roll(codes, 256, axis=1), p_fail)
+        return RTTDistribution(np.roll(codes, 256, axis=1), p_fail)
     if how == "all results alike":
-        return RTTDistributions(np.full_like(codes, 1 / (RTT_CODES + 1)), np.full(len(predicted), 1 / (RTT_CODES + 1)))
+        return RTTDistribution(np.full_like(codes, 1 / (RTT_CODES + 1)), np.full(len(predicted), 1 / (RTT_CODES + 1)))
     sharper = codes ** {"too sure": 3.0, "too unsure": 1 / 3}[how]
-    return RTTDistributions(sharper / sharper.sum(axis=1, keepdims=True) * (1 - p_fail)[:, None], p_fail)
+    return RTTDistribution(sharper / sharper.sum(axis=1, keepdims=True) * (1 - p_fail)[:, None], p_fail)
 
 
 @pytest.mark.slow
@@ -217,7 +215,7 @@ def test_the_true_distributions_are_no_distance_from_themselves(predicted, true_
     codes = [np.diff(d.cdf(rtt_code_edges_ms())).clip(min=0) for d in true_distributions]  # where no mass is, rounding
     loss = np.array([d.p_fail for d in true_distributions])
     answered = np.stack([mass / mass.sum() * (1 - p_fail) for mass, p_fail in zip(codes, loss, strict=True)])
-    assert max(deviations(RTTDistributions(answered, loss), true_distributions).values()) < 1e-3
+    assert max(deviations(RTTDistribution(answered, loss), true_distributions).values()) < 1e-3
 
 
 @pytest.mark.slow
@@ -234,7 +232,8 @@ def test_bf16_answers_as_fp32_does(model, history, places):
     queries = [Query.parse(*end) for end in ends]
     queries += [Query.parse(*end, Context.of_measurements(history.context(p))) for end, p in _zip(ends, some)]
     fp32, bf16 = (
-        next(dataclasses.replace(model, precision=precision).laws(queries, "all")) for precision in ("fp32", "bf16")
+        next(dataclasses.replace(model, precision=precision).distributions(queries, "all"))
+        for precision in ("fp32", "bf16")
     )
     event = np.abs(fp32.code_probability - bf16.code_probability).sum(axis=1) + np.abs(fp32.p_fail - bf16.p_fail)
     assert 0 < event.max() / 2 < 0.02

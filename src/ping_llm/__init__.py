@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ping_llm.inference.distribution import RTTDistribution
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # grain would warn in each process that there is no jax
 
@@ -20,7 +20,7 @@ __all__ = ["PingModel", "RTTDistribution"]
 
 def __getattr__(name: str) -> Any:  # torch takes a second to import: `--help` does not wait for it
     if name == "PingModel":
-        from ping_llm.inference.predictor import PingModel
+        from ping_llm.inference.model import PingModel
 
         return PingModel
     if name == "RTTDistribution":

@@ -96,7 +96,7 @@ def fetch(
     if dump:
         wanted = hourly_dumps(archive, type, dump, hours)
     else:
-        from ping_llm.inference.context import parse_time
+        from ping_llm.data.times import parse_time
 
         span = parse_time(start), parse_time(stop)
         wanted = results(api, msm, *span, probes, format, chunk_hours, packed=not plain)

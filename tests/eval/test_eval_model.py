@@ -10,7 +10,7 @@ from ping_llm.eval.columns import Measurements
 from ping_llm.eval.metrics import QUANTILE_LEVELS
 from ping_llm.eval.model import ModelMethod
 from ping_llm.eval.queries import SplitQueries
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.model.gpt import GPT
 
 

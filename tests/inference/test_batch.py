@@ -1,4 +1,4 @@
-"""A table of questions gets, row for row, the answers that each question gets alone."""
+"""A table of queries gets, row for row, the answers that each query gets alone."""
 
 import logging
 
@@ -11,7 +11,7 @@ from ping_llm.config import ModelConfig
 from ping_llm.inference import batch
 from ping_llm.inference.batch import ANSWER_COLUMNS, SCORE_COLUMNS, answer_table
 from ping_llm.inference.distribution import QUANTILES
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint
 from ping_llm.model.gpt import GPT
 
@@ -49,19 +49,19 @@ def model() -> PingModel:
 
 
 def alone(model, row, context=None, src_known="auto"):
-    """The row of the table, from the answer to one question."""
-    law = model.rtt(row["src_addr"], row["dst_addr"], row.get("event_time"), context, src_known)
-    answer = [law.p_fail, law.mean, *(law.quantile(q) for q in QUANTILES)]
+    """The row of the table, from the answer to one query."""
+    distribution = model.rtt(row["src_addr"], row["dst_addr"], row.get("event_time"), context, src_known)
+    answer = [distribution.p_fail, distribution.mean, *(distribution.quantile(q) for q in QUANTILES)]
     observed = row.get("rtt")
     if observed is None:
         return [*answer, None, None, None]
     failed = observed == -1
-    scores = [None, None] if failed else [law.crps(observed), law.pit(observed)]
-    return [*answer, -law.log_density(observed), *scores]
+    scores = [None, None] if failed else [distribution.crps(observed), distribution.pit(observed)]
+    return [*answer, -distribution.log_density(observed), *scores]
 
 
 def earlier(row):
-    """What the context for all says to a question."""
+    """What the context for all says to a query."""
     if row["src_addr"] is None:
         return []
     end = Endpoint.parse(row["src_addr"])
@@ -78,7 +78,7 @@ def assert_equal(table, rows, rel=1e-6):
         np.testing.assert_allclose(*zip(*numbers, strict=True), rtol=rel, atol=rel)
 
 
-def test_each_row_is_what_its_question_gets_alone_after_the_earlier_pings_of_its_source(model):
+def test_each_row_is_what_its_query_gets_alone_after_the_earlier_pings_of_its_source(model):
     table = answer_table(model, QUERIES, CONTEXT)
     assert table.column_names == ["query_id", *ANSWER_COLUMNS, *SCORE_COLUMNS]
     assert table.column("query_id").to_pylist() == list(range(len(QUERIES)))
@@ -86,7 +86,7 @@ def test_each_row_is_what_its_question_gets_alone_after_the_earlier_pings_of_its
     assert [len(earlier(row)) for row in QUERIES] == [4, 3, 4, 6, 0, 4, 0, 4, 3]  # so that it has been tried
 
 
-def test_context_of_a_query_id_is_told_to_that_question_alone(model):
+def test_context_of_a_query_id_is_given_to_that_query_alone(model):
     queries = [row | {"query_id": f"q{i}"} for i, row in enumerate(QUERIES[:3])]
     own = [c | {"query_id": "q1"} for c in CONTEXT if c["src_addr"] == "192.0.2.1"][:3]
     everyone = [c | {"query_id": None} for c in CONTEXT if c["src_addr"] == "2001:db8::1"]
@@ -107,12 +107,12 @@ def test_answers_do_not_depend_on_the_order_of_rows_or_the_size_of_chunks(model,
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_questions_that_are_equal_are_asked_once(model, monkeypatch):
-    asked = []
-    laws = PingModel.laws
-    monkeypatch.setattr(PingModel, "laws", lambda self, q, *rest: asked.extend(q) or laws(self, q, *rest))
+def test_queries_that_are_equal_are_answered_once(model, monkeypatch):
+    answered = []
+    answer = batch.distributions
+    monkeypatch.setattr(batch, "distributions", lambda reader, q, *rest: answered.extend(q) or answer(reader, q, *rest))
     table = answer_table(model, [QUERIES[0] | {"rtt": float(i + 1)} for i in range(50)], CONTEXT, "all")
-    assert len(asked) == 1
+    assert len(answered) == 1
     assert len(set(table.column("p_fail").to_pylist())) == 1 and len(set(table.column("pit").to_pylist())) == 50
 
 
@@ -139,7 +139,7 @@ def assert_equal_answers(table, expected):
         ({"dst_addr": "0.0.0.0"}, "'0.0.0.0' is the unspecified address"),
         ({"dst_addr": "::"}, "'::' is the unspecified address"),
         ({"dst_addr": "198.51.100.0/33"}, "must be a number from 0 to 32"),
-        ({"src_addr": None, "dst_addr": None}, "tell at least one end"),
+        ({"src_addr": None, "dst_addr": None}, "give the source or the destination of the ping, or both"),
         ({"event_time": "yesterday"}, "'yesterday' is not a time"),
         ({"rtt": -5.0}, "rtt -5.0 must be ms, or −1 for a failed ping"),
         ({"rtt": float("inf")}, "must be ms"),
@@ -155,12 +155,12 @@ def test_a_bad_row_says_why_and_the_rest_is_answered(model, spoil, message):
     assert_equal(table.take([0, 2]), [alone(model, QUERIES[0])] * 2)
 
 
-def test_a_context_of_its_own_that_does_not_belong_to_a_question_is_an_error_of_that_row(model):
+def test_a_context_of_its_own_that_does_not_belong_to_a_query_is_an_error_of_that_row(model):
     queries = [row | {"query_id": i} for i, row in enumerate(QUERIES[:2])]
     later = [CONTEXT[0] | {"query_id": 0, "event_time": 20_000}]
-    strange = [CONTEXT[1] | {"query_id": 1}]
-    rows = answer_table(model, queries, later + strange).to_pylist()
-    assert "later than the time asked for" in rows[0]["error"] and "holds a ping of 192.0.2.9" in rows[1]["error"]
+    foreign = [CONTEXT[1] | {"query_id": 1}]
+    rows = answer_table(model, queries, later + foreign).to_pylist()
+    assert "later than the time of the query" in rows[0]["error"] and "holds a ping of 192.0.2.9" in rows[1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_context_of_its_own_that_does_not_belong_to_a_question_is_an_error_of_
         ([QUERIES[0] | {"src_addr": "192.0.2.1"}, {}], [{"rtt": 1.0}], "the context has no column src_addr"),
         ([{"src_addr": "192.0.2.1", "dst_addr": "192.0.2.9", "rtt_ms": 1.0}], None, "rtt_ms; did you mean rtt?"),
         ([{"src_addr": "192.0.2.1", "dst_addr": "192.0.2.9", "start_time": 1}], None, "did you mean event_time?"),
-        (QUERIES, [CONTEXT[0] | {"rtt": -3.0}], "context row 1: rtt must be ms"),
+        (QUERIES, [CONTEXT[0] | {"rtt": -3.0}], "context row 1: rtt -3.0 must be ms"),
         (QUERIES, [CONTEXT[0], CONTEXT[1] | {"dst_addr": "x"}], "context row 2: 'x' is not an IPv4"),
         (QUERIES, [CONTEXT[0] | {"query_id": 1}], "give both or neither one"),
         ("queries.csv", None, "is no table"),
@@ -183,7 +183,7 @@ def test_bad_tables_are_one_clear_error(model, queries, context, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_no_source_can_be_told_under_is_an_error_and_what_one_cannot_is_an_error_of_its_row(model):
+def test_a_length_no_source_can_have_is_an_error_and_one_that_a_source_cannot_is_an_error_of_its_row(model):
     with pytest.raises(ValueError, match="src_known='most' must be auto"):
         answer_table(model, QUERIES, src_known="most")
     rows = answer_table(model, QUERIES[:3], src_known=48).to_pylist()
@@ -195,10 +195,10 @@ def test_what_is_odd_is_warned_of(model, caplog):
         answer_table(model, QUERIES[:1], CONTEXT[::-1], "all")
         answer_table(model, [QUERIES[6]], CONTEXT, "all")
         answer_table(model, [QUERIES[0] | {"query_id": 1}], [CONTEXT[0] | {"query_id": 2}], "all")
-    told = [record.getMessage() for record in caplog.records]
-    assert told[0] == "the context is not in the order of event_time; it was put in order"
-    assert "no question is of a source of the context" in told[1]
-    assert "1 rows of the context belong to no question" in told[2]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings[0] == "the context is not in the order of event_time; it was put in order"
+    assert "no query is of a source of the context" in warnings[1]
+    assert "1 rows of the context belong to no query" in warnings[2]
 
 
 def test_rtt_many_takes_tables_of_arrow_and_of_others_that_hand_out_arrow(model):

@@ -19,7 +19,7 @@ NAMES = {1: "src", 2: "src", 3: "dst", 4: "dst", 5: "time", 6: "time", 7: "time"
 LAST_TIME_S = 253_402_300_799
 
 
-def told_by(tokens):
+def content_of(tokens):
     """What a window tells, as the reference encoder takes it: its measurements with the order of their fields."""
     decoded = tk.decode(tokens)
     starts = [m.start for m in decoded] + [len(tokens)]
@@ -40,7 +40,7 @@ def told_by(tokens):
 def is_window(tokens, whole_addresses, last_time_s=INT64_MAX):
     """Whether training could show these tokens: an independent and slow account of the grammar."""
     try:
-        measurements = told_by(tokens)
+        measurements = content_of(tokens)
     except ValueError:
         return False
     if reference_encoder.encode(measurements) != tokens:
@@ -60,22 +60,22 @@ def is_window(tokens, whole_addresses, last_time_s=INT64_MAX):
 
 def completions(whole_addresses):
     """Token lists, one of which completes any measurement that can be completed."""
-    address = [[role, *[12] * told] for role, told in ((1, 4), (2, 16))]
+    address = [[role, *[12] * known] for role, known in ((1, 4), (2, 16))]
     if not whole_addresses:
-        address += [[role, *[12] * told] for role, width in ((1, 4), (2, 16)) for told in range(width)]
+        address += [[role, *[12] * known] for role, width in ((1, 4), (2, 16)) for known in range(width)]
     endings = [fields for n in range(3) for fields in itertools.combinations(("src", "dst", "result"), n)]
     endings.append(("src", "dst", "result"))
-    told = {"src": address, "dst": [[3, 12, 12, 12, 12]], "result": [[10]]}
+    known = {"src": address, "dst": [[3, 12, 12, 12, 12]], "result": [[10]]}
     for fields in endings:
-        for parts in itertools.product(*(told[field] for field in fields)):
+        for parts in itertools.product(*(known[field] for field in fields)):
             yield list(fields), [token for part in parts for token in part]
 
 
 def can_be_completed(tokens, whole_addresses, last_time_s):
     """Whether some tokens after these make a window: bytes for the open field, then the fields that are missing."""
     start = max((at for at, token in enumerate(tokens) if token == 0), default=0)
-    told = [NAMES[token] for token in tokens[start:] if token in NAMES]
-    missing = [name for name in ("src", "dst", "result") if name not in told]
+    known = [NAMES[token] for token in tokens[start:] if token in NAMES]
+    missing = [name for name in ("src", "dst", "result") if name not in known]
     endings = [ending for fields, ending in completions(whole_addresses) if fields == missing]
     fillings = [[]] if tokens[-1] == 0 else [[byte] * more for more in range(17) for byte in (11, 12)]
     return any(
@@ -208,9 +208,9 @@ def test_an_illegal_token_is_named_with_what_is_expected(tokens, message):
 def test_all_sources_of_a_window_are_cut_alike():
     grammar = Grammar(1, whole_addresses=False)
     follow(grammar, [0, 1, 203, 11, 10, 3, 21, 0, 2])  # 2 of 4 bytes: 8 to 11 of 16
-    for told in range(13):
+    for known in range(13):
         legal = grammar.legal()[0]
-        assert legal[tk.DST_IPV4] == (8 <= told <= 11) and legal[tk.BYTE_0] == (told < 11), told
-        if told == 11:
+        assert legal[tk.DST_IPV4] == (8 <= known <= 11) and legal[tk.BYTE_0] == (known < 11), known
+        if known == 11:
             break
         grammar.advance(np.array([200]))

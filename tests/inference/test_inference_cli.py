@@ -1,4 +1,4 @@
-"""The commands of `ping-llm inference`: the answers of the library, told to people and to programs; clear refusals."""
+"""The commands of `ping-llm inference`: the answers of the library, shown to people and to programs; clear refusals."""
 
 import io
 import json
@@ -15,8 +15,8 @@ import torch
 
 from ping_llm import cli
 from ping_llm.config import Config, ModelConfig
-from ping_llm.inference.context import read_table
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.files import read_table
+from ping_llm.inference.model import PingModel
 from ping_llm.model.checkpoint import save, save_config
 from ping_llm.model.gpt import GPT
 
@@ -51,18 +51,18 @@ def model(run_dir):
 
 
 @pytest.fixture
-def ask(run_dir, capsys):
+def run_command(run_dir, capsys):
     """Runs a command in this process; its exit code, standard output and standard error."""
 
-    def ask(command, *argv):
+    def run_command(command, *argv):
         code = cli.main(["inference", command, "--model", str(run_dir), "--device", "cpu", *map(str, argv)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return ask
+    return run_command
 
 
-def told(err):
+def messages(err):
     """Lines of standard error that are no progress."""
     return [line for line in err.splitlines() if not re.search(r"(queries|measurements)/s", line)]
 
@@ -79,63 +79,67 @@ def write(path, rows):
     return path
 
 
-def test_rtt_json_is_the_answer_of_the_library_and_says_how_it_came_about(ask, model, tmp_path):
+def test_rtt_json_is_the_answer_of_the_library_and_says_how_it_came_about(run_command, model, tmp_path):
     context = write(tmp_path / "c.jsonl", CONTEXT)
-    code, out, err = ask("rtt", "--src", SRC, "--dst", DST, "--at", "2026-01-02", "--context", context, "--json")
+    code, out, err = run_command(
+        "rtt", "--src", SRC, "--dst", DST, "--at", "2026-01-02", "--context", context, "--json"
+    )
     answer = json.loads(out)
-    law = model.rtt(SRC, DST, "2026-01-02", CONTEXT)
-    assert (code, told(err)) == (0, [])
-    assert answer.keys() == law.to_dict().keys() | {"context_given"}
-    assert answer["median_ms"] == pytest.approx(law.median, rel=1e-6)
-    assert answer["quantiles"]["0.95"] == pytest.approx(law.quantile(0.95), rel=1e-6)
+    distribution = model.rtt(SRC, DST, "2026-01-02", CONTEXT)
+    assert (code, messages(err)) == (0, [])
+    assert answer.keys() == distribution.to_dict().keys() | {"context_given"}
+    assert answer["median_ms"] == pytest.approx(distribution.median, rel=1e-6)
+    assert answer["quantiles"]["0.95"] == pytest.approx(distribution.quantile(0.95), rel=1e-6)
     assert answer["context_given"] == 30 and 0 < answer["context_measurements"] < 30
-    assert answer["src_weights"].keys() == law.src_weights.keys() and len(law.src_weights) > 1
+    assert answer["src_weights"].keys() == distribution.src_weights.keys() and len(distribution.src_weights) > 1
     assert sum(answer["src_weights"].values()) == pytest.approx(1)
 
 
-def test_several_destinations_are_one_table_with_a_column_each_and_a_list_of_answers(ask, model, tmp_path):
-    asked = ["--src", SRC, "--dst", DST, "198.51.100.8", "--dst-prefix", "198.51.0.0/16", "--src-known", "all"]
-    _, out, _ = ask("rtt", *asked, "--plot", tmp_path / "p.png")
+def test_several_destinations_are_one_table_with_a_column_each_and_a_list_of_answers(run_command, model, tmp_path):
+    options = ["--src", SRC, "--dst", DST, "198.51.100.8", "--dst-prefix", "198.51.0.0/16", "--src-known", "all"]
+    _, out, _ = run_command("rtt", *options, "--plot", tmp_path / "p.png")
     header = next(line for line in out.splitlines() if DST in line and "┃" in line)
     assert [cell.strip() for cell in header.split("┃")[2:-1]] == [DST, "198.51.100.8", "198.51.0.0/16"]
     assert (tmp_path / "p.png").stat().st_size > 1000
-    _, out, _ = ask("rtt", *asked, "--json")
+    _, out, _ = run_command("rtt", *options, "--json")
     for answer in json.loads(out):
-        law = model.rtt(SRC, answer["dst"], src_known="all")
-        assert answer["p_fail"] == pytest.approx(law.p_fail, rel=1e-5)
+        distribution = model.rtt(SRC, answer["dst"], src_known="all")
+        assert answer["p_fail"] == pytest.approx(distribution.p_fail, rel=1e-5)
 
 
 @pytest.mark.parametrize("known", ["none", "24", "all"])
-def test_src_known_reaches_the_model(ask, model, known):
-    _, out, _ = ask("rtt", "--src", SRC, "--dst", DST, "--src-known", known, "--json")
+def test_src_known_reaches_the_model(run_command, model, known):
+    _, out, _ = run_command("rtt", "--src", SRC, "--dst", DST, "--src-known", known, "--json")
     assert json.loads(out)["p_fail"] == pytest.approx(model.rtt(SRC, DST, src_known=known).p_fail, rel=1e-6)
 
 
-def test_an_end_that_is_left_out_may_be_any(ask, model):
-    _, out, _ = ask("rtt", "--src", SRC, "--json")
+def test_an_end_that_is_left_out_may_be_any(run_command, model):
+    _, out, _ = run_command("rtt", "--src", SRC, "--json")
     assert json.loads(out)["p_fail"] == pytest.approx(model.rtt(SRC, None).p_fail, rel=1e-6)
-    code, out, _ = ask("rtt", "--dst", DST)
+    code, out, _ = run_command("rtt", "--dst", DST)
     assert code == 0 and f"RTT anywhere → {DST}" in out
 
 
-def test_of_a_context_that_does_not_fit_the_answer_says_how_much_it_was_told(ask, tmp_path):
+def test_of_a_context_that_does_not_fit_the_answer_says_how_much_was_read(run_command, tmp_path):
     context = write(tmp_path / "c.csv", CONTEXT)
-    _, out, _ = ask("rtt", "--src", SRC, "--dst", DST, "--context", context, "--src-known", "none")
+    _, out, _ = run_command("rtt", "--src", SRC, "--dst", DST, "--context", context, "--src-known", "none")
     assert " of 30 earlier measurements" in " ".join(out.split())
 
 
-def test_a_host_of_the_other_family_is_warned_of_on_one_line_and_answered(ask):
-    code, out, err = ask("rtt", "--src", SRC, "--dst", "2001:db8::7", "--json")
+def test_a_host_of_the_other_family_is_warned_of_on_one_line_and_answered(run_command):
+    code, out, err = run_command("rtt", "--src", SRC, "--dst", "2001:db8::7", "--json")
     assert code == 0 and json.loads(out)["median_ms"] > 0
-    assert len(told(err)) == 1 and told(err)[0].startswith(f"warning: {SRC} and 2001:db8::7 are of two families")
+    assert len(messages(err)) == 1 and messages(err)[0].startswith(
+        f"warning: {SRC} and 2001:db8::7 are of two families"
+    )
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json", ".jsonl"])
-def test_batch_reads_and_writes_each_format_alike(ask, model, tmp_path, suffix):
+def test_batch_reads_and_writes_each_format_alike(run_command, model, tmp_path, suffix):
     queries, context = write(tmp_path / f"q{suffix}", QUERIES), write(tmp_path / f"c{suffix}", CONTEXT)
     output = tmp_path / f"p{suffix}"
-    code, out, err = ask("batch", "--input", queries, "--context", context, "--output", output)
-    assert (code, out, told(err)) == (0, "", [])
+    code, out, err = run_command("batch", "--input", queries, "--context", context, "--output", output)
+    assert (code, out, messages(err)) == (0, "", [])
     answers = read_table(output)
     expected = model.rtt_many(pa.Table.from_pylist(QUERIES), context=pa.Table.from_pylist(CONTEXT))
     assert answers.column_names == expected.column_names
@@ -145,96 +149,85 @@ def test_batch_reads_and_writes_each_format_alike(ask, model, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_batch_goes_from_standard_input_to_standard_output_in_one_format(ask, monkeypatch, tmp_path, kind):
+def test_batch_goes_from_standard_input_to_standard_output_in_one_format(run_command, monkeypatch, tmp_path, kind):
     monkeypatch.setattr(sys, "stdin", io.StringIO(write(tmp_path / f"q.{kind}", QUERIES).read_text()))
-    code, out, _ = ask("batch", "--input", "-", "--output", "-")
+    code, out, _ = run_command("batch", "--input", "-", "--output", "-")
     (tmp_path / f"p.{kind}").write_text(out)
     assert code == 0 and read_table(tmp_path / f"p.{kind}").column("query_id").to_pylist() == ["a", "b"]
     assert out.startswith("{" if kind == "jsonl" else '"query_id"')
 
 
-def test_bad_rows_are_told_and_counted_and_the_exit_code_is_3(ask, tmp_path):
+def test_bad_rows_are_reported_and_counted_and_the_exit_code_is_3(run_command, tmp_path):
     output = tmp_path / "p.json"
-    code, _, err = ask("batch", "--input", write(tmp_path / "q.jsonl", [*QUERIES, BAD]), "--output", output)
+    code, _, err = run_command("batch", "--input", write(tmp_path / "q.jsonl", [*QUERIES, BAD]), "--output", output)
     assert code == 3
-    assert told(err) == ["warning: 1 of 3 queries are bad; their column error says why"]
+    assert messages(err) == ["warning: 1 of 3 queries are bad; their column error says why"]
     answers = json.loads(output.read_text())
     assert [row["query_id"] for row in answers] == ["a", "b", "c"]
     assert [row["error"] for row in answers] == [None, None, "'192.0.2.300' is not an IPv4 or IPv6 address"]
     assert answers[2]["p_fail"] is None and answers[0]["p_fail"] > 0
 
 
-def test_rank_names_the_likeliest_winner_first_to_people_and_programs(ask, model, tmp_path):
+def test_rank_names_the_likeliest_winner_first_to_people_and_programs(run_command, model, tmp_path):
     ranking = model.rank(SRC, [DST, "198.51.100.8"])
-    asked = ["--src", SRC, "--dst", DST, "--dst", "198.51.100.8"]
-    _, out, _ = ask("rank", *asked, "--json")
+    options = ["--src", SRC, "--dst", DST, "--dst", "198.51.100.8"]
+    _, out, _ = run_command("rank", *options, "--json")
     answer = json.loads(out)
     assert [row["dst_addr"] for row in answer["rows"]] == ranking.table.column("dst_addr").to_pylist()
     assert sum(row["p_fastest"] for row in answer["rows"]) + answer["p_none"] == pytest.approx(1)
-    _, out, _ = ask("rank", *asked)
+    _, out, _ = run_command("rank", *options)
     assert DST in out and "P(none answers)" in out
-    ask("rank", *asked, "--output", tmp_path / "r.csv")
+    run_command("rank", *options, "--output", tmp_path / "r.csv")
     assert read_table(tmp_path / "r.csv").column_names == ranking.table.column_names
 
 
-def test_dst_finds_what_the_library_finds_and_says_how_sure_that_is(ask, model, tmp_path):
+def test_dst_finds_what_the_library_finds_and_says_how_sure_that_is(run_command, model, tmp_path):
     found = model.destinations(SRC, rtt_max=20.0, prefix="198.51.100.0/29", top=3, src_known="all")
-    asked = ["--src", SRC, "--rtt-max", "20", "--prefix", "198.51.100.0/29", "--top", "3", "--src-known", "all"]
-    _, out, _ = ask("dst", *asked, "--json")
+    options = ["--src", SRC, "--rtt-max", "20", "--prefix", "198.51.100.0/29", "--top", "3", "--src-known", "all"]
+    _, out, _ = run_command("dst", *options, "--json")
     answer = json.loads(out)
     assert [row["dst_addr"] for row in answer["rows"]] == found.table.column("dst_addr").to_pylist()
     assert (answer["proven"], answer["p_within"]) == (found.proven, pytest.approx(found.p_within))
-    _, out, _ = ask("dst", *asked)
+    _, out, _ = run_command("dst", *options)
     assert "P(RTT ≤ 20 ms)" in out and all(row["dst_addr"] in out for row in answer["rows"])
-    ask("dst", *asked, "--output", tmp_path / "d.json")
+    run_command("dst", *options, "--output", tmp_path / "d.json")
     assert [row["probability"] for row in json.loads((tmp_path / "d.json").read_text())] == pytest.approx(
         [row["probability"] for row in answer["rows"]]
     )
 
 
-def test_cross_check_stands_beside_the_answer(ask, model):
-    average = model.rtt_by_completion(SRC, "198.51.100.0/29", src_known="all")
-    asked = ["--src", SRC, "--dst-prefix", "198.51.100.0/29", "--cross-check", "--src-known", "all"]
-    _, out, _ = ask("rtt", *asked, "--json")
-    answer = json.loads(out)["by_completion"]
-    assert answer["addresses"] == average.addresses > 1
-    assert answer["p_fail"] == pytest.approx(average.law.p_fail, rel=1e-5)
-    _, out, _ = ask("rtt", *asked)
-    assert f"{average.addresses} addresses" in out
-
-
-def test_sample_completes_what_is_told_and_repeats_with_its_seed(ask):
-    asked = ["--src", SRC, "--dst", "198.51.0.0/16", "--at", "2026-01-02", "--count", "3", "--json"]
-    _, first, _ = ask("sample", *asked)
-    _, again, _ = ask("sample", *asked)
-    _, other, _ = ask("sample", *asked, "--seed", "1")
+def test_sample_completes_what_is_given_and_repeats_with_its_seed(run_command):
+    options = ["--src", SRC, "--dst", "198.51.0.0/16", "--at", "2026-01-02", "--count", "3", "--json"]
+    _, first, _ = run_command("sample", *options)
+    _, again, _ = run_command("sample", *options)
+    _, other, _ = run_command("sample", *options, "--seed", "1")
     rows = json.loads(first)["rows"]
     assert first == again != other
     assert {row["src_addr"] for row in rows} == {SRC} and {row["event_time"] for row in rows} == {
         "2026-01-02T00:00:00Z"
     }
     assert all(row["dst_addr"].startswith("198.51.") and "/" not in row["dst_addr"] for row in rows)
-    _, out, _ = ask("sample", "--count", "2", "--temperature", "0")
+    _, out, _ = run_command("sample", "--count", "2", "--temperature", "0")
     first, second = out.splitlines()
     assert first == second and "nats" in first
 
 
-def test_score_writes_all_measurements_and_shows_the_most_surprising(ask, model, tmp_path):
+def test_score_writes_all_measurements_and_shows_the_most_surprising(run_command, model, tmp_path):
     table = write(tmp_path / "m.csv", CONTEXT)
     scored = model.score(read_table(table))
-    ask("score", "--input", table, "--output", tmp_path / "s.parquet")
+    run_command("score", "--input", table, "--output", tmp_path / "s.parquet")
     written = read_table(tmp_path / "s.parquet")
     assert written.column("src_addr").to_pylist() == [row["src_addr"] for row in CONTEXT]
     assert written.column("nll_nats").to_pylist() == pytest.approx(scored.column("nll_nats").to_pylist())
-    _, out, _ = ask("score", "--input", table, "--top", "2", "--anomaly-at", "0.5", "--json")
+    _, out, _ = run_command("score", "--input", table, "--top", "2", "--anomaly-at", "0.5", "--json")
     answer, p_values = json.loads(out), sorted(scored.column("p_value").to_pylist())
     assert [row["p_value"] for row in answer["rows"]] == pytest.approx(p_values[:2])
     assert answer["measurements"] == 30 and answer["anomalies"] == sum(p <= 0.5 for p in p_values)
-    _, out, _ = ask("score", "--input", table, "--top", "2")
+    _, out, _ = run_command("score", "--input", table, "--top", "2")
     assert "the most surprising measurements" in out and "measurements 30" in out and SRC in out
 
 
-def test_score_reads_dumps_too(ask, tmp_path):
+def test_score_reads_dumps_too(run_command, tmp_path):
     results = [
         {"fw": 5080, "type": "ping", "af": 4, "prb_id": 7, "msm_id": 1001, "timestamp": 1_700_000_000 + i, "lts": 1}
         | {
@@ -249,7 +242,7 @@ def test_score_reads_dumps_too(ask, tmp_path):
         for i in range(3)
     ]
     dump = write(tmp_path / "dump.json", results)
-    ask("score", "--input", dump, "--output", tmp_path / "s.csv")
+    run_command("score", "--input", dump, "--output", tmp_path / "s.csv")
     assert read_table(tmp_path / "s.csv").column("rtt").to_pylist() == [9.5] * 3
 
 
@@ -262,10 +255,12 @@ def test_score_reads_dumps_too(ask, tmp_path):
         ("rtt --src 192.0.2.0/33 --dst 198.51.100.7", "the prefix length must be a number from 0 to 32"),
         ("rtt --src 192.0.2.1 --dst 198.51.100.7 198.51.100.7", "a destination is given twice"),
         ("rtt --src 192.0.2.1 --dst 198.51.100.7 --src-known most", "src_known='most' must be auto, all, none"),
-        ("rtt --src 192.0.2.1 --dst 198.51.100.7 --cross-check", "averages over the addresses of a prefix"),
-        ("rtt --src 192.0.2.1 --dst 198.51.100.7 --context later.csv --at 2025-01-01", "later than the time asked for"),
-        ("rtt --src 192.0.2.9 --dst 198.51.100.7 --context later.csv", "holds a ping of 192.0.2.1, but the question"),
-        ("rtt --src 192.0.2.1 --dst 198.51.100.7 --context slow.csv", "context row 1: rtt must be ms"),
+        (
+            "rtt --src 192.0.2.1 --dst 198.51.100.7 --context later.csv --at 2025-01-01",
+            "later than the time of the query",
+        ),
+        ("rtt --src 192.0.2.9 --dst 198.51.100.7 --context later.csv", "holds a ping of 192.0.2.1, but the query"),
+        ("rtt --src 192.0.2.1 --dst 198.51.100.7 --context slow.csv", "context row 1: rtt -7 must be ms"),
         ("rtt --src 192.0.2.1 --dst 198.51.100.7 --context named.csv", "rtt_ms; did you mean rtt?"),
         ("rank --src 192.0.2.1", "--dst"),
         ("rank --src 192.0.2.1 --dst", "no candidates to rank"),
@@ -297,7 +292,7 @@ def test_bad_input_is_one_clear_line(run_dir, tmp_path, monkeypatch, capsys, arg
         assert stop.code and message in capsys.readouterr().err
         return
     err = capsys.readouterr().err
-    assert code == 1 and len(told(err)) == 1, err
+    assert code == 1 and len(messages(err)) == 1, err
     assert err.startswith("error: ") and message in err
 
 
@@ -314,20 +309,22 @@ def test_a_checkpoint_of_a_newer_format_says_what_to_do(run_dir, tmp_path, capsy
     assert "is of format 99" in err and "update ping-llm" in err and err.count("\n") == 1
 
 
-def test_warnings_of_one_kind_are_told_three_times_and_then_counted(ask, tmp_path):
+def test_warnings_of_one_kind_are_shown_three_times_and_then_counted(run_command, tmp_path):
     rows = [{"src_addr": SRC, "dst_addr": f"2001:db8::{i}"} for i in range(1, 9)]
-    code, _, err = ask("batch", "--input", write(tmp_path / "q.csv", rows), "--output", tmp_path / "p.csv")
-    lines = told(err)
+    code, _, err = run_command("batch", "--input", write(tmp_path / "q.csv", rows), "--output", tmp_path / "p.csv")
+    lines = messages(err)
     assert code == 0 and len(lines) == 4 and all(line.startswith("warning: ") for line in lines)
     assert lines[-1] == "warning: 5 more of the kinds above"
     assert not [h for h in logging.getLogger("ping_llm").handlers if type(h).__name__ == "_WarningLines"]
 
 
-def test_an_unordered_context_is_put_in_order_with_a_warning(ask, tmp_path):
+def test_an_unordered_context_is_put_in_order_with_a_warning(run_command, tmp_path):
     answers = []
     for name, rows in (("a.csv", CONTEXT), ("b.csv", CONTEXT[::-1])):
         context = write(tmp_path / name, rows)
-        _, out, err = ask("rtt", "--src", SRC, "--dst", DST, "--at", "2026-01-02", "--context", context, "--json")
+        _, out, err = run_command(
+            "rtt", "--src", SRC, "--dst", DST, "--at", "2026-01-02", "--context", context, "--json"
+        )
         answers.append(json.loads(out)["median_ms"])
-    assert told(err) == ["warning: the context is not in the order of event_time; it was put in order"]
+    assert messages(err) == ["warning: the context is not in the order of event_time; it was put in order"]
     assert np.ptp(answers) == 0

@@ -1,4 +1,4 @@
-"""An answer is that of its question: whatever else is asked beside it, however it is computed, by the definition."""
+"""An answer is that of its query: whatever else is queried beside it, however it is computed, by the definition."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.inference import predictor
+from ping_llm.data.times import parse_time
+from ping_llm.inference import mixture
 from ping_llm.inference.calibration import LEAST_SHARE, Calibration
-from ping_llm.inference.context import Context, parse_time
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.predictor import LEAST_WEIGHT, PingModel
+from ping_llm.inference.context import Context
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.mixture import LEAST_WEIGHT
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model.gpt import GPT
 
@@ -30,7 +32,7 @@ CONTEXT = [
 ]
 UNTIMED = [{name: row[name] for name in ("src_addr", "dst_addr", "rtt")} for row in CONTEXT]
 IPV6 = [{"src_addr": "2001:db8::1", "dst_addr": "2001:db8::9", "rtt": 3.0, "event_time": "2026-01-01T00:00:00Z"}]
-QUESTIONS = [
+QUERIES = [
     (SRC, DST, None, None),
     (SRC, DST, AT, CONTEXT),
     (SRC, "198.51.100.8", AT, CONTEXT),
@@ -75,58 +77,60 @@ def exact() -> PingModel:
 
 
 def queries() -> list[Query]:
-    return [Query.parse(src, dst, at, Context.parse(context)) for src, dst, at, context in QUESTIONS]
+    return [Query.parse(src, dst, at, Context.parse(context)) for src, dst, at, context in QUERIES]
 
 
 @pytest.fixture(scope="module")
 def alone(model) -> dict:
-    """Each question's own answer, under each of KNOWN."""
+    """Each query's own answer, under each of KNOWN."""
     return {known: [model.rtt_many([query], known)[0] for query in queries()] for known in KNOWN}
 
 
-def assert_same(law, other, rel: float):
-    np.testing.assert_allclose(law.code_probability, other.code_probability, rtol=rel, atol=1e-12)
-    assert law.p_fail == pytest.approx(other.p_fail, rel=rel)
-    assert law.total_probability == pytest.approx(other.total_probability, rel=rel)
-    assert law.context_measurements == other.context_measurements
-    assert dict(law.src_weights) == pytest.approx(dict(other.src_weights), rel=rel)
+def assert_same(distribution, other, rel: float):
+    np.testing.assert_allclose(distribution.code_probability, other.code_probability, rtol=rel, atol=1e-12)
+    assert distribution.p_fail == pytest.approx(other.p_fail, rel=rel)
+    assert distribution.total_probability == pytest.approx(other.total_probability, rel=rel)
+    assert distribution.context_measurements == other.context_measurements
+    assert dict(distribution.src_weights) == pytest.approx(dict(other.src_weights), rel=rel)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    which=st.lists(st.integers(0, len(QUESTIONS) - 1), min_size=2, max_size=len(QUESTIONS)),
+    which=st.lists(st.integers(0, len(QUERIES) - 1), min_size=2, max_size=len(QUERIES)),
     known=st.sampled_from(KNOWN),
     chunk=st.sampled_from([3, 64]),
 )
-def test_an_answer_does_not_depend_on_what_is_asked_beside_it_or_in_which_order(model, alone, which, known, chunk):
-    asked = queries()
+def test_an_answer_does_not_depend_on_what_is_queried_beside_it_or_in_which_order(model, alone, which, known, chunk):
+    every = queries()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictor, "CHUNK", chunk)
-        together = model.rtt_many([asked[i] for i in which], known)
-    for i, law in zip(which, together, strict=True):
-        assert_same(law, alone[known][i], rel=1e-4)
+        patch.setattr(mixture, "CHUNK", chunk)
+        together = model.rtt_many([every[i] for i in which], known)
+    for i, distribution in zip(which, together, strict=True):
+        assert_same(distribution, alone[known][i], rel=1e-4)
 
 
-def test_all_questions_at_once_get_the_answers_they_get_alone(model, alone):
+def test_all_queries_at_once_get_the_answers_they_get_alone(model, alone):
     for known in KNOWN:
-        for law, own in zip(model.rtt_many(queries(), known), alone[known], strict=True):
-            assert_same(law, own, rel=1e-4)
+        for distribution, own in zip(model.rtt_many(queries(), known), alone[known], strict=True):
+            assert_same(distribution, own, rel=1e-4)
 
 
 @settings(max_examples=6, deadline=None)
 @given(st.floats(1e-6, 0.3), st.sampled_from(KNOWN))
 def test_no_event_is_off_by_more_than_the_mass_that_was_not_looked_into(exact, least_mass, known):
     some = [query for query in queries() if query.dst is None or not query.dst.extra_bits]
-    (laws,) = dataclasses.replace(exact, least_mass=least_mass).laws(some, known)
-    (full,) = exact.laws(some, known)
-    assert (total_variation(laws, full) <= laws.unresolved + 1e-12).all() and not full.unresolved.any()
-    assert laws.unresolved.max() > 0 or least_mass < 1e-3  # so that it has been tried
+    (distributions,) = dataclasses.replace(exact, least_mass=least_mass).distributions(some, known)
+    (full,) = exact.distributions(some, known)
+    assert (
+        total_variation(distributions, full) <= distributions.unresolved + 1e-12
+    ).all() and not full.unresolved.any()
+    assert distributions.unresolved.max() > 0 or least_mass < 1e-3  # so that it has been tried
 
 
-def total_variation(laws: RTTDistributions, others: RTTDistributions) -> np.ndarray:
+def total_variation(distributions: RTTDistribution, others: RTTDistribution) -> np.ndarray:
     """The largest difference of the probability of any event, (B,)."""
-    codes = np.abs(laws.code_probability - others.code_probability).sum(axis=1)
-    return (codes + np.abs(laws.p_fail - others.p_fail)) / 2
+    codes = np.abs(distributions.code_probability - others.code_probability).sum(axis=1)
+    return (codes + np.abs(distributions.p_fail - others.p_fail)) / 2
 
 
 def results(gpt: GPT, tokens: list[int]) -> tuple[np.ndarray, float]:
@@ -139,12 +143,12 @@ def results(gpt: GPT, tokens: list[int]) -> tuple[np.ndarray, float]:
     return p[0, 0, tk.RTT_START].item() * (p[0, 1, bytes_, None] * p[:, 2, bytes_]).numpy(), p[0, 0, tk.FAILED].item()
 
 
-def address(role_ipv4: int, text: str, told_bytes: int = 16) -> list[int]:
+def address(role_ipv4: int, text: str, known_bytes: int = 16) -> list[int]:
     """Role and bytes, by hand."""
     packed = np.frombuffer(Endpoint.parse(text).packed, np.uint8)
     ipv4 = bool(is_ipv4(packed[None])[0])
-    told = packed[12 if ipv4 else 0 :][:told_bytes]
-    return [role_ipv4 + (not ipv4), *(tk.BYTE_0 + int(byte) for byte in told)]
+    known = packed[12 if ipv4 else 0 :][:known_bytes]
+    return [role_ipv4 + (not ipv4), *(tk.BYTE_0 + int(byte) for byte in known)]
 
 
 def timestamp(text: str, before: str | None) -> list[int]:
@@ -154,11 +158,11 @@ def timestamp(text: str, before: str | None) -> list[int]:
     return [role, *(tk.BYTE_0 + byte for byte in seconds.to_bytes(width, "big"))]
 
 
-def told_context(context: list[dict], told_share: float = 1.0) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens of measurements told in the order src, dst, time, result, and of each result: its first token and its end."""
+def context_tokens(context: list[dict], known_share: float = 1.0) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of measurements in the order src, dst, time, result, and of each result: its first token and its end."""
     tokens, places, before = [], [], None
     for row in context:
-        tokens += [tk.MEASUREMENT_START, *address(tk.SRC_IPV4, row["src_addr"], int(told_share * 4))]
+        tokens += [tk.MEASUREMENT_START, *address(tk.SRC_IPV4, row["src_addr"], int(known_share * 4))]
         tokens += address(tk.DST_IPV4, row["dst_addr"])
         if "event_time" in row:
             tokens += timestamp(row["event_time"], before)
@@ -169,9 +173,9 @@ def told_context(context: list[dict], told_share: float = 1.0) -> tuple[list[int
     return tokens, places
 
 
-def evidence(gpt: GPT, context: list[dict], told_share: float) -> float:
-    """log P of the results of a context, told to byte 1: each from its own pass over what stands before it."""
-    tokens, places = told_context(context, told_share)
+def evidence(gpt: GPT, context: list[dict], known_share: float) -> float:
+    """log P of the results of a context, to byte 1: each from its own pass over what stands before it."""
+    tokens, places = context_tokens(context, known_share)
     log_p = 0.0
     for place, end in places:
         competing = [tk.RTT_START, tk.FAILED], list(range(tk.BYTE_0, tk.VOCAB_SIZE))
@@ -182,7 +186,7 @@ def evidence(gpt: GPT, context: list[dict], told_share: float) -> float:
     return log_p
 
 
-# Of these only the last ones fit, and the fewer, the more of the source is told.
+# Of these only the last ones fit, and the fewer, the more of the source is known.
 LONG = [row | {"dst_addr": f"198.51.{i}.9", "rtt": 5.0 * i} for i, row in enumerate(CONTEXT[:1] * 8)]
 LONG = [row | {"event_time": f"2026-01-01T{i:02d}:00:00Z"} for i, row in enumerate(LONG)]
 
@@ -192,24 +196,26 @@ LONG = [row | {"event_time": f"2026-01-01T{i:02d}:00:00Z"} for i, row in enumera
 def test_auto_weighs_the_lengths_by_bayes(exact, context, familiar):
     model = dataclasses.replace(exact, calibration=Calibration({"ipv4": SHARES}, familiar=familiar))
     at = AT if "event_time" in context[0] else None
-    law = model.rtt(SRC, DST, at, context)
-    kept = context[-law.context_measurements :]
-    assert law.context_measurements == model.rtt(SRC, DST, at, context, "all").context_measurements
+    distribution = model.rtt(SRC, DST, at, context)
+    kept = context[-distribution.context_measurements :]
+    assert distribution.context_measurements == model.rtt(SRC, DST, at, context, "all").context_measurements
     assert (len(kept) < len(context)) == (context is LONG)
-    # So far as the source is strange to the model, none of it is told.
+    # So far as the source is unfamiliar to the model, none of it is known.
     log_p_src = model.log_prob(UNTIMED[:1], ("src",))[0]
     novelty = 1 / (1 + np.exp(log_p_src - familiar["ipv4"])) if familiar else 0.0
     prior = np.maximum((1 - novelty) * np.array(list(SHARES.values())) + novelty * np.eye(5)[0], LEAST_SHARE)
-    weights = prior * np.exp([evidence(model.gpt, kept, told / 4) for told in range(5)])
+    weights = prior * np.exp([evidence(model.gpt, kept, known / 4) for known in range(5)])
     weights /= weights.sum()
     used = weights >= LEAST_WEIGHT
     expected = dict(zip(np.array(list(SHARES))[used].tolist(), weights[used] / weights[used].sum(), strict=True))
-    assert dict(law.src_weights) == pytest.approx(expected, rel=1e-6)
-    assert sum(law.src_weights.values()) == pytest.approx(1, abs=1e-12)
-    laws = {name: model.rtt(SRC, DST, at, kept, name.strip("/")) for name in law.src_weights}
-    mixed = sum(weight * laws[name].code_probability for name, weight in law.src_weights.items())
-    np.testing.assert_allclose(law.code_probability, mixed, rtol=1e-9)
-    assert law.p_fail == pytest.approx(sum(w * laws[name].p_fail for name, w in law.src_weights.items()), rel=1e-9)
+    assert dict(distribution.src_weights) == pytest.approx(expected, rel=1e-6)
+    assert sum(distribution.src_weights.values()) == pytest.approx(1, abs=1e-12)
+    distributions = {name: model.rtt(SRC, DST, at, kept, name.strip("/")) for name in distribution.src_weights}
+    mixed = sum(weight * distributions[name].code_probability for name, weight in distribution.src_weights.items())
+    np.testing.assert_allclose(distribution.code_probability, mixed, rtol=1e-9)
+    assert distribution.p_fail == pytest.approx(
+        sum(w * distributions[name].p_fail for name, w in distribution.src_weights.items()), rel=1e-9
+    )
 
 
 def test_where_the_source_changes_nothing_the_weights_are_those_of_val_and_the_answer_that_of_any_length():
@@ -217,12 +223,12 @@ def test_where_the_source_changes_nothing_the_weights_are_those_of_val_and_the_a
     for block in gpt.blocks:
         torch.nn.init.zeros_(block.attention.out.weight)  # each token is all that the next one depends on
     model = model_of(gpt, calibration=Calibration({"ipv4": SHARES}))
-    law = model.rtt(SRC, DST, AT, CONTEXT)
-    assert dict(law.src_weights) == pytest.approx(SHARES, rel=1e-9)
+    distribution = model.rtt(SRC, DST, AT, CONTEXT)
+    assert dict(distribution.src_weights) == pytest.approx(SHARES, rel=1e-9)
     for known in ("none", 8, 16, 24, "all"):
         same = model.rtt(SRC, DST, AT, CONTEXT, known)
-        np.testing.assert_allclose(law.code_probability, same.code_probability, rtol=1e-9)
-        assert law.p_fail == pytest.approx(same.p_fail, rel=1e-9)
+        np.testing.assert_allclose(distribution.code_probability, same.code_probability, rtol=1e-9)
+        assert distribution.p_fail == pytest.approx(same.p_fail, rel=1e-9)
 
 
 ONE_END = [
@@ -240,35 +246,39 @@ ONE_END = [
 
 
 @pytest.mark.parametrize(("src", "dst", "at", "context"), ONE_END)
-def test_the_law_of_one_end_is_that_of_a_ping_whose_other_end_is_told_after_its_result(exact, src, dst, at, context):
-    tokens, _ = told_context(context or [])
+def test_with_one_end_given_the_answer_is_that_of_a_ping_whose_other_end_follows_its_result(
+    exact, src, dst, at, context
+):
+    tokens, _ = context_tokens(context or [])
     end = Endpoint.parse(src or dst)
     tokens += [
         tk.MEASUREMENT_START,
-        *address(tk.SRC_IPV4 if src else tk.DST_IPV4, str(end).split("/")[0], end.told_bytes),
+        *address(tk.SRC_IPV4 if src else tk.DST_IPV4, str(end).split("/")[0], end.known_bytes),
     ]
     before = context[-1]["event_time"] if at and context else None
     tokens += timestamp(at, before) if at else []
     answers, failed = results(exact.gpt, tokens)
-    law = exact.rtt(src, dst, at, context, "all")
+    distribution = exact.rtt(src, dst, at, context, "all")
     mass = answers.sum() + failed
-    np.testing.assert_allclose(law.code_probability, answers.ravel() / mass, rtol=1e-9)
-    assert law.p_fail == pytest.approx(failed / mass, rel=1e-9)
+    np.testing.assert_allclose(distribution.code_probability, answers.ravel() / mass, rtol=1e-9)
+    assert distribution.p_fail == pytest.approx(failed / mass, rel=1e-9)
     if at:  # nothing else than the other end may follow the time
         other = [tk.DST_IPV4, tk.DST_IPV6] if src else [tk.SRC_IPV4, tk.SRC_IPV6]
         with torch.no_grad():
             p_other = exact.gpt(torch.tensor([tokens]))[0, -1].double().softmax(-1)[other].sum().item()
-        assert law.total_probability == pytest.approx(mass / (1 - p_other), rel=1e-9)
+        assert distribution.total_probability == pytest.approx(mass / (1 - p_other), rel=1e-9)
 
 
 @pytest.mark.parametrize(("src", "dst", "order"), [(None, DST, ("dst", "rtt")), (SRC, None, ("src", "rtt"))])
-def test_the_law_of_one_end_is_a_quotient_of_joint_probabilities_in_the_order_of_its_fields(exact, src, dst, order):
-    byte_1, law = 150, exact.rtt(src, dst, src_known="all")
+def test_the_distribution_of_one_end_is_a_quotient_of_joint_probabilities_in_the_order_of_its_fields(
+    exact, src, dst, order
+):
+    byte_1, distribution = 150, exact.rtt(src, dst, src_known="all")
     rtt_ms = tk.decode_rtt(256 * byte_1 + np.arange(256))
     rows = [{"src_addr": SRC, "dst_addr": DST, "rtt": float(ms)} for ms in rtt_ms]
     given_end = np.exp(exact.log_prob(rows, order) - exact.log_prob(rows[:1], order[:1]))  # (256,) P(result | end)
-    own = law.code_probability[256 * byte_1 :][:256]
-    # `log_prob` lets each byte sum to 1, the law all results together: within one byte 1 they are proportional.
+    own = distribution.code_probability[256 * byte_1 :][:256]
+    # `log_prob` lets each byte sum to 1, the distribution all results together: within one byte 1 they are proportional.
     np.testing.assert_allclose(own / own.sum(), given_end / given_end.sum(), rtol=1e-9)
     assert own.std() > 0.1 * own.mean()
 
@@ -278,5 +288,5 @@ def test_bf16_answers_as_fp32_does(seed):
     """The bound in the docstring of `PingModel.load`, here of random models; test_end_to_end.py has a trained one."""
     gpt = random_gpt(seed, 0.1, n_layer=3, n_embd=128)
     some = [query for query in queries() if query.dst is None or not query.dst.extra_bits]
-    fp32, bf16 = (next(model_of(gpt, precision=precision).laws(some, "all")) for precision in ("fp32", "bf16"))
+    fp32, bf16 = (next(model_of(gpt, precision=precision).distributions(some, "all")) for precision in ("fp32", "bf16"))
     assert 0 < total_variation(fp32, bf16).max() < 0.02

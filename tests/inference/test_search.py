@@ -16,9 +16,11 @@ from ping_llm.data.measurement import pack_address
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.engine import read_beginnings
+from ping_llm.inference.model import PingModel
+from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, opening
 from ping_llm.inference.query import Endpoint, Query
-from ping_llm.inference.search import DST_ROLES, SRC_ROLES, AddressSearch, address_tokens, opening, read_beginnings
+from ping_llm.inference.search import AddressSearch
 from ping_llm.model.gpt import GPT
 
 SRC = "192.0.2.1"
@@ -39,7 +41,7 @@ def model() -> PingModel:
     return PingModel(gpt, torch.device("cpu"), SHARES, least_mass=0.0)
 
 
-def told(values: str, role: int, bits: int | None = None) -> list[int]:
+def tokens_of(values: str, role: int, bits: int | None = None) -> list[int]:
     """The role and the bytes of an address, the first `bits` of them."""
     raw = ipaddress.ip_address(values).packed
     return [role, *(tk.BYTE_0 + b for b in raw[: len(raw) if bits is None else bits // 8])]
@@ -63,13 +65,13 @@ def enumerate_within(model, before: list[int], values: list[range]) -> dict[tupl
     rows = torch.tensor([before + [tk.BYTE_0 + b for b in head] for head in heads])
     with torch.no_grad():
         log_p = model.gpt(rows)[:, len(before) - 1 :, tk.BYTE_0 :].double().log_softmax(-1).numpy()
-    law = {
+    distribution = {
         (*head, last): sum(log_p[i, place, byte] for place, byte in enumerate((*head, last)))
         for i, head in enumerate(heads)
         for last in values[-1]
     }
-    total = np.logaddexp.reduce(list(law.values()))
-    return {key: float(np.exp(value - total)) for key, value in law.items()}
+    total = np.logaddexp.reduce(list(distribution.values()))
+    return {key: float(np.exp(value - total)) for key, value in distribution.items()}
 
 
 def rtt_tokens(rtt_ms: float) -> list[int]:
@@ -77,7 +79,7 @@ def rtt_tokens(rtt_ms: float) -> list[int]:
     return [tk.RTT_START, tk.BYTE_0 + code // 256, tk.BYTE_0 + code % 256]
 
 
-BEFORE = [tk.MEASUREMENT_START, *told(SRC, tk.SRC_IPV4)]
+BEFORE = [tk.MEASUREMENT_START, *tokens_of(SRC, tk.SRC_IPV4)]
 
 
 @pytest.mark.parametrize(
@@ -94,11 +96,11 @@ BEFORE = [tk.MEASUREMENT_START, *told(SRC, tk.SRC_IPV4)]
 def test_search_equals_the_enumeration_of_every_address(model, prefix, values, rtt):
     address, bits = prefix.split("/")
     role = tk.DST_IPV6 if ":" in prefix else tk.DST_IPV4
-    before = BEFORE + (rtt_tokens(rtt) if rtt else []) + told(address, role, int(bits) // 8 * 8)
-    law = enumerate_within(model, before, values)
-    assert sum(law.values()) == pytest.approx(1)
+    before = BEFORE + (rtt_tokens(rtt) if rtt else []) + tokens_of(address, role, int(bits) // 8 * 8)
+    distribution = enumerate_within(model, before, values)
+    assert sum(distribution.values()) == pytest.approx(1)
     lead = ipaddress.ip_address(address).packed[: -len(values)]
-    true = {str(ipaddress.ip_address(lead + bytes(key))): p for key, p in law.items()}
+    true = {str(ipaddress.ip_address(lead + bytes(key))): p for key, p in distribution.items()}
     found = model.destinations(SRC, rtt=rtt, prefix=prefix, top=20, src_known="all")
     got = dict(zip(*(found.table.column(i).to_pylist() for i in range(2)), strict=True))
     best = sorted(true.values(), reverse=True)
@@ -121,8 +123,8 @@ def test_order_and_probabilities_do_not_depend_on_how_many_are_expanded_at_once(
     inside = Endpoint.parse(prefix) if prefix else None
     begun = [opening(Query.parse(src, None, 0), 160) for src in (SRC, "203.0.113.0/24")]
     lines = [np.append(line, address_tokens(DST_ROLES, inside)) if inside else line for line in begun]
-    read = read_beginnings(model.gpt, lines, [len(line) for line in begun])
-    searches = [AddressSearch(model.gpt, read, np.log([0.7, 0.3]), DST_ROLES, inside, batch=n) for n in (16, batch)]
+    read = read_beginnings(model, lines, [len(line) for line in begun])
+    searches = [AddressSearch(model, read, np.log([0.7, 0.3]), DST_ROLES, inside, batch=n) for n in (16, batch)]
     expected, found = ([next(search) for _ in range(count)] for search in searches)
     assert [a.end for a in found] == [a.end for a in expected]
     np.testing.assert_allclose([a.log_p for a in found], [a.log_p for a in expected], rtol=1e-4)
@@ -138,16 +140,16 @@ def test_family_and_source_lengths_are_mixed_by_what_each_makes_of_the_rtt(model
     shares = list(SHARES.src_weights["ipv4"].values())
     evidence = []
     for bits, share in zip((0, 8, 16, 24, 32), shares, strict=True):
-        start = [tk.MEASUREMENT_START, *told(SRC, tk.SRC_IPV4, bits)]
+        start = [tk.MEASUREMENT_START, *tokens_of(SRC, tk.SRC_IPV4, bits)]
         evidence.append((start + result, share * np.exp(chain(model, start, result))))
     total = sum(weight for _, weight in evidence)
     assert found.proven and found.table.num_rows == 4
     for row in found.table.to_pylist():
-        after = told(row["dst_addr"], DST_ROLES[":" in row["dst_addr"]])
+        after = tokens_of(row["dst_addr"], DST_ROLES[":" in row["dst_addr"]])
         p = sum(weight * np.exp(chain(model, start, after)) for start, weight in evidence) / total
         assert row["probability"] == pytest.approx(p, rel=1e-4)
     alone = model.destinations(SRC, families=("ipv4",), top=1, src_known="all").table.to_pylist()[0]
-    after = told(alone["dst_addr"], tk.DST_IPV4)
+    after = tokens_of(alone["dst_addr"], tk.DST_IPV4)
     p = np.exp(chain(model, [*BEFORE, after[0]], after[1:]))  # no chance of the other family is left
     assert alone["probability"] == pytest.approx(p, rel=1e-4)
 
@@ -177,33 +179,35 @@ def test_context_and_time_stand_before_what_is_searched(model):
 def test_destinations_within_an_rtt_equal_bayes_over_every_address(model, top, src_known):
     prefix, rtt_max = "198.51.100.48/28", 3.0
     found = model.destinations(SRC, rtt_max=rtt_max, prefix=prefix, top=top, src_known=src_known)
-    told_bits = {"none": 0, "/8": 8, "/16": 16, "/24": 24, "all": 32} if src_known == "auto" else {"all": 32}
-    joint, told_p = dict.fromkeys(range(48, 64), 0.0), 0.0
-    for name, bits in told_bits.items():
-        before = [tk.MEASUREMENT_START, *told(SRC, tk.SRC_IPV4, bits)]
-        share = SHARES.src_weights["ipv4"][name] if len(told_bits) > 1 else 1.0
+    known_bits = {"none": 0, "/8": 8, "/16": 16, "/24": 24, "all": 32} if src_known == "auto" else {"all": 32}
+    joint, total_p = dict.fromkeys(range(48, 64), 0.0), 0.0
+    for name, bits in known_bits.items():
+        before = [tk.MEASUREMENT_START, *tokens_of(SRC, tk.SRC_IPV4, bits)]
+        share = SHARES.src_weights["ipv4"][name] if len(known_bits) > 1 else 1.0
         for last in joint:
-            p = share * np.exp(chain(model, before, told(f"198.51.100.{last}", tk.DST_IPV4)))
-            law = model.rtt(f"{SRC}/{bits}", f"198.51.100.{last}", src_known="all")
-            joint[last] += p * law.cdf(rtt_max) * (1 - law.p_fail)
-            told_p += p
+            p = share * np.exp(chain(model, before, tokens_of(f"198.51.100.{last}", tk.DST_IPV4)))
+            distribution = model.rtt(f"{SRC}/{bits}", f"198.51.100.{last}", src_known="all")
+            joint[last] += p * distribution.cdf(rtt_max) * (1 - distribution.p_fail)
+            total_p += p
     best = sorted(joint, key=joint.get, reverse=True)[:top]
     assert found.proven and found.table["dst_addr"].to_pylist() == [f"198.51.100.{last}" for last in best]
     np.testing.assert_allclose(
-        found.table["probability"], [joint[i] / told_p / found.p_within for i in best], rtol=1e-3
+        found.table["probability"], [joint[i] / total_p / found.p_within for i in best], rtol=1e-3
     )
     if top == 16:
         assert found.covered == pytest.approx(1) and found.p_within == pytest.approx(
-            sum(joint.values()) / told_p, rel=1e-3
+            sum(joint.values()) / total_p, rel=1e-3
         )
-    law = model.rtt(SRC, f"198.51.100.{best[0]}", src_known="all")
+    distribution = model.rtt(SRC, f"198.51.100.{best[0]}", src_known="all")
     if src_known == "all":
-        assert found.table["p_within"][0].as_py() == pytest.approx(law.cdf(rtt_max) * (1 - law.p_fail), rel=1e-3)
-        assert found.table["median_ms"][0].as_py() == pytest.approx(law.median, rel=1e-3)
+        assert found.table["p_within"][0].as_py() == pytest.approx(
+            distribution.cdf(rtt_max) * (1 - distribution.p_fail), rel=1e-3
+        )
+        assert found.table["median_ms"][0].as_py() == pytest.approx(distribution.median, rel=1e-3)
 
 
-def law_of_mixture(laws, log_p):
-    return RTTDistribution.mixture(laws, np.exp(log_p - np.logaddexp.reduce(log_p)))
+def mixture_of(distributions, log_p):
+    return RTTDistribution.concatenate(distributions).mixture(np.exp(log_p - np.logaddexp.reduce(log_p)))
 
 
 @pytest.mark.parametrize("at", [None, 1767400000])
@@ -211,42 +215,44 @@ def test_prefix_that_ends_within_a_byte_is_the_mixture_of_its_values(model, at):
     time = [tk.TIMESTAMP_ABS, *(tk.BYTE_0 + b for b in at.to_bytes(8, "big"))] if at else []
     values = range(100, 104)
     got = model.rtt(SRC, "198.51.101.0/22", at, src_known="all")
-    log_p = [chain(model, BEFORE + time, told(f"198.51.{b}.0", tk.DST_IPV4, 24)) for b in values]
-    law = law_of_mixture([model.rtt(SRC, f"198.51.{b}.0/24", at, src_known="all") for b in values], np.array(log_p))
-    np.testing.assert_allclose(got.code_probability, law.code_probability, rtol=1e-3, atol=1e-12)
-    assert got.p_fail == pytest.approx(law.p_fail, rel=1e-4)
+    log_p = [chain(model, BEFORE + time, tokens_of(f"198.51.{b}.0", tk.DST_IPV4, 24)) for b in values]
+    distribution = mixture_of(
+        [model.rtt(SRC, f"198.51.{b}.0/24", at, src_known="all") for b in values], np.array(log_p)
+    )
+    np.testing.assert_allclose(got.code_probability, distribution.code_probability, rtol=1e-3, atol=1e-12)
+    assert got.p_fail == pytest.approx(distribution.p_fail, rel=1e-4)
 
-    # Of a source: P(byte) times what the byte makes of the destination that is told.
+    # Of a source: P(byte) times what the byte makes of the destination that is given.
     got = model.rtt("192.0.101.0/22", "198.51.100.7", at, src_known="all")
-    start, dst, log_p, laws = [tk.MEASUREMENT_START], told("198.51.100.7", tk.DST_IPV4), [], []
+    start, dst, log_p, distributions = [tk.MEASUREMENT_START], tokens_of("198.51.100.7", tk.DST_IPV4), [], []
     for b in values:
-        src = told(f"192.0.{b}.0", tk.SRC_IPV4, 24)
+        src = tokens_of(f"192.0.{b}.0", tk.SRC_IPV4, 24)
         log_p.append(chain(model, start + time, src) + chain(model, start + src + time, dst))
-        laws.append(model.rtt(f"192.0.{b}.0/24", "198.51.100.7", at, src_known="all"))
-    law = law_of_mixture(laws, np.array(log_p))
-    np.testing.assert_allclose(got.code_probability, law.code_probability, rtol=1e-3, atol=1e-12)
+        distributions.append(model.rtt(f"192.0.{b}.0/24", "198.51.100.7", at, src_known="all"))
+    distribution = mixture_of(distributions, np.array(log_p))
+    np.testing.assert_allclose(got.code_probability, distribution.code_probability, rtol=1e-3, atol=1e-12)
 
 
 def test_partial_bytes_of_both_ends_and_all_lengths_of_the_source_are_mixed_together(model):
     got = model.rtt("192.0.2.0/23", "198.51.101.0/23")
-    laws, log_p = [], []
+    distributions, log_p = [], []
     shares = {0: 0.1, 8: 0.2, 16: 0.15}
     for bits, share in shares.items():
-        start = [tk.MEASUREMENT_START, *told(SRC, tk.SRC_IPV4, bits)]
-        own = [chain(model, start, told(f"198.51.{d}.0", tk.DST_IPV4, 24)) for d in (100, 101)]
+        start = [tk.MEASUREMENT_START, *tokens_of(SRC, tk.SRC_IPV4, bits)]
+        own = [chain(model, start, tokens_of(f"198.51.{d}.0", tk.DST_IPV4, 24)) for d in (100, 101)]
         log_p += list(np.log(share) + own - np.logaddexp.reduce(own))
-        laws += [model.rtt(f"{SRC}/{bits}", f"198.51.{d}.0/24", src_known="all") for d in (100, 101)]
+        distributions += [model.rtt(f"{SRC}/{bits}", f"198.51.{d}.0/24", src_known="all") for d in (100, 101)]
     both = []
     for s, d in itertools.product((2, 3), (100, 101)):
-        src = told(f"192.0.{s}.0", tk.SRC_IPV4, 24)
-        dst = told(f"198.51.{d}.0", tk.DST_IPV4, 24)
+        src = tokens_of(f"192.0.{s}.0", tk.SRC_IPV4, 24)
+        dst = tokens_of(f"198.51.{d}.0", tk.DST_IPV4, 24)
         both.append(chain(model, [tk.MEASUREMENT_START], src) + chain(model, [tk.MEASUREMENT_START, *src], dst))
-        laws.append(model.rtt(f"192.0.{s}.0/24", f"198.51.{d}.0/24", src_known="all"))
+        distributions.append(model.rtt(f"192.0.{s}.0/24", f"198.51.{d}.0/24", src_known="all"))
     log_p += list(np.log(0.55) + both - np.logaddexp.reduce(both))
-    law = law_of_mixture(laws, np.array(log_p))
-    np.testing.assert_allclose(got.code_probability, law.code_probability, rtol=1e-3, atol=1e-12)
+    distribution = mixture_of(distributions, np.array(log_p))
+    np.testing.assert_allclose(got.code_probability, distribution.code_probability, rtol=1e-3, atol=1e-12)
     assert got.src_weights == pytest.approx({"none": 0.1, "/8": 0.2, "/16": 0.15, "/23": 0.55})
-    # In a batch of questions the others are what they are alone.
+    # In a batch of queries the others are what they are alone.
     queries = [Query.parse(SRC, "198.51.100.7"), Query.parse("192.0.2.0/23", "198.51.101.0/23")]
     one, two = model.rtt_many(queries)
     assert two.median == pytest.approx(got.median) and one.median == pytest.approx(
@@ -254,41 +260,26 @@ def test_partial_bytes_of_both_ends_and_all_lengths_of_the_source_are_mixed_toge
     )
 
 
-def test_source_is_completed_after_its_destination_and_with_nothing_else_told(model):
-    for asked, before in (({"dst": "198.51.100.7"}, told("198.51.100.7", tk.DST_IPV4)), ({}, [])):
-        found = model.complete("192.0.2.0/25", role="src", rtt=5.0, top=3, **asked)
-        start = [tk.MEASUREMENT_START, *before, *rtt_tokens(5.0), *told("192.0.2.0", tk.SRC_IPV4, 24)]
-        law = enumerate_within(model, start, [range(128)])
-        best = sorted(law, key=law.get, reverse=True)[:3]
+def test_source_is_completed_after_its_destination_and_with_nothing_else_given(model):
+    for options, before in (({"dst": "198.51.100.7"}, tokens_of("198.51.100.7", tk.DST_IPV4)), ({}, [])):
+        found = model.complete("192.0.2.0/25", role="src", rtt=5.0, top=3, **options)
+        start = [tk.MEASUREMENT_START, *before, *rtt_tokens(5.0), *tokens_of("192.0.2.0", tk.SRC_IPV4, 24)]
+        distribution = enumerate_within(model, start, [range(128)])
+        best = sorted(distribution, key=distribution.get, reverse=True)[:3]
         assert found.table["src_addr"].to_pylist() == [f"192.0.2.{last}" for (last,) in best]
-        np.testing.assert_allclose(found.table["probability"], [law[key] for key in best], rtol=1e-4)
-
-
-def test_average_over_completions_is_the_mixture_of_the_laws_of_the_addresses(model):
-    prefix = "198.51.100.4/30"
-    law, covered, addresses = model.rtt_by_completion(SRC, prefix, mass=1.0, src_known="all")
-    table = model.complete(prefix, src=SRC, src_known="all").table
-    laws = [model.rtt(SRC, address, src_known="all") for address in table["dst_addr"].to_pylist()]
-    mixed = RTTDistribution.mixture(laws, table["probability"].to_numpy())
-    assert covered == pytest.approx(1) and addresses == 4
-    np.testing.assert_allclose(law.code_probability, mixed.code_probability, rtol=1e-3, atol=1e-12)
-    _, covered, addresses = model.rtt_by_completion(SRC, prefix, mass=0.5, src_known="all")
-    shares = np.cumsum(table["probability"].to_numpy())
-    assert addresses == 1 + int((shares < 0.5).sum()) and covered == pytest.approx(shares[addresses - 1])
-    assert model.rtt_by_completion(SRC, prefix, mass=1.0, most=2).addresses == 2
-    assert 1 <= model.rtt_by_completion(SRC, "0.0.0.0/1", expansions=1, src_known="all").addresses <= 10
+        np.testing.assert_allclose(found.table["probability"], [distribution[key] for key in best], rtol=1e-4)
 
 
 @pytest.mark.parametrize("expansions", [1, 20])
-def test_a_search_cut_short_says_so_and_still_tells_true_probabilities(model, expansions):
-    asked = {"prefix": "198.0.0.0/8", "top": 50, "src_known": "all"}
-    found = model.destinations(SRC, **asked, expansions=expansions)
+def test_a_search_cut_short_says_so_and_still_gives_true_probabilities(model, expansions):
+    options = {"prefix": "198.0.0.0/8", "top": 50, "src_known": "all"}
+    found = model.destinations(SRC, **options, expansions=expansions)
     addresses, p = (found.table.column(i).to_pylist() for i in range(2))
     assert not found.proven and len(set(addresses)) == 50
     for address, probability in zip(addresses, p, strict=True):
-        log_p = chain(model, [*BEFORE, *told("198.0.0.0", tk.DST_IPV4, 8)], told(address, tk.DST_IPV4)[2:])
+        log_p = chain(model, [*BEFORE, *tokens_of("198.0.0.0", tk.DST_IPV4, 8)], tokens_of(address, tk.DST_IPV4)[2:])
         assert probability == pytest.approx(np.exp(log_p), rel=1e-4)
-    true = model.destinations(SRC, **asked).table.to_pylist()
+    true = model.destinations(SRC, **options).table.to_pylist()
     missed = [row["probability"] for row in true if row["dst_addr"] not in addresses]
     assert max(missed, default=0) <= found.bound * (1 + 1e-4)
     within = model.destinations(SRC, prefix="198.51.0.0/16", rtt_max=3.0, top=3, expansions=1, src_known="all")
@@ -308,13 +299,13 @@ def test_more_context_than_fits_leaves_room_for_result_and_address(model):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({"rtt": 5.0, "rtt_max": 9.0}, "not both"),
         ({"rtt": -5.0}, "rtt=-5.0 must be a finite number of ms"),
         ({"rtt": float("nan")}, "rtt=nan must be a finite number"),
         ({"rtt_max": float("inf")}, "rtt_max=inf must be a finite number"),
-        ({"rtt_max": 0.0}, "no RTT is told below"),
+        ({"rtt_max": 0.0}, "knows no RTT below"),
         ({"top": 0}, "top=0 must be at least 1"),
         ({"prefix": "2001:db8::/32", "families": ("ipv4",)}, "no address of ipv4 lies in 2001:db8::/32"),
         ({"families": ()}, "must be one or both of ipv4, ipv6"),
@@ -323,27 +314,25 @@ def test_more_context_than_fits_leaves_room_for_result_and_address(model):
         ({"src_known": "some"}, "src_known='some'"),
     ],
 )
-def test_bad_questions_for_destinations_are_one_clear_error(model, asked, message):
+def test_bad_queries_for_destinations_are_one_clear_error(model, options, message):
     with pytest.raises(ValueError, match=r".") as error:
-        model.destinations(SRC, **asked)
+        model.destinations(SRC, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("question", "message"),
+    ("query", "message"),
     [
-        (lambda m: m.destinations(None), "tell the source"),
+        (lambda m: m.destinations(None), "give the source"),
         (lambda m: m.complete("192.0.2.1"), "is a whole address; give a prefix like 192.0.2.1/16"),
         (lambda m: m.complete("192.0.2.0/24", role="to"), "role='to' must be dst or src"),
         (lambda m: m.complete("192.0.2.0/24", dst="192.0.2.1"), "is the dst that is completed"),
         (lambda m: m.complete("192.0.2.0/24", context=CONTEXT), "a context is of one source"),
-        (lambda m: m.rtt_by_completion(SRC, "192.0.2.1"), "is a whole address"),
-        (lambda m: m.rtt_by_completion(SRC, "192.0.2.0/24", mass=0), "mass=0 must be a share"),
     ],
 )
-def test_bad_questions_for_completions_are_one_clear_error(model, question, message):
+def test_bad_queries_for_completions_are_one_clear_error(model, query, message):
     with pytest.raises(ValueError, match=r".") as error:
-        question(model)
+        query(model)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -352,9 +341,9 @@ def test_endpoint_covers_what_its_network_does(address, data):
     bits = data.draw(st.integers(0, address.max_prefixlen))
     end = Endpoint.parse(f"{address}/{bits}")
     network = ipaddress.ip_network(f"{address}/{bits}", strict=False)
-    assert end.told_bits == bits
+    assert end.known_bits == bits
     assert str(end) == (str(network) if bits < address.max_prefixlen else str(network.network_address))
     others = [address, *(type(address)(int(address) ^ (1 << i)) for i in range(address.max_prefixlen))]
     packed = np.stack([np.frombuffer(pack_address(str(other)), np.uint8) for other in others])
     assert end.covers(packed).tolist() == [other in network for other in others]
-    assert dataclasses.replace(end).cut(end.told_bytes + 1) == end and not end.cut(end.told_bytes).extra_bits
+    assert dataclasses.replace(end).cut(end.known_bytes + 1) == end and not end.cut(end.known_bytes).extra_bits

@@ -9,16 +9,17 @@ import pytest
 import torch
 from training_runs import make_batches, make_config, val_windows, write_config
 
-import ping_llm.inference.predictor as predictor
+import ping_llm.inference.mixture as mixture
 import ping_llm.training.trainer as trainer
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from ping_llm.data.rows import RowReader
 from ping_llm.data.tokenization import encode_rtt
 from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration
 from ping_llm.inference.engine import ReadContexts
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.mixture import source_log_prob
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint
-from ping_llm.inference.scoring import own_p_values, source_log_prob
+from ping_llm.inference.score import own_p_values
 from ping_llm.model.gpt import GPT
 from ping_llm.training.calibration import calibrate, log_likelihoods, mixture_weights, sample_results
 from ping_llm.training.trainer import Feed, train
@@ -107,15 +108,15 @@ def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt
 
 @pytest.mark.parametrize("best", ["none", "/16", "all"])
 def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, monkeypatch, best):
-    read = predictor.read_contexts
+    read = mixture.read_contexts
     model = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": SHARES}))
     likelihood = np.where(np.array(list(SHARES)) == best, -3.0, -6.0)  # known lengths come in this order
 
-    def with_likelihood(gpt, contexts) -> ReadContexts:
+    def with_likelihood(reader, contexts) -> ReadContexts:
         assert len(contexts) == len(SHARES)
-        return dataclasses.replace(read(gpt, contexts), log_likelihood=likelihood)
+        return dataclasses.replace(read(reader, contexts), log_likelihood=likelihood)
 
-    monkeypatch.setattr(predictor, "read_contexts", with_likelihood)
+    monkeypatch.setattr(mixture, "read_contexts", with_likelihood)
     distribution = model.rtt("192.0.2.1", "198.51.100.7", context=PAST)
     posterior = np.array(list(SHARES.values())) * np.exp(likelihood)
     assert list(distribution.src_weights.values()) == pytest.approx(posterior / posterior.sum(), rel=1e-3)
@@ -125,7 +126,7 @@ def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, m
 def test_likelihoods_are_those_of_the_answers(gpt, config):
     queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), 40, np.random.default_rng(0))
     chosen = [i for i, query in enumerate(queries) if query.src.width == 4][:6]
-    names, log_p = log_likelihoods(gpt, [queries[i] for i in chosen], rtt_ms[chosen])
+    names, log_p = log_likelihoods(PingModel(gpt, torch.device("cpu")), [queries[i] for i in chosen], rtt_ms[chosen])
     assert names == list(SHARES) and log_p.shape == (len(chosen), 5)
     model, alone = PingModel(gpt, torch.device("cpu"), least_mass=0.0), np.empty_like(log_p)
     for line, i in zip(alone, chosen, strict=True):
@@ -151,7 +152,7 @@ def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
     assert all((query.context.time_s <= query.time_s).all() for query in queries if len(query.context))
     assert all(query.src.covers(query.context.src).all() for query in queries if len(query.context))
     without = dataclasses.replace(calibration, surprise=())
-    distributions = next(PingModel(gpt, torch.device("cpu"), without).laws(queries[::5]))
+    distributions = next(PingModel(gpt, torch.device("cpu"), without).distributions(queries[::5]))
     assert sorted(own_p_values(distributions, rtt_ms[::5])) == pytest.approx(calibration.surprise, rel=1e-4)
 
 

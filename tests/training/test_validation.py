@@ -15,7 +15,7 @@ from training_runs import MODEL, metrics, write_config
 
 from ping_llm.config import Config, DataConfig, TrainConfig, load_config
 from ping_llm.data.rows import RowReader
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.model.gpt import GPT
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective

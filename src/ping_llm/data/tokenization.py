@@ -13,12 +13,13 @@ Bytes are tokens 11–266, most significant first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
-from ping_llm.data.measurement import is_ipv4
+from ping_llm.data.measurement import FAILED_RTT_MS, IPV4_MAPPED_PREFIX, format_address, is_ipv4
 
 (
     MEASUREMENT_START,
@@ -194,3 +195,38 @@ def token_name(token: int) -> str:
     if 0 <= token < BYTE_0:
         return ROLE_NAMES[token]
     return f"0x{token - BYTE_0:02x}" if BYTE_0 <= token < VOCAB_SIZE else f"{token}, which is no token"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One measurement. Addresses are prefixes: text with the unknown bytes 0, and the number of known bits."""
+
+    src: str
+    src_bits: int
+    dst: str
+    dst_bits: int
+    rtt_ms: float  # −1 = failed
+    time_s: int | None
+
+
+def decode(tokens: Sequence[int]) -> list[Decoded]:
+    """The measurements of a window that follows the grammar, which is not checked."""
+    window, clock, decoded = np.asarray(tokens), 0, []
+    for measurement in np.split(window, np.flatnonzero(window == MEASUREMENT_START)[1:]):
+        roles = np.flatnonzero(measurement < BYTE_0)
+        values = {
+            int(measurement[begin]): bytes((measurement[begin + 1 : end] - BYTE_0).astype(np.uint8))
+            for begin, end in pairwise([*roles.tolist(), len(measurement)])
+        }
+        timed = [int.from_bytes(values[role], "big") for role in _TIME_BYTES if role in values]
+        clock += sum(timed)
+        ends = [_prefix(role, values[role]) for role in (SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6) if role in values]
+        code = values.get(RTT_START)
+        rtt_ms = FAILED_RTT_MS if code is None else float(decode_rtt(int.from_bytes(code, "big")))
+        decoded.append(Decoded(*ends[0], *ends[1], rtt_ms, clock if timed else None))
+    return decoded
+
+
+def _prefix(role: int, value: bytes) -> tuple[str, int]:
+    width, lead = (4, IPV4_MAPPED_PREFIX) if role in (SRC_IPV4, DST_IPV4) else (16, b"")
+    return format_address(lead + value.ljust(width, b"\0")), 8 * len(value)

@@ -14,7 +14,7 @@ from ping_llm.eval.columns import Queries
 from ping_llm.eval.model import LARGEST_NLL, model_queries, open_queries, records
 from ping_llm.eval.options import PartOptions
 from ping_llm.eval.report import print_lines
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 
 PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
@@ -37,7 +37,7 @@ def score_queries(
 ) -> dict[str, float]:
     """Means over n queries and their answers (n,): NLL and CRPS in log-ms, median relative error, P(fail)."""
     scores, done = [], 0
-    for found in model.laws(queries, src_known):
+    for found in model.distributions(queries, src_known):
         observed = rtt_ms[done : done + len(found)]
         nll = np.minimum(-found.log_density(observed), LARGEST_NLL)
         error = np.where(observed > 0, np.abs(found.median / np.maximum(observed, 1e-3) - 1), np.nan)

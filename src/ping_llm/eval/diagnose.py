@@ -20,7 +20,7 @@ from ping_llm.eval.model import model_queries, open_queries, records
 from ping_llm.eval.options import DIAGNOSE_QUERIES, EvalOptions
 from ping_llm.eval.queries import SplitQueries, draw_val
 from ping_llm.eval.tokens import colored, part_windows, score_tokens
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 
 WINDOWS, QUICK_WINDOWS = 256, 32
 MEASUREMENTS, QUICK_MEASUREMENTS = 1_000, 100
@@ -161,7 +161,7 @@ def examples(split: SplitQueries, model: PingModel, baseline: Baseline) -> list[
     if not len(queries):
         return []
     simple = baseline.predict(queries.view()).distributions
-    batches, shown = model.laws(model_queries(queries)), []
+    batches, shown = model.distributions(model_queries(queries)), []
     found = [batch[i] for batch in batches for i in range(len(batch))]
     for i, (one, ping) in enumerate(zip(found, records(queries), strict=True)):
         other = simple.take(slice(i, i + 1))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ping_llm.eval.options import EvalOptions
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 
 _REPLY = re.compile(r"icmp_seq=(\d+) .*?time[=<]([\d.]+) ?ms")
 _SENT = re.compile(r"(\d+) packets transmitted")

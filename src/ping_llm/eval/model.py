@@ -17,7 +17,7 @@ from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.options import EvalOptions, PartOptions
 from ping_llm.eval.queries import SplitQueries
 from ping_llm.inference.context import Context
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 
 TRUE_DISTRIBUTION = "true distribution"
@@ -56,7 +56,7 @@ class ModelMethod:
         order = np.lexsort((table.time_s[queries.rows], queries.probe))  # neighbours share their context
         columns = {name: np.empty(len(queries)) for name in ("p_fail", "nll_nats", "crps_log", "pit")}
         quantiles_ms, done = np.empty((len(queries), len(QUANTILE_LEVELS))), 0
-        for found in self.model.laws(model_queries(queries.take(order)), self.src_known):
+        for found in self.model.distributions(model_queries(queries.take(order)), self.src_known):
             rows = order[done : done + len(found)]
             with np.errstate(invalid="ignore"):
                 columns["nll_nats"][rows] = np.minimum(-found.log_density(rtt_ms[rows]), LARGEST_NLL)

@@ -14,7 +14,7 @@ from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, ROLE_NAMES
 from ping_llm.eval.options import EvalOptions
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.model import PingModel
 from ping_llm.model.checkpoint import load_model
 from ping_llm.model.loss import token_fields
 

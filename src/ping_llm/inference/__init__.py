@@ -1,4 +1,4 @@
-"""Checkpoints and questions in, exact distributions out.
+"""Checkpoints and queries in, exact distributions of RTT out.
 
-Read in order: distribution, query, predictor; then what shows their answers: plots, commands.
+Read in order: distribution, query, prompt, engine, mixture; then what uses them: search, score, rank, generate; model, cli.
 """

@@ -1,4 +1,4 @@
-"""What a model's answers on val say of how to read its other answers: in and out as a small file of the run folder."""
+"""Answers of a model on val in, how to weigh and judge its other answers out; kept as a small file of the run folder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ping_llm.inference.query import Endpoint, told_name
+from ping_llm.inference.query import Endpoint, known_name
 from ping_llm.system.files import write_atomically
 
 CALIBRATION_NAME = "calibration.json"
-LEAST_SHARE = 0.001  # of every told length: a context may still speak for it
+LEAST_SHARE = 0.001  # of every known length: a context may still speak for it
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Fitted on val; without it, questions without context are answered with all of the source told.
+    """Fitted on val; without it, queries without context are answered with all of the source known.
 
-    `src_weights[family][told]` is the share in which the answers under each told length of the source, without context,
-    are best mixed; family is ipv4 or ipv6, told is none, a prefix length like /16, or all. `surprise` holds ascending
-    values of the model's own p-value of the results of val: a right model's are uniform. Val holds no sources that training
-    has not shown, so its shares say nothing of new ones, which `familiar[family]` tells apart: log P(address of the source)
-    that 95 % of the results of val exceed.
+    `src_weights[family][known]` is the share in which the answers under each known length of the source, without context,
+    are best mixed; family is ipv4 or ipv6, known is none, a prefix length like /16, or all. `surprise` holds ascending
+    values of the model's own p-value of the results of val: those of a right model are uniform. All sources of val are in
+    the training data too, so these shares do not hold for new sources. `familiar[family]` recognises those: it is the
+    log P(address of the source) that 95 % of the results of val exceed.
     """
 
     src_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -55,14 +55,14 @@ class Calibration:
         familiar = self.familiar.get(_family(src))
         return 0.0 if familiar is None else 1 / (1 + math.exp(min(log_p - familiar, 700.0)))
 
-    def log_weights(self, told: Sequence[Endpoint], novelty: float = 0.0) -> np.ndarray:
-        """Logarithm of how much the answers under each told length of one source count before any context is read, (L,).
+    def log_weights(self, known: Sequence[Endpoint], novelty: float = 0.0) -> np.ndarray:
+        """Logarithm of the weight of each known length of one source before any context is read, (L,).
 
         The shortest comes first; the longest stands for all that are longer too. Of a novel source the shortest counts: what
         a model says of an address that it never saw is worse than what it says of any source.
         """
-        weights = self.src_weights.get(_family(told[0]), {})
-        shares = np.array([weights.get(told_name(src), 0.0) for src in told])
+        weights = self.src_weights.get(_family(known[0]), {})
+        shares = np.array([weights.get(known_name(src), 0.0) for src in known])
         shares[-1] = max(1 - shares[:-1].sum(), 0.0)
         shares *= 1 - novelty
         shares[0] += novelty

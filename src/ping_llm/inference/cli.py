@@ -1,26 +1,29 @@
-"""The command line of `ping-llm inference` in, calls of commands.py out. What `--help` shows stands here.
+"""The command line of `ping-llm inference` in, answers on the terminal or in files out.
 
-Nothing heavy is imported before the options are parsed, so that `--help` answers at once.
+The signature of each command is what `--help` shows. Nothing heavy is imported before the options are parsed, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
-    from ping_llm.inference.predictor import PingModel
+    from ping_llm.inference.model import PingModel
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Several = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]  # --dst A B --dst C
+_BAD_ROWS = 3  # exit code
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model that is asked."""
+    """The model that answers."""
 
     model: Path
     """Run folder of a trained model."""
@@ -31,22 +34,28 @@ class ModelOptions:
 
     def load(self) -> PingModel:
         """Reads the best checkpoint."""
-        from ping_llm.inference.predictor import PingModel
+        from ping_llm.inference.model import PingModel
 
         return PingModel.load(self.model, self.device, self.precision)
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known beside the two ends of a ping."""
+    """What is known beside source and destination of a ping."""
 
     at: str = ""
-    """Time of the ping, ISO 8601 (UTC if it names no zone). If absent, any time, and those of the context are not told."""
+    """Time of the ping, ISO 8601 (UTC if it names no zone). If absent, any time, and those of the context are left out."""
     context: Path | None = None
     """Earlier measurements of the source (.parquet, .csv, .json, .jsonl): src_addr, dst_addr, rtt, event_time."""
     src_known: str = "auto"
-    """How much of the source is told: all, none, a prefix length, or auto: several, weighted by how well each
+    """How much of the source is known: all, none, a prefix length, or auto: several, weighted by how well each
     explains the context."""
+
+    def read(self) -> dict[str, Any]:
+        """The same, as the methods of PingModel take it."""
+        from ping_llm.inference.files import read_context
+
+        return {"at": self.at or None, "context": read_context(self.context), "src_known": self.src_known}
 
 
 Model = tyro.conf.OmitArgPrefixes[ModelOptions]
@@ -59,37 +68,55 @@ def rtt(
     src: str = "",
     dst: Several = (),
     dst_prefix: Several = (),
-    cross_check: Flag = False,
     json: Flag = False,
     plot: Path | None = None,
     truth: Path | None = None,
 ) -> None:
-    """The law of the RTT between two hosts, exactly; between one and any other, if only one is told.
+    """The distribution of the RTT between two hosts, exactly; of one with any other, if only one is given.
 
     Args:
         src: source address, or a prefix such as 192.0.2.0/24.
         dst: destination address or prefix; several are answered side by side.
         dst_prefix: destination prefix such as 198.51.0.0/16.
-        cross_check: answer a prefix also by the average over its likeliest addresses.
         json: print one JSON object; a list of them for several destinations.
         plot: draw the densities to this image file.
-        truth: truth.json of a synthetic dump: its law is drawn, or printed, beside the answer.
+        truth: truth.json of a synthetic dump: the true distribution is drawn, or printed, beside the answer.
     """
-    from ping_llm.inference import commands
-
-    destinations = [address for group in dst + dst_prefix for address in group]
+    destinations: list[str | None] = [address for group in dst + dst_prefix for address in group]
     if not src and not destinations:
         raise ValueError("give --src ADDRESS, --dst ADDRESS (or --dst-prefix PREFIX/LENGTH), or both")
-    commands.rtt(model, known, src or None, destinations or [None], cross_check, json, plot, truth)
+    if truth and (len(destinations) != 1 or not src):
+        raise ValueError("--truth is the distribution between two hosts; give one --src and one --dst")
+    if len(set(destinations)) < len(destinations):
+        raise ValueError("a destination is given twice; give each once")
+    from ping_llm.data.synthetic.truth import Truth
+    from ping_llm.data.times import parse_time
+    from ping_llm.inference.context import Context
+    from ping_llm.inference.files import print_distributions, print_json
+    from ping_llm.inference.query import Query
+
+    given = known.read()
+    context = Context.parse(given["context"])
+    queries = [Query.parse(src or None, to, given["at"], context) for to in destinations or [None]]
+    time_s = parse_time(known.at) if known.at else None
+    true = Truth.load(truth).rtt_distribution(src, destinations[0], time_s) if truth and destinations[0] else None
+    found = model.load().rtt_many(queries, known.src_known)
+    names = [to or "anywhere" for to in destinations or [None]]
+    shown = dict(zip(names if len(names) > 1 else ["model"], found, strict=True))
+    if json:
+        answers = [one.to_dict() | {"context_given": len(context)} for one in found]
+        several = [{"dst": name} | answer for name, answer in zip(names, answers, strict=True)]
+        print_json(several if len(answers) > 1 else answers[0])
+    else:
+        print_distributions(shown, f"RTT {src or 'anywhere'} → {', '.join(names)}", true, len(context))
+    if plot:
+        from ping_llm.inference.plots import plot_rtt
+
+        to = names[0] if len(names) == 1 else f"{len(names)} destinations"
+        plot_rtt(shown, plot, f"{src or 'anywhere'} → {to}" + (f" at {known.at}" if known.at else ""), true)
 
 
-def batch(
-    model: Model,
-    input: Path,
-    output: Path,
-    context: Path | None = None,
-    src_known: str = "auto",
-) -> int:
+def batch(model: Model, input: Path, output: Path, context: Path | None = None, src_known: str = "auto") -> int:
     """Answer a table of queries, row for row. Exit code 3 if some rows could not be answered; these say why.
 
     Args:
@@ -98,11 +125,22 @@ def batch(
         output: answers, in the order of the queries (by the suffix; - is standard output).
         context: earlier measurements: src_addr, dst_addr, rtt, event_time, query_id. Without query_id, a row is context of
             every later query of its source.
-        src_known: how much of the sources is told: all, none, a prefix length, or auto.
+        src_known: how much of the sources is known: all, none, a prefix length, or auto.
     """
-    from ping_llm.inference import commands
+    from ping_llm.inference.batch import answer_table
+    from ping_llm.inference.files import check_output, read_context, read_input, write_table
+    from ping_llm.system.progress import show_progress
 
-    return commands.batch(model, input, output, context, src_known)
+    check_output(output)
+    queries, suffix = read_input(input)
+    earlier, reader = read_context(context), model.load()
+    with show_progress("answer", queries.num_rows, "queries") as advance:
+        answers = answer_table(reader, queries, earlier, src_known, advance)
+    write_table(answers, output, suffix)
+    bad = answers.num_rows - answers.column("error").null_count if "error" in answers.column_names else 0
+    if bad:
+        print(f"warning: {bad:,} of {answers.num_rows:,} queries are bad; their column error says why", file=sys.stderr)
+    return _BAD_ROWS if bad else 0
 
 
 def dst(
@@ -127,19 +165,21 @@ def dst(
         output: write the table to this file (.parquet, .csv, .json, .jsonl; - is standard output).
         json: print one JSON object.
     """
-    from ping_llm.inference import commands
+    from ping_llm.inference.files import check_output, show
 
-    commands.dst(model, known, src, rtt, rtt_max, prefix or None, top, output, json)
+    check_output(output)
+    given = {"rtt": rtt, "rtt_max": rtt_max, "prefix": prefix or None, "top": top, **known.read()}
+    found = model.load().destinations(src, **given)
+    proof = "none that is left is likelier" if found.proven else f"one that is left may have {found.bound:.2%}"
+    note = f"together {found.covered:.2%}; {proof}"
+    more = {"covered": found.covered, "bound": found.bound, "proven": found.proven}
+    if found.p_within is not None:
+        note += f"; P(RTT ≤ {rtt_max:g} ms) of all {found.p_within:.2%}"
+        more["p_within"] = found.p_within
+    show(found.table, f"destinations of {src}", output, json, note, **more)
 
 
-def rank(
-    model: Model,
-    known: Known,
-    src: str,
-    dst: Several,
-    output: Path | None = None,
-    json: Flag = False,
-) -> None:
+def rank(model: Model, known: Known, src: str, dst: Several, output: Path | None = None, json: Flag = False) -> None:
     """Which of several destinations is nearest: the probability of each to answer first.
 
     Args:
@@ -148,9 +188,15 @@ def rank(
         output: write the table to this file (.parquet, .csv, .json, .jsonl; - is standard output).
         json: print one JSON object.
     """
-    from ping_llm.inference import commands
+    from ping_llm.inference.files import check_output, show
 
-    commands.rank(model, known, src, [address for group in dst for address in group], output, json)
+    check_output(output)
+    candidates = [address for group in dst for address in group]
+    if not candidates:
+        raise ValueError("no candidates to rank; give at least one with --dst ADDRESS …")
+    ranking = model.load().rank(src, candidates, **known.read())
+    note = f"P(none answers) {ranking.p_none:.4%}"
+    show(ranking.table, f"nearest to {src}", output, json, note, p_none=ranking.p_none)
 
 
 def sample(
@@ -184,10 +230,17 @@ def sample(
         output: write the table to this file (.parquet, .csv, .json, .jsonl; - is standard output).
         json: print one JSON object.
     """
-    from ping_llm.inference import commands
+    from ping_llm.inference.files import check_output, show
+    from ping_llm.inference.generate import format_measurements, prompt_of
 
+    check_output(output)
+    prompt = prompt_of(src, dst, at)
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    commands.sample(model, (src, dst, at), output, json, count=count, measurements=measurements, **drawn)
+    table = model.load().generate(count, prompt_tokens=prompt, measurements=measurements, **drawn)
+    if output is None and not json:
+        print(format_measurements(table))
+    else:
+        show(table, "", output, json)
 
 
 def score(
@@ -206,15 +259,29 @@ def score(
         input: measurements: a table (.parquet, .csv, .json, .jsonl; - is standard input) of src_addr, dst_addr, rtt,
             event_time; or an Atlas dump, a folder of dumps, or of rows.
         output: write all of them, scored, to this file (.parquet, .csv, .json, .jsonl; - is standard output).
-        history: earlier measurements of the same source that the model is told.
+        history: earlier measurements of the same source that are its context.
         anomaly_at: mark those whose p-value is at most this.
-        src_known: how much of the sources is told: all, none, a prefix length, or auto.
+        src_known: how much of the sources is known: all, none, a prefix length, or auto.
         top: the most surprising ones are shown, so many.
         json: print one JSON object.
     """
-    from ping_llm.inference import commands
+    import pyarrow.compute as pc
 
-    commands.score(model, input, output, history, anomaly_at, src_known, top, json)
+    from ping_llm.inference.files import check_output, read_measurements, show, write_table
+
+    check_output(output)
+    if top < 1:
+        raise ValueError(f"--top {top} must be at least 1")
+    table = read_measurements(input)
+    scored = model.load().score(table, history=history, src_known=src_known, anomaly_at=anomaly_at)
+    if output is not None:
+        return write_table(scored, output)
+    total = {"measurements": scored.num_rows, "mean_nll_nats": pc.mean(scored.column("nll_nats")).as_py()}
+    if anomaly_at is not None:
+        total["anomalies"] = pc.sum(scored.column("anomaly")).as_py() or 0
+    likeliest_last = scored.take(pc.sort_indices(scored, [("p_value", "ascending"), ("nll_nats", "descending")]))
+    note = ", ".join(f"{name} {value:,.6g}" for name, value in total.items())
+    show(likeliest_last.slice(0, top), "the most surprising measurements", None, json, note, **total)
 
 
 COMMANDS = {"rtt": rtt, "batch": batch, "dst": dst, "rank": rank, "sample": sample, "score": score}

@@ -1,31 +1,31 @@
-"""Earlier measurements of a source as a user gives them in, columns out."""
+"""Tables of measurements in, their checked columns out. Addresses, RTTs and times are parsed here and nowhere else."""
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.measurement import ADDRESS_BYTES, pack_addresses
+from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, pack_address
+from ping_llm.data.times import parse_time
 
-LAST_TIME_S = 253_402_300_799
-"""9999-12-31T23:59:59Z: later times cannot be shown."""
+Errors = dict[int, str]
+"""What is wrong, by row."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Earlier measurements of one source, in time order where times are known."""
+    """Columns of measurements; as the context of a query, of one source and in time order where times are known."""
 
     src: np.ndarray  # (n, 16) uint8
     dst: np.ndarray  # (n, 16) uint8
-    rtt_ms: np.ndarray  # (n,) float64
+    rtt_ms: np.ndarray  # (n,) float64, −1 = failed
     time_s: np.ndarray | None  # (n,) int64
 
     def __len__(self) -> int:
@@ -33,28 +33,16 @@ class Context:
 
     @classmethod
     def parse(cls, measurements: object) -> Context:
-        """Takes a table (see `as_table`) or None, of src_addr, dst_addr, rtt (ms, −1 = failed) and maybe event_time.
+        """The context that a table (see `columns_of`) holds; None holds none.
 
-        ValueError names the row that is wrong. Measurements out of time order are put in order, with a warning.
+        Measurements out of time order are put in order, with a warning.
         """
-        table = None if measurements is None else as_table(measurements)
-        if table is None or not table.num_rows:
-            nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
-            return cls(nothing, nothing, np.zeros(0), None)
-        for column in ("src_addr", "dst_addr", "rtt"):
-            if column not in table.column_names:
-                raise ValueError(f"the context has no column {column}; it has {', '.join(table.column_names)}")
-        src, dst = (_addresses(table.column(name).to_pylist()) for name in ("src_addr", "dst_addr"))
-        rtt_ms = np.array([_number(value) for value in table.column("rtt").to_pylist()])
-        wrong = ~np.isfinite(rtt_ms) | ((rtt_ms < 0) & (rtt_ms != -1))
-        if wrong.any():
-            raise ValueError(f"context row {wrong.argmax() + 1}: rtt must be ms, or −1 for a failed ping")
-        if "event_time" not in table.column_names:
-            return cls(src, dst, rtt_ms, None)
-        time_s = parse_times(table.column("event_time"))
-        if (np.diff(time_s) < 0).any():
+        context = columns_of([] if measurements is None else measurements, "the context", "context row")
+        if context.time_s is None:
+            return context
+        if (np.diff(context.time_s) < 0).any():
             log.warning("the context is not in the order of event_time; it was put in order")
-        return cls(src, dst, rtt_ms, time_s).take(np.argsort(time_s, kind="stable"))
+        return context.take(np.argsort(context.time_s, kind="stable"))
 
     @classmethod
     def of_measurements(cls, table: pa.Table | None) -> Context:
@@ -73,6 +61,57 @@ class Context:
         return Context(self.src[rows], self.dst[rows], self.rtt_ms[rows], time_s)
 
 
+def columns_of(measurements: object, what: str = "the table", row_name: str = "row") -> Context:
+    """The columns of a table (see `as_table`), in its order: src_addr, dst_addr, rtt (ms, −1 = failed), maybe event_time.
+
+    They may be of several sources. ValueError names the column of `what`, or the row, as `row_name`, that is wrong.
+    """
+    table = as_table(measurements)
+    if not table.num_rows:
+        nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
+        return Context(nothing, nothing, np.zeros(0), None)
+    for name in ("src_addr", "dst_addr", "rtt"):
+        if name not in table.column_names:
+            raise ValueError(f"{what} has no column {name}; it has {', '.join(table.column_names)}")
+    parsers: dict[str, Callable[[Any], Any]] = {"src_addr": _packed, "dst_addr": _packed, "rtt": _result_ms}
+    parsers |= {"event_time": parse_time} if "event_time" in table.column_names else {}
+    columns = []
+    for name, parse in parsers.items():
+        values, errors = parse_column(table.column(name), parse)
+        for row, error in errors.items():
+            raise ValueError(f"{row_name} {row + 1}: {error}")
+        columns.append(np.array(values))
+    src, dst, rtt_ms, *time_s = columns
+    return Context(src, dst, rtt_ms.astype(np.float64), time_s[0].astype(np.int64) if time_s else None)
+
+
+def parse_column(column: pa.ChunkedArray, parse: Callable[[Any], Any]) -> tuple[list[Any], Errors]:
+    """`parse` of every row, each distinct value parsed once; None, and an error, where that is a ValueError."""
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)  # Python knows no nanoseconds
+    values = column.to_pylist()
+    values = list(map(str, values)) if pa.types.is_nested(column.type) else values
+    parsed: dict[Any, Any] = {}
+    for value in set(values):
+        try:
+            parsed[value] = parse(value)
+        except ValueError as error:
+            parsed[value] = error
+    found = [parsed[value] for value in values]
+    errors = {row: str(value) for row, value in enumerate(found) if isinstance(value, ValueError)}
+    return [None if isinstance(value, ValueError) else value for value in found] if errors else found, errors
+
+
+def optional_rtt_ms(value: object) -> float:
+    """An RTT in ms, −1 = failed, NaN = not given; ValueError if it is neither."""
+    return float("nan") if value is None or value == "" else _result_ms(value)
+
+
+def optional_time_s(value: object) -> int | None:
+    """Unix seconds, None if not given; ValueError if it is no time."""
+    return None if value is None or value == "" or value != value else parse_time(value)  # NaN is no time
+
+
 def as_table(table: object) -> pa.Table:
     """A table of Arrow, pandas or whatever else hands out Arrow data; records, or columns, as dicts; ValueError if none."""
     if isinstance(table, pa.Table):
@@ -86,60 +125,17 @@ def as_table(table: object) -> pa.Table:
         raise ValueError(f"a {type(table).__name__} is no table ({reason}); pass one of Arrow or pandas") from None
 
 
-def parse_time(value: dt.datetime | dt.date | str | float) -> int:
-    """Unix seconds of a datetime, a date (its first second), ISO 8601 text or a number; without a zone it is UTC."""
-    if isinstance(value, str):
-        try:
-            value = dt.datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError(f"{value!r} is not a time; write it like 2026-01-31T12:00:00Z") from None
-    if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
-        value = dt.datetime.combine(value, dt.time())
-    if isinstance(value, dt.datetime):
-        value = (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).timestamp()
-    if not isinstance(value, int | float) or not 0 <= value <= LAST_TIME_S:
-        raise ValueError(f"{value!r} is not a time in seconds between 1970 and 9999; of milliseconds give a thousandth")
-    return int(value)
+def _packed(text: object) -> np.ndarray:
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is not an IPv4 or IPv6 address")
+    return np.frombuffer(pack_address(text), dtype=np.uint8)
 
 
-def parse_times(column: pa.ChunkedArray) -> np.ndarray:
-    """Unix seconds of a column of times, (n,) int64: `parse_time` of each; ValueError names the first that is none."""
-    if pa.types.is_integer(column.type) and not column.null_count:
-        time_s = column.to_numpy().astype(np.int64)
-        for value in (time_s.min(), time_s.max()):
-            parse_time(int(value))
-        return time_s
-    return np.array([parse_time(value) for value in column.to_pylist()], dtype=np.int64)
-
-
-def read_table(path: Path | str) -> pa.Table:
-    """A table of measurements or queries from .parquet, .csv, .json or .jsonl."""
-    import duckdb
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    readers = {".parquet": "read_parquet", ".csv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise ValueError(f"{path}: a table must be .parquet, .csv, .json or .jsonl")
+def _result_ms(value: Any) -> float:
     try:
-        return duckdb.connect().sql(f"SELECT * FROM {reader}($path)", params={"path": str(path)}).to_arrow_table()
-    except duckdb.Error as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _number(value: object) -> float:
-    """NaN for what is none."""
-    try:
-        return float(value)
+        rtt_ms = float(value)
     except (TypeError, ValueError):
-        return float("nan")
-
-
-def _addresses(texts: list[str]) -> np.ndarray:
-    packed, valid = pack_addresses(texts)
-    if not valid.all():
-        row = int((~valid).argmax())
-        raise ValueError(f"context row {row + 1}: {texts[row]!r} is not an IPv4 or IPv6 address")
-    return packed
+        rtt_ms = float("nan")
+    if not (0 <= rtt_ms < float("inf") or rtt_ms == FAILED_RTT_MS):
+        raise ValueError(f"rtt {value!r} must be ms, or −1 for a failed ping")
+    return rtt_ms

@@ -1,28 +1,78 @@
-"""Prompts in, exact laws of their results out: a pass over the prompts, and one over the first bytes that matter.
+"""Prompts in, exact distributions of their results out: every forward pass of a query is made here or in search.py.
 
 A prompt ends where its result comes next. One pass gives P(FAILED), P(RTT_START) and P(byte 1); a second runs the values of
 byte 1 side by side over the same cache and gives P(byte 2 | byte 1). That is the probability of every possible result;
-nothing is sampled. Values of byte 1 of hardly any probability are left out of the second pass, and told so.
+nothing is sampled. Values of byte 1 of hardly any probability are left out of the second pass, which the answer reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ping_llm.data import tokenization as tk
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.prompt import Prompt
+from ping_llm.data.measurement import IPV4_MAPPED_PREFIX
+from ping_llm.inference.calibration import Calibration
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.grammar import Grammar, follow
+from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, Prompt, byte_tokens
 from ping_llm.model.gpt import GPT, KVCache, sibling_mask
 
 LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""
 SECOND_PASS_PROMPTS = 16  # prompts whose second bytes are computed together: they follow about as many values of byte 1
+_LINES = 256  # token sequences read together
 _BYTES = slice(tk.BYTE_0, tk.VOCAB_SIZE)
+_RESULTS = (tk.RTT_START, tk.FAILED)
+_TIMES = (tk.TIMESTAMP_ABS, tk.TIMESTAMP_DELTA1, tk.TIMESTAMP_DELTA4)
+_KIND = np.arange(tk.VOCAB_SIZE)
+for _tokens in (DST_ROLES, SRC_ROLES, _RESULTS, _TIMES, range(tk.BYTE_0, tk.VOCAB_SIZE)):
+    _KIND[list(_tokens)] = _tokens[0]
+SAME_KIND = _KIND[:, None] == _KIND
+"""Which tokens could stand in place of each, (V, V): the roles of the same field, or the bytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A trained model and how to run it.
+
+    Values of byte 1 of an RTT less likely than `least_mass` are not followed; 0 computes all 65,536 codes.
+    """
+
+    gpt: GPT
+    device: torch.device
+    calibration: Calibration = field(default_factory=Calibration)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    least_mass: float = LEAST_MASS
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={self.precision!r} must be fp32 or bf16")
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens that the model reads at most."""
+        return self.gpt.config.seq_len
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        """The precision of the forward passes, as a context; fp32 leaves that of the caller."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def pad(self, lines: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Token sequences as one (B, T) tensor, padded at the right, and their lengths (B,), on the device."""
+        lengths = np.array([len(line) for line in lines])
+        tokens = np.full((len(lines), max(int(lengths.max()), 1)), tk.PADDING, dtype=np.int64)
+        for row, line in zip(tokens, lines, strict=True):
+            row[: len(line)] = line
+        return torch.from_numpy(tokens).to(self.device), torch.from_numpy(lengths).to(self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +80,18 @@ class ReadContexts:
     """Contexts that were read once, to be continued by any number of prompts."""
 
     cache: KVCache  # one prompt a context
-    log_likelihood: np.ndarray  # (C,) nats, of their results told to byte 1, each given what was told before it
+    log_likelihood: np.ndarray  # (C,) nats, of their results to byte 1, each given what stands before it
 
 
 @torch.inference_mode()
-def read_contexts(gpt: GPT, contexts: Sequence[np.ndarray]) -> ReadContexts:
+def read_contexts(reader: Reader, contexts: Sequence[np.ndarray]) -> ReadContexts:
     """Reads C contexts, each (T,) tokens, together; one may be empty."""
-    tokens, _ = _pad(contexts, gpt)
+    tokens, _ = reader.pad(contexts)
     cache = KVCache()
-    logits = gpt(tokens, cache)[:, :-1].double()  # (C, T−1, V)
+    with reader.autocast():
+        logits = reader.gpt(tokens, cache)[:, :-1].double()  # (C, T−1, V)
     nexts = tokens[:, 1:]
-    results = torch.tensor([tk.RTT_START, tk.FAILED], device=nexts.device)
+    results = torch.tensor(_RESULTS, device=nexts.device)
     is_result = torch.isin(nexts, results)  # (C, T−1)
     of_result = logits[..., results].log_softmax(-1).gather(-1, (nexts == tk.FAILED).long()[..., None])[..., 0]
     is_byte_1 = tokens[:, :-1] == tk.RTT_START
@@ -51,30 +102,31 @@ def read_contexts(gpt: GPT, contexts: Sequence[np.ndarray]) -> ReadContexts:
 
 
 @torch.inference_mode()
-def result_laws(
-    gpt: GPT,
+def result_distributions(
+    reader: Reader,
     prompts: Sequence[Prompt],
     read: ReadContexts | None = None,
-    context_of: Sequence[int] = (),
-    least_mass: float = LEAST_MASS,
-) -> RTTDistributions:
-    """The laws of the results that come after B prompts, normalised over all results.
+    context_of: Sequence[int] | np.ndarray = (),
+) -> RTTDistribution:
+    """The distributions of the results that come after B prompts, normalised over all results.
 
     With `read`, the context of prompt i is its `context_of[i]`-th and is not read again. `total_probability` is the mass
-    that results had among all that the model could say but what is legal there and no result: a query asks for its result
+    that results had among all that the model could say but what is legal there and no result: a query is about its result
     now, not whether a timestamp comes first. `unresolved` is the probability of RTTs of which only byte 1 was computed,
     which bounds the error of any probability.
     """
-    told = [prompt.tokens if read is None else prompt.tokens[prompt.context_length :] for prompt in prompts]
-    tokens, lengths = _pad([np.append(line, tk.RTT_START) for line in told], gpt)
+    own = [prompt.tokens if read is None else prompt.tokens[prompt.context_length :] for prompt in prompts]
+    tokens, lengths = reader.pad([np.append(line, tk.RTT_START) for line in own])
     cache = KVCache() if read is None else read.cache.select(torch.tensor(list(context_of), device=tokens.device))
-    logits = gpt(tokens, cache)  # (B, T, V)
+    with reader.autocast():
+        logits = reader.gpt(tokens, cache)  # (B, T, V)
     batch, end = torch.arange(len(prompts), device=tokens.device), lengths - 1  # end: place of RTT_START
-    role = logits[batch, end - 1].double().softmax(-1)  # (B, V) after the last told field
+    role = logits[batch, end - 1].double().softmax(-1)  # (B, V) after the last field of the prompt
     first = logits[batch, end].double().softmax(-1)[:, _BYTES]  # (B, 256) after RTT_START
     mass_1 = role[:, tk.RTT_START, None] * first  # (B, 256)
-    followed = mass_1 >= least_mass * role[:, [tk.RTT_START, tk.FAILED]].sum(1, keepdim=True)
-    second, passes = _second_bytes(gpt, cache, followed)  # (B, 256, 256)
+    followed = mass_1 >= reader.least_mass * role[:, list(_RESULTS)].sum(1, keepdim=True)
+    with reader.autocast():
+        second, passes = _second_bytes(reader.gpt, cache, followed)  # (B, 256, 256)
 
     codes = mass_1[..., None] * second
     failed = role[:, tk.FAILED]
@@ -82,7 +134,7 @@ def result_laws(
     no_result = torch.stack(
         [role[i, torch.from_numpy(p.also_legal).to(role.device)].sum() for i, p in enumerate(prompts)]
     )
-    return RTTDistributions(
+    return RTTDistribution(
         (codes / mass[:, None, None]).flatten(1).cpu().numpy(),
         (failed / mass).cpu().numpy(),
         total_probability=(mass / (1 - no_result)).clamp(max=1.0).cpu().numpy(),
@@ -116,11 +168,87 @@ def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> tuple[Tensor, i
     return second, passes
 
 
-def _pad(lines: Sequence[np.ndarray], gpt: GPT) -> tuple[Tensor, Tensor]:
-    """Token sequences as one (B, T) tensor, padded at the right, and their lengths (B,), on the model's device."""
-    lengths = np.array([len(line) for line in lines])
-    tokens = np.full((len(lines), max(int(lengths.max()), 1)), tk.PADDING, dtype=np.int64)
-    for row, line in zip(tokens, lines, strict=True):
-        row[: len(line)] = line
-    device = gpt.head.weight.device
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(lengths).to(device)
+def line_log_prob(reader: Reader, lines: Sequence[np.ndarray], context: np.ndarray) -> np.ndarray:
+    """Log-probability in nats of each of n measurements (T,) after the same context (tokens), (n,).
+
+    Each token counts among the legal ones of its kind: roles of the same field, or bytes.
+    """
+    log_p = np.empty(len(lines))
+    longest_first = np.argsort([-len(line) for line in lines], kind="stable")
+    for first in range(0, len(lines), _LINES):
+        rows = longest_first[first : first + _LINES]
+        log_p[rows] = _line_log_prob(reader, [lines[i] for i in rows], context)
+    return log_p
+
+
+@torch.inference_mode()
+def _line_log_prob(reader: Reader, lines: list[np.ndarray], context: np.ndarray) -> np.ndarray:
+    """That of B measurements, the longest first; (B,)."""
+    given, _ = reader.pad(lines)  # (B, T)
+    cache = None
+    with reader.autocast():
+        if len(context):
+            read = KVCache()
+            reader.gpt(reader.pad([context])[0], read)
+            cache = read.select(torch.zeros(len(lines), dtype=torch.int64, device=reader.device))
+        logits = reader.gpt(given[:, :-1], cache).double()  # (B, T−1, V)
+    legal = torch.from_numpy(_legal(given.cpu().numpy(), context)).to(reader.device)  # (B, T−1, V)
+    log_p = logits.masked_fill(~legal, -torch.inf).log_softmax(-1)
+    of_tokens = log_p.gather(-1, given[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return torch.where(given[:, 1:] >= 0, of_tokens, 0.0).sum(1).cpu().numpy()
+
+
+def _legal(tokens: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """Of each token (B, T) but the first, what could stand there: bytes, or roles of its field; (B, T−1, V) bool."""
+    B, T = tokens.shape
+    grammar = Grammar(1)
+    follow(grammar, context)
+    grammar = grammar.select(np.zeros(B, dtype=np.int64))
+    legal = np.ones((B, T - 1, tk.VOCAB_SIZE), dtype=bool)
+    for at in range(1, T):
+        count = int((tokens[:, at] != tk.PADDING).sum())  # the longest stand first
+        grammar = grammar.select(np.arange(count)) if count < len(grammar) else grammar
+        grammar.advance(tokens[:count, at - 1])
+        legal[:count, at - 1] = grammar.legal() & SAME_KIND[tokens[:count, at]]
+    return legal
+
+
+@dataclass(frozen=True, eq=False)
+class Beginnings:
+    """M beginnings of a measurement that were read."""
+
+    cache: KVCache  # one beginning a row
+    logits: Tensor  # (M, V) float64, after the last token
+    log_evidence: np.ndarray  # (M,) nats: of the tokens that were given, each among the others of its kind
+
+
+@torch.inference_mode()
+def read_beginnings(reader: Reader, lines: Sequence[np.ndarray], given: Sequence[int]) -> Beginnings:
+    """Reads M token sequences (T,); those of the i-th from place `given[i]` on are evidence, whose probability counts."""
+    (tokens, lengths), cache = reader.pad(lines), KVCache()
+    with reader.autocast():
+        logits = reader.gpt(tokens, cache)  # (M, T, V)
+    log_evidence = []
+    for row, line, first, length in zip(logits, tokens, given, lengths.tolist(), strict=True):
+        evidence = line[first:length]
+        competing = torch.from_numpy(SAME_KIND).to(evidence.device)[evidence]  # (n, V)
+        log_p = row[first - 1 : length - 1].double().masked_fill(~competing, -torch.inf).log_softmax(-1)
+        log_evidence.append(float(log_p.gather(1, evidence[:, None]).sum()))
+    return Beginnings(
+        cache, logits[torch.arange(len(lines), device=lengths.device), lengths - 1].double(), np.array(log_evidence)
+    )
+
+
+def next_byte_log_p(logits: Tensor, beginnings: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Log-probability of each byte next in a whole address, (…, N, 256), of logits (…, N, V) after N roles and bytes."""
+    legal = torch.from_numpy(np.stack([legal_bytes(tokens) for tokens in beginnings])).to(logits.device)  # (N, 256)
+    return logits[..., _BYTES].double().masked_fill(~legal, -torch.inf).log_softmax(-1).cpu().numpy()
+
+
+def legal_bytes(tokens: tuple[int, ...]) -> np.ndarray:
+    """Which bytes may follow a role and bytes, (256,): IPv6 addresses are never IPv4-mapped."""
+    legal = np.ones(256, dtype=bool)
+    role, *before = tokens
+    lead = byte_tokens(IPV4_MAPPED_PREFIX)
+    legal[IPV4_MAPPED_PREFIX[-1]] = role in (tk.SRC_IPV4, tk.DST_IPV4) or before != lead[:-1]
+    return legal

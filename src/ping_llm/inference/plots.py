@@ -1,43 +1,56 @@
-"""Distributions in, pictures out."""
+"""RTT distributions in, pictures out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.system.axes import label_log_ticks
 
 _COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a", "#0e8a8a", "#9a6700", "#cf222e")
 _TRUTH = "#d1660f"
 _BINS = 80
 _LEAST_BIN = 0.002  # in log-ms, four codes: the density is averaged over bins, finer ones would show single codes
-_UNEVEN = 15  # ×; on a linear axis the flatter laws would vanish
+_UNEVEN = 15  # ×; on a linear axis the flatter densities would vanish
 
 
-def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=None) -> None:
-    """Draws the densities of one to eight laws over log-RTT, each with median, 5–95 % filled and P(fail) in the legend.
+class Drawable(Protocol):
+    """The distribution of one result: `RTTDistribution` and the true one of a synthetic Internet are such."""
 
-    `truth`, if any, has `cdf`, `quantile`, `median` and `p_fail`, and is drawn beside them. Laws that fail with certainty
-    have no density and stand in the legend alone. Where peaks differ by more than 15 ×, density is on a log axis.
+    @property
+    def p_fail(self) -> float: ...
+    @property
+    def median(self) -> float: ...
+    def cdf(self, rtt_ms: Any) -> Any: ...
+    def quantile(self, q: Any) -> Any: ...
+
+
+def plot_rtt(shown: Mapping[str, Drawable], path: Path, title: str, truth: Drawable | None = None) -> None:
+    """Draws the densities of one to eight distributions over log-RTT, each with median, 5–95 % filled and P(fail) in the
+    legend, and the true one beside them, if it is given.
+
+    Pings that fail with certainty have no density and stand in the legend alone. Where peaks differ by more than 15 ×,
+    density is on a log axis.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if len(laws) > len(_COLORS):
-        raise ValueError(f"{title}: {len(laws)} laws in one picture cannot be told apart; draw at most {len(_COLORS)}")
-    if all(law.p_fail >= 1 for law in laws.values()):
+    if len(shown) > len(_COLORS):
+        raise ValueError(
+            f"{title}: {len(shown)} distributions are too many for one picture; draw at most {len(_COLORS)}"
+        )
+    if all(one.p_fail >= 1 for one in shown.values()):
         raise ValueError(f"{title}: every ping fails with certainty, so there is no RTT to draw")
-    shown = [(name, law, color) for color, (name, law) in zip(_COLORS, laws.items(), strict=False)]
-    shown += [("true law", truth, _TRUTH)] if truth is not None else []
-    figure, axes = plt.subplots(figsize=(8, 4.2 + 0.2 * len(shown)), layout="constrained")
-    wide = max(len(name) for name, _, _ in shown)
-    peaks = [_draw(axes, law, name.ljust(wide), color) for name, law, color in shown]
-    peaks = [peak for peak in peaks if peak]
+    drawn = [(name, one, color) for color, (name, one) in zip(_COLORS, shown.items(), strict=False)]
+    drawn += [("true distribution", truth, _TRUTH)] if truth is not None else []
+    figure, axes = plt.subplots(figsize=(8, 4.2 + 0.2 * len(drawn)), layout="constrained")
+    wide = max(len(name) for name, _, _ in drawn)
+    peaks = [peak for name, one, color in drawn if (peak := _draw(axes, one, name.ljust(wide), color))]
     axes.set_xscale("log")
     axes.set(xlabel="RTT (ms)", ylabel="density per log-ms", title=title, ylim=(0, None))
     if max(peaks) > _UNEVEN * min(peaks):
@@ -51,26 +64,26 @@ def plot_rtt(laws: Mapping[str, RTTDistribution], path: Path, title: str, truth=
     plt.close(figure)
 
 
-def _draw(axes, law, name: str, color: str) -> float:
-    """Draws one law; its highest density, 0 if it has none."""
-    if law.p_fail >= 1:
+def _draw(axes: Any, one: Drawable, name: str, color: str) -> float:
+    """Draws one distribution; its highest density, 0 if it has none."""
+    if one.p_fail >= 1:
         axes.plot([], [], color=color, linewidth=1.7, label=f"{name}  always fails")
         return 0.0
-    edges = _bins(law)
+    edges = _bins(one)
     middle = np.sqrt(edges[:-1] * edges[1:])
-    density = np.diff(law.cdf(edges)) / np.diff(np.log(edges))
-    low, high = law.quantile(0.05), law.quantile(0.95)
-    label = f"{name}  median {law.median:>6.4g} ms   5–95 % {low:>6.4g} – {high:<6.4g} ms   P(fail) {law.p_fail:>5.1%}"
+    density = np.diff(one.cdf(edges)) / np.diff(np.log(edges))
+    low, high = one.quantile(0.05), one.quantile(0.95)
+    label = f"{name}  median {one.median:>6.4g} ms   5–95 % {low:>6.4g} – {high:<6.4g} ms   P(fail) {one.p_fail:>5.1%}"
     axes.plot(middle, density, color=color, linewidth=1.7, label=label)
     inner = np.unique(np.concatenate([[low, high], middle[(middle > low) & (middle < high)]]))
     axes.fill_between(inner, np.interp(inner, middle, density), color=color, alpha=0.12, linewidth=0)
-    axes.vlines(law.median, 0, np.interp(law.median, middle, density), color=color, linestyle="--", linewidth=1)
+    axes.vlines(one.median, 0, np.interp(one.median, middle, density), color=color, linestyle="--", linewidth=1)
     return float(density.max())
 
 
-def _bins(law) -> np.ndarray:
-    """Edges in ms of the bins that hold all but the outermost 1 % of a law; a tenth more is shown on either side."""
-    low, high = np.log(law.quantile(0.005)), np.log(law.quantile(0.995))
+def _bins(one: Drawable) -> np.ndarray:
+    """Edges in ms of the bins that hold all but the outermost 1 % of the answers; a tenth more is shown on either side."""
+    low, high = np.log(one.quantile(0.005)), np.log(one.quantile(0.995))
     margin = max(0.1 * (high - low), 0.01)
     count = min(_BINS, int((high - low + 2 * margin) / _LEAST_BIN))
     return np.exp(np.linspace(low - margin, high + margin, count + 1))

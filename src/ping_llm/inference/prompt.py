@@ -1,17 +1,21 @@
-"""A question in, the tokens up to where its result comes next out."""
+"""A query in, the tokens that the model reads before it answers out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ping_llm.data import tokenization as tk
+from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
 from ping_llm.inference.context import Context
 from ping_llm.inference.query import Endpoint, Query
 
+DST_ROLES, SRC_ROLES = (tk.DST_IPV4, tk.DST_IPV6), (tk.SRC_IPV4, tk.SRC_IPV6)
 SAME_DST_SHARE = 0.5  # of a context that is too long: at most so many measurements are kept for their destination alone
-_NOT_TOLD = 9.0  # sorts a field behind the result
+_LAST = 9.0  # sorts a field behind the result
+_LONGEST = 3 + 1 + ADDRESS_BYTES  # tokens that may follow an opening: a result and an address
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +23,7 @@ class Prompt:
     """Tokens up to where the result of the query comes next.
 
     The first `context_length` tokens are the context. `also_legal` are the tokens other than a result that the grammar
-    allows at the end: a query does not ask for them.
+    allows at the end: the query is not about them.
     """
 
     tokens: np.ndarray  # (T,) int64
@@ -39,7 +43,8 @@ def build_prompt(query: Query, seq_len: int) -> Prompt:
     if not _fits(tokens, seq_len) and len(context):
         context = fitting_context(query, seq_len)
         tokens, starts = _encode(query, context)
-    tokens = tokens[: len(tokens) - 1 - _tokens_after_result(query)]  # FAILED stands where the result comes
+    after_result = 1 if query.src is None else 2 if query.dst is None else 0  # tokens of the address that is not given
+    tokens = tokens[: len(tokens) - 1 - after_result]  # FAILED stands where the result comes
     return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
 
 
@@ -76,15 +81,19 @@ def _most_useful_first(query: Query) -> np.ndarray:
 
 def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
     """The context, then the query as a failed ping: its FAILED token stands where the result comes."""
+    source, destination = query.src, query.dst  # of one that is not given, only the family is encoded, and then cut off
+    if source is None:
+        assert destination is not None, query
+        source = Endpoint(destination.packed, 0)
+    elif destination is None:
+        destination = Endpoint(source.packed, 1)
     count = len(context) + 1
-    src_end = query.src or Endpoint(query.dst.packed, 0)  # of any source the family must be told: that of the other end
-    dst_end = query.dst or Endpoint(query.src.packed, 1)
-    src = np.concatenate([context.src, np.frombuffer(src_end.packed, np.uint8)[None]])
-    dst = np.concatenate([context.dst, np.frombuffer(dst_end.packed, np.uint8)[None]])
-    src_bytes, dst_bytes = (np.where(tk.is_ipv4(packed), 4, 16) for packed in (src, dst))
-    share = src_end.told_bytes / src_end.width
+    src = np.concatenate([context.src, np.frombuffer(source.packed, np.uint8)[None]])
+    dst = np.concatenate([context.dst, np.frombuffer(destination.packed, np.uint8)[None]])
+    src_bytes, dst_bytes = (np.where(is_ipv4(packed), 4, 16) for packed in (src, dst))
+    share = source.known_bytes / source.width
     src_bytes = (share * src_bytes).astype(np.int64)  # a window cuts all its sources alike
-    dst_bytes[-1] = dst_end.told_bytes
+    dst_bytes[-1] = destination.known_bytes
     timed, time_s = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.int64)
     if query.time_s is not None:
         timed[-1], time_s[-1] = True, query.time_s
@@ -105,19 +114,15 @@ def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _order(query: Query) -> np.ndarray:
-    """Of the query's fields. A prefix goes first: after a whole address it is plain that no more of it comes."""
+    """Order of the query's fields. A prefix comes first: after a whole address no more bytes of it can follow."""
     dst_first = query.src is None or (query.dst is not None and query.dst.is_prefix and not query.src.is_prefix)
     order = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
-    order[[end is None for end in (query.src, query.dst)] + [False, False]] = _NOT_TOLD
+    order[[end is None for end in (query.src, query.dst)] + [False, False]] = _LAST
     return order
 
 
-def _tokens_after_result(query: Query) -> int:
-    return 1 if query.src is None else 2 if query.dst is None else 0
-
-
 def _also_legal(query: Query) -> np.ndarray:
-    """A timestamp, if none is told; an end that is not told; more bytes of the address told last, if it is a prefix."""
+    """A timestamp, the source or the destination, if not given; more bytes of the last address, if it is a prefix."""
     legal = []
     if query.src is None:
         legal += [tk.SRC_IPV4, tk.SRC_IPV6]
@@ -129,3 +134,30 @@ def _also_legal(query: Query) -> np.ndarray:
         if all(end.is_prefix for end in ends):
             legal += range(tk.BYTE_0, tk.VOCAB_SIZE)
     return np.array(legal, dtype=np.int64)
+
+
+def opening(query: Query, seq_len: int, rtt_ms: float | None = None) -> np.ndarray:
+    """Tokens up to where the missing source or destination comes next, (T,): context, what is given, then the RTT (ms)."""
+    if query.src is None and query.dst is None:
+        tokens = [tk.MEASUREMENT_START, *([] if query.time_s is None else time_tokens(query.time_s))]
+    else:
+        tokens = build_prompt(query, seq_len - _LONGEST).tokens.tolist()
+    if rtt_ms is not None:
+        code = int(tk.encode_rtt(np.array(rtt_ms)))
+        tokens += [tk.RTT_START, *byte_tokens(code.to_bytes(2, "big"))]
+    return np.array(tokens, dtype=np.int64)
+
+
+def address_tokens(roles: Sequence[int], end: Endpoint) -> np.ndarray:
+    """The role, of those for IPv4 and for IPv6, and the whole bytes that are known of an endpoint."""
+    return np.array([roles[end.width == ADDRESS_BYTES], *byte_tokens(end.known)], dtype=np.int64)
+
+
+def time_tokens(time_s: int) -> list[int]:
+    """An absolute time: its role and eight bytes."""
+    return [tk.TIMESTAMP_ABS, *byte_tokens(time_s.to_bytes(8, "big"))]
+
+
+def byte_tokens(value: bytes) -> list[int]:
+    """The token of each byte."""
+    return [tk.BYTE_0 + byte for byte in value]

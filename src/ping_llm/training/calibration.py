@@ -13,12 +13,12 @@ from ping_llm.data import tokenization as tk
 from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
-from ping_llm.inference.engine import read_contexts
-from ping_llm.inference.history import History
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.engine import Reader, read_contexts
+from ping_llm.inference.mixture import distributions, source_log_prob
 from ping_llm.inference.prompt import build_prompt
-from ping_llm.inference.query import Query, told_name
-from ping_llm.inference.scoring import HISTORY, own_p_values, source_log_prob
+from ping_llm.inference.query import Query, known_name
+from ping_llm.inference.score import HISTORY, own_p_values
+from ping_llm.inference.table import History
 from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT
 
@@ -39,21 +39,21 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
     results = results or 2 * config.train.eval_queries
     queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), results, np.random.default_rng(config.seed))
     sources = [query.src for query in queries if query.src is not None]  # all of them are known
-    model = PingModel(gpt, device)
+    reader = Reader(gpt, device)
     src_weights, familiar = {}, {}
     for family, width in (("ipv4", 4), ("ipv6", 16)):
         chosen = [i for i, src in enumerate(sources) if src.width == width]
         if chosen:
-            names, log_p = log_likelihoods(gpt, [queries[i] for i in chosen], rtt_ms[chosen])
+            names, log_p = log_likelihoods(reader, [queries[i] for i in chosen], rtt_ms[chosen])
             src_weights[family] = dict(zip(names, mixture_weights(log_p).tolist(), strict=True))
-            known = source_log_prob(model, [sources[i] for i in chosen])
+            known = source_log_prob(reader, [sources[i] for i in chosen])
             familiar[family] = float(np.quantile(known, UNFAMILIAR_SHARE))
     some = np.arange(0, len(queries), SURPRISE_SHARE)
-    model = PingModel(gpt, device, Calibration(src_weights, familiar=familiar))
+    reader = Reader(gpt, device, Calibration(src_weights, familiar=familiar))
     own, first = [], 0
-    for distributions in model.laws([queries[i] for i in some]):
-        own.append(own_p_values(distributions, rtt_ms[some[first : first + len(distributions)]]))
-        first += len(distributions)
+    for batch in distributions(reader, [queries[i] for i in some]):
+        own.append(own_p_values(batch, rtt_ms[some[first : first + len(batch)]]))
+        first += len(batch)
     return Calibration(src_weights, tuple(np.sort(np.concatenate(own)).tolist()), familiar)
 
 
@@ -78,7 +78,7 @@ def _query(row: ProbeRow, place: int) -> Query:
     return History(measured, HISTORY).queries([len(measured) - 1])[0]
 
 
-def log_likelihoods(gpt: GPT, queries: Sequence[Query], rtt_ms: np.ndarray) -> tuple[list[str], np.ndarray]:
+def log_likelihoods(reader: Reader, queries: Sequence[Query], rtt_ms: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The known lengths that `auto` mixes, by name, and log P of each result, to byte 1, under each without context: (n, L).
 
     The sources are whole addresses of one family.
@@ -86,13 +86,13 @@ def log_likelihoods(gpt: GPT, queries: Sequence[Query], rtt_ms: np.ndarray) -> t
     alone = [dataclasses.replace(query, context=Context.parse(None)) for query in queries]
     variants = [list(query.variants("auto")) for query in alone]
     lines = [
-        np.append(build_prompt(variant, gpt.config.seq_len).tokens, _result_tokens(result))
+        np.append(build_prompt(variant, reader.seq_len).tokens, _result_tokens(result))
         for known, result in zip(variants, rtt_ms, strict=True)
         for variant in known
     ]
     batches = range(0, len(lines), _BATCH)
-    log_p = np.concatenate([read_contexts(gpt, lines[first : first + _BATCH]).log_likelihood for first in batches])
-    return [told_name(variant.src) for variant in variants[0]], log_p.reshape(len(queries), -1)
+    log_p = np.concatenate([read_contexts(reader, lines[first : first + _BATCH]).log_likelihood for first in batches])
+    return [known_name(variant.src) for variant in variants[0] if variant.src], log_p.reshape(len(queries), -1)
 
 
 def _result_tokens(rtt_ms: float) -> list[int]:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from ping_llm.config import Config
-from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.inference.context import Context
-from ping_llm.inference.generation import format_measurements, generate
-from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.generate import format_measurements
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model.gpt import GPT
 from ping_llm.training.distributed import Ranks
@@ -64,16 +64,16 @@ class ValQueries:
 
 def _query(row: ProbeRow, place: int) -> Query:
     src, dst = (a.tobytes() for a in (row.src_addresses[row.src[place]], row.dst_addresses[row.dst[place]]))
-    src, dst = (Endpoint(a, 4 if is_ipv4(np.frombuffer(a, np.uint8)) else 16) for a in (src, dst))
-    return Query(src, dst, int(row.times(np.array([place]))[0]), Context.parse(None))
+    return Query(Endpoint.whole(src), Endpoint.whole(dst), int(row.times(np.array([place]))[0]), Context.parse(None))
 
 
 def describe(gpt: GPT, val: ValQueries | None, seed: int) -> str:
     """Samples of a model: a few measurements that it generates, and the RTT of one ping of val beside the real one."""
-    lines = [format_measurements(generate(gpt, next(gpt.parameters()).device, SAMPLES, seed=seed))]
+    model = PingModel(gpt, next(gpt.parameters()).device)
+    lines = [format_measurements(model.generate(SAMPLES, seed=seed))]
     if val is not None:
         query, rtt_ms = val.queries[0], val.rtt_ms[0]
-        distribution = PingModel(gpt, next(gpt.parameters()).device).rtt_many([query], src_known="all")[0]
+        distribution = model.rtt_many([query], src_known="all")[0]
         src, dst = (format_address(end.packed) for end in (query.src, query.dst) if end)
         low, median, high = distribution.quantile(np.array([0.05, 0.5, 0.95]))
         said = f"{median:.4g} ms (5–95 % {low:.4g}–{high:.4g}, no answer {distribution.p_fail:.1%})"

@@ -1,4 +1,4 @@
-"""A model and a prompt in, whole measurements out: sampled token by token, each legal under the grammar."""
+"""A model and a prompt in, whole measurements out: sampled token by token, each token legal under the grammar."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from ping_llm.data import tokenization as tk
-from ping_llm.inference.context import LAST_TIME_S
+from ping_llm.data.times import LAST_TIME_S, parse_time
+from ping_llm.inference.engine import Reader
 from ping_llm.inference.grammar import Grammar, follow
-from ping_llm.model.gpt import GPT, KVCache
+from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, time_tokens
+from ping_llm.inference.query import Endpoint
+from ping_llm.model.gpt import KVCache
 
 GENERATED_SCHEMA = pa.schema(
     [
         ("src_addr", pa.string()),  # an address, or a prefix like 192.0.2.0/24
         ("dst_addr", pa.string()),
-        ("event_time", pa.timestamp("s", "UTC")),  # null if not told
+        ("event_time", pa.timestamp("s", "UTC")),  # null if it has none
         ("rtt", pa.float64()),  # ms, −1 = failed
         ("log_prob", pa.float64()),  # nats
         ("sequence", pa.int64()),  # 0 to count − 1; its measurements follow one another
@@ -30,7 +33,7 @@ _BATCH = 256  # sequences generated side by side: their keys and values lie in m
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the model's law: temperature, then top-k, top-p and min-p, each of what is left."""
+    """How a token is drawn from the model's distribution: temperature, then top-k, top-p and min-p, each of what is left."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token, the lowest of equals."""
@@ -51,7 +54,7 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie between 0 (keeps all) and 1")
 
-    def law(self, log_p: Tensor) -> Tensor:
+    def distribution(self, log_p: Tensor) -> Tensor:
         """The probabilities (B, V) that tokens are drawn with, from log-probabilities (B, V)."""
         ordered, token = log_p.sort(dim=-1, descending=True, stable=True)  # (B, V)
         likeliest = ordered[:, :1]
@@ -69,8 +72,7 @@ class Sampling:
 
 
 def generate(
-    gpt: GPT,
-    device: torch.device,
+    reader: Reader,
     count: int,
     *,
     seed: int = 0,
@@ -96,14 +98,33 @@ def generate(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be from 0 to 2^63 − 1")
     prompt, grammar = _read_prompt(prompt_tokens, whole_addresses)
-    longest = _checked_length(len(prompt), grammar, measurements, gpt.config.seq_len)
+    longest = _checked_length(len(prompt), grammar, measurements, reader.seq_len)
     generator = torch.Generator().manual_seed(seed)  # on the CPU whatever the device: the same numbers everywhere
     drawn = []
     for first in range(0, count, _BATCH):
         noise = torch.rand(min(_BATCH, count - first), longest, generator=generator, dtype=torch.float64)
-        drawn.append(_generate_batch(gpt, device, prompt, grammar, noise, sampling, measurements))
+        with reader.autocast():
+            drawn.append(_generate_batch(reader, prompt, grammar, noise, sampling, measurements))
     tokens, log_prob = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     return _table(prompt, tokens, log_prob)
+
+
+def prompt_of(src: str, dst: str, at: str) -> list[int]:
+    """The tokens of a measurement of which some is known, each "" if not, to be completed.
+
+    A prefix comes last: its other bytes follow. ValueError where that is impossible.
+    """
+    ends = [(Endpoint.parse(text), roles) for text, roles in ((src, SRC_ROLES), (dst, DST_ROLES)) if text]
+    for end, _ in ends:
+        if end.extra_bits:
+            whole = f"/{8 * end.known_bytes} or /{8 * end.known_bytes + 8}"
+            raise ValueError(f"{end} does not end on a byte, and samples complete whole bytes; give one like {whole}")
+    if sum(end.is_prefix for end, _ in ends) > 1:
+        raise ValueError(f"{src} and {dst} are both prefixes, and only one can be completed; give the other one whole")
+    fields = [(end.is_prefix, address_tokens(roles, end).tolist()) for end, roles in ends]
+    fields += [(False, time_tokens(parse_time(at)))] if at else []
+    fields.sort(key=lambda field: field[0])
+    return [tk.MEASUREMENT_START, *(token for _, tokens in fields for token in tokens)]
 
 
 def format_measurements(table: pa.Table) -> str:
@@ -160,8 +181,7 @@ def _checked_length(prompt: int, grammar: Grammar, measurements: int, seq_len: i
 
 @torch.inference_mode()
 def _generate_batch(
-    gpt: GPT,
-    device: torch.device,
+    reader: Reader,
     prompt: list[int],
     grammar: Grammar,
     noise: Tensor,
@@ -172,7 +192,7 @@ def _generate_batch(
 
     `noise` (B, N) decides the draws. Sequences that are complete leave the batch.
     """
-    B, N = noise.shape
+    (B, N), gpt, device = noise.shape, reader.gpt, reader.device
     tokens = np.full((B, N), tk.PADDING, dtype=np.int64)
     log_prob, ended = np.zeros((B, measurements)), np.zeros(B, dtype=np.int64)
     cache = KVCache()
@@ -202,7 +222,7 @@ def _generate_batch(
 def _draw(logits: Tensor, legal: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """A legal token for each of B rows, (B,), and its unfiltered log-probability, (B,); `noise` (B,) is from [0, 1)."""
     log_p = logits.double().masked_fill(~legal, -torch.inf).log_softmax(-1)  # (B, V)
-    cdf = sampling.law(log_p).cumsum(-1)
+    cdf = sampling.distribution(log_p).cumsum(-1)
     total = cdf[:, -1]
     below = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))  # a product may round up
     token = (cdf <= below[:, None]).sum(-1)

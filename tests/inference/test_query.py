@@ -9,8 +9,10 @@ import torch
 
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
-from ping_llm.inference.context import Context, parse_time, read_table
-from ping_llm.inference.predictor import PingModel
+from ping_llm.data.times import parse_time
+from ping_llm.inference.context import Context
+from ping_llm.inference.files import read_table
+from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model.gpt import GPT
@@ -55,13 +57,13 @@ def test_answer_equals_brute_force_enumeration(model, at, context):
     failed = np.exp(after_prompt[tk.FAILED])
     mass = np.exp(answers).sum() + failed
     other = 0.0 if at else np.exp(after_prompt[tk.TIMESTAMP_ABS])
-    law = model.rtt("192.0.2.1", "198.51.100.7", at, context, src_known="all")
-    assert at is None or law.total_probability == pytest.approx(mass, rel=1e-4)
-    np.testing.assert_allclose(law.code_probability, np.exp(answers) / mass, rtol=1e-4, atol=1e-12)
-    assert law.p_fail == pytest.approx(failed / mass, rel=1e-4)
-    assert law.total_probability == pytest.approx(mass / (1 - other), rel=1e-4)
-    assert law.code_probability.sum() + law.p_fail == pytest.approx(1, abs=1e-9)
-    assert law.forward_passes == 2 and law.context_measurements == len(context or [])
+    distribution = model.rtt("192.0.2.1", "198.51.100.7", at, context, src_known="all")
+    assert at is None or distribution.total_probability == pytest.approx(mass, rel=1e-4)
+    np.testing.assert_allclose(distribution.code_probability, np.exp(answers) / mass, rtol=1e-4, atol=1e-12)
+    assert distribution.p_fail == pytest.approx(failed / mass, rel=1e-4)
+    assert distribution.total_probability == pytest.approx(mass / (1 - other), rel=1e-4)
+    assert distribution.code_probability.sum() + distribution.p_fail == pytest.approx(1, abs=1e-9)
+    assert distribution.forward_passes == 2 and distribution.context_measurements == len(context or [])
 
 
 def test_answers_do_not_depend_on_the_rest_of_the_batch(model):
@@ -81,8 +83,8 @@ def test_two_forward_passes_are_counted_honestly(model, monkeypatch):
     calls = []
     forward = model.gpt.forward
     monkeypatch.setattr(model.gpt, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    law = model.rtt("192.0.2.1", "198.51.100.7", context=CONTEXT, src_known="all")
-    assert len(calls) == law.forward_passes == 2
+    distribution = model.rtt("192.0.2.1", "198.51.100.7", context=CONTEXT, src_known="all")
+    assert len(calls) == distribution.forward_passes == 2
 
 
 def prompt_text(query, seq_len=128):
@@ -90,37 +92,37 @@ def prompt_text(query, seq_len=128):
     return prompt, tk.decode([*prompt.tokens.tolist(), tk.FAILED])
 
 
-def test_prompt_tells_context_then_query_with_the_result_last():
+def test_prompt_holds_context_then_query_with_the_result_last():
     query = Query.parse("192.0.2.1", "198.51.100.7", "2026-01-02T00:00:30Z", Context.parse(CONTEXT))
-    prompt, told = prompt_text(query, 256)
-    assert [m.dst for m in told] == ["198.51.100.9", "2001:db8::9", "198.51.100.7", "198.51.100.7"]
-    assert [round(m.rtt_ms, 1) for m in told] == [12.5, -1.0, 80.0, -1.0]
-    assert told[-1].time_s == parse_time("2026-01-02T00:00:30Z") and told[-1].time_s - told[-2].time_s == 30
+    prompt, decoded = prompt_text(query, 256)
+    assert [m.dst for m in decoded] == ["198.51.100.9", "2001:db8::9", "198.51.100.7", "198.51.100.7"]
+    assert [round(m.rtt_ms, 1) for m in decoded] == [12.5, -1.0, 80.0, -1.0]
+    assert decoded[-1].time_s == parse_time("2026-01-02T00:00:30Z") and decoded[-1].time_s - decoded[-2].time_s == 30
     assert prompt.tokens[-1] == tk.BYTE_0 + 30  # the one-byte delta: nothing but the result is still to come
 
 
 def test_without_a_time_nothing_is_timestamped():
-    _, told = prompt_text(Query.parse("192.0.2.1", "198.51.100.7", None, Context.parse(CONTEXT)), 256)
-    assert [m.time_s for m in told] == [None] * 4
+    _, decoded = prompt_text(Query.parse("192.0.2.1", "198.51.100.7", None, Context.parse(CONTEXT)), 256)
+    assert [m.time_s for m in decoded] == [None] * 4
 
 
 def test_context_is_sorted_by_time_and_the_oldest_is_left_out_where_it_does_not_fit():
     rows = [CONTEXT[0] | {"event_time": 1000 * i, "rtt": float(i + 1)} for i in range(30)]
-    prompt, told = prompt_text(Query.parse("192.0.2.1", "198.51.100.7", 10**6, Context.parse(rows[::-1])))
+    prompt, decoded = prompt_text(Query.parse("192.0.2.1", "198.51.100.7", 10**6, Context.parse(rows[::-1])))
     assert len(prompt.tokens) + 2 <= 129
-    assert prompt.context_measurements == len(told) - 1 and 3 <= prompt.context_measurements <= 6
-    assert round(told[-2].rtt_ms) == 30
-    assert told[0].time_s == 1000 * (30 - prompt.context_measurements)
+    assert prompt.context_measurements == len(decoded) - 1 and 3 <= prompt.context_measurements <= 6
+    assert round(decoded[-2].rtt_ms) == 30
+    assert decoded[0].time_s == 1000 * (30 - prompt.context_measurements)
     # One more would not have fitted.
     longer = Query.parse("192.0.2.1", "198.51.100.7", 10**6, Context.parse(rows[-prompt.context_measurements - 1 :]))
     assert len(build_prompt(longer, 10_000).tokens) + 1 > 128
 
 
-def test_prefixes_are_told_as_fewer_bytes():
-    _, told = prompt_text(Query.parse("192.0.2.0/24", "2001:db8::/32", None, Context.parse(CONTEXT[:1])))
-    assert (told[-1].src, told[-1].src_bits) == ("192.0.2.0", 24)
-    assert (told[-1].dst, told[-1].dst_bits) == ("2001:db8::", 32)
-    assert told[0].src_bits == 24 and told[0].dst_bits == 32
+def test_prefixes_are_encoded_as_fewer_bytes():
+    _, decoded = prompt_text(Query.parse("192.0.2.0/24", "2001:db8::/32", None, Context.parse(CONTEXT[:1])))
+    assert (decoded[-1].src, decoded[-1].src_bits) == ("192.0.2.0", 24)
+    assert (decoded[-1].dst, decoded[-1].dst_bits) == ("2001:db8::", 32)
+    assert decoded[0].src_bits == 24 and decoded[0].dst_bits == 32
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,9 @@ def test_prefixes_are_told_as_fewer_bytes():
         ("192.0.2.1", "198.51.100.0/", None, None, "must be a number from 0 to 32"),
         ("192.0.2.1", "198.51.100.0/33", None, None, "must be a number from 0 to 32"),
         ("192.0.2.0/20", "198.51.100.7", None, CONTEXT, "give one like /16 or /24"),
-        ("192.0.2.1", "198.51.100.0/0", None, None, "tells nothing of the destination"),
+        ("192.0.2.1", "198.51.100.0/0", None, None, "covers every destination"),
         ("192.0.2.1", "198.51.100.7", "yesterday", None, "'yesterday' is not a time"),
-        ("192.0.2.1", "198.51.100.7", "2025-01-01", CONTEXT, "later than the time asked for"),
+        ("192.0.2.1", "198.51.100.7", "2025-01-01", CONTEXT, "later than the time of the query"),
         (
             "192.0.2.1",
             "198.51.100.7",
@@ -141,8 +143,8 @@ def test_prefixes_are_told_as_fewer_bytes():
             [{"src_addr": "x", "dst_addr": "192.0.2.9", "rtt": 1.0}],
             "context row 1: 'x'",
         ),
-        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt must be ms"),
-        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt must be ms"),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt 'fast' must be ms"),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt nan must be ms"),
         ("192.0.2.1", "198.51.100.7", None, [{"src_addr": "192.0.2.1", "rtt": 1.0}], "no column dst_addr"),
     ],
 )
@@ -153,8 +155,8 @@ def test_bad_queries_are_one_clear_error(model, src, dst, at, context, message):
 
 
 def test_a_prefix_goes_before_a_whole_address_so_that_no_byte_of_it_can_follow():
-    prompt, told = prompt_text(Query.parse("192.0.2.1", "198.51.0.0/16", None, Context.parse(None)))
-    assert (told[0].dst_bits, told[0].src_bits) == (16, 32)
+    prompt, decoded = prompt_text(Query.parse("192.0.2.1", "198.51.0.0/16", None, Context.parse(None)))
+    assert (decoded[0].dst_bits, decoded[0].src_bits) == (16, 32)
     assert prompt.tokens[1] == tk.DST_IPV4 and prompt.tokens[4] == tk.SRC_IPV4
     assert prompt.also_legal.tolist() == [tk.TIMESTAMP_ABS]
     both = build_prompt(Query.parse("192.0.2.0/24", "198.51.0.0/16", None, Context.parse(None)), 128)
@@ -199,4 +201,4 @@ def _touch(path):
 
 
 def test_prefix_of_no_bytes_is_an_unknown_source():
-    assert Endpoint.parse("192.0.2.1/0").told_bytes == 0
+    assert Endpoint.parse("192.0.2.1/0").known_bytes == 0

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.config import ModelConfig
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.predictor import PingModel
-from ping_llm.inference.ranking import fastest
+from ping_llm.inference import rank as ranking
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.model import PingModel
+from ping_llm.inference.rank import fastest
 from ping_llm.model.gpt import GPT
 
 
@@ -24,11 +25,11 @@ def model() -> PingModel:
     return PingModel(gpt, torch.device("cpu"))
 
 
-def atoms(*laws: dict[int, float], codes: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """Laws of some of the first so many codes; what they lack of 1 is failure."""
-    codes = np.zeros((len(laws), codes))
-    for row, law in zip(codes, laws, strict=True):
-        row[list(law)] = list(law.values())
+def atoms(*distributions: dict[int, float], codes: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Distributions of some of the first so many codes; what they lack of 1 is failure."""
+    codes = np.zeros((len(distributions), codes))
+    for row, distribution in zip(codes, distributions, strict=True):
+        row[list(distribution)] = list(distribution.values())
     return codes, 1 - codes.sum(axis=1)
 
 
@@ -59,11 +60,11 @@ def test_a_certain_winner_ends_the_race():
 @given(st.integers(1, 12), st.integers(0, 2**32))
 def test_chances_with_nobody_sum_to_one_and_ranks_to_their_sum(n, seed):
     rng = np.random.default_rng(seed)
-    laws = [
+    distributions = [
         dict(zip(rng.integers(500, 530, 4).tolist(), rng.dirichlet(np.ones(5))[:4].tolist(), strict=True))
         for _ in range(n)
     ]
-    codes, p_fail = atoms(*laws)
+    codes, p_fail = atoms(*distributions)
     wins, rank = fastest(codes, p_fail)
     assert wins.sum() + p_fail.prod() == pytest.approx(1, abs=1e-12) and wins.min() >= 0
     assert rank.sum() == pytest.approx(n * (n + 1) / 2) and (rank >= 1 - 1e-12).all() and (rank <= n + 1e-12).all()
@@ -72,11 +73,11 @@ def test_chances_with_nobody_sum_to_one_and_ranks_to_their_sum(n, seed):
 def test_chances_are_those_of_simulated_races():
     rng = np.random.default_rng(3)
     n, races = 12, 200_000
-    laws = [
+    distributions = [
         dict(zip(range(40), (rng.dirichlet(np.full(40, 0.3)) * rng.uniform(0.5, 1)).tolist(), strict=True))
         for _ in range(n)
     ]
-    codes, p_fail = atoms(*laws)
+    codes, p_fail = atoms(*distributions)
     wins, rank = fastest(codes, p_fail)
     results = np.stack(
         [rng.choice(41, races, p=np.append(row[:40], failed)) for row, failed in zip(codes, p_fail, strict=True)]
@@ -86,43 +87,46 @@ def test_chances_are_those_of_simulated_races():
     np.testing.assert_allclose(rank, (results.argsort(axis=0).argsort(axis=0) + 1).mean(axis=1), atol=0.05)
 
 
-def test_rank_of_a_model_is_the_race_of_its_laws(model):
-    """Under each told length of the source by itself: which it is does not change from candidate to candidate."""
+def test_rank_of_a_model_is_the_race_of_its_distributions(model):
+    """Under each known length of the source by itself: which it is does not change from candidate to candidate."""
     candidates = ["198.51.100.7", "203.0.113.5", "198.51.100.0/24", "192.0.2.77"]
-    asked = {"at": "2026-01-01", "context": [{"src_addr": "192.0.2.1", "dst_addr": "198.51.100.9", "rtt": 12.5}]}
-    ranking = model.rank("192.0.2.1", candidates, **asked)
+    given_too = {"at": "2026-01-01", "context": [{"src_addr": "192.0.2.1", "dst_addr": "198.51.100.9", "rtt": 12.5}]}
+    ranking = model.rank("192.0.2.1", candidates, **given_too)
     lengths = {"none": "none", "/8": 8, "/16": 16, "/24": 24, "all": "all"}
-    laws = {c: model.rtt("192.0.2.1", c, **asked) for c in candidates}
+    distributions = {c: model.rtt("192.0.2.1", c, **given_too) for c in candidates}
     expected = np.zeros(len(candidates))
-    for name, told in lengths.items():
-        told_laws = [model.rtt("192.0.2.1", c, **asked, src_known=told) for c in candidates]
-        codes, p_fail = np.stack([law.code_probability for law in told_laws]), [law.p_fail for law in told_laws]
-        expected += laws[candidates[0]].src_weights.get(name, 0.0) * fastest(codes, np.array(p_fail))[0]
+    for name, known in lengths.items():
+        own = [model.rtt("192.0.2.1", c, **given_too, src_known=known) for c in candidates]
+        codes, p_fail = (
+            np.stack([distribution.code_probability for distribution in own]),
+            [distribution.p_fail for distribution in own],
+        )
+        expected += distributions[candidates[0]].src_weights.get(name, 0.0) * fastest(codes, np.array(p_fail))[0]
     expected = dict(zip(candidates, expected, strict=True))
     rows = ranking.table.to_pylist()
     assert [row["dst_addr"] for row in rows] == sorted(candidates, key=lambda c: -expected[c])
     for row in rows:
-        law = laws[row["dst_addr"]]
+        distribution = distributions[row["dst_addr"]]
         assert row["p_fastest"] == pytest.approx(expected[row["dst_addr"]], rel=1e-3)
-        assert (row["median_ms"], row["p_fail"]) == pytest.approx((law.median, law.p_fail), rel=1e-3)
+        assert (row["median_ms"], row["p_fail"]) == pytest.approx((distribution.median, distribution.p_fail), rel=1e-3)
     assert sum(row["p_fastest"] for row in rows) + ranking.p_none == pytest.approx(1, abs=1e-6)
 
 
 def test_two_worlds_that_agree_on_the_winner_leave_no_doubt(model, monkeypatch):
-    """Fast in one world, slow in the other, but A always first: a race of the mixed laws would say 3/4."""
+    """Fast in one world, slow in the other, but A always first: a race of the mixed distributions would say 3/4."""
     slow = {"192.0.2.5": (10, 30), "192.0.2.6": (20, 40)}
 
-    def laws(self, queries, src_known="auto"):
+    def distributions(reader, queries, src_known="auto"):
         for query in queries:
             codes = np.zeros((1, 65_536))
-            codes[0, slow[str(query.dst)][query.src.told_bytes == 0]] = 1.0
-            yield RTTDistributions(codes, np.zeros(1))
+            codes[0, slow[str(query.dst)][query.src.known_bytes == 0]] = 1.0
+            yield RTTDistribution(codes, np.zeros(1))
 
-    def worlds(self, query, src_known):
+    def worlds(reader, query, src_known):
         return [dataclasses.replace(query, src=query.src.cut(n)) for n in (0, 4)], np.array([0.5, 0.5])
 
-    monkeypatch.setattr(type(model), "laws", laws)
-    monkeypatch.setattr(type(model), "weighted_variants", worlds)
+    monkeypatch.setattr(ranking, "distributions", distributions)
+    monkeypatch.setattr(ranking, "weighted_variants", worlds)
     rows = model.rank("192.0.2.1", list(slow)).table.to_pylist()
     assert [(row["dst_addr"], row["p_fastest"]) for row in rows] == [("192.0.2.5", 1.0), ("192.0.2.6", 0.0)]
 

@@ -13,21 +13,17 @@ candidates is then made to be what it is, Π (S_j + p_j) − Π S_j. So the prob
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.tokenization import RTT_CODES
 from ping_llm.inference.context import Context
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.query import Query, SrcKnown
-
-if TYPE_CHECKING:
-    from ping_llm.inference.predictor import PingModel
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.engine import Reader
+from ping_llm.inference.mixture import distributions, weighted_variants
+from ping_llm.inference.query import Query, SrcKnown, Time
 
 _POINTS, _SHARES = np.polynomial.legendre.leggauss(4)
 _POINTS, _SHARES = (_POINTS + 1) / 2, _SHARES / 2  # of an integral over 0 to 1
@@ -48,52 +44,44 @@ class Ranking:
 
 
 def rank(
-    model: PingModel,
+    reader: Reader,
     src: str | None,
     candidates: Sequence[str],
-    at: dt.datetime | str | float | None = None,
+    at: Time = None,
     context: pa.Table | Sequence[dict] | None = None,
     src_known: SrcKnown = "auto",
 ) -> Ranking:
     """Which of the candidates, addresses or prefixes, is nearest to `src`; `at`, `context`, `src_known`: see `PingModel`.
 
-    ValueError where there is no candidate, one is no address, or one is named twice. The laws take 0.26 MB a candidate.
+    ValueError where there is no candidate, one is no address or one is named twice.
     """
     queries = _queries(src, candidates, at, Context.parse(context))
     about_src = queries[0] if src is None else dataclasses.replace(queries[0], dst=None)
     races = []
-    # How much of the source is told is one and the same for all candidates: each length is a race of its own.
-    for told, weight in zip(*model.weighted_variants(about_src, src_known), strict=True):
-        codes, p_fail = _laws(model, [dataclasses.replace(query, src=told.src) for query in queries])
+    # The known length of the source is the same for all candidates: each length is a race of its own.
+    for variant, weight in zip(*weighted_variants(reader, about_src, src_known), strict=True):
+        own = [dataclasses.replace(query, src=variant.src) for query in queries]
+        found = [(some.code_probability.astype(np.float32), some.p_fail) for some in distributions(reader, own, "all")]
+        codes, p_fail = (np.concatenate(column) for column in zip(*found, strict=True))
         races.append((weight, codes, p_fail, *fastest(codes, p_fail), p_fail.prod()))
+    weights, *columns = zip(*races, strict=True)
     codes, p_fail, p_fastest, expected_rank, p_none = (
-        sum(weight * values for weight, values in zip((race[0] for race in races), column, strict=True))
-        for column in list(zip(*races, strict=True))[1:]
+        sum(weight * values for weight, values in zip(weights, column, strict=True)) for column in columns
     )
-    median_ms = RTTDistributions(codes / (codes.sum(axis=1) + p_fail)[:, None], p_fail).median
+    median_ms = RTTDistribution(codes / (codes.sum(axis=1) + p_fail)[:, None], p_fail).median
     order = np.lexsort((median_ms, -p_fastest))
-    columns = {
+    ranked = {
         "dst_addr": [str(queries[i].dst) for i in order],
         "p_fastest": p_fastest[order],
         "expected_rank": expected_rank[order],
         "median_ms": pa.array(median_ms[order], mask=np.isnan(median_ms[order])),
         "p_fail": p_fail[order],
     }
-    return Ranking(pa.table(columns), float(p_none))
+    return Ranking(pa.table(ranked), float(p_none))
 
 
-def _laws(model: PingModel, queries: list[Query]) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of the codes, (n, 65,536) float32, and of failure, (n,), with just as much told as the queries tell."""
-    codes, p_fail, first = np.empty((len(queries), RTT_CODES), dtype=np.float32), np.empty(len(queries)), 0
-    for laws in model.laws(queries, "all"):
-        chosen = slice(first, first + len(laws))
-        codes[chosen], p_fail[chosen] = laws.code_probability, laws.p_fail
-        first += len(laws)
-    return codes, p_fail
-
-
-def _queries(src: str | None, candidates: Sequence[str], at: object, context: Context) -> list[Query]:
-    """The question for each candidate."""
+def _queries(src: str | None, candidates: Sequence[str], at: Time, context: Context) -> list[Query]:
+    """The query for each candidate."""
     if isinstance(candidates, str):
         raise ValueError(f"candidates={candidates!r} must be a list of addresses")
     if not len(candidates):
@@ -109,16 +97,14 @@ def _queries(src: str | None, candidates: Sequence[str], at: object, context: Co
 
 
 def fastest(codes: np.ndarray, p_fail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """P(candidate wins) and its expected rank, (n,) each, of laws (n, 65,536) and (n,).
+    """P(candidate wins) and its expected rank, (n,) each, of distributions (n, 65,536) and (n,).
 
     The rank counts who is faster; of two that fail each is so with 1/2.
     """
     n = len(codes)
     p_fail = np.asarray(p_fail, dtype=np.float64)
     wins, beaten = np.zeros(n), np.zeros(n)
-    slower = (
-        p_fail.copy()
-    )  # (n,) P(result beyond the codes looked at so far); from the slowest on small ones stay exact
+    slower = p_fail.copy()  # (n,) P(result beyond the codes so far); from the slowest on, small ones stay exact
     for end in range(codes.shape[1], 0, -_CODES_AT_ONCE):
         p = codes[:, max(end - _CODES_AT_ONCE, 0) : end].astype(np.float64)  # (n, c)
         beyond = slower[:, None] + np.cumsum(p[:, ::-1], axis=1)[:, ::-1]  # P(code ≥ c)

@@ -11,9 +11,10 @@ from pings import ndjson, ping, write
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
 from ping_llm.data.ingest.prepare import prepare
-from ping_llm.inference.distributions import RTTDistributions
-from ping_llm.inference.predictor import PingModel
-from ping_llm.inference.scoring import calibrated_p_values, dump_table, own_p_values
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.files import dump_table
+from ping_llm.inference.model import PingModel
+from ping_llm.inference.score import calibrated_p_values, own_p_values
 from ping_llm.model.gpt import GPT
 
 MEASUREMENTS = [
@@ -58,17 +59,17 @@ def chain(gpt, prompt: list[int], row: dict, order, clock: int | None) -> float:
     """log P of the fields in order after a prompt: no cache, a softmax over what competes at each token."""
     tokens, competing = [*prompt, tk.MEASUREMENT_START], []
     for name in order:
-        told = field_tokens(row, name, clock)
+        encoded = field_tokens(row, name, clock)
         roles = ROLES[name] if name != "time" else (5,) if clock is None else (6, 7)
-        competing += [list(roles), *([list(BYTES)] * (len(told) - 1))]
-        if told[0] in (2, 4) and told[1:12] == [tk.BYTE_0] * 10 + [tk.BYTE_0 + 255]:
+        competing += [list(roles), *([list(BYTES)] * (len(encoded) - 1))]
+        if encoded[0] in (2, 4) and encoded[1:12] == [tk.BYTE_0] * 10 + [tk.BYTE_0 + 255]:
             competing[-5] = list(BYTES)[:255]  # with 255 it would be an IPv4 address
-        if told[0] == 5:
+        if encoded[0] == 5:
             competing[-8] = list(BYTES)[:128]  # of a time below 2^63
-        if told[0] == 7:
-            assert told[1] == told[2] == tk.BYTE_0
+        if encoded[0] == 7:
+            assert encoded[1] == encoded[2] == tk.BYTE_0
             competing[-2] = list(BYTES)[1:]  # of a delta above 255 s
-        tokens += told
+        tokens += encoded
     with torch.no_grad():
         logits = gpt(torch.tensor([tokens]))[0].double()
     first = len(prompt)
@@ -88,11 +89,11 @@ def test_log_prob_is_the_chain_of_its_tokens_in_every_order(model, fields):
 @pytest.mark.parametrize("order", [("src", "dst", "rtt"), ("rtt", "time", "dst", "src"), ("time", "src")])
 def test_log_prob_after_a_context_goes_on_from_its_tokens_and_its_clock(model, order):
     first, *others = MEASUREMENTS
-    told = ("src", "dst", "time", "rtt") if "time" in order else ("src", "dst", "rtt")
-    prompt = [tk.MEASUREMENT_START, *(token for name in told for token in field_tokens(first, name, None))]
+    names = ("src", "dst", "time", "rtt") if "time" in order else ("src", "dst", "rtt")
+    prompt = [tk.MEASUREMENT_START, *(token for name in names for token in field_tokens(first, name, None))]
     clock = first["event_time"]
     expected = [chain(model.gpt, prompt, row, order, clock) for row in others]
-    # 100 s are told in one byte, 9,000 s in four.
+    # 100 s take one byte, 9,000 s in four.
     np.testing.assert_allclose(model.log_prob(others, order, [first]), expected, rtol=1e-5)
 
 
@@ -136,19 +137,19 @@ def test_score_asks_after_the_last_measurements_of_the_same_source(model):
     for row, line in zip(rows, scored, strict=True):
         earlier = [r for r in rows if r["src_addr"] == row["src_addr"] and r["event_time"] < row["event_time"]]
         context = sorted(earlier, key=lambda r: r["event_time"])[-2:]
-        law = model.rtt(row["src_addr"], row["dst_addr"], row["event_time"], context)
-        assert line["nll_nats"] == pytest.approx(-law.log_density(row["rtt"]), rel=1e-5)
+        distribution = model.rtt(row["src_addr"], row["dst_addr"], row["event_time"], context)
+        assert line["nll_nats"] == pytest.approx(-distribution.log_density(row["rtt"]), rel=1e-5)
         assert (line["pit"] is None) == (row["rtt"] < 0)
         if row["rtt"] > 0:
-            assert line["pit"] == pytest.approx(law.cdf(row["rtt"]), abs=1e-5)
+            assert line["pit"] == pytest.approx(distribution.cdf(row["rtt"]), abs=1e-5)
         assert line["anomaly"] == (line["p_value"] <= 0.3)
 
 
 def test_without_times_the_past_is_what_stands_before(model):
     rows = [{name: row[name] for name in ("src_addr", "dst_addr", "rtt")} for row in MEASUREMENTS]
     last = model.score(rows).to_pylist()[-1]
-    law = model.rtt(rows[2]["src_addr"], rows[2]["dst_addr"], context=rows[:2])
-    assert last["nll_nats"] == pytest.approx(-law.log_density(80.0), rel=1e-5)
+    distribution = model.rtt(rows[2]["src_addr"], rows[2]["dst_addr"], context=rows[:2])
+    assert last["nll_nats"] == pytest.approx(-distribution.log_density(80.0), rel=1e-5)
 
 
 def test_no_measurements_are_scored_as_none(model):
@@ -158,10 +159,10 @@ def test_no_measurements_are_scored_as_none(model):
     assert model.log_prob([]).shape == (0,)
 
 
-def three_atoms() -> RTTDistributions:
+def three_atoms() -> RTTDistribution:
     codes = np.zeros((1, tk.RTT_CODES))
     codes[0, [20_000, 20_001, 30_000]] = 0.5, 0.2, 0.1
-    return RTTDistributions(codes, np.array([0.2]))
+    return RTTDistribution(codes, np.array([0.2]))
 
 
 def test_own_p_value_is_the_probability_of_all_that_is_as_surprising():
@@ -171,20 +172,23 @@ def test_own_p_value_is_the_probability_of_all_that_is_as_surprising():
     assert p == pytest.approx([0.5 + 0.25, 0.3 + 0.1, 0.2 + 0.05, 0.1, 0.0])
 
 
-def test_p_values_of_draws_from_the_law_are_uniform():
+def test_p_values_of_draws_from_the_distribution_are_uniform():
     rng = np.random.default_rng(1)
     n = 600
     codes, p_fail = np.zeros((n, tk.RTT_CODES), dtype=np.float32), rng.random(n) * 0.5
     places = rng.integers(0, tk.RTT_CODES, (n, 40))
     np.put_along_axis(codes, places, rng.random((n, 40)).astype(np.float32), axis=1)
     codes *= ((1 - p_fail) / codes.sum(axis=1))[:, None].astype(np.float32)
-    laws = RTTDistributions(codes, 1 - codes.sum(axis=1, dtype=np.float64))
-    drawn = [rng.choice(np.flatnonzero(law), p=law[law > 0] / law.sum(dtype=float)) for law in codes.astype(float)]
-    rtt_ms = np.where(rng.random(n) < laws.p_fail, -1.0, tk.decode_rtt(np.array(drawn)))
-    p = np.sort(own_p_values(laws, rtt_ms, rng))
+    distributions = RTTDistribution(codes, 1 - codes.sum(axis=1, dtype=np.float64))
+    drawn = [
+        rng.choice(np.flatnonzero(distribution), p=distribution[distribution > 0] / distribution.sum(dtype=float))
+        for distribution in codes.astype(float)
+    ]
+    rtt_ms = np.where(rng.random(n) < distributions.p_fail, -1.0, tk.decode_rtt(np.array(drawn)))
+    p = np.sort(own_p_values(distributions, rtt_ms, rng))
     distance = np.abs(p - (np.arange(n) + 0.5) / n).max()  # Kolmogorov and Smirnov
     assert distance < 1.36 / np.sqrt(n)
-    halved = own_p_values(laws, rtt_ms)
+    halved = own_p_values(distributions, rtt_ms)
     assert halved.min() >= 0 and halved.max() <= 1 and halved.mean() == pytest.approx(0.5, abs=0.03)
 
 
@@ -210,7 +214,7 @@ def test_a_dump_and_its_rows_are_the_same_table(tmp_path):
     [
         (lambda m: m.log_prob(MEASUREMENTS, ("src", "dest")), "must hold some of src, dst, rtt, time"),
         (lambda m: m.log_prob(MEASUREMENTS, ("src", "src")), "each at most once"),
-        (lambda m: m.log_prob([{**MEASUREMENTS[0], "rtt": -2}]), "row 1: rtt must be ms"),
+        (lambda m: m.log_prob([{**MEASUREMENTS[0], "rtt": -2}]), "row 1: rtt -2 must be ms"),
         (lambda m: m.log_prob([*MEASUREMENTS, {**MEASUREMENTS[0], "dst_addr": "x"}]), "row 4: 'x' is not an IPv4"),
         (
             lambda m: m.log_prob([{"src_addr": "::1", "dst_addr": "::2", "rtt": 1}], ("time",)),

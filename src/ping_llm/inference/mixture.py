@@ -1,0 +1,198 @@
+"""Queries in, the distributions of their results out: mixtures over how much of the source is known, and of partial bytes.
+
+Under "auto" a query is answered with several prefixes of its source known, weighted by their share on val times how likely
+each makes the context. 192.0.0.0/20 is 16 prefixes of /24, and the distribution of pings to it is the mixture of theirs,
+each weighted by the probability that the model gives its third byte, after the first two and what else is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ping_llm.data import tokenization as tk
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.engine import (
+    Reader,
+    line_log_prob,
+    next_byte_log_p,
+    read_beginnings,
+    read_contexts,
+    result_distributions,
+)
+from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, build_prompt, fitting_context, opening
+from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_name
+
+CHUNK = 64  # queries answered together: their distributions take 33 MB
+LEAST_WEIGHT = 1e-4  # known lengths of the source of less weight are left out
+
+
+def distributions(reader: Reader, queries: Sequence[Query], src_known: SrcKnown = "auto") -> Iterator[RTTDistribution]:
+    """The distributions of the queries' results, in order, in batches of at most CHUNK; a shared context is read once."""
+    for first in range(0, len(queries), CHUNK):
+        some = queries[first : first + CHUNK]
+        if any(query.has_partial_byte for query in some):
+            of = (_of_partial_bytes if query.has_partial_byte else _of_whole_bytes for query in some)
+            yield RTTDistribution.concatenate(
+                [f(reader, [query], src_known) for f, query in zip(of, some, strict=True)]
+            )
+        else:
+            yield _of_whole_bytes(reader, some, src_known)
+
+
+def weighted_variants(reader: Reader, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
+    """The query with as much of the source known as `src_known` says, and the weights of these variants, which sum to 1."""
+    variants = _variants(reader, query, src_known)
+    evidence = np.zeros(len(variants))
+    if len(variants) > 1 and len(query.context):
+        contexts = [build_prompt(variant, reader.seq_len).context for variant in variants]
+        evidence = read_contexts(reader, contexts).log_likelihood
+    prior, _ = _log_priors(reader, [variants])
+    weights = _weights(prior + evidence, np.zeros(len(variants), dtype=np.int64))
+    used = np.flatnonzero(weights >= LEAST_WEIGHT)
+    return [variants[i] for i in used], weights[used] / weights[used].sum()
+
+
+def whole_byte_queries(reader: Reader, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
+    """The queries of whole bytes whose answers mix to that of `query`, and their weights, which sum to 1."""
+    return _split(reader, *weighted_variants(reader, query, src_known))
+
+
+def source_log_prob(reader: Reader, sources: Sequence[Endpoint]) -> np.ndarray:
+    """Log-probability in nats of whole source addresses at the beginning of a window, (n,): how familiar they are."""
+    distinct = sorted({src.packed for src in sources})
+    lines = [np.append(tk.MEASUREMENT_START, address_tokens(SRC_ROLES, Endpoint.whole(packed))) for packed in distinct]
+    log_p = dict(zip(distinct, line_log_prob(reader, lines, np.zeros(0, dtype=np.int64)), strict=True))
+    return np.array([log_p[src.packed] for src in sources])
+
+
+def _of_whole_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
+    variants = [_variants(reader, query, src_known) for query in queries]
+    owner = np.repeat(np.arange(len(queries)), [len(own) for own in variants])  # (B,) query of each prompt
+    flat = [variant for own in variants for variant in own]
+    prompts = [build_prompt(variant, reader.seq_len) for variant in flat]
+    contexts, context_of = _distinct([prompt.context for prompt in prompts])
+    mixed = len(prompts) > len(queries)
+    shared = len(contexts) < len(prompts) or (mixed and any(len(context) for context in contexts))
+    read = read_contexts(reader, contexts) if shared and any(map(len, contexts)) else None
+    if not mixed:
+        return result_distributions(reader, prompts, read, context_of)
+    evidence = np.zeros(len(prompts)) if read is None else read.log_likelihood[context_of]
+    prior, prior_passes = _log_priors(reader, variants)
+    weights = _weights(prior + evidence, owner)
+    used = np.flatnonzero(weights >= LEAST_WEIGHT)
+    names = [_name(flat[i]) for i in used]
+    each = result_distributions(reader, [prompts[i] for i in used], read, context_of[used])
+    found = each.mixture(weights[used], owner[used], names)
+    named = [shares if len(own) > 1 else {} for shares, own in zip(found.src_weights, variants, strict=True)]
+    passes = found.forward_passes + prior_passes
+    return dataclasses.replace(found, forward_passes=passes, src_weights=np.array(named, dtype=object))
+
+
+def _variants(reader: Reader, query: Query, src_known: SrcKnown) -> list[Query]:
+    """The query under each known length, the shortest first, all after the context that fits where most is known.
+
+    So their likelihoods are of the same measurements: the length under which fewest fit would win by that alone.
+    """
+    variants = list(query.variants(src_known))
+    if len(variants) == 1 or not len(query.context):
+        return variants
+    context = fitting_context(variants[-1], reader.seq_len)
+    return [dataclasses.replace(variant, context=context) for variant in variants]
+
+
+def _log_priors(reader: Reader, variants: Sequence[Sequence[Query]]) -> tuple[np.ndarray, int]:
+    """Logarithm of the weight of each variant of each query before its context is read, (B,), and passes it took.
+
+    That is its share on val, if the source is as familiar to the model as those of val are.
+    """
+    calibration, longest = reader.calibration, [own[-1].src for own in variants]
+    whole = {i: src for i, src in enumerate(longest) if src is not None and not src.is_prefix}
+    passes = int(bool(calibration.familiar) and bool(whole))
+    novelty = dict.fromkeys(range(len(variants)), 0.0)
+    if passes:
+        log_p = source_log_prob(reader, list(whole.values()))
+        novelty |= {i: calibration.novelty(src, p) for (i, src), p in zip(whole.items(), log_p, strict=True)}
+    priors = []
+    for i, own in enumerate(variants):
+        known = [query.src for query in own if query.src is not None]  # all of them or, without a source, none
+        priors.append(calibration.log_weights(known, novelty[i]) if known else np.zeros(len(own)))
+    return np.concatenate(priors), passes
+
+
+def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The weight of each variant among those of its query, (B,)."""
+    log_weight = log_weight - np.maximum.reduceat(log_weight, np.flatnonzero(np.diff(owner, prepend=-1)))[owner]
+    weight = np.exp(log_weight)
+    return weight / np.bincount(owner, weight)[owner]
+
+
+def _distinct(contexts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The different ones among token sequences, and which of them each is, (n,)."""
+    places: dict[bytes, int] = {}
+    which = np.array([places.setdefault(context.tobytes(), len(places)) for context in contexts])
+    return [np.frombuffer(key, dtype=np.int64) for key in places], which
+
+
+def _name(variant: Query) -> str:
+    return known_name(variant.src) if variant.src else "all"
+
+
+def _of_partial_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
+    (query,) = queries
+    variants, variant_weights = weighted_variants(reader, query, src_known)
+    parts, weights = _split(reader, variants, variant_weights)
+    chunks, masses, passes, done = [], [], 0, 0
+    for some in distributions(reader, parts, "all"):
+        own = weights[done : done + len(some)]
+        done, passes = done + len(some), passes + int(some.forward_passes.max())
+        if own.sum() > 0:
+            chunks.append(some.mixture(own / own.sum()))
+            masses.append(own.sum())
+    found = RTTDistribution.concatenate(chunks).mixture(np.array(masses) / np.sum(masses))
+    names = {_name(variant): float(weight) for variant, weight in zip(variants, variant_weights, strict=True)}
+    return dataclasses.replace(found, forward_passes=passes, src_weights=names if len(names) > 1 else {})
+
+
+def _split(reader: Reader, variants: Sequence[Query], weights: np.ndarray) -> tuple[list[Query], np.ndarray]:
+    """Weighted queries with those of partial bytes replaced by the whole-byte queries that they are mixtures of."""
+    parts = [_parts(reader, variant) for variant in variants]
+    shares = np.concatenate([weight * share for weight, (_, share) in zip(weights, parts, strict=True)])
+    return [part for some, _ in parts for part in some], shares
+
+
+def _parts(reader: Reader, query: Query) -> tuple[list[Query], np.ndarray]:
+    """The whole-byte queries of one query, one or more, and their shares (n,), by the chain rule src, dst."""
+    if not query.has_partial_byte:
+        return [query], np.ones(1)
+    parts, log_p = [query], np.zeros(1)
+    if query.src is not None and query.src.extra_bits:
+        nothing = dataclasses.replace(query, src=None, dst=None)
+        ((ends, log_p),) = _partial_bytes(reader, [nothing], query.src, SRC_ROLES)
+        parts = [dataclasses.replace(query, src=end) for end in ends]
+    if query.dst is not None:
+        openings = [dataclasses.replace(part, dst=None) for part in parts]
+        of_dst = list(_partial_bytes(reader, openings, query.dst, DST_ROLES))
+        log_p = np.concatenate([own + log_q for own, (_, log_q) in zip(log_p, of_dst, strict=True)])
+        parts = [
+            dataclasses.replace(part, dst=end) for part, (ends, _) in zip(parts, of_dst, strict=True) for end in ends
+        ]
+    return parts, np.exp(log_p - np.logaddexp.reduce(log_p))
+
+
+def _partial_bytes(
+    reader: Reader, openings: Sequence[Query], end: Endpoint, roles: Sequence[int]
+) -> Iterator[tuple[list[Endpoint], np.ndarray]]:
+    """After each opening: what `end` stands for in whole bytes, and the log-probability of each, known bytes included."""
+    known = address_tokens(roles, end)
+    lines = [opening(query, reader.seq_len) for query in openings]
+    read = read_beginnings(reader, [np.append(line, known) for line in lines], [len(line) for line in lines])
+    if not end.extra_bits:
+        yield from (([end], np.array([evidence])) for evidence in read.log_evidence)
+        return
+    values = end.next_bytes
+    ends = [end.extended(end.known + bytes([value])) for value in values]
+    log_p = next_byte_log_p(read.logits[:, None], [tuple(known.tolist())])[:, 0, values]  # (openings, values)
+    yield from ((ends, evidence + own) for evidence, own in zip(read.log_evidence, log_p, strict=True))

@@ -1,0 +1,220 @@
+"""Measurements in, how probable and how surprising each is out.
+
+`log_prob` is the probability of what a measurement says, its fields in any order: the role of each field is chosen among
+the roles of that field, and bytes among those of a whole address, an RTT or a time, so the probabilities of all values of
+a field sum to 1 and orders can be compared. `score` is how unexpected a result is after the measurements before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+
+import numpy as np
+import pyarrow as pa
+
+from ping_llm.data import tokenization as tk
+from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.inference.context import Context, as_table, columns_of
+from ping_llm.inference.distribution import RTTDistribution, code_widths
+from ping_llm.inference.engine import Reader, line_log_prob
+from ping_llm.inference.mixture import distributions
+from ping_llm.inference.query import SrcKnown
+from ping_llm.inference.table import History
+from ping_llm.system.progress import show_progress
+
+HISTORY = 10  # measurements of the same source before one that is scored
+ORDER = ("src", "dst", "rtt")
+_FIELDS = {"src": tk.SRC, "dst": tk.DST, "rtt": tk.RESULT, "time": tk.TIME}
+_COLUMNS = ("src", "dst", "rtt_ms", "time_s")
+_BATCH = 256  # measurements whose distributions are computed together
+
+
+def log_prob(
+    reader: Reader,
+    measurements: pa.Table | Sequence[dict],
+    order: Sequence[str] = ORDER,
+    context: pa.Table | Sequence[dict] | None = None,
+) -> np.ndarray:
+    """Log-probability in nats of what the fields of each measurement say, each given the ones before it in `order`; (n,).
+
+    `order` holds some of src, dst, rtt and time, once each; time needs the column event_time. The RTT is one of 65,536
+    codes, or failure. `context` holds earlier measurements of the one source of all measurements; of what does not fit,
+    the most recent stay.
+    """
+    order, measured = _checked_order(order), columns_of(measurements, "the table of measurements")
+    earlier = columns_of(context or [], "the context", "context row")
+    if not len(measured):
+        return np.zeros(0)
+    if "time" in order and measured.time_s is None:
+        raise ValueError(
+            "the order holds time, but the measurements have no column event_time; add it, or leave out time"
+        )
+    if len(earlier):
+        earlier = earlier if earlier.time_s is None else earlier.take(np.argsort(earlier.time_s, kind="stable"))
+        _check_context(earlier, measured)
+    return line_log_prob(reader, *_encode(measured, earlier, order, reader.seq_len))
+
+
+@dataclass(frozen=True)
+class OrderConsistency:
+    """How far the log-probability of the same measurement depends on the order of its fields.
+
+    `std_nats` is the standard deviation over all orders, averaged over the measurements; a joint distribution has 0.
+    """
+
+    std_nats: float
+    mean_log_prob: dict[str, float]  # of each order, like "src dst rtt", in nats
+    log_prob: np.ndarray = field(repr=False)  # (n, 6)
+
+
+def order_consistency(reader: Reader, measurements: pa.Table | Sequence[dict]) -> OrderConsistency:
+    """log p(src, dst, rtt) of each measurement in all six orders."""
+    orders = list(permutations(ORDER))
+    log_p = np.stack([log_prob(reader, measurements, order) for order in orders], axis=1)  # (n, 6)
+    if not len(log_p):
+        raise ValueError("no measurements to compare orders on; give at least one")
+    means = {" ".join(order): float(mean) for order, mean in zip(orders, log_p.mean(axis=0), strict=True)}
+    return OrderConsistency(float(log_p.std(axis=1).mean()), means, log_p)
+
+
+def score(
+    reader: Reader,
+    measurements: pa.Table | Sequence[dict],
+    history: int = HISTORY,
+    src_known: SrcKnown = "auto",
+    anomaly_at: float | None = None,
+) -> pa.Table:
+    """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
+
+    The context of each are the `history` measurements of the same source before it, by event_time or, without that column,
+    in the order of the table. `nll_nats` is −log of the density per log-ms times P(answer), or −log p_fail; `pit` is null
+    for a failure. `p_value` is the share of results at least as surprising: under the model's own distribution (see
+    `own_p_values`), read against what that was on val, if the model is calibrated. With `anomaly_at`, `anomaly` says
+    p_value ≤ anomaly_at.
+    """
+    if history < 0:
+        raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
+    if anomaly_at is not None and not 0 < anomaly_at < 1:
+        raise ValueError(f"anomaly_at={anomaly_at} must be a p-value between 0 and 1")
+    table = as_table(measurements)
+    past = History(columns_of(table, "the table of measurements"), history)
+    own, nll, pit = (np.empty(table.num_rows) for _ in range(3))
+    with show_progress("score", table.num_rows, "measurements") as advance:
+        for first in range(0, table.num_rows, _BATCH):
+            rows = past.order[first : first + _BATCH]  # neighbours have contexts of about the same length
+            for some in distributions(reader, past.queries(rows), src_known):
+                chosen, rows = rows[: len(some)], rows[len(some) :]
+                observed_ms = past.measured.rtt_ms[chosen]
+                own[chosen] = own_p_values(some, observed_ms)
+                nll[chosen], pit[chosen] = -some.log_density(observed_ms), some.pit(observed_ms)
+                advance(len(some))
+    p_value = calibrated_p_values(own, reader.calibration.surprise)
+    columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
+    if anomaly_at is not None:
+        columns["anomaly"] = p_value <= anomaly_at
+    table = table.drop_columns([name for name in columns if name in table.column_names])
+    for name, values in columns.items():
+        table = table.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
+    return table
+
+
+def own_p_values(
+    foreseen: RTTDistribution, observed_ms: np.ndarray | float, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """P(a result at least as surprising as the observed one) under each of B distributions: (B,) ms, −1 = failed, to (B,).
+
+    Results are ordered as by nll_nats: an answer by its density per log-ms times P(answer), failure, an atom, by p_fail.
+    Of results equally surprising half is counted; with `rng` a share drawn for each: then p-values are uniform if the
+    distributions are right.
+    """
+    observed = np.exp(foreseen.log_density(observed_ms))  # (B,)
+    # By way of the logarithm rounding makes a difference where there is none.
+    low, high, p_fail = observed * (1 - 1e-12), observed * (1 + 1e-12), foreseen.p_fail
+    less, equal = p_fail * (p_fail < low), p_fail * ((p_fail >= low) & (p_fail <= high))
+    for place, p in enumerate(foreseen.code_probability):
+        density = p / code_widths()
+        below, upto = density < low[place], density <= high[place]
+        less[place] += p[below].sum(dtype=np.float64)
+        equal[place] += p[upto & ~below].sum(dtype=np.float64)
+    share = 0.5 if rng is None else rng.random(len(foreseen))
+    return np.minimum(less + share * equal, 1.0)
+
+
+def calibrated_p_values(own: np.ndarray, surprise: Sequence[float]) -> np.ndarray:
+    """(rank + 1) / (n + 1) of own p-values (m,) among the n ascending ones of val; as they are without any.
+
+    Below the least of val there is nothing to rank: there it is 1 / (n + 1), times the share of that least value.
+    """
+    if not len(surprise):
+        return own
+    ranked = (np.searchsorted(np.asarray(surprise), own, "right") + 1) / (len(surprise) + 1)
+    return ranked * np.minimum(1.0, own / max(surprise[0], np.finfo(float).tiny))
+
+
+def _checked_order(order: Sequence[str]) -> tuple[str, ...]:
+    wrong = [name for name in order if name not in _FIELDS]
+    if isinstance(order, str) or wrong or len(set(order)) != len(order) or not order:
+        raise ValueError(f"order={order!r} must hold some of {', '.join(_FIELDS)}, each at most once")
+    return tuple(order)
+
+
+def _check_context(earlier: Context, measured: Context) -> None:
+    """ValueError unless the context is of the one source of all measurements, and not later than any."""
+    both = np.concatenate([earlier.src, measured.src])
+    for family in (True, False):  # a host may have an address of each family
+        sources = np.unique(both[is_ipv4(both) == family], axis=0)
+        if len(sources) > 1:
+            one, other = (format_address(address.tobytes()) for address in sources[:2])
+            raise ValueError(
+                f"a context is of the one source of all measurements, but here are {one} and {other}; score each "
+                "source with its own"
+            )
+    if earlier.time_s is not None and measured.time_s is not None and earlier.time_s.max() > measured.time_s.min():
+        raise ValueError("the context holds measurements later than one to score; leave those out")
+
+
+def _encode(
+    measured: Context, earlier: Context, order: tuple[str, ...], seq_len: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Tokens of each measurement up to its last field in `order`, and those of the context that fit before the longest."""
+    n, timed = len(measured), "time" in order
+    keys = np.array([order.index(name) if name in order else 9 + column for name, column in _FIELDS.items()])
+    timed_context = timed and earlier.time_s is not None
+    if timed_context:  # a time is encoded as the delta to the last one of the context: behind it, a window each
+        pairs = np.stack([np.full(n, len(earlier) - 1), len(earlier) + np.arange(n)], axis=1).ravel()
+        columns = [np.concatenate([getattr(c, name) for c in (earlier, measured)]) for name in _COLUMNS]
+        tokens, starts = _tokens(Context(*columns).take(pairs), True, keys, np.arange(2 * n) // 2)
+        first, last = starts[1:-1:2], starts[2::2]
+    else:
+        tokens, starts = _tokens(measured, timed, keys, np.arange(n))
+        first, last = starts[:-1], starts[1:]
+    length = {name: 1 + np.where(is_ipv4(getattr(measured, name)), 4, 16) for name in ("src", "dst")}
+    length["rtt"] = np.where(measured.rtt_ms < 0, 1, 3)
+    last = last - sum(length[name] for name in length if name not in order)
+    lines = [tokens[a:b].astype(np.int64) for a, b in zip(first, last, strict=True)]
+    room = seq_len + 1 - max(map(len, lines), default=0)  # the last token is not read
+    return lines, _context_tokens(earlier, timed_context, room)
+
+
+def _context_tokens(earlier: Context, timed: bool, room: int) -> np.ndarray:
+    """Tokens of the most recent measurements of a context that take at most `room` tokens, result last."""
+    while len(earlier):
+        tokens, starts = _tokens(earlier, timed, tk.RESULT_LAST, np.zeros(len(earlier), dtype=np.int64))
+        if len(tokens) <= room:
+            return tokens.astype(np.int64)
+        fits = np.searchsorted(-(starts[-1] - starts), -room)  # the first measurement that may stay
+        earlier = earlier.take(
+            slice(max(int(fits), 1), None)
+        )  # what is first now may take longer: its time is absolute
+    return np.zeros(0, dtype=np.int64)
+
+
+def _tokens(columns: Context, timed: bool, keys: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`tokenization.encode` of measurements whose addresses are whole and whose fields have the same order."""
+    n = len(columns)
+    src_bytes, dst_bytes = (np.where(is_ipv4(packed), 4, 16) for packed in (columns.src, columns.dst))
+    time_s = columns.time_s if timed and columns.time_s is not None else np.zeros(n, dtype=np.int64)
+    fields = (columns.src, columns.dst, src_bytes, dst_bytes, columns.rtt_ms, time_s, np.full(n, timed))
+    return tk.encode(tk.Fields(*fields, order=np.tile(keys, (n, 1)), window=window))

@@ -222,7 +222,7 @@ def decode(tokens: Sequence[int]) -> list[Decoded]:
         clock += sum(timed)
         ends = [_prefix(role, values[role]) for role in (SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6) if role in values]
         code = values.get(RTT_START)
-        rtt_ms = FAILED_RTT_MS if code is None else float(decode_rtt(int.from_bytes(code, "big")))
+        rtt_ms = FAILED_RTT_MS if code is None else float(decode_rtt(np.array(int.from_bytes(code, "big"))))
         decoded.append(Decoded(*ends[0], *ends[1], rtt_ms, clock if timed else None))
     return decoded
 

@@ -13,7 +13,7 @@ from pyarrow.compute import field
 from ping_llm import cli
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.ingest.prepare import prepare
-from ping_llm.data.rows import read_manifest
+from ping_llm.data.rows import manifest_sha256, read_manifest
 from ping_llm.data.synthetic.synthesize import synthesize
 from ping_llm.eval import diagnose
 from ping_llm.eval import run as eval_run
@@ -26,8 +26,8 @@ from ping_llm.eval.baselines.stack import Stack
 from ping_llm.eval.bootstrap import SourceBootstrap, interval
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
-from ping_llm.eval.leak import check_leak
-from ping_llm.eval.metrics import score
+from ping_llm.eval.leak import leak_problem
+from ping_llm.eval.metrics import error_quantiles, score, source_weights
 from ping_llm.eval.model import TRUE_DISTRIBUTION
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.queries import Cell
@@ -171,19 +171,18 @@ def test_rows_that_the_run_may_have_seen_are_refused(world, run, tmp_path):
     other_rows = tmp_path / "again"
     prepare([str(world / "dump")], other_rows, workers=1, split="none")  # the same dump, other rows
     trained = (world / "rows", rows_sha256_of(run))
-    assert check_leak(run, *trained, world / "rows").same_rows
-    assert "both were made of" in check_leak(run, *trained, other_rows).problem
+    assert manifest_sha256(world / "rows") == trained[1] and leak_problem(run, *trained, world / "rows") == ""
+    assert "both were made of" in leak_problem(run, *trained, other_rows)
     with pytest.raises(ValueError, match=r"may have learned from .* --allow-leak"):
         evaluate(EvalOptions(run, other_rows, out=tmp_path / "out"))
     synthesize(tmp_path / "dump", probes=6, targets=5, days=0.05, seed=9, workers=1)
     prepare([str(tmp_path / "dump")], tmp_path / "new", workers=1, split="none")
-    check = check_leak(run, *trained, tmp_path / "new")
-    assert not check.same_rows and not check.problem
-    assert check_leak(run, tmp_path / "gone", trained[1], tmp_path / "new").problem == ""  # the run kept the manifest
+    assert manifest_sha256(tmp_path / "new") != trained[1] and leak_problem(run, *trained, tmp_path / "new") == ""
+    assert leak_problem(run, tmp_path / "gone", trained[1], tmp_path / "new") == ""  # the run kept the manifest
     kept = (run / ROWS_MANIFEST_NAME).read_text()
     try:
         (run / ROWS_MANIFEST_NAME).unlink()
-        assert "is not known" in check_leak(run, tmp_path / "gone", trained[1], tmp_path / "new").problem
+        assert "is not known" in leak_problem(run, tmp_path / "gone", trained[1], tmp_path / "new")
     finally:
         (run / ROWS_MANIFEST_NAME).write_text(kept)
 
@@ -310,6 +309,7 @@ def test_errors_are_ranked_with_each_source_weighing_the_same():
     """One source with one query of error 0.9, another with nine of error 0: half of the weight each."""
     rtt_ms = np.full(10, 10.0, dtype=np.float32)
     scores = score(point_distributions(np.r_[19.0, np.full(9, 10.0)]), np.zeros(10), rtt_ms)
-    quantiles = scores.error_quantiles(np.r_[0, np.ones(9)])
+    weights = source_weights(np.r_[0, np.ones(9)])
+    quantiles = error_quantiles(scores.columns()["relative_error"], weights)
     np.testing.assert_allclose(quantiles[:25], 0, atol=1e-6)  # up to half
     np.testing.assert_allclose(quantiles[25:], 0.9, atol=1e-6)

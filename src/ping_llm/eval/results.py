@@ -24,6 +24,7 @@ from ping_llm.eval.metrics import (
     QUANTILE_LEVELS,
     Scores,
     auc,
+    error_quantiles,
     ks_uniform,
     long_table,
     source_weights,
@@ -96,13 +97,14 @@ def source_means(scores: pa.Table) -> dict[str, dict[str, np.ndarray]]:
 
 def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One method's line of a report, from q scores, their sources (q,), and the means of each source."""
-    weights, answers = source_weights(probe), source_weights(probe, scores.answered)
-    error, mean = scores.relative_error, {name: _mean(means[name]) for name in MEANS}
+    columns, answered = scores.columns(), scores.rtt_ms >= 0
+    weights, answers = source_weights(probe), source_weights(probe, answered)
+    error, mean = columns["relative_error"], {name: _mean(means[name]) for name in MEANS}
     bins = np.clip((np.nan_to_num(scores.pit) * PIT_BINS).astype(int), 0, PIT_BINS - 1)
     histogram = np.bincount(bins, answers, PIT_BINS)
     return {
-        "queries": len(scores),
-        "answered": int(scores.answered.sum()),
+        "queries": len(probe),
+        "answered": int(answered.sum()),
         "sources": len(means["probe"]),
         "nll_nats": mean["nll_nats"],  # of results, failures among them
         "rtt_nll_nats": mean["rtt_nll_nats"],  # of RTTs given an answer, density per log-ms
@@ -118,8 +120,8 @@ def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]
         "fail_rate": mean["fail_rate"],  # the base rate
         "fail_brier": mean["fail_brier"],
         "fail_log_loss": mean["fail_log_loss"],  # nats
-        "fail_auc": auc(scores.p_fail, ~scores.answered, weights),  # NaN where all or none failed
-        "error_quantiles": scores.error_quantiles(probe),  # (50,)
+        "fail_auc": auc(scores.p_fail, ~answered, weights),  # NaN where all or none failed
+        "error_quantiles": error_quantiles(error, answers),  # (50,)
     }
 
 
@@ -127,8 +129,9 @@ def summarize_cell(
     cell: Cell, scores: Mapping[str, Scores], kinds: Mapping[str, str], bootstrap: SourceBootstrap
 ) -> CellScores:
     """Aggregates over the queries that every method answered, which are the first ones of the cell."""
-    common = min(len(one) for one in scores.values())
-    scores, probe = {name: one.first(common) for name, one in scores.items()}, cell.queries.probe[:common]
+    common = min(len(one.rtt_ms) for one in scores.values())
+    probe = cell.queries.probe[:common]
+    scores = {name: Scores(*(column[:common] for column in vars(one).values())) for name, one in scores.items()}
     means = source_means(long_table(scores, probe))
     lines = {name: aggregate(one, probe, means[name]) for name, one in scores.items()}
     best = min((name for name, kind in kinds.items() if kind == "baseline"), key=lambda name: lines[name]["crps_log"])

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 REPLICATES = 1000
-LEVELS = (2.5, 97.5)
-"""Percent: the bounds of an interval of 95 %."""
+LEVELS = (2.5, 97.5)  # percent: the bounds of an interval of 95 %
 
 
 @dataclass(frozen=True, eq=False)

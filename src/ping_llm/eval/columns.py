@@ -160,6 +160,10 @@ class Queries:
         """The first `count` queries that were answered; all of these if None."""
         return self.take(np.flatnonzero(self.rtt_ms >= 0)[:count])
 
+    def views(self, counts: Sequence[int]) -> list[QueryView]:
+        """The view given k measurements, for each of `counts` that the context holds."""
+        return [self.given(k).view() for k in counts if k <= self.context.shape[1]]
+
     def view(self) -> QueryView:
         """The queries without their answers."""
         table, given = self.measurements, self.context >= 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,8 @@ from ping_llm.inference.predictor import PingModel
 from ping_llm.inference.query import Endpoint, Query
 
 TRUE_DISTRIBUTION = "true distribution"
-LARGEST_NLL = 100.0
-"""Nats; a result that a model holds for impossible costs no more, so that a mean stays finite."""
-
-LEAST_MASS = 1e-5
-"""Of a value of byte 1 that is looked into: scores do not feel the rest, and the model answers faster."""
+LARGEST_NLL = 100.0  # nats; a result that a model holds for impossible costs no more, so that a mean stays finite
+LEAST_MASS = 1e-5  # of a value of byte 1 that is looked into: scores do not feel the rest, and the model answers faster
 
 _TRUE_LEVELS = np.r_[0, 10.0 ** np.arange(-7, -2), np.linspace(0.005, 0.995, 397), 1 - 10.0 ** np.arange(-3, -8, -1), 1]
 
@@ -51,23 +48,36 @@ class ModelMethod:
     def scores(
         self, queries: Queries, rng: np.random.Generator, advance: Callable[[float], None] = lambda n: None
     ) -> Scores:
-        """The scores of q queries. The PIT is randomised within a code: RTTs are reported in steps."""
-        table, rtt_ms = queries.measurements, queries.rtt_ms.astype(np.float64)
-        order = np.lexsort((table.time_s[queries.rows], queries.probe))  # neighbours share their context
-        columns = {name: np.empty(len(queries)) for name in ("p_fail", "nll_nats", "crps_log", "pit")}
-        quantiles_ms, done = np.empty((len(queries), len(QUANTILE_LEVELS))), 0
-        for found in self.model.laws(model_queries(queries.take(order)), self.src_known):
-            rows = order[done : done + len(found)]
-            with np.errstate(invalid="ignore"):
-                columns["nll_nats"][rows] = np.minimum(-found.log_density(rtt_ms[rows]), LARGEST_NLL)
-            columns["crps_log"][rows], columns["pit"][rows] = found.crps(rtt_ms[rows]), found.pit(rtt_ms[rows], rng)
-            columns["p_fail"][rows] = found.p_fail
-            quantiles_ms[rows] = found.quantile(np.array(QUANTILE_LEVELS))
-            done += len(found)
-            advance(len(found))
-        failed = rtt_ms < 0
-        columns["nll_nats"][failed] = -np.log(np.maximum(columns["p_fail"][failed], LEAST_CHANCE))
-        return Scores(queries.rtt_ms, quantiles_ms=quantiles_ms, **columns)
+        """The scores of q queries."""
+        order = np.lexsort((queries.measurements.time_s[queries.rows], queries.probe))  # neighbours share their context
+        sorted_ = queries.take(order)
+        found = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
+        found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))
+        failed = -np.log(np.maximum(found.p_fail, LEAST_CHANCE))
+        return replace(found, nll_nats=np.where(found.rtt_ms < 0, failed, found.nll_nats))
+
+
+def score_answers(
+    model: PingModel,
+    queries: Sequence[Query],
+    rtt_ms: np.ndarray,
+    src_known: str = "auto",
+    rng: np.random.Generator | None = None,
+    advance: Callable[[float], None] = lambda n: None,
+) -> Scores:
+    """The scores of the model's answers to q queries with these results (q,), −1 = failed.
+
+    With `rng` the PIT is randomised within a code: RTTs are reported in steps.
+    """
+    answers, done, levels = [], 0, np.array(QUANTILE_LEVELS)
+    for found in model.laws(queries, src_known):
+        observed = rtt_ms[done : done + len(found)].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            nll_nats = np.minimum(-found.log_density(observed), LARGEST_NLL)
+        answers.append((found.p_fail, nll_nats, found.crps(observed), found.pit(observed, rng), found.quantile(levels)))
+        done += len(found)
+        advance(len(found))
+    return Scores(rtt_ms, *(np.concatenate(column) for column in zip(*answers, strict=True)))
 
 
 def model_queries(queries: Queries) -> list[Query]:

@@ -16,9 +16,7 @@ from ping_llm.system.axes import label_log_ticks
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAR = ("test-s5", "external")
-"""Splits far from the training data: their calibration has a picture of its own."""
-
+FAR = ("test-s5", "external")  # splits far from the training data: their calibration has a picture of its own
 SHOWN_K = 5
 _COLORS = {"stack": "#8250df", "lightgbm": "#1a7f37", "pair_history": "#9a6700"}
 _COLORS |= {"global_median": "#bfc5cc", "true distribution": "#d1660f", "profile_knn": "#0e8a8a"}

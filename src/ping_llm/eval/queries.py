@@ -16,17 +16,12 @@ import numpy as np
 
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, place_in_group
 
-COUNTS = (0, 1, 2, 5, 10, 30)
-"""How many measurements are given with a query."""
-
+COUNTS = (0, 1, 2, 5, 10, 30)  # how many measurements are given with a query
+CHOICE_CONTEXTS = (0, 5, 30)  # of these, those that settings are chosen on
 DRAWS = ("recent", "other")
-NO_DRAW = "none"
-"""The draw of queries without context: it is the same in both."""
-
+NO_DRAW = "none"  # the draw of queries without context: it is the same in both
 SPLITS = ("test-s1", "test-s2", "test-s3", "test-s4", "test-s5")
-EXTERNAL = "external"
-"""The split of all measurements of rows that the model was not trained beside."""
-
+EXTERNAL = "external"  # the split of all measurements of rows that the model was not trained beside
 QUERIES_PER_SOURCE = 50
 
 

@@ -11,11 +11,9 @@ from ping_llm.eval.baselines.base import Learned, PointMethod
 from ping_llm.eval.baselines.pairs import Pairs, group_medians
 from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
 
-SHRINK = 5.0
-"""A bias from n pairs is taken n / (n + 5)."""
-
-CELLS = 20_000_000
-"""Numbers in the largest array that is made at once."""
+SHRINK = 5.0  # a bias from n pairs is taken n / (n + 5)
+CELLS = 20_000_000  # numbers in the largest array that is made at once
+SWEEPS = 20
 
 
 def learn_global(train: Measurements) -> Learned:
@@ -53,11 +51,11 @@ def learn_destination(train: Measurements) -> Learned:
 class Additive:
     """log RTT = mean + bias of the source + bias of the destination, each shrunk; new sources are placed by context."""
 
-    def __init__(self, train: Measurements, sweeps: int = 20) -> None:
+    def __init__(self, train: Measurements) -> None:
         self.pairs = pairs = Pairs.of(train)
         self.mean = float(pairs.log_ms.mean())
         self.source_bias, self.destination_bias = np.zeros(len(pairs.probes)), np.zeros(len(pairs.dst_ids))
-        for _ in range(sweeps):
+        for _ in range(SWEEPS):
             rest = pairs.log_ms - self.mean - self.source_bias[pairs.source]
             self.destination_bias = _shrunk_mean(pairs.destination, rest, len(pairs.dst_ids))
             rest = pairs.log_ms - self.mean - self.destination_bias[pairs.destination]
@@ -81,8 +79,7 @@ class Placing(ABC):
 
     pairs: Pairs
     fallback: Learned
-    width = 128
-    """Numbers that one measurement of a context takes, about."""
+    width = 128  # numbers that one measurement of a context takes, about
 
     @abstractmethod
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:

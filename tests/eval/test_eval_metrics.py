@@ -9,11 +9,10 @@ from scipy import integrate, stats
 from score_lines import line_of
 
 from ping_llm.data.measurement import format_address
-from ping_llm.eval.bootstrap import SourceBootstrap
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements
 from ping_llm.eval.distribution import INNER_LEVELS, LEAST_WIDTH, LEVELS, SUPPORT, QuantileDistributions, pool
 from ping_llm.eval.metrics import Scores, auc, long_table, score, weighted_quantile
-from ping_llm.eval.results import source_means
+from ping_llm.eval.results import SourceBootstrap, source_means
 
 
 def normal_distributions(mean, sd) -> QuantileDistributions:

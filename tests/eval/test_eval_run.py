@@ -23,16 +23,14 @@ from ping_llm.eval.baselines.history import ROLLING_MEDIAN, PairHistory
 from ping_llm.eval.baselines.neighbours import PROFILE_KNN
 from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN, SOURCE_MEDIAN
 from ping_llm.eval.baselines.stack import Stack
-from ping_llm.eval.bootstrap import SourceBootstrap, interval
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
-from ping_llm.eval.leak import leak_problem
 from ping_llm.eval.metrics import error_quantiles, score, source_weights
 from ping_llm.eval.model import TRUE_DISTRIBUTION
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.queries import Cell
-from ping_llm.eval.results import geometric_mean, headline, summarize_cell
-from ping_llm.eval.run import evaluate
+from ping_llm.eval.results import SourceBootstrap, geometric_mean, headline, interval, summarize_cell
+from ping_llm.eval.run import evaluate, leak_problem
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 
@@ -257,7 +255,7 @@ def test_bootstrap_compares_within_the_same_sources_and_leaves_out_nan():
     sources = np.arange(50)
     bootstrap = SourceBootstrap.draw(sources, np.zeros(50), np.random.default_rng(0), 300)
     values = np.random.default_rng(1).lognormal(0, 2, 50)
-    np.testing.assert_allclose(bootstrap.ratios(sources, 0.7 * values, values), 0.7)
+    np.testing.assert_allclose(bootstrap.means(sources, 0.7 * values) / bootstrap.means(sources, values), 0.7)
     some = np.where(sources % 2 == 0, 3.0, np.nan)
     known = bootstrap.means(sources, some)
     assert set(np.round(known[np.isfinite(known)], 9)) == {3.0}

@@ -21,20 +21,16 @@ PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 """Given of a destination, by the width of its address: /8 … /32, and /32, /48, /64, /128."""
 
 
-def print_look(
-    options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]], count: int = 200
-) -> None:
+def print_look(options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]]) -> None:
     """Prints, and writes to `json`, the lines of a look at the model and queries of the part; else ends with one line."""
     try:
-        model, split = open_queries(options, count)
+        model, split = open_queries(options, 200)
         print_lines(look(model, split.recent), options.json)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
-def score_queries(
-    model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str = "auto"
-) -> dict[str, float]:
+def score_queries(model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str) -> dict[str, float]:
     """Means over n queries and their answers (n,): NLL and CRPS in log-ms, median relative error, P(fail)."""
     scores = score_answers(model, queries, rtt_ms, src_known).columns()
     means = {name: float(np.nanmean(scores[name])) for name in ("nll_nats", "crps_log")}
@@ -42,7 +38,7 @@ def score_queries(
     return {"questions": len(queries)} | means | error | {"p_fail": float(scores["p_fail"].mean())}
 
 
-def by_prefix_length(model: PingModel, queries: Queries, src_known: str = "auto") -> list[dict[str, Any]]:
+def by_prefix_length(model: PingModel, queries: Queries) -> list[dict[str, Any]]:
     """One line for each family and number of bits given of the destination."""
     ipv4 = is_ipv4(queries.measurements.addresses)[queries.dst_id]
     lines = []
@@ -51,7 +47,7 @@ def by_prefix_length(model: PingModel, queries: Queries, src_known: str = "auto"
         whole = [(query, query.dst) for query in model_queries(chosen)]
         for given in lengths if len(chosen) else ():
             cut = [replace(query, dst=dst.cut(given)) for query, dst in whole if dst is not None]
-            scores = score_queries(model, cut, chosen.rtt_ms, src_known)
+            scores = score_queries(model, cut, chosen.rtt_ms, "auto")
             lines.append({"family": "ipv4" if width == 4 else "ipv6", "bits": 8 * given} | scores)
     return lines
 

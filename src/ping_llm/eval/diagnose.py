@@ -148,6 +148,8 @@ def prefix_ranks_of(rows: list[dict[str, Any]], dst_addr: str) -> dict[int, int]
 def examples(split: str, queries: Queries, model: PingModel, baseline: Baseline) -> list[dict[str, Any]]:
     """The first answered queries of a split, given EXAMPLE_K measurements: densities by the model and a baseline."""
     queries, shown = queries.given(EXAMPLE_K).answered(EXAMPLES_PER_SPLIT), []
+    if not len(queries):
+        return []
     simple = baseline.predict(queries.view()).distributions
     for i, (one, ping) in enumerate(zip(model.rtt_many(model_queries(queries)), records(queries), strict=True)):
         other = simple.take(slice(i, i + 1))

@@ -32,8 +32,7 @@ class QuantileDistributions:
     @classmethod
     def from_quantiles(cls, quantiles: np.ndarray) -> QuantileDistributions:
         """Those with these (q, L − 2) quantiles in log-ms at INNER_LEVELS; crossed ones are put in order."""
-        if quantiles.ndim != 2 or quantiles.shape[1] != len(INNER_LEVELS) or not np.isfinite(quantiles).all():
-            raise ValueError(f"quantiles must be (q, {len(INNER_LEVELS)}) finite numbers, not {quantiles.shape}")
+        assert quantiles.shape[1:] == INNER_LEVELS.shape and np.isfinite(quantiles).all(), f"{quantiles.shape}"
         inner = np.sort(quantiles, axis=1) + LEAST_WIDTH * (INNER_LEVELS - 0.5)
         room = LEAST_WIDTH * INNER_LEVELS
         return cls(between_ends(np.clip(inner, SUPPORT[0] + room, SUPPORT[1] - LEAST_WIDTH + room)))

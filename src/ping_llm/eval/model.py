@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.data.measurement import is_ipv4
 from ping_llm.data.synthetic.truth import Truth, shifted_log_logistic
 from ping_llm.eval.baselines.base import Prediction
-from ping_llm.eval.columns import Measurements, Queries, QueryView
+from ping_llm.eval.columns import Measurements, Queries, QueryView, address_texts
 from ping_llm.eval.distribution import LEAST_CHANCE, QuantileDistributions, between_ends
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.options import EvalOptions, PartOptions
@@ -83,32 +83,23 @@ def score_answers(
 def model_queries(queries: Queries) -> list[Query]:
     """The queries as the model takes them: both addresses and the time given, the context in time order."""
     table, taken = queries.measurements, []
-    width = np.where(is_ipv4(table.addresses), 4, 16)
-
-    def endpoint(place: int) -> Endpoint:
-        return Endpoint(table.addresses[place].tobytes(), int(width[place]))
-
+    width = np.where(is_ipv4(table.addresses), 4, 16).tolist()
     for row, places in zip(queries.rows, queries.context, strict=True):
         given = places[places >= 0][::-1]
         columns = (table.addresses[table.src_id[given]], table.addresses[table.dst_id[given]])
         # A probe may have had several addresses: what is given of it all counts as its context.
         context = Context(*columns, table.rtt_ms[given].astype(np.float64), table.time_s[given] if len(given) else None)
-        taken.append(Query(endpoint(table.src_id[row]), endpoint(table.dst_id[row]), int(table.time_s[row]), context))
+        src, dst = (Endpoint(table.addresses[i].tobytes(), width[i]) for i in (table.src_id[row], table.dst_id[row]))
+        taken.append(Query(src, dst, int(table.time_s[row]), context))
     return taken
 
 
 def records(queries: Queries) -> list[dict[str, Any]]:
     """The queried measurements, as `PingModel` takes them."""
-    table = queries.measurements
-    return [
-        {
-            "src_addr": format_address(table.addresses[table.src_id[row]].tobytes()),
-            "dst_addr": format_address(table.addresses[table.dst_id[row]].tobytes()),
-            "event_time": int(table.time_s[row]),
-            "rtt": float(table.rtt_ms[row]),
-        }
-        for row in queries.rows
-    ]
+    table, rows = queries.measurements, queries.rows
+    texts = (address_texts(table.addresses, ids[rows]) for ids in (table.src_id, table.dst_id))
+    lines = zip(*texts, table.time_s[rows].tolist(), table.rtt_ms[rows].tolist(), strict=True)
+    return [dict(zip(("src_addr", "dst_addr", "event_time", "rtt"), line, strict=True)) for line in lines]
 
 
 def open_queries(options: PartOptions, count: int) -> tuple[PingModel, SplitQueries]:
@@ -127,8 +118,7 @@ class TrueDistribution:
 
     def predict(self, view: QueryView) -> Prediction:
         """Its quantiles, so fine that nothing depends on them; ValueError names an address of no network."""
-        texts = {place: format_address(view.addresses[place].tobytes()) for place in {*view.src_id, *view.dst_id}}
-        paths = self.truth.paths([texts[i] for i in view.src_id], [texts[i] for i in view.dst_id])
+        paths = self.truth.paths(*(address_texts(view.addresses, ids) for ids in (view.src_id, view.dst_id)))
         p_fail, *parameters = paths.at(view.time_s.astype(np.float64))
         inner = np.log(shifted_log_logistic(_TRUE_LEVELS[1:-1], *(column[:, None] for column in parameters)))
         return Prediction(QuantileDistributions(between_ends(inner), _TRUE_LEVELS), p_fail)

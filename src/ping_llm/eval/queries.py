@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from zlib import crc32
 
@@ -59,9 +60,8 @@ class SplitQueries:
     def cells(self) -> Iterator[Cell]:
         """Without context, then every draw with every k."""
         yield Cell(self.split, NO_DRAW, 0, self.recent.given(0))
-        for draw in DRAWS:
-            for k in COUNTS[1:]:
-                yield Cell(self.split, draw, k, getattr(self, draw).given(k))
+        for draw, k in product(DRAWS, COUNTS[1:]):
+            yield Cell(self.split, draw, k, getattr(self, draw).given(k))
 
     def mixed(self) -> Queries:
         """The queries, by turns with the context of one draw and of the other: to choose settings on."""

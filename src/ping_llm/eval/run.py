@@ -17,7 +17,6 @@ from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.diagnose import model_extras
-from ping_llm.eval.leak import leak_problem
 from ping_llm.eval.metrics import score
 from ping_llm.eval.model import ModelMethod, TrueDistribution
 from ping_llm.eval.options import EvalOptions
@@ -26,8 +25,9 @@ from ping_llm.eval.queries import EXTERNAL, SPLITS, SplitQueries, draw_splits, d
 from ping_llm.eval.report import write_report
 from ping_llm.eval.results import CellScores, headline, make_bootstrap, score_writer, summarize_cell
 from ping_llm.model.checkpoint import load_config, load_model
-from ping_llm.system.files import write_atomically
+from ping_llm.system.files import file_sha256, write_atomically
 from ping_llm.system.progress import show_progress
+from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
 QUICK_TREES = TreeSettings(trees=100, leaves=31, rate=0.1, least_leaf=50, practice_queries=10_000)
@@ -70,7 +70,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "model_queries_per_cell": options.model_queries_per_cell if models else 0,
         "splits": described,
         "methods": {name: {"kind": kind, "choices": choices.get(name, {})} for name, kind in kinds.items()},
-        "cells": [cell.to_json() for cell in cells],
+        "cells": [{key: one for key, one in vars(cell).items() if key != "ratio_replicates"} for cell in cells],
         "headline": headline(cells, kinds),
     }
     if models:
@@ -99,6 +99,24 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
     if not (train_rows / MANIFEST_NAME).is_file():
         raise ValueError(f"the rows {train_rows}, that {run} learned from, are gone; name them with --train-rows")
     return ModelMethod.load(options), problem, train_rows
+
+
+def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> str:
+    """What speaks against querying `data`; empty if nothing does.
+
+    `trained_rows` and `rows_sha256` are where the run's rows were, and the hash of their manifest. Rows with that manifest
+    have test parts that were kept from the run. Any others must share no input file with it.
+    """
+    if manifest_sha256(data) == rows_sha256:
+        return ""
+    manifests = (path for path in (run / ROWS_MANIFEST_NAME, trained_rows / MANIFEST_NAME) if path.is_file())
+    trained = next((path for path in manifests if file_sha256(path) == rows_sha256), None)
+    if trained is None:
+        return f"what {run} learned from is not known: {trained_rows} is gone or was prepared again"
+    seen = {one.get("sha256") for one in json.loads(trained.read_text()).get("inputs", ())} - {None, ""}
+    shared = [one["name"] for one in read_manifest(data).get("inputs", ()) if one.get("sha256") in seen]
+    more = f" and {len(shared) - 1} more files" if len(shared) > 1 else ""
+    return f"{run} may have learned from {data}: both were made of {shared[0]}{more}" if shared else ""
 
 
 def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements, Queries, list[SplitQueries]]:

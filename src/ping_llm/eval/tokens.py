@@ -38,12 +38,13 @@ class TokenScores:
 
     def table(self) -> list[dict[str, Any]]:
         """For each kind of token: how many, the mean of nats, the share that was the likeliest."""
-        rows = []
-        for kind in np.unique(self.kinds):
-            here = self.kinds == kind
-            means = {"nats": float(self.nats[here].mean()), "accuracy": float(self.right[here].mean())}
-            rows.append({"token": KINDS[kind], "count": int(here.sum())} | means)
-        return rows
+        columns = {"nats": self.nats, "accuracy": self.right}
+        kinds, counts = np.unique(self.kinds, return_counts=True)
+        return [
+            {"token": KINDS[kind], "count": int(count)}
+            | {name: float(column[self.kinds == kind].mean()) for name, column in columns.items()}
+            for kind, count in zip(kinds, counts, strict=True)
+        ]
 
     def loss_per_field(self) -> dict[str, float]:
         """Mean nats a token of each field that occurs."""

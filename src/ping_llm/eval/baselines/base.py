@@ -25,7 +25,7 @@ from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
 
 FOLDS = 2
 CHOICE_QUERIES = 2_000  # that a setting is chosen on; residuals are collected on all of `val`
-LEAST_RESIDUALS = 100  # A bucket with fewer residuals is answered from a coarser one
+LEAST_RESIDUALS = 100  # a bucket with fewer residuals is answered from a coarser one
 Learned = Callable[[QueryView], np.ndarray]
 """A point method after learning: (q,) log-ms."""
 
@@ -93,10 +93,8 @@ class Task:
         return remember(method.learn(self.learned_from[fold], **method.settings[setting]))
 
 
-@lru_cache(maxsize=1)
-def task_of(train: Measurements, val: Queries) -> Task:
-    """The task of these very objects, shared by all baselines that are fitted on them."""
-    return Task(train, val)
+task_of = lru_cache(maxsize=1)(Task)
+"""The task of these very objects, shared by all baselines that are fitted on them."""
 
 
 def remember(learned: Learned) -> Learned:
@@ -154,31 +152,6 @@ def bucket_quantiles(values: np.ndarray, keys: list[np.ndarray]) -> Buckets:
     return Buckets(keys, LEAST_RESIDUALS, lambda rows: np.quantile(values[rows], INNER_LEVELS))
 
 
-class ResidualDistributions:
-    """Distributions around a method's predictions, by kind of query, context given and predicted RTT."""
-
-    def __init__(self, task: Task, method: PointMethod) -> None:
-        """From the errors on val of what was learned from each fold."""
-        cases = [
-            (task.learned(method, fold)(view), answers, task.evidence(view, fold))
-            for fold, (view, answers) in product(range(FOLDS), task.val_views)
-        ]
-        predicted, actual, kinds = (np.concatenate(column) for column in zip(*cases, strict=True))
-        self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
-        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
-        self._task, self._method = task, method
-
-    def __call__(self, view: QueryView, fold: int | None) -> QuantileDistributions:
-        """Around what the method predicts after learning from the train part or from a fold of it."""
-        predicted = self._task.learned(self._method, fold)(view)
-        residuals = self._residuals(self._keys(predicted, self._task.evidence(view, fold)))
-        return QuantileDistributions.from_quantiles(predicted[:, None] + residuals)
-
-    def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
-        coarser = bucket_keys(kinds)
-        return [coarser[0] * 4 + np.digitize(predicted, self._edges), *coarser]
-
-
 class Baseline(ABC):
     """A predictor that learns from train and chooses its settings on val."""
 
@@ -207,17 +180,29 @@ class Baseline(ABC):
 
 
 class PointBaseline(Baseline):
-    """A point method whose residuals on val make it a distribution."""
+    """A point method whose residuals on val, by kind of query, context given and predicted RTT, make it a distribution."""
 
     def __init__(self, method: PointMethod) -> None:
         self.method, self.name = method, method.name
 
     def learn(self) -> dict[str, Any]:
-        """Chooses the setting, and collects residuals."""
-        self._around = ResidualDistributions(self.task, self.method)
+        """Chooses the setting, and collects the errors on val of what was learned from each fold."""
+        cases = [
+            (self.task.learned(self.method, fold)(view), answers, self.task.evidence(view, fold))
+            for fold, (view, answers) in product(range(FOLDS), self.task.val_views)
+        ]
+        predicted, actual, kinds = (np.concatenate(column) for column in zip(*cases, strict=True))
+        self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
+        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
         self.task.learned(self.method)
         return self.task.setting(self.method)
 
     def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
         """The residuals around the predictions."""
-        return self._around(view, fold)
+        predicted = self.task.learned(self.method, fold)(view)
+        residuals = self._residuals(self._keys(predicted, self.task.evidence(view, fold)))
+        return QuantileDistributions.from_quantiles(predicted[:, None] + residuals)
+
+    def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
+        coarser = bucket_keys(kinds)
+        return [coarser[0] * 4 + np.digitize(predicted, self._edges), *coarser]

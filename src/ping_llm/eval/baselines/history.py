@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.eval.baselines.base import Baseline, Learned, PointMethod, ResidualDistributions
+from ping_llm.eval.baselines.base import Baseline, Learned, PointBaseline, PointMethod
 from ping_llm.eval.baselines.pairs import find, pair_keys
 from ping_llm.eval.baselines.simple import Additive, row_medians
 from ping_llm.eval.columns import Measurements, QueryView, first_true, prefix_ids
@@ -122,7 +122,8 @@ class PairHistory(Baseline):
 
     def learn(self) -> dict[str, Any]:
         """Chooses, by CRPS on val, how many values of history to use and what they weigh."""
-        self._around = ResidualDistributions(self.task, BACKOFF_MEDIAN)
+        self._around = PointBaseline(BACKOFF_MEDIAN)
+        self._around.fit(self.task.learned_from[None], self.task.val)
         self._backoffs = {fold: Backoff(table) for fold, table in self.task.learned_from.items()}
         stride = slice(None, None, max(1, len(self.task.val_views[0][0]) // 1000))
         views = [(view.take(stride), answer[stride]) for view, answer in self.task.val_views[::2]]
@@ -131,14 +132,14 @@ class PairHistory(Baseline):
             for choice in product(self.LENGTHS, self.STRENGTHS)
         }
         length, strength = min(crps, key=crps.__getitem__)
-        return {"history": length, "strength": strength, "median_of": self.task.setting(BACKOFF_MEDIAN)["length"]}
+        return {"history": length, "strength": strength, "median_of": self._around.choices["length"]}
 
     def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
         """With the history and strength that were chosen."""
         return self._pooled(view, fold, self.choices["history"], self.choices["strength"])
 
     def _pooled(self, view: QueryView, fold: int | None, length: int, strength: float) -> QuantileDistributions:
-        around = self._around(view, fold)
+        around = self._around.distributions(view, fold)
         history, level = self._backoffs[fold].history(view, length)
         if not (level == 0).any():
             return around

@@ -74,20 +74,13 @@ def model_extras(
     measurements, destinations = (max(1, int(count / len(queries))) for count in wanted)
     windows, counts = QUICK_WINDOWS if options.quick else WINDOWS, read_manifest(options.rows)["parts"]
     parts = [part for part, held in counts.items() if held and part != "train"] or ["train"]
-    scored = {part: score_tokens(model, part_windows(options, part, windows)) for part in parts}
-    return {
-        "loss_per_field": {part: scores.loss_per_field() for part, scores in scored.items()},
-        "order_consistency": {
-            split: order_consistency(model, of_split.take(slice(measurements))) for split, of_split in queries.items()
-        },
-        "destinations": {
-            split: destination_scores(model, bayes, of_split.answered(destinations))
-            for split, of_split in queries.items()
-        },
-        "examples": [
-            example for split, of_split in queries.items() for example in examples(split, of_split, model, baseline)
-        ],
-    }
+    losses = {part: score_tokens(model, part_windows(options, part, windows)).loss_per_field() for part in parts}
+    orders, found, shown = {}, {}, []
+    for split, of_split in queries.items():
+        orders[split] = order_consistency(model, of_split.take(slice(measurements)))
+        found[split] = destination_scores(model, bayes, of_split.answered(destinations))
+        shown += examples(split, of_split, model, baseline)
+    return {"loss_per_field": losses, "order_consistency": orders, "destinations": found, "examples": shown}
 
 
 def order_consistency(model: PingModel, queries: Queries) -> dict[str, Any]:
@@ -106,7 +99,7 @@ def destination_scores(model: PingModel, bayes: DestinationBayes, queries: Queri
     pings, addresses, dst_id = records(queries), queries.measurements.addresses, queries.dst_id
     log_p = model.log_prob(pings, ("src", "rtt", "dst")) - model.log_prob(pings, ("src", "rtt"))
     of_ping = [model_ranks(model, ping) for ping in pings]
-    model_ranks_of = {bits: np.array([ranks[bits] for ranks in of_ping]) for bits in PREFIXES}
+    ranks = {bits: np.array([of_one[bits] for of_one in of_ping]) for bits in PREFIXES}
 
     bayes_log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
     at = find(bayes.destinations, dst_id)  # −1 is the last column: all others together
@@ -118,7 +111,7 @@ def destination_scores(model: PingModel, bayes: DestinationBayes, queries: Queri
         bayes_ranks[bits] = prefix_ranks(mass, prefix[bayes.destinations], prefix[dst_id])
     return {
         "queries": len(queries),
-        "model": {"bits": float(-log_p.mean() / np.log(2)), "hit_rate": _hit_rates(model_ranks_of)},
+        "model": {"bits": float(-log_p.mean() / np.log(2)), "hit_rate": _hit_rates(ranks)},
         bayes.name: {"bits": float(bayes_bits.mean()), "hit_rate": _hit_rates(bayes_ranks)},
     }
 

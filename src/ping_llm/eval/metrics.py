@@ -74,15 +74,6 @@ def long_table(scores: Mapping[str, Scores], probe: np.ndarray) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def error_quantiles(error: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(50,) errors (q,) below which a share ERROR_LEVELS of the weight (q,) lies; NaN without weight."""
-    order = np.argsort(np.where(weights > 0, error, np.inf))[: int((weights > 0).sum())]
-    if not len(order):
-        return np.full(len(ERROR_LEVELS), np.nan)
-    below = np.cumsum(weights[order])
-    return error[order][np.searchsorted(below, ERROR_LEVELS * below[-1] * (1 - 1e-12))]
-
-
 def source_weights(probe: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """(q,) weights under which each source that has a counted query weighs 1; queries not counted weigh 0."""
     counted = np.ones(len(probe), dtype=bool) if counted is None else counted
@@ -90,24 +81,33 @@ def source_weights(probe: np.ndarray, counted: np.ndarray | None = None) -> np.n
     return np.where(counted, 1 / np.maximum(np.bincount(index, weights=counted), 1)[index], 0.0)
 
 
+def error_quantiles(error: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(50,) errors (q,) below which a share ERROR_LEVELS of the weight (q,) lies; NaN without weight."""
+    x, w = _ascending(error, weights)
+    if not len(x):
+        return np.full(len(ERROR_LEVELS), np.nan)
+    below = np.cumsum(w)
+    return x[np.searchsorted(below, ERROR_LEVELS * below[-1] * (1 - 1e-12))]
+
+
 def weighted_quantile(values: np.ndarray, weights: np.ndarray, level: float) -> float:
     """The value at which half a share of weight either side of `level` meets; equal weights give the usual median."""
-    used = weights > 0
-    if not used.any():
-        return np.nan
-    order = np.argsort(values[used])
-    x, w = values[used][order], weights[used][order]
-    return float(np.interp(level * w.sum(), np.cumsum(w) - w / 2, x))
+    x, w = _ascending(values, weights)
+    return float(np.interp(level * w.sum(), np.cumsum(w) - w / 2, x)) if len(x) else np.nan
 
 
 def ks_uniform(values: np.ndarray, weights: np.ndarray) -> float:
     """Kolmogorov–Smirnov distance of weighted values from the uniform distribution on 0 … 1; NaN without values."""
+    x, w = _ascending(values, weights)
+    after = np.cumsum(w) / weights[weights > 0].sum()
+    return float(max((after - x).max(), (x - np.r_[0, after[:-1]]).max())) if len(x) else np.nan
+
+
+def _ascending(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values that weigh something, in order, and their weights."""
     used = weights > 0
-    if not used.any():
-        return np.nan
     order = np.argsort(values[used])
-    x, after = values[used][order], np.cumsum(weights[used][order]) / weights[used].sum()
-    return float(max((after - x).max(), (x - np.r_[0, after[:-1]]).max()))
+    return values[used][order], weights[used][order]
 
 
 def auc(chance: np.ndarray, happened: np.ndarray, weights: np.ndarray) -> float:

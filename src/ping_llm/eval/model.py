@@ -42,7 +42,6 @@ class ModelMethod:
 
     @property
     def name(self) -> str:
-        """As in the report."""
         return f"ping-llm, source {self.src_known}"
 
     def scores(

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 FAR = ("test-s5", "external")  # splits far from the training data: their calibration has a picture of its own
 SHOWN_K = 5
-_COLORS = {"stack": "#8250df", "lightgbm": "#1a7f37", "pair_history": "#9a6700"}
-_COLORS |= {"global_median": "#bfc5cc", "true distribution": "#d1660f", "profile_knn": "#0e8a8a"}
+_COLORS = {"global_median": "#bfc5cc", "pair_history": "#9a6700", "lightgbm": "#1a7f37", "stack": "#8250df"}
+_COLORS |= {"true distribution": "#d1660f"}
 _MODEL_COLORS = ("#1f6feb", "#bf3989", "#54aeff")
-_BASELINES = ("global_median", "pair_history", "lightgbm", "stack")
 _TITLES = {
     "test-s1": "S1 pair, future",
     "test-s2": "S2 new pair",
@@ -65,13 +64,11 @@ def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figu
 
 
 def _shown(results: Mapping[str, Any]) -> dict[str, str]:
-    """Methods that are drawn, each with its color: the model, the true distribution, and some baselines."""
-    names: dict[str, list[str]] = {"model": [], "baseline": [], "truth": []}
-    for name, one in results["methods"].items():
-        names[one["kind"]].append(name)
-    baselines = [name for name in _BASELINES if name in names["baseline"]] or names["baseline"][:4]
-    colors = dict(zip(names["model"], _MODEL_COLORS, strict=False))
-    return colors | {name: _COLORS.get(name, "#57606a") for name in [*baselines, *names["truth"]]}
+    """Methods that are drawn, each with its color: the model, some baselines, and the true distribution."""
+    methods = results["methods"]
+    models = [name for name, one in methods.items() if one["kind"] == "model"]
+    others = {name: color for name, color in _COLORS.items() if name in methods}
+    return dict(zip(models, _MODEL_COLORS, strict=False)) | others
 
 
 def _cells(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:

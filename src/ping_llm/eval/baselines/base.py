@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ping_llm.eval.baselines.failure import FailureRates
-from ping_llm.eval.baselines.pairs import Pairs, hide
+from ping_llm.eval.baselines.pairs import Pairs, find, hide
 from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions
 from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
@@ -118,7 +118,7 @@ def evidence(pairs: Pairs, view: QueryView) -> np.ndarray:
     """
     answered = view.context_rtt_ms >= 0
     in_context = ((view.context_dst_id == view.dst_id[:, None]) & answered).any(axis=1)
-    source, destination = pairs.source_of(view.probe) >= 0, pairs.destination_of(view.dst_id) >= 0
+    source, destination = find(pairs.probes, view.probe) >= 0, find(pairs.dst_ids, view.dst_id) >= 0
     kind = np.select([pairs.has_pair(view), source & destination, destination, source], [0, 1, 2, 3], 4)
     return np.stack([2 * kind + in_context, np.digitize(answered.sum(axis=1), (1, 3, 8))], axis=1)
 

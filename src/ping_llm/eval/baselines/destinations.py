@@ -87,7 +87,7 @@ class DestinationBayes:
 
     def _expected(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
         """Additive log-ms of sources, −1 = not seen, and destinations; shapes broadcast."""
-        at = np.where(source >= 0, self._additive.pairs.source_of(self._probes[source]), -1)
+        at = np.where(source >= 0, find(self._additive.pairs.probes, self._probes[source]), -1)
         bias = np.where(at >= 0, self._additive.source_bias[at], 0.0)
         return bias + self._additive.without_source(self.destinations[destination])
 

@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 
 from ping_llm.eval.baselines.base import PointMethod
-from ping_llm.eval.baselines.pairs import Pairs
+from ping_llm.eval.baselines.pairs import Pairs, find
 from ping_llm.eval.baselines.simple import Additive, Placing
 from ping_llm.eval.columns import Measurements, QueryView
 
@@ -90,7 +90,7 @@ class LogFactors(Placing):
 
     def fallback(self, view: QueryView) -> np.ndarray:
         """The mean source, if only that is new and has no context; else additive biases."""
-        source, destination = self.pairs.source_of(view.probe), self.pairs.destination_of(view.dst_id)
+        source, destination = find(self.pairs.probes, view.probe), find(self.pairs.dst_ids, view.dst_id)
         return np.where((source < 0) & (destination >= 0), self.expected[destination], self.additive(view))
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:

@@ -40,17 +40,9 @@ class Pairs:
         log_ms = group_medians(train.log_ms[rows], pair, len(keys))
         return cls(keys, source[first], destination[first], log_ms, train.src_id[rows][first], probes, dst_ids)
 
-    def source_of(self, probe: np.ndarray) -> np.ndarray:
-        """Index of each probe among the sources, −1 = not one of them; any shape."""
-        return find(self.probes, probe)
-
-    def destination_of(self, dst_id: np.ndarray) -> np.ndarray:
-        """Index of each address among the destinations, −1 = not one of them; any shape."""
-        return find(self.dst_ids, dst_id)
-
     def has_pair(self, view: QueryView) -> np.ndarray:
         """(q,) bool: the queried pair was measured."""
-        return find(self.keys, pair_keys(self.source_of(view.probe), self.destination_of(view.dst_id))) >= 0
+        return find(self.keys, pair_keys(find(self.probes, view.probe), find(self.dst_ids, view.dst_id))) >= 0
 
     @cached_property
     def matrix(self) -> np.ndarray:

@@ -9,11 +9,10 @@ from scipy import integrate, stats
 from score_lines import line_of
 
 from ping_llm.data.measurement import format_address
-from ping_llm.eval.bootstrap import SourceBootstrap
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements
 from ping_llm.eval.distribution import INNER_LEVELS, LEAST_WIDTH, LEVELS, SUPPORT, QuantileDistributions, pool
 from ping_llm.eval.metrics import Scores, auc, long_table, score, weighted_quantile
-from ping_llm.eval.results import source_means
+from ping_llm.eval.results import SourceBootstrap, source_means
 
 
 def normal_distributions(mean, sd) -> QuantileDistributions:
@@ -95,12 +94,13 @@ def test_nll_is_of_the_joint_distribution_of_failure_and_rtt():
     scores = score(distributions, np.array([0.1, 0.1]), np.array([20.0, -1.0]))
     density = np.exp(distributions.log_density(np.full(2, np.log(20.0))))[0]
     np.testing.assert_allclose(scores.nll_nats, [-np.log(0.9 * density), -np.log(0.1)])
-    np.testing.assert_allclose(scores.rtt_nll_nats[0], -np.log(density))
-    assert np.isnan([scores.crps_log[1], scores.pit[1], scores.rtt_nll_nats[1], scores.rtt_bits[1]]).all()
+    columns = scores.columns()
+    np.testing.assert_allclose(columns["rtt_nll_nats"][0], -np.log(density))
+    assert np.isnan([columns[name][1] for name in ("crps_log", "pit", "rtt_nll_nats", "rtt_bits")]).all()
     mass = integrate.quad(
         lambda x: np.exp(distributions.log_density(np.full(2, x)))[0], np.log(20 / 1.0002), np.log(20 * 1.0002)
     )
-    assert scores.rtt_bits[0] == pytest.approx(-np.log2(mass[0]), abs=0.6)  # 20 ms lies in a code 0.04 % wide
+    assert columns["rtt_bits"][0] == pytest.approx(-np.log2(mass[0]), abs=0.6)  # 20 ms lies in a code 0.04 % wide
 
 
 def test_aggregates_of_draws_from_the_distribution_itself_are_calibrated():

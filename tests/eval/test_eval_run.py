@@ -13,7 +13,7 @@ from pyarrow.compute import field
 from ping_llm import cli
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.ingest.prepare import prepare
-from ping_llm.data.rows import read_manifest
+from ping_llm.data.rows import manifest_sha256, read_manifest
 from ping_llm.data.synthetic.synthesize import synthesize
 from ping_llm.eval import diagnose
 from ping_llm.eval import run as eval_run
@@ -23,16 +23,14 @@ from ping_llm.eval.baselines.history import ROLLING_MEDIAN, PairHistory
 from ping_llm.eval.baselines.neighbours import PROFILE_KNN
 from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN, SOURCE_MEDIAN
 from ping_llm.eval.baselines.stack import Stack
-from ping_llm.eval.bootstrap import SourceBootstrap, interval
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
-from ping_llm.eval.leak import check_leak
-from ping_llm.eval.metrics import score
+from ping_llm.eval.metrics import error_quantiles, score, source_weights
 from ping_llm.eval.model import TRUE_DISTRIBUTION
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.queries import Cell
-from ping_llm.eval.results import geometric_mean, headline, summarize_cell
-from ping_llm.eval.run import evaluate
+from ping_llm.eval.results import SourceBootstrap, geometric_mean, headline, interval, summarize_cell
+from ping_llm.eval.run import evaluate, leak_problem
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 
@@ -171,19 +169,18 @@ def test_rows_that_the_run_may_have_seen_are_refused(world, run, tmp_path):
     other_rows = tmp_path / "again"
     prepare([str(world / "dump")], other_rows, workers=1, split="none")  # the same dump, other rows
     trained = (world / "rows", rows_sha256_of(run))
-    assert check_leak(run, *trained, world / "rows").same_rows
-    assert "both were made of" in check_leak(run, *trained, other_rows).problem
+    assert manifest_sha256(world / "rows") == trained[1] and leak_problem(run, *trained, world / "rows") == ""
+    assert "both were made of" in leak_problem(run, *trained, other_rows)
     with pytest.raises(ValueError, match=r"may have learned from .* --allow-leak"):
         evaluate(EvalOptions(run, other_rows, out=tmp_path / "out"))
     synthesize(tmp_path / "dump", probes=6, targets=5, days=0.05, seed=9, workers=1)
     prepare([str(tmp_path / "dump")], tmp_path / "new", workers=1, split="none")
-    check = check_leak(run, *trained, tmp_path / "new")
-    assert not check.same_rows and not check.problem
-    assert check_leak(run, tmp_path / "gone", trained[1], tmp_path / "new").problem == ""  # the run kept the manifest
+    assert manifest_sha256(tmp_path / "new") != trained[1] and leak_problem(run, *trained, tmp_path / "new") == ""
+    assert leak_problem(run, tmp_path / "gone", trained[1], tmp_path / "new") == ""  # the run kept the manifest
     kept = (run / ROWS_MANIFEST_NAME).read_text()
     try:
         (run / ROWS_MANIFEST_NAME).unlink()
-        assert "is not known" in check_leak(run, tmp_path / "gone", trained[1], tmp_path / "new").problem
+        assert "is not known" in leak_problem(run, tmp_path / "gone", trained[1], tmp_path / "new")
     finally:
         (run / ROWS_MANIFEST_NAME).write_text(kept)
 
@@ -258,7 +255,7 @@ def test_bootstrap_compares_within_the_same_sources_and_leaves_out_nan():
     sources = np.arange(50)
     bootstrap = SourceBootstrap.draw(sources, np.zeros(50), np.random.default_rng(0), 300)
     values = np.random.default_rng(1).lognormal(0, 2, 50)
-    np.testing.assert_allclose(bootstrap.ratios(sources, 0.7 * values, values), 0.7)
+    np.testing.assert_allclose(bootstrap.means(sources, 0.7 * values) / bootstrap.means(sources, values), 0.7)
     some = np.where(sources % 2 == 0, 3.0, np.nan)
     known = bootstrap.means(sources, some)
     assert set(np.round(known[np.isfinite(known)], 9)) == {3.0}
@@ -310,6 +307,7 @@ def test_errors_are_ranked_with_each_source_weighing_the_same():
     """One source with one query of error 0.9, another with nine of error 0: half of the weight each."""
     rtt_ms = np.full(10, 10.0, dtype=np.float32)
     scores = score(point_distributions(np.r_[19.0, np.full(9, 10.0)]), np.zeros(10), rtt_ms)
-    quantiles = scores.error_quantiles(np.r_[0, np.ones(9)])
+    weights = source_weights(np.r_[0, np.ones(9)])
+    quantiles = error_quantiles(scores.columns()["relative_error"], weights)
     np.testing.assert_allclose(quantiles[:25], 0, atol=1e-6)  # up to half
     np.testing.assert_allclose(quantiles[25:], 0.9, atol=1e-6)

@@ -14,7 +14,7 @@ from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.ingest.prepare import prepare
 from ping_llm.data.synthetic.synthesize import synthesize
 from ping_llm.eval.diagnose import prefix_ranks_of
-from ping_llm.eval.live import parse_ping, ping_all
+from ping_llm.eval.live import parse_ping, ping_host
 
 
 def run_script(name: str, *argv: object) -> None:
@@ -81,7 +81,7 @@ def test_a_look_prints_a_table_and_writes_it(world, tmp_path, capsys, name, opti
 
 @pytest.mark.skipif(shutil.which("ping") is None, reason="the system has no ping")
 def test_loopback_answers():
-    measured = ping_all("192.0.2.1", ["127.0.0.1"], 2)
+    measured = ping_host("192.0.2.1", "127.0.0.1", 2)
     assert [one["dst_addr"] for one in measured] == ["127.0.0.1"] * 2
     assert all(0 <= one["rtt"] < 1000 for one in measured)
 
@@ -137,7 +137,7 @@ def test_what_is_no_output_of_ping_is_refused():
     with pytest.raises(ValueError, match="cannot be read: it said 'ping: unknown host'"):
         parse_ping("ping: unknown host\n")
     with pytest.raises(ValueError, match="cannot be pinged"):
-        ping_all("192.0.2.1", ["-f"], 1)
+        ping_host("192.0.2.1", "-f", 1)
 
 
 def test_prefixes_are_ranked_by_the_mass_of_their_addresses():

@@ -16,7 +16,7 @@ import numpy as np
 
 from ping_llm.data.hashing import hash_keys
 from ping_llm.data.ingest.splits import as_text
-from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
+from ping_llm.data.measurement import ADDRESS_BYTES, format_address, is_ipv4
 from ping_llm.data.rows import ProbeRow, RowReader
 
 Rows = np.ndarray | slice
@@ -58,11 +58,12 @@ class Measurements(_Columns):
         """The measurements of one row of a part."""
         addresses = np.concatenate([row.src_addresses, row.dst_addresses])
         src_id, dst_id = row.src.astype(np.int32), len(row.src_addresses) + row.dst.astype(np.int32)
-        by_address = row.probe_id < 0
-        probe = _address_groups(addresses)[src_id] if by_address else np.full(len(row), row.probe_id, dtype=np.int64)
-        return cls(
-            *(src_id, dst_id, probe, row.time_s, row.rtt_ms, np.zeros(len(row), dtype=np.int8), addresses, (part,))
-        )
+        probe = np.full(len(row), row.probe_id, dtype=np.int64)
+        if row.probe_id < 0:
+            high, low = (hash_keys(addresses, salt).astype(np.int64) for salt in (b"group/high", b"group/low"))
+            probe = (-2 - ((high << 30) | (low >> 2)))[src_id]
+        part_id = np.zeros(len(row), dtype=np.int8)
+        return cls(src_id, dst_id, probe, row.time_s, row.rtt_ms, part_id, addresses, (part,))
 
     @classmethod
     def concatenate(cls, tables: Sequence[Measurements]) -> Measurements:
@@ -70,13 +71,11 @@ class Measurements(_Columns):
         addresses, place = _distinct(np.concatenate([table.addresses for table in tables]))
         starts = np.cumsum([0] + [len(table.addresses) for table in tables])
         parts = tuple(dict.fromkeys(name for table in tables for name in table.parts))
-        columns = [
-            (
-                *(place[start + table.src_id], place[start + table.dst_id], table.probe, table.time_s, table.rtt_ms),
-                np.array([parts.index(name) for name in table.parts], dtype=np.int8)[table.part],
-            )
-            for start, table in zip(starts[:-1], tables, strict=True)
-        ]
+        columns = []
+        for start, table in zip(starts[:-1], tables, strict=True):
+            part_ids = np.array([parts.index(name) for name in table.parts], dtype=np.int8)
+            ids = place[start + table.src_id], place[start + table.dst_id]
+            columns.append((*ids, table.probe, table.time_s, table.rtt_ms, part_ids[table.part]))
         src, dst, probe, time_s, rtt_ms, part = (np.concatenate(column) for column in zip(*columns, strict=True))
         return cls(src, dst, probe, time_s, rtt_ms, part, addresses, parts)
 
@@ -127,8 +126,7 @@ class Queries:
     context: np.ndarray  # (q, K) places of earlier measurements of the same source, most recent first; −1 = none
 
     def __post_init__(self) -> None:
-        if self.context.ndim != 2 or len(self.context) != len(self.rows):
-            raise ValueError(f"the context of {len(self.rows)} queries has shape {self.context.shape}")
+        assert self.context.ndim == 2 and len(self.context) == len(self.rows), f"{self.context.shape}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,6 +158,10 @@ class Queries:
         """The first `count` queries that were answered; all of these if None."""
         return self.take(np.flatnonzero(self.rtt_ms >= 0)[:count])
 
+    def views(self, counts: Sequence[int]) -> list[QueryView]:
+        """The view given k measurements, for each of `counts` that the context holds."""
+        return [self.given(k).view() for k in counts if k <= self.context.shape[1]]
+
     def view(self) -> QueryView:
         """The queries without their answers."""
         table, given = self.measurements, self.context >= 0
@@ -184,10 +186,9 @@ def earlier_measurements(
     """
     order = np.lexsort((measurements.time_s, measurements.probe))
     probe, time_s = measurements.probe[order], measurements.time_s[order]
-    first = np.flatnonzero(np.r_[True, (np.diff(probe) != 0) | (np.diff(time_s) != 0)])
-    second_starts = np.repeat(first, np.diff(np.r_[first, len(order)]))
+    is_first = np.r_[True, (np.diff(probe) != 0) | (np.diff(time_s) != 0)]  # of its source in its second
     place = np.empty(len(order), dtype=np.int64)
-    place[order] = second_starts
+    place[order] = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
     found = np.full((len(rows), count), -1, dtype=np.int32)
     for start in range(0, len(rows), 20_000):  # bounds the memory at some tens of MB
         some = rows[start : start + 20_000]
@@ -228,13 +229,13 @@ def prefix_ids(addresses: np.ndarray, ipv4_bits: int, ipv6_bits: int) -> np.ndar
     return _distinct(cut)[1]
 
 
+def address_texts(addresses: np.ndarray, places: np.ndarray) -> list[str]:
+    """The texts of those of (a, 16) addresses at `places` (n,), each made once."""
+    used, index = np.unique(places, return_inverse=True)
+    return np.array([format_address(addresses[i].tobytes()) for i in used], dtype=object)[index].tolist()
+
+
 def _distinct(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct ones of (m, 16) addresses, ascending, and (m,) int32 where each stands among them."""
     distinct, place = np.unique(as_text(addresses), return_inverse=True)
     return distinct.view(np.uint8).reshape(-1, ADDRESS_BYTES), place.astype(np.int32)
-
-
-def _address_groups(addresses: np.ndarray) -> np.ndarray:
-    """(a,) int64, a negative number made of each of (a, 16) addresses."""
-    high, low = (hash_keys(addresses, salt).astype(np.int64) for salt in (b"group/high", b"group/low"))
-    return -2 - ((high << 30) | (low >> 2))

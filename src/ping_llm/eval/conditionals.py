@@ -11,7 +11,7 @@ import numpy as np
 
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.eval.columns import Queries
-from ping_llm.eval.model import LARGEST_NLL, model_queries, open_queries, records
+from ping_llm.eval.model import model_queries, open_queries, records, score_answers
 from ping_llm.eval.options import PartOptions
 from ping_llm.eval.report import print_lines
 from ping_llm.inference.model import PingModel
@@ -21,39 +21,24 @@ PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 """Given of a destination, by the width of its address: /8 … /32, and /32, /48, /64, /128."""
 
 
-def print_look(
-    options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]], count: int = 200
-) -> None:
+def print_look(options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]]) -> None:
     """Prints, and writes to `json`, the lines of a look at the model and queries of the part; else ends with one line."""
     try:
-        model, split = open_queries(options, count)
+        model, split = open_queries(options, 200)
         print_lines(look(model, split.recent), options.json)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
-def score_queries(
-    model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str = "auto"
-) -> dict[str, float]:
+def score_queries(model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str) -> dict[str, float]:
     """Means over n queries and their answers (n,): NLL and CRPS in log-ms, median relative error, P(fail)."""
-    scores, done = [], 0
-    for found in model.distributions(queries, src_known):
-        observed = rtt_ms[done : done + len(found)]
-        nll = np.minimum(-found.log_density(observed), LARGEST_NLL)
-        error = np.where(observed > 0, np.abs(found.median / np.maximum(observed, 1e-3) - 1), np.nan)
-        scores.append((nll, found.crps(observed), error, found.p_fail))
-        done += len(found)
-    nll, crps, error, p_fail = (np.concatenate(column) for column in zip(*scores, strict=True))
-    return {
-        "questions": len(queries),
-        "nll_nats": float(nll.mean()),
-        "crps_log": float(np.nanmean(crps)),
-        "median_rel_error": float(np.nanmedian(error)),
-        "p_fail": float(p_fail.mean()),
-    }
+    scores = score_answers(model, queries, rtt_ms, src_known).columns()
+    means = {name: float(np.nanmean(scores[name])) for name in ("nll_nats", "crps_log")}
+    error = {"median_rel_error": float(np.nanmedian(scores["relative_error"]))}
+    return {"questions": len(queries)} | means | error | {"p_fail": float(scores["p_fail"].mean())}
 
 
-def by_prefix_length(model: PingModel, queries: Queries, src_known: str = "auto") -> list[dict[str, Any]]:
+def by_prefix_length(model: PingModel, queries: Queries) -> list[dict[str, Any]]:
     """One line for each family and number of bits given of the destination."""
     ipv4 = is_ipv4(queries.measurements.addresses)[queries.dst_id]
     lines = []
@@ -62,14 +47,14 @@ def by_prefix_length(model: PingModel, queries: Queries, src_known: str = "auto"
         whole = [(query, query.dst) for query in model_queries(chosen)]
         for given in lengths if len(chosen) else ():
             cut = [replace(query, dst=dst.cut(given)) for query, dst in whole if dst is not None]
-            scores = score_queries(model, cut, chosen.rtt_ms.astype(np.float64), src_known)
+            scores = score_queries(model, cut, chosen.rtt_ms, "auto")
             lines.append({"family": "ipv4" if width == 4 else "ipv6", "bits": 8 * given} | scores)
     return lines
 
 
 def by_what_is_known(model: PingModel, queries: Queries) -> list[dict[str, Any]]:
     """One line for each of: both addresses and the time, no time, one address alone."""
-    whole, rtt_ms = model_queries(queries.given(0)), queries.rtt_ms.astype(np.float64)
+    whole, rtt_ms = model_queries(queries.given(0)), queries.rtt_ms
     variants = {
         "src, dst, time": whole,
         "src, dst": [replace(query, time_s=None) for query in whole],
@@ -87,11 +72,10 @@ def completion_hits(model: PingModel, queries: Queries, top: int) -> list[dict[s
         for given in PREFIX_BYTES[dst.width][:-1]:
             found = model.complete(str(dst.cut(given)), src=ping["src_addr"], rtt=rtt, at=ping["event_time"], top=top)
             texts = found.table.column("dst_addr").to_pylist()
-            hits["ipv4" if dst.width == 4 else "ipv6", 8 * given].append(
-                (ping["dst_addr"] in texts[:1], ping["dst_addr"] in texts)
-            )
+            kind = "ipv4" if dst.width == 4 else "ipv6", 8 * given
+            hits[kind].append((ping["dst_addr"] in texts[:1], ping["dst_addr"] in texts))
     lines = []
     for (family, bits), of_kind in sorted(hits.items()):
-        first, any_ = np.mean(of_kind, axis=0).tolist()
-        lines.append({"family": family, "bits": bits, "completions": len(of_kind), "top 1": first, f"top {top}": any_})
+        shares = dict(zip(("top 1", f"top {top}"), np.mean(of_kind, axis=0).tolist(), strict=True))
+        lines.append({"family": family, "bits": bits, "completions": len(of_kind)} | shares)
     return lines

@@ -27,12 +27,10 @@ MEASUREMENTS, QUICK_MEASUREMENTS = 1_000, 100
 DESTINATIONS, QUICK_DESTINATIONS = 300, 25
 """Of the report, for orders, and for destinations, over all splits."""
 
-PREFIXES = {8: 24, 16: 32, 24: 48, 32: 128}
-"""Of IPv4, in bits, each with the IPv6 prefix that is counted with it."""
-
+PREFIXES = {8: 24, 16: 32, 24: 48, 32: 128}  # of IPv4, in bits, each with the IPv6 prefix that is counted with it
 TOPS = (1, 10, 100)
 EXPANSIONS = 512  # of prefixes in a search for destinations
-_UNSEEN_BITS = {True: 32.0, False: 64.0}  # that a destination never seen costs within its family (whole, or to the /64)
+_UNSEEN_BITS = (32.0, 64.0)  # that a destination never seen costs: an IPv4 address whole, an IPv6 one to the /64
 
 EXAMPLE_K = 5
 EXAMPLES_PER_SPLIT = 2
@@ -45,9 +43,8 @@ def diagnose(options: EvalOptions) -> list[dict[str, Any]]:
     assert options.diagnose is not None
     count = options.queries or DIAGNOSE_QUERIES[options.diagnose]
     if options.diagnose == "tokens":
-        scores = score_tokens(
-            PingModel.load(options.trained, options.device), part_windows(options, options.part, count)
-        )
+        model = PingModel.load(options.trained, options.device)
+        scores = score_tokens(model, part_windows(options, options.part, count))
         for window in range(min(options.show, count)):
             print(colored(scores, window) + "\n")
         return scores.table()
@@ -72,24 +69,18 @@ def model_extras(
     model: PingModel, options: EvalOptions, bayes: DestinationBayes, splits: list[SplitQueries], baseline: Baseline
 ) -> dict[str, Any]:
     """loss_per_field by part, order_consistency, destinations by split, and densities of some queries."""
-    splits, quick = [split for split in splits if len(split)], options.quick
-    measurements = max(1, int((QUICK_MEASUREMENTS if quick else MEASUREMENTS) / len(splits)))
-    destinations = max(1, int((QUICK_DESTINATIONS if quick else DESTINATIONS) / len(splits)))
-    counts = read_manifest(options.rows)["parts"]
-    parts = [part for part, count in counts.items() if count and part != "train"] or ["train"]
-    windows = QUICK_WINDOWS if quick else WINDOWS
-    return {
-        "loss_per_field": {
-            part: score_tokens(model, part_windows(options, part, windows)).loss_per_field() for part in parts
-        },
-        "order_consistency": {
-            split.split: order_consistency(model, split.other.take(slice(measurements))) for split in splits
-        },
-        "destinations": {
-            split.split: destination_scores(model, bayes, split.other.answered(destinations)) for split in splits
-        },
-        "examples": [example for split in splits for example in examples(split, model, baseline)],
-    }
+    queries = {split.split: split.other for split in splits if len(split)}
+    wanted = (QUICK_MEASUREMENTS, QUICK_DESTINATIONS) if options.quick else (MEASUREMENTS, DESTINATIONS)
+    measurements, destinations = (max(1, int(count / len(queries))) for count in wanted)
+    windows, counts = QUICK_WINDOWS if options.quick else WINDOWS, read_manifest(options.rows)["parts"]
+    parts = [part for part, held in counts.items() if held and part != "train"] or ["train"]
+    losses = {part: score_tokens(model, part_windows(options, part, windows)).loss_per_field() for part in parts}
+    orders, found, shown = {}, {}, []
+    for split, of_split in queries.items():
+        orders[split] = order_consistency(model, of_split.take(slice(measurements)))
+        found[split] = destination_scores(model, bayes, of_split.answered(destinations))
+        shown += examples(split, of_split, model, baseline)
+    return {"loss_per_field": losses, "order_consistency": orders, "destinations": found, "examples": shown}
 
 
 def order_consistency(model: PingModel, queries: Queries) -> dict[str, Any]:
@@ -99,31 +90,30 @@ def order_consistency(model: PingModel, queries: Queries) -> dict[str, Any]:
 
 
 def destination_scores(model: PingModel, bayes: DestinationBayes, queries: Queries) -> dict[str, Any]:
-    """Bits per destination given source and RTT, and hit rates, by the model and by the fitted baseline."""
+    """Bits per destination given source and RTT, and hit rates, by the model and by the fitted baseline.
+
+    To the baseline, a destination that train does not hold is one of its family.
+    """
     if not len(queries):
         return {"queries": 0}
-    pings = records(queries)
+    pings, addresses, dst_id = records(queries), queries.measurements.addresses, queries.dst_id
     log_p = model.log_prob(pings, ("src", "rtt", "dst")) - model.log_prob(pings, ("src", "rtt"))
+    of_ping = [model_ranks(model, ping) for ping in pings]
+    ranks = {bits: np.array([of_one[bits] for of_one in of_ping]) for bits in PREFIXES}
+
+    bayes_log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
+    at = find(bayes.destinations, dst_id)  # −1 is the last column: all others together
+    unseen_bits = np.where(at < 0, np.where(is_ipv4(addresses[dst_id]), *_UNSEEN_BITS), 0.0)
+    bayes_bits = -bayes_log_p[np.arange(len(at)), at] / np.log(2) + unseen_bits
+    mass, bayes_ranks = np.exp(bayes_log_p[:, :-1]), {}
+    for bits, ipv6_bits in PREFIXES.items():
+        prefix = prefix_ids(addresses, bits, ipv6_bits)
+        bayes_ranks[bits] = prefix_ranks(mass, prefix[bayes.destinations], prefix[dst_id])
     return {
         "queries": len(queries),
-        "model": {"bits": float(-log_p.mean() / np.log(2)), "hit_rate": _hit_rates(model_ranks(model, pings))},
-        bayes.name: bayes_scores(bayes, queries),
+        "model": {"bits": float(-log_p.mean() / np.log(2)), "hit_rate": _hit_rates(ranks)},
+        bayes.name: {"bits": float(bayes_bits.mean()), "hit_rate": _hit_rates(bayes_ranks)},
     }
-
-
-def bayes_scores(bayes: DestinationBayes, queries: Queries) -> dict[str, Any]:
-    """Bits and hit rates of popularity × RTT histogram; a destination that train does not hold is one of its family."""
-    addresses, dst_id = queries.measurements.addresses, queries.dst_id
-    log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
-    at = find(bayes.destinations, dst_id)
-    nats = -log_p[np.arange(len(at)), at]  # −1 is the last column: all others together
-    family_bits = np.where(is_ipv4(addresses[dst_id]), _UNSEEN_BITS[True], _UNSEEN_BITS[False])
-    bits = nats / np.log(2) + np.where(at < 0, family_bits, 0.0)
-    ranks = {}
-    for ipv4_bits, ipv6_bits in PREFIXES.items():
-        prefix = prefix_ids(addresses, ipv4_bits, ipv6_bits)
-        ranks[ipv4_bits] = prefix_ranks(log_p, prefix[bayes.destinations], prefix[dst_id])
-    return {"bits": float(bits.mean()), "hit_rate": _hit_rates(ranks)}
 
 
 def _hit_rates(ranks: dict[int, np.ndarray]) -> dict[int, dict[int, float]]:
@@ -131,39 +121,30 @@ def _hit_rates(ranks: dict[int, np.ndarray]) -> dict[int, dict[int, float]]:
     return {bits: {top: float((rank < top).mean()) for top in TOPS} for bits, rank in ranks.items()}
 
 
-def model_ranks(model: PingModel, pings: list[dict[str, Any]]) -> dict[int, np.ndarray]:
-    """By length: how many prefixes are likelier than that of each ping's destination (q,), among those that are found."""
-    ranks = []
-    for ping in pings:
-        found = model.destinations(
-            ping["src_addr"], rtt=ping["rtt"], at=ping["event_time"], top=max(TOPS), expansions=EXPANSIONS
-        )
-        ranks.append(prefix_ranks_of(found.table.to_pylist(), ping["dst_addr"]))
-    return {bits: np.array([of_ping[bits] for of_ping in ranks]) for bits in PREFIXES}
+def model_ranks(model: PingModel, ping: dict[str, Any]) -> dict[int, int]:
+    """By length: how many prefixes are likelier than that of a ping's destination, among those that are found."""
+    given = {"rtt": ping["rtt"], "at": ping["event_time"], "top": max(TOPS), "expansions": EXPANSIONS}
+    return prefix_ranks_of(model.destinations(ping["src_addr"], **given).table.to_pylist(), ping["dst_addr"])
 
 
 def prefix_ranks_of(rows: list[dict[str, Any]], dst_addr: str) -> dict[int, int]:
     """How many prefixes of each length are likelier than that of `dst_addr`, among addresses found with a probability."""
-    texts = [row["dst_addr"].partition("/")[0] for row in rows]
-    mass = np.array([row["probability"] for row in rows])
-    packed, _ = pack_addresses([*texts, dst_addr])
-    ranks = {}
-    for ipv4_bits, ipv6_bits in PREFIXES.items():
-        *prefix, right = prefix_ids(packed, ipv4_bits, ipv6_bits)
-        of_prefix = np.bincount(np.array(prefix, dtype=np.int64), mass, right + 1) if rows else np.zeros(right + 1)
-        ranks[ipv4_bits] = int((of_prefix >= of_prefix[right]).sum() - 1) if right in prefix else max(TOPS)
+    packed, _ = pack_addresses([*(row["dst_addr"].partition("/")[0] for row in rows), dst_addr])
+    mass, ranks = np.array([[row["probability"] for row in rows]]), {}
+    for bits, ipv6_bits in PREFIXES.items():
+        prefix = prefix_ids(packed, bits, ipv6_bits)
+        known, right = prefix[:-1], prefix[-1:]
+        ranks[bits] = int(prefix_ranks(mass, known, right)[0]) if right in known else max(TOPS)
     return ranks
 
 
-def examples(split: SplitQueries, model: PingModel, baseline: Baseline) -> list[dict[str, Any]]:
+def examples(split: str, queries: Queries, model: PingModel, baseline: Baseline) -> list[dict[str, Any]]:
     """The first answered queries of a split, given EXAMPLE_K measurements: densities by the model and a baseline."""
-    queries = split.other.given(EXAMPLE_K).answered(EXAMPLES_PER_SPLIT)
+    queries, shown = queries.given(EXAMPLE_K).answered(EXAMPLES_PER_SPLIT), []
     if not len(queries):
         return []
     simple = baseline.predict(queries.view()).distributions
-    batches, shown = model.distributions(model_queries(queries)), []
-    found = [batch[i] for batch in batches for i in range(len(batch))]
-    for i, (one, ping) in enumerate(zip(found, records(queries), strict=True)):
+    for i, (one, ping) in enumerate(zip(model.rtt_many(model_queries(queries)), records(queries), strict=True)):
         other = simple.take(slice(i, i + 1))
         inner = np.log([one.quantile(0.01), one.quantile(0.99), ping["rtt"] + 1e-3])
         inner = np.r_[inner, other.quantile(np.array([0.05, 0.95]))[0]]
@@ -171,7 +152,7 @@ def examples(split: SplitQueries, model: PingModel, baseline: Baseline) -> list[
         cdfs = {"model": one.cdf(np.exp(edges)), baseline.name: other.cdf(edges[None])[0]}
         shown.append(
             {
-                "split": split.split,
+                "split": split,
                 "title": f"{ping['src_addr']} → {ping['dst_addr']}",
                 "rtt_ms": ping["rtt"],
                 "rtt_ms_at": np.exp((edges[1:] + edges[:-1]) / 2),

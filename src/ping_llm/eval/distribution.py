@@ -14,17 +14,12 @@ import numpy as np
 from ping_llm.data.tokenization import rtt_code_edges_ms
 
 LEVELS = np.array([0, 0.001, 0.005, 0.01, 0.02, *np.linspace(0.05, 0.95, 19), 0.98, 0.99, 0.995, 0.999, 1])
-INNER_LEVELS = LEVELS[1:-1]
-"""The quantiles that a predictor gives; those of 0 and 1 are the ends of the support."""
-
-SUPPORT: tuple[float, float] = (float(np.log(rtt_code_edges_ms()[0])), float(np.log(rtt_code_edges_ms()[-1])))
-"""Log-ms."""
-
+INNER_LEVELS = LEVELS[1:-1]  # the quantiles that a predictor gives; those of 0 and 1 are the ends of the support
+SUPPORT: tuple[float, float] = (float(np.log(rtt_code_edges_ms()[0])), float(np.log(rtt_code_edges_ms()[-1])))  # log-ms
 LEAST_WIDTH = 2.0**-11
 """Log-ms that a whole distribution spans at least: one RTT code, so that repeats of one RTT have no infinite density."""
 
-LEAST_CHANCE = 1e-6
-"""Chances of failure are kept this far from 0 and 1, so that one surprise does not make a mean infinite."""
+LEAST_CHANCE = 1e-6  # chances of failure are kept this far from 0 and 1: one surprise does not make a mean infinite
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +32,7 @@ class QuantileDistributions:
     @classmethod
     def from_quantiles(cls, quantiles: np.ndarray) -> QuantileDistributions:
         """Those with these (q, L − 2) quantiles in log-ms at INNER_LEVELS; crossed ones are put in order."""
-        if quantiles.ndim != 2 or quantiles.shape[1] != len(INNER_LEVELS) or not np.isfinite(quantiles).all():
-            raise ValueError(f"quantiles must be (q, {len(INNER_LEVELS)}) finite numbers, not {quantiles.shape}")
+        assert quantiles.shape[1:] == INNER_LEVELS.shape and np.isfinite(quantiles).all(), f"{quantiles.shape}"
         inner = np.sort(quantiles, axis=1) + LEAST_WIDTH * (INNER_LEVELS - 0.5)
         room = LEAST_WIDTH * INNER_LEVELS
         return cls(between_ends(np.clip(inner, SUPPORT[0] + room, SUPPORT[1] - LEAST_WIDTH + room)))
@@ -68,53 +62,34 @@ class QuantileDistributions:
     def log_density(self, log_ms: np.ndarray) -> np.ndarray:
         """(q,) log of the density per log-ms of each at its own log_ms (q,), clamped to the support."""
         inside = np.clip(log_ms, *SUPPORT)[:, None]
-        segment = np.clip((self.values <= inside).sum(axis=1) - 1, 0, self.values.shape[1] - 2)
-        rows = np.arange(len(self))
-        mass = np.diff(np.broadcast_to(self.levels, self.values.shape))[rows, segment]
-        return np.log(mass) - np.log(np.diff(self.values)[rows, segment])
+        segment = np.arange(len(self)), np.clip((self.values <= inside).sum(axis=1) - 1, 0, self.values.shape[1] - 2)
+        mass = np.diff(np.broadcast_to(self.levels, self.values.shape))
+        return np.log(mass[segment]) - np.log(np.diff(self.values)[segment])
 
     def crps(self, log_ms: np.ndarray) -> np.ndarray:
         """(q,) ∫ (CDF(x) − 1[x ≥ log_ms])² dx in log-ms, exact; log_ms (q,) is clamped to the support."""
         y = np.clip(log_ms, *SUPPORT)[:, None]
         at_y = self.cdf(y)
-        below_x = np.minimum(self.values, y)  # the knots up to y, the rest folded onto it
-        below_f = np.where(self.values < y, self.levels, at_y)
-        above_x = np.maximum(self.values, y)
-        above_f = 1 - np.where(self.values > y, self.levels, at_y)
-        return (_integral_of_square(below_x, below_f) + _integral_of_square(above_x, above_f)).sum(axis=1)
-
-
-def _integral_of_square(x: np.ndarray, f: np.ndarray) -> np.ndarray:
-    """(q, L − 1) ∫ f² of f linear between the knots x (q, L)."""
-    return np.diff(x) * (f[:, 1:] ** 2 + f[:, 1:] * f[:, :-1] + f[:, :-1] ** 2) / 3
+        below = np.where(self.values < y, self.levels, at_y)  # at the knots up to y, the rest folded onto it
+        above = 1 - np.where(self.values > y, self.levels, at_y)
+        parts = ((np.minimum(self.values, y), below), (np.maximum(self.values, y), above))
+        # ∫ f² of f linear between knots
+        return sum(np.diff(x) * (f[:, 1:] ** 2 + f[:, 1:] * f[:, :-1] + f[:, :-1] ** 2) / 3 for x, f in parts).sum(
+            axis=1
+        )
 
 
 def interpolate_rows(x: np.ndarray, knots: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(q, m) values of q piecewise-linear functions at x (q, m); knots (q, L) ascend; constant beyond the ends."""
-    segment = np.clip(_count_not_above(x, knots) - 1, 0, knots.shape[1] - 2)
+    count = np.zeros(x.shape, dtype=np.int64)  # of its row's knots that are not above
+    for knot in knots.T:
+        count += knot[:, None] <= x
+    segment = np.clip(count - 1, 0, knots.shape[1] - 2)
     left, right = np.take_along_axis(knots, segment, 1), np.take_along_axis(knots, segment + 1, 1)
     below, above = np.take_along_axis(values, segment, 1), np.take_along_axis(values, segment + 1, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(right > left, (x - left) / (right - left), 1.0)
-    share = np.clip(share, 0, 1)
+        share = np.clip(np.where(right > left, (x - left) / (right - left), 1.0), 0, 1)
     return (1 - share) * below + share * above
-
-
-def _count_not_above(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """(q, m) how many of its row's knots (q, L), ascending, are at most x (q, m)."""
-    count = np.empty(x.shape, dtype=np.int64)
-    if x.shape[1] < 8:
-        for column in range(x.shape[1]):
-            count[:, column] = (knots <= x[:, column, None]).sum(axis=1)
-        return count
-    for start in range(0, len(x), 1000):  # rows laid end to end, one search; few, so that offsets cost no precision
-        part = knots[start : start + 1000]
-        low = min(part.min(), x[start : start + 1000].min())
-        high = max(part.max(), x[start : start + 1000].max())
-        offset = (np.arange(len(part)) * 2 * (high - low + 1))[:, None]
-        found = np.searchsorted((part + offset).ravel(), (x[start : start + 1000] + offset).ravel(), "right")
-        count[start : start + 1000] = found.reshape(len(part), -1) - np.arange(len(part))[:, None] * part.shape[1]
-    return count
 
 
 def pool(distributions: list[QuantileDistributions], weights: np.ndarray) -> QuantileDistributions:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from ping_llm.eval.options import EvalOptions
@@ -15,7 +14,7 @@ from ping_llm.inference.model import PingModel
 _REPLY = re.compile(r"icmp_seq=(\d+) .*?time[=<]([\d.]+) ?ms")
 _SENT = re.compile(r"(\d+) packets transmitted")
 _ADDRESS = re.compile(r"^PING \S+ ?\(([0-9a-fA-F.:]+)\)|^PING ([0-9a-fA-F:]+)\(", re.MULTILINE)
-SLACK_S = 10
+WAIT_S, SLACK_S = 2, 10
 
 
 def parse_ping(text: str) -> tuple[str, list[float]]:
@@ -31,28 +30,17 @@ def parse_ping(text: str) -> tuple[str, list[float]]:
     return address[1] or address[2], list(rtts.values()) + [-1.0] * missing
 
 
-def ping(host: str, count: int = 3, wait_s: int = 2) -> tuple[str, list[float]]:
-    """Pings a host; ValueError if there is no ping, or the host has no address."""
+def ping_host(src: str, host: str, count: int) -> list[dict[str, Any]]:
+    """Pings a host; measurements as `PingModel` takes them. ValueError if there is no ping, or the host has no address."""
     if host.startswith("-") or not shutil.which("ping"):
         raise ValueError(f"{host!r} cannot be pinged; give a host name or an address, on a system that has ping")
-    argv = ["ping", "-n", "-c", str(count), "-W", str(wait_s), host]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=count * (wait_s + 1) + SLACK_S, check=False)
+    argv, started = ["ping", "-n", "-c", str(count), "-W", str(WAIT_S), host], int(time.time())
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=count * (WAIT_S + 1) + SLACK_S, check=False)
     if not _SENT.search(done.stdout):
         reason = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
         raise ValueError(f"{host} cannot be pinged: {reason[0]}")
-    return parse_ping(done.stdout)
-
-
-def ping_all(src: str, hosts: Sequence[str], count: int = 3) -> list[dict[str, Any]]:
-    """Measurements of each host, as `PingModel` takes them, in the order in which they were made."""
-    measured = []
-    for host in hosts:
-        started = int(time.time())
-        address, rtts = ping(host, count)
-        measured += [
-            {"src_addr": src, "dst_addr": address, "event_time": started + i, "rtt": x} for i, x in enumerate(rtts)
-        ]
-    return measured
+    address, rtts = parse_ping(done.stdout)
+    return [{"src_addr": src, "dst_addr": address, "event_time": started + i, "rtt": x} for i, x in enumerate(rtts)]
 
 
 def compare_live(options: EvalOptions) -> list[dict[str, Any]]:
@@ -61,16 +49,14 @@ def compare_live(options: EvalOptions) -> list[dict[str, Any]]:
     context: list[dict[str, Any]] = []
     lines = []
     for host in options.live:
-        measured = ping_all(options.src, [host], options.count)
-        found = model.rtt(options.src, measured[0]["dst_addr"], at=measured[0]["event_time"], context=context)
+        measured = ping_host(options.src, host, options.count)
+        address = measured[0]["dst_addr"]
+        found = model.rtt(options.src, address, at=measured[0]["event_time"], context=context)
+        median, low, high = (float(found.quantile(level)) for level in (0.5, 0.05, 0.95))
+        expected = {"expected_ms": median, "low_ms": low, "high_ms": high, "p_fail": float(found.p_fail)}
         answers = sorted(one["rtt"] for one in measured if one["rtt"] >= 0)
-        line = {"host": host, "address": measured[0]["dst_addr"], "expected_ms": float(found.median)}
-        line |= {
-            "low_ms": float(found.quantile(0.05)),
-            "high_ms": float(found.quantile(0.95)),
-            "p_fail": float(found.p_fail),
-        }
-        lines.append(line | {"measured_ms": answers[len(answers) // 2] if answers else None, "told": len(context)})
+        came = {"measured_ms": answers[len(answers) // 2] if answers else None, "told": len(context)}
+        lines.append({"host": host, "address": address} | expected | came)
         context = sorted(context + measured, key=lambda one: one["event_time"])
         while len(options.live) > 1 and time.time() < context[-1]["event_time"]:
             time.sleep(0.2)  # the next query is of a time that is not before its context

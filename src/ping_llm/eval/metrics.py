@@ -6,7 +6,7 @@ Scores of RTTs are over answered queries, those of failures over all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -31,50 +31,21 @@ class Scores:
     pit: np.ndarray  # (q,)
     quantiles_ms: np.ndarray  # (q, 7) at QUANTILE_LEVELS, of an answered ping
 
-    def __len__(self) -> int:
-        return len(self.rtt_ms)
-
-    def first(self, count: int) -> Scores:
-        """The scores of the first queries."""
-        return Scores(*(getattr(self, column.name)[:count] for column in fields(self)))
-
-    @property
-    def answered(self) -> np.ndarray:
-        """(q,) bool."""
-        return self.rtt_ms >= 0
-
-    @property
-    def relative_error(self) -> np.ndarray:
-        """(q,) |median − actual| / actual; NaN where the query failed."""
-        with np.errstate(invalid="ignore"):
-            actual = np.where(self.answered, np.maximum(self.rtt_ms, 1e-3), np.nan)
-        return np.abs(self.quantiles_ms[:, QUANTILE_LEVELS.index(0.5)] - actual) / actual
-
-    @property
-    def rtt_nll_nats(self) -> np.ndarray:
-        """(q,) −log density per log-ms given an answer; NaN where the query failed."""
-        return np.where(self.answered, self.nll_nats + np.log1p(-clip_chance(self.p_fail)), np.nan)
-
-    @property
-    def rtt_bits(self) -> np.ndarray:
-        """(q,) bits to tell the 16-bit code of the RTT given an answer; NaN where the query failed."""
-        edges = np.log(rtt_code_edges_ms())
-        code = encode_rtt(np.maximum(self.rtt_ms, 1e-3))
-        return (self.rtt_nll_nats - np.log(edges[code + 1] - edges[code])) / np.log(2)
-
-    @property
-    def fail_log_loss(self) -> np.ndarray:
-        """(q,) nats, of whether a query fails."""
-        return log_loss(self.p_fail, ~self.answered)
-
-    def error_quantiles(self, probe: np.ndarray) -> np.ndarray:
-        """(50,) relative errors below which a share ERROR_LEVELS of the answered queries lies, sources weighing the same."""
-        weights, error = source_weights(probe, self.answered), self.relative_error
-        order = np.argsort(np.where(weights > 0, error, np.inf))[: int((weights > 0).sum())]
-        if not len(order):
-            return np.full(len(ERROR_LEVELS), np.nan)
-        below = np.cumsum(weights[order])
-        return error[order][np.searchsorted(below, ERROR_LEVELS * below[-1] * (1 - 1e-12))]
+    def columns(self) -> dict[str, np.ndarray]:
+        """Of the long table, (q,) each: these, and the log-loss in nats of whether a query fails; of answered queries, else
+        NaN: |median − actual| / actual, −log density per log-ms, and the bits that tell the 16-bit code of the RTT."""
+        answered, edges = self.rtt_ms >= 0, np.log(rtt_code_edges_ms())
+        actual, code = np.where(answered, self.rtt_ms, np.nan), encode_rtt(np.maximum(self.rtt_ms, 1e-3))
+        actual = np.maximum(actual, 1e-3)
+        nll_nats = np.where(answered, self.nll_nats + np.log1p(-clip_chance(self.p_fail)), np.nan)
+        scores = {name: getattr(self, name) for name in ("p_fail", "nll_nats", "crps_log", "pit")}
+        return {"rtt": self.rtt_ms, **scores} | {
+            "relative_error": np.abs(self.quantiles_ms[:, QUANTILE_LEVELS.index(0.5)] - actual) / actual,
+            "rtt_nll_nats": nll_nats,
+            "rtt_bits": (nll_nats - np.log(edges[code + 1] - edges[code])) / np.log(2),
+            "fail_log_loss": log_loss(self.p_fail, ~answered),
+            **{f"q{level:g}": self.quantiles_ms[:, i] for i, level in enumerate(QUANTILE_LEVELS)},
+        }
 
 
 def score(distributions: QuantileDistributions, p_fail: np.ndarray, rtt_ms: np.ndarray) -> Scores:
@@ -93,15 +64,13 @@ def score(distributions: QuantileDistributions, p_fail: np.ndarray, rtt_ms: np.n
 
 def long_table(scores: Mapping[str, Scores], probe: np.ndarray) -> pa.Table:
     """A line for each method and query, of a source `probe` (q,); NaN is null."""
-    names = ("p_fail", "nll_nats", "crps_log", "pit", "relative_error", "rtt_nll_nats", "rtt_bits", "fail_log_loss")
     tables = []
     for method, of_method in scores.items():
-        count = len(of_method)
-        columns = {"rtt": of_method.rtt_ms} | {name: getattr(of_method, name) for name in names}
-        columns |= {f"q{level:g}": of_method.quantiles_ms[:, i] for i, level in enumerate(QUANTILE_LEVELS)}
-        arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
-        of_query = {"query": pa.array(np.arange(count, dtype=np.int32)), "probe": pa.array(probe[:count])}
-        tables.append(pa.table({"method": pa.repeat(method, count)} | of_query | arrays))
+        count = len(of_method.rtt_ms)
+        table = pa.table({"query": np.arange(count, dtype=np.int32), "probe": probe[:count]})
+        for name, values in ({"method": pa.repeat(method, count)} | of_method.columns()).items():
+            table = table.append_column(name, pa.array(values, from_pandas=True))
+        tables.append(table)
     return pa.concat_tables(tables)
 
 
@@ -112,24 +81,33 @@ def source_weights(probe: np.ndarray, counted: np.ndarray | None = None) -> np.n
     return np.where(counted, 1 / np.maximum(np.bincount(index, weights=counted), 1)[index], 0.0)
 
 
+def error_quantiles(error: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(50,) errors (q,) below which a share ERROR_LEVELS of the weight (q,) lies; NaN without weight."""
+    x, w = _ascending(error, weights)
+    if not len(x):
+        return np.full(len(ERROR_LEVELS), np.nan)
+    below = np.cumsum(w)
+    return x[np.searchsorted(below, ERROR_LEVELS * below[-1] * (1 - 1e-12))]
+
+
 def weighted_quantile(values: np.ndarray, weights: np.ndarray, level: float) -> float:
     """The value at which half a share of weight either side of `level` meets; equal weights give the usual median."""
-    used = weights > 0
-    if not used.any():
-        return np.nan
-    order = np.argsort(values[used])
-    x, w = values[used][order], weights[used][order]
-    return float(np.interp(level * w.sum(), np.cumsum(w) - w / 2, x))
+    x, w = _ascending(values, weights)
+    return float(np.interp(level * w.sum(), np.cumsum(w) - w / 2, x)) if len(x) else np.nan
 
 
 def ks_uniform(values: np.ndarray, weights: np.ndarray) -> float:
     """Kolmogorov–Smirnov distance of weighted values from the uniform distribution on 0 … 1; NaN without values."""
+    x, w = _ascending(values, weights)
+    after = np.cumsum(w) / weights[weights > 0].sum()
+    return float(max((after - x).max(), (x - np.r_[0, after[:-1]]).max())) if len(x) else np.nan
+
+
+def _ascending(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values that weigh something, in order, and their weights."""
     used = weights > 0
-    if not used.any():
-        return np.nan
     order = np.argsort(values[used])
-    x, after = values[used][order], np.cumsum(weights[used][order]) / weights[used].sum()
-    return float(max((after - x).max(), (x - np.r_[0, after[:-1]]).max()))
+    return values[used][order], weights[used][order]
 
 
 def auc(chance: np.ndarray, happened: np.ndarray, weights: np.ndarray) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.data.measurement import is_ipv4
 from ping_llm.data.synthetic.truth import Truth, shifted_log_logistic
 from ping_llm.eval.baselines.base import Prediction
-from ping_llm.eval.columns import Measurements, Queries, QueryView
+from ping_llm.eval.columns import Measurements, Queries, QueryView, address_texts
 from ping_llm.eval.distribution import LEAST_CHANCE, QuantileDistributions, between_ends
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.options import EvalOptions, PartOptions
@@ -21,11 +21,8 @@ from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 
 TRUE_DISTRIBUTION = "true distribution"
-LARGEST_NLL = 100.0
-"""Nats; a result that a model holds for impossible costs no more, so that a mean stays finite."""
-
-LEAST_MASS = 1e-5
-"""Of a value of byte 1 that is looked into: scores do not feel the rest, and the model answers faster."""
+LARGEST_NLL = 100.0  # nats; a result that a model holds for impossible costs no more, so that a mean stays finite
+LEAST_MASS = 1e-5  # of a value of byte 1 that is looked into: scores do not feel the rest, and the model answers faster
 
 _TRUE_LEVELS = np.r_[0, 10.0 ** np.arange(-7, -2), np.linspace(0.005, 0.995, 397), 1 - 10.0 ** np.arange(-3, -8, -1), 1]
 
@@ -45,60 +42,63 @@ class ModelMethod:
 
     @property
     def name(self) -> str:
-        """As in the report."""
         return f"ping-llm, source {self.src_known}"
 
     def scores(
         self, queries: Queries, rng: np.random.Generator, advance: Callable[[float], None] = lambda n: None
     ) -> Scores:
-        """The scores of q queries. The PIT is randomised within a code: RTTs are reported in steps."""
-        table, rtt_ms = queries.measurements, queries.rtt_ms.astype(np.float64)
-        order = np.lexsort((table.time_s[queries.rows], queries.probe))  # neighbours share their context
-        columns = {name: np.empty(len(queries)) for name in ("p_fail", "nll_nats", "crps_log", "pit")}
-        quantiles_ms, done = np.empty((len(queries), len(QUANTILE_LEVELS))), 0
-        for found in self.model.distributions(model_queries(queries.take(order)), self.src_known):
-            rows = order[done : done + len(found)]
-            with np.errstate(invalid="ignore"):
-                columns["nll_nats"][rows] = np.minimum(-found.log_density(rtt_ms[rows]), LARGEST_NLL)
-            columns["crps_log"][rows], columns["pit"][rows] = found.crps(rtt_ms[rows]), found.pit(rtt_ms[rows], rng)
-            columns["p_fail"][rows] = found.p_fail
-            quantiles_ms[rows] = found.quantile(np.array(QUANTILE_LEVELS))
-            done += len(found)
-            advance(len(found))
-        failed = rtt_ms < 0
-        columns["nll_nats"][failed] = -np.log(np.maximum(columns["p_fail"][failed], LEAST_CHANCE))
-        return Scores(queries.rtt_ms, quantiles_ms=quantiles_ms, **columns)
+        """The scores of q queries."""
+        order = np.lexsort((queries.measurements.time_s[queries.rows], queries.probe))  # neighbours share their context
+        sorted_ = queries.take(order)
+        found = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
+        found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))
+        failed = -np.log(np.maximum(found.p_fail, LEAST_CHANCE))
+        return replace(found, nll_nats=np.where(found.rtt_ms < 0, failed, found.nll_nats))
+
+
+def score_answers(
+    model: PingModel,
+    queries: Sequence[Query],
+    rtt_ms: np.ndarray,
+    src_known: str = "auto",
+    rng: np.random.Generator | None = None,
+    advance: Callable[[float], None] = lambda n: None,
+) -> Scores:
+    """The scores of the model's answers to q queries with these results (q,), −1 = failed.
+
+    With `rng` the PIT is randomised within a code: RTTs are reported in steps.
+    """
+    answers, done, levels = [], 0, np.array(QUANTILE_LEVELS)
+    for found in model.distributions(queries, src_known):
+        observed = rtt_ms[done : done + len(found)].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            nll_nats = np.minimum(-found.log_density(observed), LARGEST_NLL)
+        answers.append((found.p_fail, nll_nats, found.crps(observed), found.pit(observed, rng), found.quantile(levels)))
+        done += len(found)
+        advance(len(found))
+    return Scores(rtt_ms, *(np.concatenate(column) for column in zip(*answers, strict=True)))
 
 
 def model_queries(queries: Queries) -> list[Query]:
     """The queries as the model takes them: both addresses and the time given, the context in time order."""
     table, taken = queries.measurements, []
-    width = np.where(is_ipv4(table.addresses), 4, 16)
-
-    def endpoint(place: int) -> Endpoint:
-        return Endpoint(table.addresses[place].tobytes(), int(width[place]))
-
+    width = np.where(is_ipv4(table.addresses), 4, 16).tolist()
     for row, places in zip(queries.rows, queries.context, strict=True):
         given = places[places >= 0][::-1]
         columns = (table.addresses[table.src_id[given]], table.addresses[table.dst_id[given]])
         # A probe may have had several addresses: what is given of it all counts as its context.
         context = Context(*columns, table.rtt_ms[given].astype(np.float64), table.time_s[given] if len(given) else None)
-        taken.append(Query(endpoint(table.src_id[row]), endpoint(table.dst_id[row]), int(table.time_s[row]), context))
+        src, dst = (Endpoint(table.addresses[i].tobytes(), width[i]) for i in (table.src_id[row], table.dst_id[row]))
+        taken.append(Query(src, dst, int(table.time_s[row]), context))
     return taken
 
 
 def records(queries: Queries) -> list[dict[str, Any]]:
     """The queried measurements, as `PingModel` takes them."""
-    table = queries.measurements
-    return [
-        {
-            "src_addr": format_address(table.addresses[table.src_id[row]].tobytes()),
-            "dst_addr": format_address(table.addresses[table.dst_id[row]].tobytes()),
-            "event_time": int(table.time_s[row]),
-            "rtt": float(table.rtt_ms[row]),
-        }
-        for row in queries.rows
-    ]
+    table, rows = queries.measurements, queries.rows
+    texts = (address_texts(table.addresses, ids[rows]) for ids in (table.src_id, table.dst_id))
+    lines = zip(*texts, table.time_s[rows].tolist(), table.rtt_ms[rows].tolist(), strict=True)
+    return [dict(zip(("src_addr", "dst_addr", "event_time", "rtt"), line, strict=True)) for line in lines]
 
 
 def open_queries(options: PartOptions, count: int) -> tuple[PingModel, SplitQueries]:
@@ -117,8 +117,7 @@ class TrueDistribution:
 
     def predict(self, view: QueryView) -> Prediction:
         """Its quantiles, so fine that nothing depends on them; ValueError names an address of no network."""
-        texts = {place: format_address(view.addresses[place].tobytes()) for place in {*view.src_id, *view.dst_id}}
-        paths = self.truth.paths([texts[i] for i in view.src_id], [texts[i] for i in view.dst_id])
+        paths = self.truth.paths(*(address_texts(view.addresses, ids) for ids in (view.src_id, view.dst_id)))
         p_fail, *parameters = paths.at(view.time_s.astype(np.float64))
         inner = np.log(shifted_log_logistic(_TRUE_LEVELS[1:-1], *(column[:, None] for column in parameters)))
         return Prediction(QuantileDistributions(between_ends(inner), _TRUE_LEVELS), p_fail)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ping_llm.eval.metrics import ERROR_LEVELS, PIT_BINS
+from ping_llm.eval.queries import DRAWS, NO_DRAW
 from ping_llm.eval.report import cell_name, subject
 from ping_llm.system.axes import label_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAR = ("test-s5", "external")
-"""Splits far from the training data: their calibration has a picture of its own."""
-
+FAR = ("test-s5", "external")  # splits far from the training data: their calibration has a picture of its own
 SHOWN_K = 5
-_COLORS = {"stack": "#8250df", "lightgbm": "#1a7f37", "pair_history": "#9a6700"}
-_COLORS |= {"global_median": "#bfc5cc", "true distribution": "#d1660f", "profile_knn": "#0e8a8a"}
+_COLORS = {"global_median": "#bfc5cc", "pair_history": "#9a6700", "lightgbm": "#1a7f37", "stack": "#8250df"}
+_COLORS |= {"true distribution": "#d1660f"}
 _MODEL_COLORS = ("#1f6feb", "#bf3989", "#54aeff")
-_BASELINES = ("global_median", "pair_history", "lightgbm", "stack")
 _TITLES = {
     "test-s1": "S1 pair, future",
     "test-s2": "S2 new pair",
@@ -36,20 +33,19 @@ _TITLES = {
 
 def plot_results(results: Mapping[str, Any], out: Path) -> list[Path]:
     """Draws what there is to draw as PNGs into a folder; gives their paths."""
-    pictures: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
-        "ratio_by_cell": _ratios,
-        "error_cdf": _error_cdfs,
-        "error_by_k": _errors_by_k,
-        "calibration": partial(_calibration, far=False),
-        "calibration_far": partial(_calibration, far=True),
-        "loss_per_field": _losses,
-        "densities": _densities,
+    figures = {
+        "ratio_by_cell": _ratios(results),
+        "error_cdf": _error_cdfs(results),
+        "error_by_k": _errors_by_k(results),
+        "calibration": _calibration(results, far=False),
+        "calibration_far": _calibration(results, far=True),
+        "loss_per_field": _losses(results),
+        "densities": _densities(results),
     }
-    drawn = {out / f"{name}.png": draw(results) for name, draw in pictures.items()}
+    drawn = {out / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
     for path, figure in drawn.items():
-        if figure is not None:
-            figure.savefig(path, dpi=120)
-    return [path for path, figure in drawn.items() if figure is not None]
+        figure.savefig(path, dpi=120)
+    return list(drawn)
 
 
 def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
@@ -60,39 +56,40 @@ def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figu
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    for unused in axes.flat[count:]:
-        unused.set_axis_off()
-    for used in axes.flat[:count]:
-        used.spines[["top", "right"]].set_visible(False)
+    for number, axis in enumerate(axes.flat):
+        axis.spines[["top", "right"]].set_visible(False)
+        if number >= count:
+            axis.set_axis_off()
     return figure, axes
 
 
 def _shown(results: Mapping[str, Any]) -> dict[str, str]:
-    """Methods that are drawn, each with its color: the model, the true distribution, and some baselines."""
-    kinds = {name: one["kind"] for name, one in results["methods"].items()}
-    models = [name for name, kind in kinds.items() if kind == "model"]
-    shown = [name for name in _BASELINES if name in kinds] or [name for name in kinds if kinds[name] == "baseline"][:4]
-    colors = dict(zip(models, _MODEL_COLORS, strict=False))
-    others = {name: _COLORS.get(name, "#57606a") for name in [*shown, *(n for n, k in kinds.items() if k == "truth")]}
-    return colors | others
+    """Methods that are drawn, each with its color: the model, some baselines, and the true distribution."""
+    methods = results["methods"]
+    models = [name for name, one in methods.items() if one["kind"] == "model"]
+    others = {name: color for name, color in _COLORS.items() if name in methods}
+    return dict(zip(models, _MODEL_COLORS, strict=False)) | others
 
 
-def _cells(results: Mapping[str, Any], **wanted: Any) -> list[Mapping[str, Any]]:
-    return [cell for cell in results["cells"] if all(cell[name] == value for name, value in wanted.items())]
+def _cells(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One of each split: those given SHOWN_K pings to other destinations."""
+    return [cell for cell in results["cells"] if (cell["k"], cell["draw"]) == (SHOWN_K, "other")]
 
 
 def _splits(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["split"] for cell in results["cells"]))
 
 
-def _finish(figure: Figure, axes: np.ndarray, y: str = "", x: str = "", title: str = "", columns: int = 4) -> Figure:
-    """Labels on the outer axes, a title, and one legend for all."""
-    for axis in axes[:, 0] if y else ():
-        axis.set_ylabel(y)
+def _title(split: str) -> str:
+    return _TITLES.get(split, split)
+
+
+def _finish(figure: Figure, axes: np.ndarray, x: str = "", y: str = "", columns: int = 4) -> Figure:
+    """Labels on the outer axes, and one legend for all."""
     for axis in axes[-1] if x else ():
         axis.set_xlabel(x)
-    if title:
-        figure.suptitle(title, fontsize=11)
+    for axis in axes[:, 0] if y else ():
+        axis.set_ylabel(y)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -106,21 +103,20 @@ def _ratios(results: Mapping[str, Any]) -> Figure | None:
     name = subject(results) or ("stack" if "stack" in results["methods"] else None)
     if name is None:
         return None
-    splits, columns = _splits(results), list(dict.fromkeys(cell_name(cell) for cell in results["cells"]))
-    ratio, high = (np.full((len(splits), len(columns)), np.nan) for _ in range(2))
-    for cell in results["cells"]:
-        at, line = (splits.index(cell["split"]), columns.index(cell_name(cell))), cell["methods"][name]
-        ratio[at], high[at] = line["crps_ratio"] or np.nan, (cell["counts"] and line["ratio_interval"][1]) or np.nan
+    splits, columns = _splits(results), list(dict.fromkeys(map(cell_name, results["cells"])))
     figure, ((axis,),) = _panels(1, 1, 2.6 + 0.78 * len(columns), 1.7 + 0.55 * len(splits))
+    log_ratio = np.full((len(splits), len(columns)), np.nan)
+    for cell in results["cells"]:
+        line, (row, column) = cell["methods"][name], (splits.index(cell["split"]), columns.index(cell_name(cell)))
+        if line["crps_ratio"]:
+            log_ratio[row, column] = np.log2(line["crps_ratio"])
+            text = f"{line['crps_ratio']:.2f}" + ("*" if cell["counts"] and line["ratio_interval"][1] < 1 else "")
+            color = "white" if abs(log_ratio[row, column]) > 0.65 else "black"
+            axis.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     axis.spines[:].set_visible(True)
-    image = axis.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(ratio):
-        if np.isfinite(value):
-            text = f"{value:.2f}" + ("*" if high[row, column] < 1 else "")
-            dark = abs(np.log2(value)) > 0.65
-            axis.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    image = axis.imshow(log_ratio, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=30, ha="right")
-    axis.set_yticks(range(len(splits)), [_TITLES.get(split, split) for split in splits], fontsize=9)
+    axis.set_yticks(range(len(splits)), map(_title, splits), fontsize=9)
     axis.set_title(f"CRPS of {name} ÷ best baseline of the cell; * = surely below 1", fontsize=11, loc="left")
     bar = figure.colorbar(image, ticks=[-1, -0.5, 0, 0.5, 1], pad=0.01)
     bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
@@ -128,7 +124,7 @@ def _ratios(results: Mapping[str, Any]) -> Figure | None:
 
 
 def _error_cdfs(results: Mapping[str, Any]) -> Figure | None:
-    cells = _cells(results, k=SHOWN_K, draw="other")
+    cells = _cells(results)
     if not cells:
         return None
     figure, axes = _panels(len(cells), 3, 4.2, 3.3)
@@ -136,40 +132,36 @@ def _error_cdfs(results: Mapping[str, Any]) -> Figure | None:
         for name, color in _shown(results).items():
             errors = np.array(cell["methods"][name]["error_quantiles"], dtype=float)
             axis.plot(np.maximum(errors, 1e-4), ERROR_LEVELS, color=color, linewidth=1.6, label=name)
-        axis.set_xscale("log")
-        axis.set(xlim=(1e-3, 10), ylim=(0, 1), title=_TITLES.get(cell["split"], cell["split"]))
+        axis.set(xscale="log", xlim=(1e-3, 10), ylim=(0, 1), title=_title(cell["split"]))
         axis.set_xticks([1e-3, 1e-2, 0.1, 1, 10], ["0.1 %", "1 %", "10 %", "100 %", "1000 %"])
         axis.grid(alpha=0.25)
-    title = f"Relative error of the predicted median, given {SHOWN_K} pings to other destinations"
-    return _finish(figure, axes, "share of queries below", title=title)
+    figure.suptitle(f"Relative error of the predicted median, given {SHOWN_K} pings to other destinations", fontsize=11)
+    return _finish(figure, axes, y="share of queries below")
 
 
-def _errors_by_k(results: Mapping[str, Any]) -> Figure | None:
+def _errors_by_k(results: Mapping[str, Any]) -> Figure:
     splits = _splits(results)
     figure, axes = _panels(2 * len(splits), len(splits), 3.4, 2.9)
-    for column, split in enumerate(splits):
-        both = axes.flat[column], axes.flat[len(splits) + column]
-        for axis, draw in zip(both, ("recent", "other"), strict=True):
-            cells = [*_cells(results, split=split, k=0), *_cells(results, split=split, draw=draw)]
-            ks = [cell["k"] for cell in cells]
+    for split, both in zip(splits, axes.T, strict=True):
+        for axis, draw in zip(both, DRAWS, strict=True):
+            cells = [one for one in results["cells"] if one["split"] == split and one["draw"] in (NO_DRAW, draw)]
             for name, color in _shown(results).items():
                 errors = [100 * (cell["methods"][name]["median_rel_error"] or np.nan) for cell in cells]
-                axis.plot(range(len(ks)), errors, "o-", color=color, markersize=3.5, linewidth=1.6, label=name)
+                axis.plot(range(len(cells)), errors, "o-", color=color, markersize=3.5, linewidth=1.6, label=name)
             axis.set_yscale("log")
-            axis.set_xticks(range(len(ks)), ks)
-            axis.set_title(f"{_TITLES.get(split, split)}, {draw}", fontsize=10)
+            axis.set_xticks(range(len(cells)), [cell["k"] for cell in cells])
+            axis.set_title(f"{_title(split)}, {draw}", fontsize=10)
             axis.grid(alpha=0.25)
-        limits = [axis.get_ylim() for axis in both]
-        low, high = min(low for low, _ in limits), max(high for _, high in limits)
+        low, high = np.transpose([axis.get_ylim() for axis in both])
         for axis in both:
-            axis.set_ylim(low, high)
-            label_log_ticks(axis.yaxis, low, high)
-    return _finish(figure, axes, "median relative error (%)", "earlier pings given")
+            axis.set_ylim(low.min(), high.max())
+            label_log_ticks(axis.yaxis, low.min(), high.max())
+    return _finish(figure, axes, "earlier pings given", "median relative error (%)")
 
 
 def _calibration(results: Mapping[str, Any], far: bool) -> Figure | None:
     """Above how often the answer lies below each quantile, below the histogram of the PIT."""
-    cells = [cell for cell in _cells(results, k=SHOWN_K, draw="other") if (cell["split"] in FAR) == far]
+    cells = [cell for cell in _cells(results) if (cell["split"] in FAR) == far]
     if not cells:
         return None
     figure, axes = _panels(2 * len(cells), max(2, len(cells)), 3.6, 3.0)
@@ -179,19 +171,18 @@ def _calibration(results: Mapping[str, Any], far: bool) -> Figure | None:
         reliability.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
         histogram.axhline(1, color="black", linewidth=0.8, linestyle=":")
         for name, color in _shown(results).items():
-            if name == "global_median":
-                continue
-            shares = np.array(cell["methods"][name]["pit_histogram"], dtype=float)
-            reliability.plot(edges, np.r_[0, np.cumsum(shares)], color=color, linewidth=1.6, label=name)
-            histogram.stairs(shares * PIT_BINS, edges, color=color, linewidth=1.4)
-        reliability.set_title(_TITLES.get(cell["split"], cell["split"]), fontsize=11)
+            if name != "global_median":
+                shares = np.array(cell["methods"][name]["pit_histogram"], dtype=float)
+                reliability.plot(edges, np.r_[0, np.cumsum(shares)], color=color, linewidth=1.6, label=name)
+                histogram.stairs(shares * PIT_BINS, edges, color=color, linewidth=1.4)
+        reliability.set_title(_title(cell["split"]), fontsize=11)
         reliability.set(xlim=(0, 1), ylim=(0, 1), xlabel="quantile")
         histogram.set(xlim=(0, 1), ylim=(0, None), xlabel="PIT")
     axes.flat[0].set_ylabel("share of answers below")
     axes.flat[len(cells)].set_ylabel("density (1 = calibrated)")
     where = " far from the training data" if far else ""
-    title = f"Calibration{where}, given {SHOWN_K} pings to other destinations"
-    return _finish(figure, axes, title=title, columns=4 if len(cells) > 2 else 2)
+    figure.suptitle(f"Calibration{where}, given {SHOWN_K} pings to other destinations", fontsize=11)
+    return _finish(figure, axes, columns=4 if len(cells) > 2 else 2)
 
 
 def _losses(results: Mapping[str, Any]) -> Figure | None:
@@ -224,8 +215,7 @@ def _densities(results: Mapping[str, Any]) -> Figure | None:
             axis.plot(at, density, color=color, linewidth=1.5, label=name)
             axis.fill_between(at, np.asarray(density, dtype=float), color=color, alpha=0.1, linewidth=0)
         axis.axvline(example["rtt_ms"], color="#d1660f", linewidth=1.4, linestyle="--", label="observed")
-        axis.set_xscale("log")
-        axis.set(ylim=(0, None), xlim=(at[0], at[-1]))
+        axis.set(xscale="log", ylim=(0, None), xlim=(at[0], at[-1]))
         label_log_ticks(axis.xaxis, at[0], at[-1])
-        axis.set_title(f"{_TITLES.get(example['split'], example['split'])}: {example['title']}", fontsize=9)
-    return _finish(figure, axes, "density per log-ms", "RTT (ms)")
+        axis.set_title(f"{_title(example['split'])}: {example['title']}", fontsize=9)
+    return _finish(figure, axes, "RTT (ms)", "density per log-ms")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from zlib import crc32
 
@@ -16,17 +17,12 @@ import numpy as np
 
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, place_in_group
 
-COUNTS = (0, 1, 2, 5, 10, 30)
-"""How many measurements are given with a query."""
-
+COUNTS = (0, 1, 2, 5, 10, 30)  # how many measurements are given with a query
+CHOICE_CONTEXTS = (0, 5, 30)  # of these, those that settings are chosen on
 DRAWS = ("recent", "other")
-NO_DRAW = "none"
-"""The draw of queries without context: it is the same in both."""
-
+NO_DRAW = "none"  # the draw of queries without context: it is the same in both
 SPLITS = ("test-s1", "test-s2", "test-s3", "test-s4", "test-s5")
-EXTERNAL = "external"
-"""The split of all measurements of rows that the model was not trained beside."""
-
+EXTERNAL = "external"  # the split of all measurements of rows that the model was not trained beside
 QUERIES_PER_SOURCE = 50
 
 
@@ -64,9 +60,8 @@ class SplitQueries:
     def cells(self) -> Iterator[Cell]:
         """Without context, then every draw with every k."""
         yield Cell(self.split, NO_DRAW, 0, self.recent.given(0))
-        for draw in DRAWS:
-            for k in COUNTS[1:]:
-                yield Cell(self.split, draw, k, getattr(self, draw).given(k))
+        for draw, k in product(DRAWS, COUNTS[1:]):
+            yield Cell(self.split, draw, k, getattr(self, draw).given(k))
 
     def mixed(self) -> Queries:
         """The queries, by turns with the context of one draw and of the other: to choose settings on."""

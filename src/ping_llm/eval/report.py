@@ -16,23 +16,19 @@ FEW = 20_000
 _EMPTY = "–"
 
 
-def write_report(results: Mapping[str, Any], out: Path, pictures: Sequence[Path] = ()) -> Path:
-    """Writes report.md into a folder; gives its path."""
-    sections = [("", _head(results)), ("Headline", _headline(results))]
-    sections += [(name, _split(results, name, split)) for name, split in results["splits"].items()]
-    sections += [
-        ("Failures", _failures(results)),
-        ("What the model says of other fields", _other_fields(results)),
-        ("Settings chosen on val", _choices(results)),
-        ("Pictures", [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]),
-    ]
-    text = "# PingBench\n"
-    for title, lines in sections:
-        if lines:
-            text += "\n" + (f"## {title}\n\n" if title else "") + "\n".join(lines) + "\n"
-    path = out / REPORT_NAME
-    write_atomically(path, text)
-    return path
+def write_report(results: Mapping[str, Any], out: Path, pictures: Sequence[Path] = ()) -> None:
+    """Writes report.md into a folder."""
+    sections = {"Headline": _headline(results)}
+    sections |= {name: _split(results, name, split) for name, split in results["splits"].items()}
+    sections |= {
+        "Failures": _failures(results),
+        "What the model says of other fields": _other_fields(results),
+        "Settings chosen on val": _choices(results),
+        "Pictures": [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures],
+    }
+    text = "# PingBench\n\n" + "\n".join(_head(results)) + "\n"
+    text += "".join(f"\n## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items() if lines)
+    write_atomically(out / REPORT_NAME, text)
 
 
 def subject(results: Mapping[str, Any]) -> str | None:
@@ -51,20 +47,19 @@ def _head(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"Baselines learned from {results['train_rows']}.")
     if results["quick"]:
         lines.append("A quick look: fewer queries, and smaller trees than a full run has.")
-    if results["model_queries_per_cell"]:
-        count = results["model_queries_per_cell"]
+    if count := results["model_queries_per_cell"]:
         lines.append(
             f"Tables are over the queries that every method answered: of each cell the first {count:,} at most."
         )
-    if results["leak"]:
-        warning = f"**LEAK: {results['leak']}. These numbers are no measure of quality.**"
+    if leak := results["leak"]:
+        warning = f"**LEAK: {leak}. These numbers are no measure of quality.**"
         lines += ["", f'<span style="color:red">{warning}</span>', ""]
-    lines += [
+    return [
+        *lines,
         "",
         "With a query, k earlier measurements of its source are given: the most `recent`, or those of `other` destinations.",
         "Every source weighs the same. CRPS is in log-ms, lower is better; 95 % intervals come from 1,000 draws of sources.",
     ]
-    return lines
 
 
 def _headline(results: Mapping[str, Any]) -> list[str]:
@@ -86,9 +81,8 @@ def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | Non
     cells = [cell for cell in results["cells"] if cell["split"] == name]
     if split is None or not split["queries"] or not cells:
         return ["No measurements, so no queries."]
-    lines = [
-        f"{split['queries']:,} queries of {split['sources']:,} sources, from {split['measurements']:,} measurements."
-    ]
+    drawn = f"{split['queries']:,} queries of {split['sources']:,} sources"
+    lines = [f"{drawn}, from {split['measurements']:,} measurements."]
     if split["queries"] < min(FEW, split["wanted"]):
         lines.append(f"Fewer than the {split['wanted']:,} wanted: there are no more, at most 50 a source.")
     small = [cell_name(cell) for cell in cells if not cell["counts"]]
@@ -96,20 +90,17 @@ def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | Non
         which = "all cells" if len(small) == len(cells) else ", ".join(small)
         lines.append(f"Too few answers or sources to count in the headline: {which}.")
     full = {draw: f"{shares['30']:.0%}" for draw, shares in split["full_context_share"].items()}
-    lines.append(
-        f"30 earlier measurements were there for {full['recent']} (recent) and {full['other']} (other) of them."
-    )
-    head = ("CRPS, log-ms", *(cell_name(cell) for cell in cells))
-    rows = [(name, *(_crps(cell, name) for cell in cells)) for name in cells[0]["methods"]]
+    shares = f"{full['recent']} (recent) and {full['other']} (other)"
+    lines.append(f"30 earlier measurements were there for {shares} of them.")
+    head = ("CRPS, log-ms", *map(cell_name, cells))
+    rows = []
+    for name in cells[0]["methods"]:
+        crps = ((_number(cell["methods"][name]["crps_log"]), name == cell["best_baseline"]) for cell in cells)
+        rows.append((name, *(f"**{text}**" if best else text for text, best in crps)))
     if model := subject(results):
         ratios = ((cell["methods"][model]["crps_ratio"], cell["methods"][model]["ratio_interval"]) for cell in cells)
         rows.append(("**ratio to the best baseline**", *(_within(*ratio) for ratio in ratios)))
     return [*lines, "", *_table(head, rows), "", *_details(results, cells)]
-
-
-def _crps(cell: Mapping[str, Any], method: str) -> str:
-    text = _number(cell["methods"][method]["crps_log"])
-    return f"**{text}**" if method == cell["best_baseline"] else text
 
 
 def _within(value: float | None, interval: Sequence[float | None]) -> str:
@@ -118,14 +109,13 @@ def _within(value: float | None, interval: Sequence[float | None]) -> str:
 
 def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of some cells: the best baseline, and every method that is none."""
-    head = ("", "method", "NLL nats", "bits/RTT", "median err", "p90 err", "≤ 10 %", "≤ 25 %")
     rows = []
     for cell, name, line in _shown_lines(results, cells):
-        percent = (_percent(line[key]) for key in ("median_rel_error", "p90_rel_error"))
-        within = (_percent(share) for share in line["within"].values())
+        shares = [line["median_rel_error"], line["p90_rel_error"], *line["within"].values()]
         cover = " / ".join(_percent(share, 0) for share in line["coverage"].values())
-        numbers = (_number(line["rtt_nll_nats"]), _number(line["rtt_bits"]), *percent, *within, cover)
+        numbers = (_number(line["rtt_nll_nats"]), _number(line["rtt_bits"]), *map(_percent, shares), cover)
         rows.append((cell_name(cell), name, *numbers, _number(line["width_log"]["90"]), _number(line["pit_ks"])))
+    head = ("", "method", "NLL nats", "bits/RTT", "median err", "p90 err", "≤ 10 %", "≤ 25 %")
     return _table((*head, "50/80/90 % cover", "width 90 %", "PIT KS"), rows)
 
 
@@ -149,34 +139,28 @@ def _shown_lines(
 
 
 def _other_fields(results: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if losses := results.get("loss_per_field"):
-        names = list(dict.fromkeys(name for line in losses.values() for name in line))
-        rows = [(part, *(_number(line.get(name)) for name in names)) for part, line in losses.items()]
-        lines += ["Loss in nats a token, fields in any order, as in training:", "", *_table(("", *names), rows), ""]
-    if orders := results.get("order_consistency"):
-        rows = [(split, _number(one["std_nats"]), f"{one['measurements']:,}") for split, one in orders.items()]
-        lines += [
-            *_table(("", "std of log p(src, dst, rtt) over the six orders, nats", "measurements"), rows),
-            "",
-            "0.3 nats or less is good.",
-            "",
-        ]
-    if found := results.get("destinations"):
-        lines += ["Destinations given source and RTT; hits among the likeliest 1 / 10 / 100:", ""]
-
-        def hits(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
-            return [" / ".join(_percent(share, 0) for share in of_top.values()) for of_top in rates.values()]
-
-        rows = [
-            (split, name, _number(one[name]["bits"]), *hits(one[name]["hit_rate"]), f"{one['queries']:,}")
-            for split, one in found.items()
-            if one["queries"]
-            for name in ("model", "destination_bayes")
-        ]
-        head = ("", "method", "bits per destination", "/8 (v6 /24)", "/16 (/32)", "/24 (/48)", "/32 (/128)", "queries")
-        lines += _table(head, rows)
-    return lines
+    """Of results with a model: losses, orders and destinations."""
+    if "loss_per_field" not in results:
+        return []
+    losses = results["loss_per_field"]
+    fields = list(dict.fromkeys(name for line in losses.values() for name in line))
+    of_losses = [(part, *(_number(line.get(name)) for name in fields)) for part, line in losses.items()]
+    orders = results["order_consistency"].items()
+    of_orders = [(split, _number(one["std_nats"]), f"{one['measurements']:,}") for split, one in orders]
+    of_destinations = []
+    for split, one in results["destinations"].items():
+        for name in ("model", "destination_bayes") if one["queries"] else ():
+            hits = (tops.values() for tops in one[name]["hit_rate"].values())
+            shares = (" / ".join(_percent(share, 0) for share in of_top) for of_top in hits)
+            of_destinations.append((split, name, _number(one[name]["bits"]), *shares, f"{one['queries']:,}"))
+    head = ("", "method", "bits per destination", "/8 (v6 /24)", "/16 (/32)", "/24 (/48)", "/32 (/128)", "queries")
+    return [
+        *("Loss in nats a token, fields in any order, as in training:", "", *_table(("", *fields), of_losses), ""),
+        *_table(("", "std of log p(src, dst, rtt) over the six orders, nats", "measurements"), of_orders),
+        *("", "0.3 nats or less is good.", ""),
+        *("Destinations given source and RTT; hits among the likeliest 1 / 10 / 100:", ""),
+        *_table(head, of_destinations),
+    ]
 
 
 def _choices(results: Mapping[str, Any]) -> list[str]:
@@ -192,15 +176,12 @@ def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def print_lines(lines: Sequence[Mapping[str, Any]], path: Path | None = None) -> None:
     """Prints records as a table for a terminal; writes them as JSON to a file as well, if there is one."""
     names = list(dict.fromkeys(name for line in lines for name in line))
-    rows = [names] + [[_cell(line.get(name)) for name in names] for line in lines]
+    values = [[line.get(name) for name in names] for line in lines]
+    rows = [names, *([_number(x) if x is None or isinstance(x, float) else str(x) for x in row] for row in values)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print("\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows))
     if path:
         path.write_text(json.dumps(lines, indent=1) + "\n")
-
-
-def _cell(value: Any) -> str:
-    return _number(value) if value is None or isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:

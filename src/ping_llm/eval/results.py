@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm.data.measurement import format_address
-from ping_llm.eval.bootstrap import SourceBootstrap, interval
+from ping_llm.eval.columns import address_texts
 from ping_llm.eval.metrics import (
     PIT_BINS,
     QUANTILE_LEVELS,
     Scores,
     auc,
+    error_quantiles,
     ks_uniform,
     long_table,
     source_weights,
@@ -36,8 +36,8 @@ INTERVALS = {50: ("q0.25", "q0.75"), 80: ("q0.1", "q0.9"), 90: ("q0.05", "q0.95"
 """Of each central interval in percent, its quantiles."""
 
 WITHIN_PERCENT = (10, 25)
-LEAST_ANSWERED, LEAST_SOURCES = 50, 5
-"""A cell with fewer is reported, but does not count in the headline."""
+LEAST_ANSWERED, LEAST_SOURCES = 50, 5  # a cell with fewer is reported, but does not count in the headline
+REPLICATES = 1000
 
 MEANS = {name: name for name in ("nll_nats", "rtt_nll_nats", "rtt_bits", "crps_log", "fail_log_loss")}
 MEANS |= {f"within_{percent}": f"(relative_error <= {percent / 100})::INT" for percent in WITHIN_PERCENT}
@@ -70,9 +70,41 @@ class CellScores:
     methods: dict[str, dict[str, Any]]  # see `aggregate` and `summarize_cell`
     ratio_replicates: dict[str, np.ndarray]  # (R,) of each method's CRPS to that of the best baseline
 
-    def to_json(self) -> dict[str, Any]:
-        """For results.json."""
-        return {name: value for name, value in vars(self).items() if name != "ratio_replicates"}
+
+@dataclass(frozen=True, eq=False)
+class SourceBootstrap:
+    """How often each replicate drew each of S sources: a cluster bootstrap of the mean over sources.
+
+    One draw serves every cell and method, so that what is compared in a draw is of the same sources.
+    """
+
+    sources: np.ndarray  # (S,) ascending
+    counts: np.ndarray  # (R, S)
+
+    @classmethod
+    def draw(
+        cls, sources: np.ndarray, stratum: np.ndarray, rng: np.random.Generator, replicates: int = REPLICATES
+    ) -> SourceBootstrap:
+        """With replacement, as many as there are in each stratum (S,): sources held out and others are drawn apart."""
+        counts = np.zeros((replicates, len(sources)))
+        for value in np.unique(stratum):
+            inside = np.flatnonzero(stratum == value)
+            counts[:, inside] = rng.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), replicates)
+        return cls(sources, counts)
+
+    def means(self, sources: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(R,) mean over the drawn ones of some sources (s,) of their values (s,); NaN values are left out."""
+        known = ~np.isnan(values)
+        counts = self.counts[:, np.searchsorted(self.sources, sources[known])]
+        with np.errstate(invalid="ignore"):
+            return counts @ values[known] / counts.sum(axis=1)
+
+
+def interval(replicates: np.ndarray) -> tuple[float, float]:
+    """The bounds of 95 % of the replicates; a replicate that drew no source of a cell, NaN, is left out."""
+    known = replicates[np.isfinite(replicates)]
+    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def make_bootstrap(splits: Sequence[SplitQueries], seed: int) -> SourceBootstrap:
@@ -96,18 +128,20 @@ def source_means(scores: pa.Table) -> dict[str, dict[str, np.ndarray]]:
 
 def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One method's line of a report, from q scores, their sources (q,), and the means of each source."""
-    weights, answers = source_weights(probe), source_weights(probe, scores.answered)
-    error, mean = scores.relative_error, {name: _mean(means[name]) for name in MEANS}
+    columns, answered = scores.columns(), scores.rtt_ms >= 0
+    weights, answers = source_weights(probe), source_weights(probe, answered)
+    error, mean = columns["relative_error"], {}
+    for name in MEANS:
+        known = means[name][~np.isnan(means[name])]
+        mean[name] = float(known.mean()) if len(known) else np.nan
     bins = np.clip((np.nan_to_num(scores.pit) * PIT_BINS).astype(int), 0, PIT_BINS - 1)
     histogram = np.bincount(bins, answers, PIT_BINS)
     return {
-        "queries": len(scores),
-        "answered": int(scores.answered.sum()),
+        "queries": len(probe),
+        "answered": int(answered.sum()),
         "sources": len(means["probe"]),
-        "nll_nats": mean["nll_nats"],  # of results, failures among them
-        "rtt_nll_nats": mean["rtt_nll_nats"],  # of RTTs given an answer, density per log-ms
-        "rtt_bits": mean["rtt_bits"],  # per RTT given an answer, of its 16-bit code
-        "crps_log": mean["crps_log"],  # log-ms
+        # NLL of results, failures among them; of RTTs given an answer: density per log-ms, bits of the 16-bit code, log-ms
+        **{name: mean[name] for name in ("nll_nats", "rtt_nll_nats", "rtt_bits", "crps_log")},
         "median_rel_error": weighted_quantile(error, answers, 0.5),
         "p90_rel_error": weighted_quantile(error, answers, 0.9),
         "within": {percent: mean[f"within_{percent}"] for percent in WITHIN_PERCENT},  # shares
@@ -115,11 +149,9 @@ def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]
         "width_log": {percent: mean[f"width_{percent}"] for percent in INTERVALS},  # log-ms
         "pit_ks": ks_uniform(scores.pit, answers),  # largest distance of the PIT's CDF from the uniform one
         "pit_histogram": histogram / max(histogram.sum(), 1e-300),  # (20,) shares
-        "fail_rate": mean["fail_rate"],  # the base rate
-        "fail_brier": mean["fail_brier"],
-        "fail_log_loss": mean["fail_log_loss"],  # nats
-        "fail_auc": auc(scores.p_fail, ~scores.answered, weights),  # NaN where all or none failed
-        "error_quantiles": scores.error_quantiles(probe),  # (50,)
+        **{name: mean[name] for name in ("fail_rate", "fail_brier", "fail_log_loss")},  # base rate; score; nats
+        "fail_auc": auc(scores.p_fail, ~answered, weights),  # NaN where all or none failed
+        "error_quantiles": error_quantiles(error, answers),  # (50,)
     }
 
 
@@ -127,18 +159,21 @@ def summarize_cell(
     cell: Cell, scores: Mapping[str, Scores], kinds: Mapping[str, str], bootstrap: SourceBootstrap
 ) -> CellScores:
     """Aggregates over the queries that every method answered, which are the first ones of the cell."""
-    common = min(len(one) for one in scores.values())
-    scores, probe = {name: one.first(common) for name, one in scores.items()}, cell.queries.probe[:common]
+    common = min(len(one.rtt_ms) for one in scores.values())
+    probe = cell.queries.probe[:common]
+    scores = {name: Scores(*(column[:common] for column in vars(one).values())) for name, one in scores.items()}
     means = source_means(long_table(scores, probe))
     lines = {name: aggregate(one, probe, means[name]) for name, one in scores.items()}
     best = min((name for name, kind in kinds.items() if kind == "baseline"), key=lambda name: lines[name]["crps_log"])
-    ratios: dict[str, np.ndarray] = {}
-    for name, of_sources in means.items():
-        crps, sources = of_sources["crps_log"], of_sources["probe"]
-        ratios[name] = bootstrap.ratios(sources, crps, means[best]["crps_log"])
+    drawn = {
+        name: {of: bootstrap.means(one["probe"], one[of]) for of in ("crps_log", "nll_nats")}
+        for name, one in means.items()
+    }
+    ratios = {name: one["crps_log"] / drawn[best]["crps_log"] for name, one in drawn.items()}
+    for name, replicates in drawn.items():
         lines[name] |= {
-            "crps_interval": interval(bootstrap.means(sources, crps)),
-            "nll_interval": interval(bootstrap.means(sources, of_sources["nll_nats"])),
+            "crps_interval": interval(replicates["crps_log"]),
+            "nll_interval": interval(replicates["nll_nats"]),
             "crps_ratio": lines[name]["crps_log"] / lines[best]["crps_log"],
             "ratio_interval": interval(ratios[name]),
         }
@@ -151,15 +186,13 @@ def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str,
     many cells it wins: where the upper bound of the ratio's interval is below 1. Draws are reported apart: with pings of
     the same pair in the context the task is another."""
     counted = [cell for cell in cells if cell.counts]
-    lines = {}
+    draws, lines = np.array([cell.draw for cell in counted]), {}
     for name in (name for name, kind in kinds.items() if kind != "baseline" and counted):
-        ratios: dict[str, list[float]] = {draw: [] for draw in sorted({cell.draw for cell in counted})}
-        for cell in counted:
-            ratios[cell.draw].append(cell.methods[name]["crps_ratio"])
+        ratios = np.array([cell.methods[name]["crps_ratio"] for cell in counted])
         replicates = np.array([cell.ratio_replicates[name] for cell in counted])  # (cells, R)
         lines[name] = {
-            "geometric_mean": geometric_mean([cell.methods[name]["crps_ratio"] for cell in counted]),
-            "by_draw": {draw: geometric_mean(of_draw) for draw, of_draw in ratios.items()},
+            "geometric_mean": geometric_mean(ratios),
+            "by_draw": {str(draw): geometric_mean(ratios[draws == draw]) for draw in np.unique(draws)},
             "interval": interval(np.exp(np.mean(np.log(replicates), axis=0))),
             "win_rate": float(np.mean([cell.methods[name]["ratio_interval"][1] < 1 for cell in counted])),
             "cells": len(counted),
@@ -168,15 +201,9 @@ def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str,
     return lines
 
 
-def geometric_mean(ratios: Sequence[float]) -> float:
+def geometric_mean(ratios: Sequence[float] | np.ndarray) -> float:
     """exp of the mean logarithm."""
     return float(np.exp(np.mean(np.log(ratios))))
-
-
-def _mean(values: np.ndarray) -> float:
-    """Of those that are not NaN; NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
 
 
 @contextmanager
@@ -195,10 +222,8 @@ def _with_queries(cell: Cell, scores: Mapping[str, Scores]) -> pa.Table:
     """The scores of a cell in the columns of SCHEMA."""
     lines, table = long_table(scores, cell.queries.probe), cell.queries.measurements
     rows = cell.queries.rows[lines["query"].to_numpy()]
-    columns = {name: lines[name] for name in lines.column_names}
-    columns |= {"split": pa.repeat(cell.split, len(rows)), "draw": pa.repeat(cell.draw, len(rows))}
-    columns |= {"k": pa.repeat(cell.k, len(rows)), "event_time": pa.array(table.time_s[rows])}
-    for name, places in (("src_addr", table.src_id[rows]), ("dst_addr", table.dst_id[rows])):
-        used, index = np.unique(places, return_inverse=True)
-        columns[name] = pa.array([format_address(table.addresses[i].tobytes()) for i in used]).take(pa.array(index))
+    columns = {name: pa.repeat(getattr(cell, name), len(rows)) for name in ("split", "draw", "k")}
+    columns |= {"event_time": pa.array(table.time_s[rows])} | dict(zip(lines.column_names, lines.columns, strict=True))
+    for name, ids in (("src_addr", table.src_id), ("dst_addr", table.dst_id)):
+        columns[name] = pa.array(address_texts(table.addresses, ids[rows]))
     return pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)

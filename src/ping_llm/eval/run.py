@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ping_llm.data.rows import read_manifest
+from ping_llm.data.rows import MANIFEST_NAME, manifest_sha256, read_manifest
 from ping_llm.data.synthetic.truth import Truth
 from ping_llm.eval.baselines import TreeSettings, all_baselines
 from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.diagnose import model_extras
-from ping_llm.eval.leak import LeakCheck, check_leak
 from ping_llm.eval.metrics import score
 from ping_llm.eval.model import ModelMethod, TrueDistribution
 from ping_llm.eval.options import EvalOptions
@@ -26,73 +25,40 @@ from ping_llm.eval.queries import EXTERNAL, SPLITS, SplitQueries, draw_splits, d
 from ping_llm.eval.report import write_report
 from ping_llm.eval.results import CellScores, headline, make_bootstrap, score_writer, summarize_cell
 from ping_llm.model.checkpoint import load_config, load_model
-from ping_llm.system.files import write_atomically
+from ping_llm.system.files import file_sha256, write_atomically
 from ping_llm.system.progress import show_progress
+from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
 QUICK_TREES = TreeSettings(trees=100, leaves=31, rate=0.1, least_leaf=50, practice_queries=10_000)
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What is learned from, what settings are chosen on, and what is queried."""
-
-    train: Measurements
-    val: Queries
-    splits: list[SplitQueries]
-    empty: tuple[str, ...] = ()  # splits without a measurement
-
-    @classmethod
-    def load(cls, data: Path, train_rows: Path, queries: int, seed: int) -> Bench:
-        """The test parts of `data`, or, where `train_rows` is another folder, all of it as one split; see `draw_splits`."""
-        counts = read_manifest(data)["parts"]
-        if data.resolve() == train_rows.resolve():
-            splits = tuple(split for split in SPLITS if counts.get(split))
-            if not splits:
-                raise ValueError(
-                    f"{data} holds no test part; prepare it with --split pingbench, or name with --train-rows the rows that "
-                    "the baselines learn from: then all of it is queried"
-                )
-            table = Measurements.from_rows(data, ("train", "val", *splits))
-            empty = tuple(split for split in SPLITS if split not in splits)
-        else:
-            splits, empty = (EXTERNAL,), ()
-            known = Measurements.from_rows(train_rows, ("train", "val"))
-            other = Measurements.from_rows(data, [part for part, count in counts.items() if count])
-            other = replace(other, part=np.zeros(len(other), dtype=np.int8), parts=splits)
-            table = Measurements.concatenate([known, other])
-        drawn = draw_splits(table, splits, queries, seed)
-        return cls(table.of_part("train"), draw_val(table, queries, seed), drawn, empty)
-
-
-def fit_baselines(train: Measurements, val: Queries, trees: TreeSettings | None) -> list[Baseline]:
-    """All baselines, learned from train, their settings chosen on val; ModuleNotFoundError without LightGBM."""
-    import lightgbm  # noqa: F401  what is missing is said before anything is done
-
-    baselines = all_baselines(trees)
-    with show_progress("fit the baselines", len(baselines), "baselines") as advance:
-        for baseline in baselines:
-            baseline.fit(train, val)
-            advance(1)
-    return baselines
-
-
 def evaluate(options: EvalOptions) -> dict[str, Any]:
     """Answers all queries, writes results.json, report.md, pictures and, query by query, queries.parquet; the results.
 
     ValueError: nothing to query, the run may have learned the answers, or a file is missing or damaged.
+    ModuleNotFoundError without LightGBM.
     """
     options.check()
+    import lightgbm  # noqa: F401  what is missing is said before anything is done
+
     models, leak, train_rows = _open_run(options)
-    bench = Bench.load(options.rows, train_rows, options.queries_per_split, options.seed)
-    baselines = fit_baselines(bench.train, bench.val, QUICK_TREES if options.quick else None)
+    train, val, splits = _load_queries(options, train_rows)
+    baselines = all_baselines(QUICK_TREES if options.quick else None)
+    with show_progress("fit the baselines", len(baselines), "baselines") as advance:
+        for baseline in baselines:
+            baseline.fit(train, val)
+            advance(1)
     truth = [TrueDistribution(Truth.load(options.truth))] if options.truth else []
     kinds = {one.name: "baseline" for one in baselines} | {one.name: "truth" for one in truth}
     kinds |= {one.name: "model" for one in models}
     choices = {one.name: one.choices for one in baselines}
+    described: dict[str, Any] = {one.split: one.describe() for one in splits}
+    if EXTERNAL not in described:
+        described |= dict.fromkeys(split for split in SPLITS if split not in described)
     options.folder.mkdir(parents=True, exist_ok=True)
-    cells = _answer_all(options, bench.splits, [*baselines, *truth], models, kinds)
+    cells = _answer_all(options, splits, [*baselines, *truth], models, kinds)
     results = {
         "format_version": FORMAT_VERSION,
         "data": str(options.rows),
@@ -100,40 +66,77 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "train_rows": str(train_rows),
         "quick": options.quick,
         "seed": options.seed,
-        "leak": leak.problem,
+        "leak": leak,
         "model_queries_per_cell": options.model_queries_per_cell if models else 0,
-        "splits": {one.split: one.describe() for one in bench.splits} | dict.fromkeys(bench.empty),
+        "splits": described,
         "methods": {name: {"kind": kind, "choices": choices.get(name, {})} for name, kind in kinds.items()},
-        "cells": [cell.to_json() for cell in cells],
+        "cells": [{key: one for key, one in vars(cell).items() if key != "ratio_replicates"} for cell in cells],
         "headline": headline(cells, kinds),
     }
     if models:
-        bayes = DestinationBayes(bench.train, bench.val)
-        results |= model_extras(models[0].model, options, bayes, bench.splits, baselines[-1])
-    results = _plain(results)
+        results |= model_extras(models[0].model, options, DestinationBayes(train, val), splits, baselines[-1])
+    text = json.dumps(results, default=lambda value: value.tolist())
+    results = json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are null
     write_atomically(options.folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
     write_report(results, options.folder, plot_results(results, options.folder))
     return results
 
 
-def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], LeakCheck, Path]:
-    """The model under each of `src_known`, whether it may know the answers, and the rows that baselines learn from."""
+def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
+    """The model under each of `src_known`, why it may know the answers, and the rows that baselines learn from."""
     if options.baselines_only:
-        return [], LeakCheck(same_rows=True), options.train_rows or options.rows
+        return [], "", options.train_rows or options.rows
     _, config, state = load_model(options.trained)
     run = options.trained if load_config(options.trained) else options.trained.parent.parent  # one checkpoint was named
-    leak = check_leak(run, config.data.rows, state["rows_sha256"], options.rows)
-    leak.refuse(options.allow_leak)
-    models = ModelMethod.load(options)
-    train_rows = options.train_rows or (options.rows if leak.same_rows else config.data.rows)
-    if leak.same_rows and train_rows.resolve() != options.rows.resolve():
+    problem = leak_problem(run, config.data.rows, state["rows_sha256"], options.rows)
+    same_rows = manifest_sha256(options.rows) == state["rows_sha256"]
+    train_rows = options.train_rows or (options.rows if same_rows else config.data.rows)
+    if same_rows and train_rows.resolve() != options.rows.resolve():
         # Of another folder all parts are queried, also those that the run has learned from.
-        problem = f"{run} has learned from {options.rows}, of which --train-rows makes everything a question"
-        leak = LeakCheck(False, problem)
-        leak.refuse(options.allow_leak)
-    if not (train_rows / "manifest.json").is_file():
+        problem = f"{run} has learned from {options.rows}, all of which --train-rows makes queries"
+    if problem and not options.allow_leak:
+        raise ValueError(f"{problem}; give rows of other measurements, or --allow-leak to see the numbers anyway")
+    if not (train_rows / MANIFEST_NAME).is_file():
         raise ValueError(f"the rows {train_rows}, that {run} learned from, are gone; name them with --train-rows")
-    return models, leak, train_rows
+    return ModelMethod.load(options), problem, train_rows
+
+
+def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> str:
+    """What speaks against querying `data`; empty if nothing does.
+
+    `trained_rows` and `rows_sha256` are where the run's rows were, and the hash of their manifest. Rows with that manifest
+    have test parts that were kept from the run. Any others must share no input file with it.
+    """
+    if manifest_sha256(data) == rows_sha256:
+        return ""
+    manifests = (path for path in (run / ROWS_MANIFEST_NAME, trained_rows / MANIFEST_NAME) if path.is_file())
+    trained = next((path for path in manifests if file_sha256(path) == rows_sha256), None)
+    if trained is None:
+        return f"what {run} learned from is not known: {trained_rows} is gone or was prepared again"
+    seen = {one.get("sha256") for one in json.loads(trained.read_text()).get("inputs", ())} - {None, ""}
+    shared = [one["name"] for one in read_manifest(data).get("inputs", ()) if one.get("sha256") in seen]
+    more = f" and {len(shared) - 1} more files" if len(shared) > 1 else ""
+    return f"{run} may have learned from {data}: both were made of {shared[0]}{more}" if shared else ""
+
+
+def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements, Queries, list[SplitQueries]]:
+    """What is learned from, queries of val, and those of the splits: test parts, or all of the data as one split where
+    `train_rows` is another folder."""
+    data, count, seed = options.rows, options.queries_per_split, options.seed
+    counts, splits = read_manifest(data)["parts"], [EXTERNAL]
+    if data.resolve() == train_rows.resolve():
+        splits = [split for split in SPLITS if counts.get(split)]
+        if not splits:
+            raise ValueError(
+                f"{data} holds no test part; prepare it with --split pingbench, or name with --train-rows the rows that "
+                "the baselines learn from: then all of it is queried"
+            )
+        table = Measurements.from_rows(data, ("train", "val", *splits))
+    else:
+        other = Measurements.from_rows(data, [part for part, held in counts.items() if held])
+        other = replace(other, part=np.zeros_like(other.part), parts=(EXTERNAL,))
+        table = Measurements.concatenate([Measurements.from_rows(train_rows, ("train", "val")), other])
+    return table.of_part("train"), draw_val(table, count, seed), draw_splits(table, splits, count, seed)
 
 
 def _answer_all(
@@ -141,7 +144,7 @@ def _answer_all(
     splits: Sequence[SplitQueries],
     predictors: Sequence[Baseline | TrueDistribution],
     models: Sequence[ModelMethod],
-    kinds: dict[str, str],
+    kinds: Mapping[str, str],
 ) -> list[CellScores]:
     """The scores of every cell; those of each query are on the disk. Models answer the first queries of a cell."""
     bootstrap, done = make_bootstrap(splits, options.seed), []
@@ -161,14 +164,3 @@ def _answer_all(
             write(cell, scores)
             done.append(summarize_cell(cell, scores, kinds, bootstrap))
     return done
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can say it: NaN and infinities are null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        return [_plain(one) for one in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -38,18 +38,17 @@ class TokenScores:
 
     def table(self) -> list[dict[str, Any]]:
         """For each kind of token: how many, the mean of nats, the share that was the likeliest."""
-        rows = []
-        for kind, name in enumerate(KINDS):
-            here = self.kinds == kind
-            if here.any():
-                nats, right = float(self.nats[here].mean()), float(self.right[here].mean())
-                rows.append({"token": name, "count": int(here.sum()), "nats": nats, "accuracy": right})
-        return rows
+        columns = {"nats": self.nats, "accuracy": self.right}
+        kinds, counts = np.unique(self.kinds, return_counts=True)
+        return [
+            {"token": KINDS[kind], "count": int(count)}
+            | {name: float(column[self.kinds == kind].mean()) for name, column in columns.items()}
+            for kind, count in zip(kinds, counts, strict=True)
+        ]
 
     def loss_per_field(self) -> dict[str, float]:
         """Mean nats a token of each field that occurs."""
-        present = [(name, self.field == number) for number, name in enumerate(FIELDS)]
-        return {name: float(self.nats[here].mean()) for name, here in present if here.any()}
+        return {FIELDS[field]: float(self.nats[self.field == field].mean()) for field in np.unique(self.field)}
 
 
 def part_windows(options: EvalOptions, part: str, count: int) -> torch.Tensor:
@@ -71,34 +70,23 @@ def score_tokens(model: PingModel, windows: torch.Tensor) -> TokenScores:
         targets = part[:, 1:]
         nats.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"))
         right.append((logits.argmax(-1) == targets).flatten())
-    tokens = windows[:, 1:].flatten().numpy()
-    columns = {
-        "tokens": tokens,
-        "kinds": _kinds(windows).flatten(),
-        "nats": torch.cat(nats).numpy(),
-        "right": torch.cat(right).numpy(),
-    }
-    columns |= {"windows": np.repeat(np.arange(len(windows)), windows.shape[1] - 1), "field": field.flatten().numpy()}
-    return TokenScores(**{name: values[tokens >= 0] for name, values in columns.items()})
-
-
-def _kinds(windows: torch.Tensor) -> np.ndarray:
-    """What each target is, (n, T), into KINDS."""
-    tokens = windows.numpy()
+    tokens = windows.numpy()  # (n, T+1)
     places = np.arange(tokens.shape[1])
-    is_role = (tokens >= 0) & (tokens < len(ROLE_NAMES))
-    last = np.maximum.accumulate(np.where(is_role, places, 0), axis=1)
+    last = np.maximum.accumulate(np.where((tokens >= 0) & (tokens < len(ROLE_NAMES)), places, 0), axis=1)
     role = np.take_along_axis(tokens, last, 1).clip(0, len(ROLE_NAMES) - 1)
-    after = (places - last).clip(0, 16)  # 0 = the role itself
-    return (role * 17 + after)[:, 1:]
+    kinds = role * 17 + (places - last).clip(0, 16)  # 0 after a role = the role itself
+    window = np.broadcast_to(np.arange(len(tokens))[:, None], kinds[:, 1:].shape)
+    columns = (tokens[:, 1:], kinds[:, 1:], torch.cat(nats).numpy(), torch.cat(right).numpy(), window, field.numpy())
+    kept = tokens[:, 1:].ravel() >= 0
+    return TokenScores(*(column.ravel()[kept] for column in columns))
 
 
 def colored(scores: TokenScores, window: int) -> str:
     """One window for a terminal: each token from green (well predicted) to red; bytes by their value, roles by name."""
-    lines = []
+    words = []
     for at in np.flatnonzero(scores.windows == window):
-        token, nats = int(scores.tokens[at]), float(scores.nats[at])
+        token, nats = int(scores.tokens[at]), scores.nats[at]
         text = f"{token - len(ROLE_NAMES)}" if token >= len(ROLE_NAMES) else f"\n{ROLE_NAMES[token]}"
         color = next(code for most, code in _COLORS if nats <= most)
-        lines.append(f"\x1b[38;5;{color}m{text}\x1b[0m")
-    return " ".join(lines).strip()
+        words.append(f"\x1b[38;5;{color}m{text}\x1b[0m")
+    return " ".join(words).strip()

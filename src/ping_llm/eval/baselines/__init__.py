@@ -17,18 +17,9 @@ def all_baselines(trees: TreeSettings | None = None) -> list[Baseline]:
 
     Fit all of them on the same objects, and let all predict the same view object: what they share is made once.
     """
-    simple = [GLOBAL_MEDIAN, SOURCE_MEDIAN, DESTINATION_MEDIAN, ADDITIVE]
-    history = [LAST_SEEN, EMA_FAST, EMA_SLOW, ROLLING_MEDIAN]
-    pair_history, dmfsgd = PairHistory(), PointBaseline(DMFSGD_METHOD)
-    profile_knn, lightgbm = PointBaseline(PROFILE_KNN), LightGBM(trees)
-    return [
-        *(PointBaseline(method) for method in (*simple, *history)),
-        pair_history,
-        *(PointBaseline(method) for method in (VIVALDI_2D, VIVALDI_8D)),
-        dmfsgd,
-        PointBaseline(LOG_FACTORS),
-        profile_knn,
-        PointBaseline(PREFIX_KNN),
-        lightgbm,
-        Stack([pair_history, dmfsgd, profile_knn, lightgbm]),
-    ]
+    simple = (GLOBAL_MEDIAN, SOURCE_MEDIAN, DESTINATION_MEDIAN, ADDITIVE, LAST_SEEN, EMA_FAST, EMA_SLOW, ROLLING_MEDIAN)
+    learned = (VIVALDI_2D, VIVALDI_8D, DMFSGD_METHOD, LOG_FACTORS, PROFILE_KNN, PREFIX_KNN)
+    points = {method: PointBaseline(method) for method in (*simple, *learned)}
+    pair_history, lightgbm = PairHistory(), LightGBM(trees)
+    stack = Stack([pair_history, points[DMFSGD_METHOD], points[PROFILE_KNN], lightgbm])
+    return [*(points[one] for one in simple), pair_history, *(points[one] for one in learned), lightgbm, stack]

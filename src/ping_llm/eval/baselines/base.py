@@ -10,27 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ping_llm.eval.baselines.failure import FailureRates
-from ping_llm.eval.baselines.pairs import Pairs, hide
+from ping_llm.eval.baselines.pairs import Pairs, find, hide
 from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions
-from ping_llm.eval.queries import COUNTS
+from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
 
 FOLDS = 2
-
-CHOICE_QUERIES = 2_000
-CHOICE_CONTEXTS = (0, 5, 30)
-"""What a setting is chosen on; residuals are collected on all of `val`."""
-
-LEAST_RESIDUALS = 100
-"""A bucket with fewer residuals is answered from a coarser one."""
-
+CHOICE_QUERIES = 2_000  # that a setting is chosen on; residuals are collected on all of `val`
+LEAST_RESIDUALS = 100  # a bucket with fewer residuals is answered from a coarser one
 Learned = Callable[[QueryView], np.ndarray]
 """A point method after learning: (q,) log-ms."""
 
@@ -43,7 +38,7 @@ class Prediction:
     p_fail: np.ndarray  # (q,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PointMethod:
     """How to learn a point method from measurements, and the settings to choose among."""
 
@@ -59,57 +54,47 @@ class Task:
         if not len(val):
             raise ValueError("no queries of val to choose settings on; prepare more measurements")
         self.val, self.answered_val = val, val.answered()
-        self.learned_from: dict[int | None, Measurements] = {None: train}
-        self.learned_from |= {fold: hide(train, fold) for fold in range(FOLDS)}
+        self.learned_from = {None: train} | {fold: hide(train, fold) for fold in range(FOLDS)}
         self._pairs = {fold: Pairs.of(table) for fold, table in self.learned_from.items()}
         self.p_fail = remember(FailureRates(train, val).p_fail)
-        self._learned: dict[tuple, Learned] = {}
-        self._settings: dict[str, dict[str, Any]] = {}
+        self._choose, self._learn = cache(self._choose_setting), cache(self._learn_anew)
 
     @cached_property
     def val_views(self) -> list[tuple[QueryView, np.ndarray]]:
         """The answered queries of val given 0, 1, 2 … measurements, each beside its answers in log-ms."""
-        counts = [k for k in COUNTS if k <= self.val.context.shape[1]]
-        return [(self.answered_val.given(k).view(), log_rtt(self.answered_val.rtt_ms)) for k in counts]
+        return [(view, log_rtt(self.answered_val.rtt_ms)) for view in self.answered_val.views(COUNTS)]
 
     def learned(self, method: PointMethod, fold: int | None = None) -> Learned:
         """The method with the setting chosen for it, learned from the train part or from a fold of it."""
-        return self._learn(method, self.setting(method), fold)
+        return self._learn(method, self._choose(method), fold)
+
+    def setting(self, method: PointMethod) -> dict[str, Any]:
+        """Of the method's settings the one with the least error on val, each kind of query weighing the same."""
+        return method.settings[self._choose(method)]
 
     def evidence(self, view: QueryView, fold: int | None = None) -> np.ndarray:
         """`evidence` for what was learned from the train part or from a fold of it."""
         return evidence(self._pairs[fold], view)
 
-    def setting(self, method: PointMethod) -> dict[str, Any]:
-        """Of the method's settings the one with the least error on val, each kind of query weighing the same."""
-        if method.name not in self._settings:
-            errors = [0.0]
-            if len(method.settings) > 1:
-                errors = [self._choice_error(self._learn(method, setting, 0)) for setting in method.settings]
-            self._settings[method.name] = method.settings[int(np.argmin(errors))]
-        return self._settings[method.name]
-
-    def _choice_error(self, learned: Learned) -> float:
-        stride = max(1, len(self.answered_val) // CHOICE_QUERIES)
-        chosen = self.answered_val.take(slice(None, None, stride))
-        views = [chosen.given(k).view() for k in CHOICE_CONTEXTS if k <= self.val.context.shape[1]]
-        error = np.concatenate([np.abs(learned(view) - log_rtt(chosen.rtt_ms)) for view in views])
+    def _choose_setting(self, method: PointMethod) -> int:
+        if len(method.settings) == 1:
+            return 0
+        chosen = self.answered_val.take(slice(None, None, max(1, len(self.answered_val) // CHOICE_QUERIES)))
+        views, answers, errors = chosen.views(CHOICE_CONTEXTS), log_rtt(chosen.rtt_ms), []
         kinds = np.concatenate([self.evidence(view, 0)[:, 0] for view in views])
         _, kind, count = np.unique(kinds, return_inverse=True, return_counts=True)
-        mean = np.bincount(kind, error) / count
-        return float(np.log(mean[count >= min(30, count.max())] + 1e-4).mean())
+        for number in range(len(method.settings)):
+            error = np.concatenate([np.abs(self._learn(method, number, 0)(view) - answers) for view in views])
+            mean = np.bincount(kind, error) / count
+            errors.append(np.log(mean[count >= min(30, count.max())] + 1e-4).mean())
+        return int(np.argmin(errors))
 
-    def _learn(self, method: PointMethod, setting: dict[str, Any], fold: int | None) -> Learned:
-        key = (method.name, fold, *sorted(setting.items()))
-        if key not in self._learned:
-            self._learned[key] = remember(method.learn(self.learned_from[fold], **setting))
-        return self._learned[key]
+    def _learn_anew(self, method: PointMethod, setting: int, fold: int | None) -> Learned:
+        return remember(method.learn(self.learned_from[fold], **method.settings[setting]))
 
 
-@lru_cache(maxsize=1)
-def task_of(train: Measurements, val: Queries) -> Task:
-    """The task of these very objects, shared by all baselines that are fitted on them."""
-    return Task(train, val)
+task_of = lru_cache(maxsize=1)(Task)
+"""The task of these very objects, shared by all baselines that are fitted on them."""
 
 
 def remember(learned: Learned) -> Learned:
@@ -133,7 +118,7 @@ def evidence(pairs: Pairs, view: QueryView) -> np.ndarray:
     """
     answered = view.context_rtt_ms >= 0
     in_context = ((view.context_dst_id == view.dst_id[:, None]) & answered).any(axis=1)
-    source, destination = pairs.source_of(view.probe) >= 0, pairs.destination_of(view.dst_id) >= 0
+    source, destination = find(pairs.probes, view.probe) >= 0, find(pairs.dst_ids, view.dst_id) >= 0
     kind = np.select([pairs.has_pair(view), source & destination, destination, source], [0, 1, 2, 3], 4)
     return np.stack([2 * kind + in_context, np.digitize(answered.sum(axis=1), (1, 3, 8))], axis=1)
 
@@ -150,13 +135,13 @@ class Buckets:
         """`keys` say the bucket of n cases in every partition (n,), the finest first; `fit` gives (m,) for some cases."""
         self._all, self._tables = fit(slice(None)), []
         for key in keys:
-            distinct, group, count = np.unique(key, return_inverse=True, return_counts=True)
-            self._tables.append({int(distinct[i]): fit(group == i) for i in np.flatnonzero(count >= least)})
+            distinct, count = np.unique(key, return_counts=True)
+            self._tables.append({bucket: fit(key == bucket) for bucket in distinct[count >= least]})
 
     def __call__(self, keys: list[np.ndarray]) -> np.ndarray:
         """(q, m) for q cases in these buckets."""
         found = np.tile(self._all, (len(keys[0]), 1))
-        for key, table in reversed(list(zip(keys, self._tables, strict=True))):
+        for key, table in zip(keys[::-1], self._tables[::-1], strict=True):
             for bucket, fitted in table.items():
                 found[key == bucket] = fitted
         return found
@@ -165,32 +150,6 @@ class Buckets:
 def bucket_quantiles(values: np.ndarray, keys: list[np.ndarray]) -> Buckets:
     """The quantiles at INNER_LEVELS of n values (n,) in these buckets."""
     return Buckets(keys, LEAST_RESIDUALS, lambda rows: np.quantile(values[rows], INNER_LEVELS))
-
-
-class ResidualDistributions:
-    """Distributions around a method's predictions, by kind of query, context given and predicted RTT."""
-
-    def __init__(self, task: Task, method: PointMethod) -> None:
-        """From the errors on val of what was learned from each fold."""
-        cases = [
-            (task.learned(method, fold)(view), answers, task.evidence(view, fold))
-            for fold in range(FOLDS)
-            for view, answers in task.val_views
-        ]
-        predicted, actual, kinds = (np.concatenate(column) for column in zip(*cases, strict=True))
-        self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
-        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
-        self._task, self._method = task, method
-
-    def __call__(self, view: QueryView, fold: int | None) -> QuantileDistributions:
-        """Around what the method predicts after learning from the train part or from a fold of it."""
-        predicted = self._task.learned(self._method, fold)(view)
-        residuals = self._residuals(self._keys(predicted, self._task.evidence(view, fold)))
-        return QuantileDistributions.from_quantiles(predicted[:, None] + residuals)
-
-    def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
-        coarser = bucket_keys(kinds)
-        return [coarser[0] * 4 + np.digitize(predicted, self._edges), *coarser]
 
 
 class Baseline(ABC):
@@ -221,17 +180,29 @@ class Baseline(ABC):
 
 
 class PointBaseline(Baseline):
-    """A point method whose residuals on val make it a distribution."""
+    """A point method whose residuals on val, by kind of query, context given and predicted RTT, make it a distribution."""
 
     def __init__(self, method: PointMethod) -> None:
         self.method, self.name = method, method.name
 
     def learn(self) -> dict[str, Any]:
-        """Chooses the setting, and collects residuals."""
-        self._around = ResidualDistributions(self.task, self.method)
+        """Chooses the setting, and collects the errors on val of what was learned from each fold."""
+        cases = [
+            (self.task.learned(self.method, fold)(view), answers, self.task.evidence(view, fold))
+            for fold, (view, answers) in product(range(FOLDS), self.task.val_views)
+        ]
+        predicted, actual, kinds = (np.concatenate(column) for column in zip(*cases, strict=True))
+        self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
+        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
         self.task.learned(self.method)
         return self.task.setting(self.method)
 
     def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
         """The residuals around the predictions."""
-        return self._around(view, fold)
+        predicted = self.task.learned(self.method, fold)(view)
+        residuals = self._residuals(self._keys(predicted, self.task.evidence(view, fold)))
+        return QuantileDistributions.from_quantiles(predicted[:, None] + residuals)
+
+    def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
+        coarser = bucket_keys(kinds)
+        return [coarser[0] * 4 + np.digitize(predicted, self._edges), *coarser]

@@ -14,32 +14,24 @@ from ping_llm.eval.baselines.pairs import Pairs
 from ping_llm.eval.baselines.simple import Additive, Placing
 from ping_llm.eval.columns import Measurements
 
-ERROR_STEP = POSITION_STEP = 0.25
-"""Vivaldi's ce and cc."""
-
-PLACING_PASSES = 60
-"""Pulls of a new source by all that is given of it."""
-
+ERROR_STEP = POSITION_STEP = 0.25  # Vivaldi's ce and cc
+PASSES, BATCHES = 60, 32  # over all pairs, each in so many batches: a node of few pairs is pulled by one at a time
+PLACING_PASSES = 60  # pulls of a new source by all that is given of it
 LEAST_RTT_MS, LEAST_HEIGHT_MS = 0.1, 0.05
-BATCHES = 32
-"""A pass has about as many batches; a node of few pairs is then pulled by one at a time."""
 
 
 class Vivaldi(Placing):
     """Positions (n, dims) and heights (n,) in ms of sources, then destinations; new sources are placed by context."""
 
-    def __init__(self, train: Measurements, dims: int, passes: int = 60, seed: int = 0) -> None:
+    def __init__(self, train: Measurements, dims: int) -> None:
         self.pairs = pairs = Pairs.of(train)
-        self.fallback = Additive(train)
-        self.sources = len(pairs.probes)
-        rng = np.random.default_rng([seed, dims])
-        nodes = self.sources + len(pairs.dst_ids)
+        self.fallback, self.sources = Additive(train), len(pairs.probes)
+        rng, nodes = np.random.default_rng([0, dims]), self.sources + len(pairs.dst_ids)
         self.position = rng.normal(0, 1, (nodes, dims))
-        self.height = np.full(nodes, 1.0)
-        self.error = np.ones(nodes)
+        self.height, self.error = np.ones(nodes), np.ones(nodes)
         rtt_ms = np.maximum(np.exp(pairs.log_ms), LEAST_RTT_MS)
         nodes_of_pairs = np.stack([pairs.source, self.sources + pairs.destination])  # (2, P)
-        for _ in range(passes):
+        for _ in range(PASSES):
             for batch in np.array_split(rng.permutation(len(pairs)), min(BATCHES, len(pairs))):
                 self._pull(nodes_of_pairs[:, batch], rtt_ms[batch])
 
@@ -48,18 +40,15 @@ class Vivaldi(Placing):
         node, other = np.concatenate([nodes, nodes[::-1]], axis=1)
         rtt_ms = np.tile(rtt_ms, 2)
         weight = self.error[node] / (self.error[node] + self.error[other])
-        away, height_share, distance = _spring(
-            self.position[node], self.height[node], self.position[other], self.height[other]
-        )
+        ends = self.position[node], self.height[node], self.position[other], self.height[other]
+        away, height_share, distance = _spring(*ends)
         relative_error = np.abs(distance - rtt_ms) / rtt_ms
         force = POSITION_STEP * weight * (rtt_ms - distance)
         count = np.maximum(np.bincount(node, minlength=len(self.height)), 1)
-        for column in range(self.position.shape[1]):
-            pulls = np.bincount(node, force * away[:, column], len(self.height))
-            self.position[:, column] += pulls / count
-        self.height = np.maximum(
-            self.height + np.bincount(node, force * height_share, len(self.height)) / count, LEAST_HEIGHT_MS
-        )
+        for column, direction in enumerate(away.T):
+            self.position[:, column] += np.bincount(node, force * direction, len(self.height)) / count
+        pulls = np.bincount(node, force * height_share, len(self.height)) / count
+        self.height = np.maximum(self.height + pulls, LEAST_HEIGHT_MS)
         step = ERROR_STEP * weight * (np.minimum(relative_error, 1.0) - self.error[node])
         self.error += np.bincount(node, step, len(self.height)) / count
 

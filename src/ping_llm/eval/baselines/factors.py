@@ -6,33 +6,27 @@ factorisation: log RTT = mean + biases + product, by Adam on the Huber loss. Bot
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from ping_llm.eval.baselines.base import PointMethod
-from ping_llm.eval.baselines.pairs import Pairs
+from ping_llm.eval.baselines.pairs import Pairs, find
 from ping_llm.eval.baselines.simple import Additive, Placing
 from ping_llm.eval.columns import Measurements, QueryView
 
 LEAST_RTT_MS = 0.1
 HUBER_LOG_MS = 0.5
-PLACING_PASSES = 60
+RATE, PASSES, PLACING_PASSES = 0.02, 150, 60  # of DMFSGD
+STEPS = 400  # of Adam
 
 
 class DMFSGD(Placing):
     """RTT = scale · source factor · destination factor, all non-negative."""
 
-    def __init__(
-        self,
-        train: Measurements,
-        rank: int = 10,
-        reg: float = 1e-2,
-        rate: float = 0.02,
-        passes: int = 150,
-        seed: int = 0,
-    ) -> None:
-        self.pairs, self.fallback = Pairs.of(train), Additive(train)
-        self.reg, self.rate = reg, rate
-        pairs, rng = self.pairs, np.random.default_rng([seed, rank])
+    def __init__(self, train: Measurements, rank: int, reg: float) -> None:
+        self.pairs, self.fallback, self.reg = Pairs.of(train), Additive(train), reg
+        pairs, rng = self.pairs, np.random.default_rng([0, rank])
         rtt_ms = np.exp(pairs.log_ms)
         self.scale_ms = float(np.quantile(rtt_ms, 0.99))
         value = rtt_ms / self.scale_ms
@@ -40,14 +34,16 @@ class DMFSGD(Placing):
         batches = min(len(pairs), max(1, len(pairs) // np.clip(len(pairs) // 64, 1, 4096)))
         self.source = start * rng.uniform(0.5, 1.5, (len(pairs.probes), rank))
         self.destination = start * rng.uniform(0.5, 1.5, (len(pairs.dst_ids), rank))
-        for turn in range(passes):
-            step = rate * (1 - turn / passes)
+        for turn in range(PASSES):
+            step = RATE * (1 - turn / PASSES)
             for batch in np.array_split(rng.permutation(len(pairs)), batches):
                 s, d = pairs.source[batch], pairs.destination[batch]
                 here, there = self.source[s], self.destination[d]
                 sign = np.sign(value[batch] - (here * there).sum(axis=1))[:, None]
-                _add_at(self.source, s, step * (sign * there - reg * here))
-                _add_at(self.destination, d, step * (sign * here - reg * there))
+                steps = (step * (sign * there - reg * here), step * (sign * here - reg * there))
+                for factors, node, moved in zip((self.source, self.destination), (s, d), steps, strict=True):
+                    np.add.at(factors, node, moved)
+                    np.maximum(factors, 0.0, out=factors)
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
         return self._log_product(self.source[source], destination)
@@ -59,7 +55,7 @@ class DMFSGD(Placing):
         mean = self.source.mean(axis=0)
         factors, count = np.tile(mean, (len(there), 1)), given.sum(axis=1)[:, None]
         for turn in range(PLACING_PASSES):
-            step = 10 * self.rate * (1 - turn / PLACING_PASSES)
+            step = 10 * RATE * (1 - turn / PLACING_PASSES)
             sign = np.where(given, np.sign(value - np.einsum("qkr,qr->qk", anchors, factors)), 0.0)
             toward = np.einsum("qk,qkr->qr", sign, anchors) / count - self.reg * (factors - mean)
             factors = np.maximum(factors + step * toward, 0.0)
@@ -76,12 +72,11 @@ class LogFactors(Placing):
     The prior of (bias, factor) is the normal distribution of the known sources', the noise that of the learned pairs.
     """
 
-    def __init__(self, train: Measurements, rank: int, reg: float, steps: int = 400, seed: int = 0) -> None:
+    def __init__(self, train: Measurements, rank: int, reg: float) -> None:
         self.pairs, self.additive = Pairs.of(train), Additive(train)
         pairs = self.pairs
         target = pairs.log_ms - self.additive.mean
-        learned = _descend(pairs, target, rank, reg, steps, seed)
-        self.source_bias, self.destination_bias, self.source, self.destination = learned
+        self.source_bias, self.destination_bias, self.source, self.destination = _descend(pairs, target, rank, reg)
         rest = target - self._product(pairs.source, pairs.destination)
         known = np.concatenate([self.source_bias[:, None], self.source], axis=1)  # (S, 1 + r)
         centred = known - known.mean(axis=0)
@@ -95,7 +90,7 @@ class LogFactors(Placing):
 
     def fallback(self, view: QueryView) -> np.ndarray:
         """The mean source, if only that is new and has no context; else additive biases."""
-        source, destination = self.pairs.source_of(view.probe), self.pairs.destination_of(view.dst_id)
+        source, destination = find(self.pairs.probes, view.probe), find(self.pairs.dst_ids, view.dst_id)
         return np.where((source < 0) & (destination >= 0), self.expected[destination], self.additive(view))
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
@@ -119,16 +114,14 @@ class LogFactors(Placing):
         return self.source_bias[source] + self.destination_bias[destination] + product
 
 
-def _descend(
-    pairs: Pairs, target: np.ndarray, rank: int, reg: float, steps: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _descend(pairs: Pairs, target: np.ndarray, rank: int, reg: float) -> list[np.ndarray]:
     """Biases (S,), (D,) and factors (S, r), (D, r) that fit target (P,) in log-ms: Huber loss, ridge `reg` a pair."""
     import torch
     from torch.nn.functional import embedding, huber_loss
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the operations are small: threads cost ten times what they save on a busy machine
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     sizes = (len(pairs.probes), len(pairs.dst_ids))
     weights = [torch.zeros(size, 1) for size in sizes]
     weights += [0.3 / rank**0.5 * torch.randn(size, rank, generator=generator) for size in sizes]
@@ -137,8 +130,8 @@ def _descend(
     s, d = torch.from_numpy(pairs.source), torch.from_numpy(pairs.destination)
     goal = torch.from_numpy(target.astype(np.float32))
     optimiser = torch.optim.Adam(weights, lr=0.05)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, STEPS)
+    for _ in range(STEPS):
         source_bias, destination_bias, source, destination = weights
         here, there = embedding(s, source), embedding(d, destination)  # its gradient is quicker than that of indexing
         biases = embedding(s, source_bias)[:, 0], embedding(d, destination_bias)[:, 0]
@@ -150,19 +143,12 @@ def _descend(
         optimiser.step()
         schedule.step()
     torch.set_num_threads(threads)
-    bias_s, bias_d, factor_s, factor_d = (weight.detach().numpy().astype(np.float64) for weight in weights)
-    return bias_s[:, 0], bias_d[:, 0], factor_s, factor_d
-
-
-def _add_at(factors: np.ndarray, node: np.ndarray, step: np.ndarray) -> None:
-    """Adds the steps (b, r) to the factors of their nodes (b,), in place; none becomes negative."""
-    np.add.at(factors, node, step)
-    np.maximum(factors, 0.0, out=factors)
+    return [weight.detach().squeeze(1).numpy().astype(np.float64) for weight in weights]
 
 
 DMFSGD_METHOD = PointMethod(
-    "dmfsgd", DMFSGD, tuple({"rank": rank, "reg": reg} for rank in (10, 20) for reg in (1e-3, 1e-2))
+    "dmfsgd", DMFSGD, tuple({"rank": rank, "reg": reg} for rank, reg in product((10, 20), (1e-3, 1e-2)))
 )
 LOG_FACTORS = PointMethod(
-    "log_factors", LogFactors, tuple({"rank": rank, "reg": reg} for rank in (10, 16, 64) for reg in (0.01, 0.05))
+    "log_factors", LogFactors, tuple({"rank": rank, "reg": reg} for rank, reg in product((10, 16, 64), (0.01, 0.05)))
 )

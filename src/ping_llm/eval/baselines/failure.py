@@ -5,14 +5,16 @@ A pair's rate is shrunk to what its destination and its source say together, and
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
-from ping_llm.eval.baselines.pairs import find
+from ping_llm.eval.baselines.pairs import find, pair_keys
 from ping_llm.eval.columns import Measurements, Queries, QueryView
 from ping_llm.eval.distribution import log_loss
+from ping_llm.eval.queries import CHOICE_CONTEXTS
 
-STRENGTHS = (1.0, 4.0, 16.0, 64.0)
-"""Pings that the coarser rate is worth; chosen on val."""
+STRENGTHS = (1.0, 4.0, 16.0, 64.0)  # pings that the coarser rate is worth; chosen on val
 
 NEVER = np.iinfo(np.int64).min
 
@@ -46,11 +48,10 @@ class FailureRates:
         self._destinations = _Counts(train.dst_id, failed, train.time_s)
         self._sources = _Counts(train.probe, failed, train.time_s)
         self._pairs = _Counts(self._pair_key(train.probe, train.dst_id), failed, train.time_s)
-        views = [val.given(k).view() for k in (0, 5, 30) if k <= val.context.shape[1]]
+        views = val.views(CHOICE_CONTEXTS)
         _, *self._strengths = min(
-            (sum(log_loss(self.p_fail(view, pair, one), val.rtt_ms < 0).mean() for view in views), pair, one)
-            for pair in STRENGTHS
-            for one in STRENGTHS
+            (sum(log_loss(self.p_fail(view, *strengths), val.rtt_ms < 0).mean() for view in views), *strengths)
+            for strengths in product(STRENGTHS, STRENGTHS)
         )
 
     def p_fail(self, view: QueryView, pair_strength: float = 0, one_strength: float = 0) -> np.ndarray:
@@ -58,20 +59,16 @@ class FailureRates:
         if not pair_strength:
             pair_strength, one_strength = self._strengths
         given = view.context_dst_id >= 0
-        odds = -_log_odds(self._rate)  # source and destination both shift the odds
-        for counts, key, counted in (
-            (self._destinations, view.dst_id, np.zeros_like(given)),
-            (self._sources, view.probe, given),
-        ):
-            failures, pings = counts.of(key, view, counted)
-            odds = odds + _log_odds((failures + one_strength * self._rate) / (pings + one_strength))
+        failures, pings = self._destinations.of(view.dst_id, view, np.zeros_like(given))
+        odds = _log_odds((failures + one_strength * self._rate) / (pings + one_strength)) - _log_odds(self._rate)
+        failures, pings = self._sources.of(view.probe, view, given)  # source and destination both shift the odds
+        odds += _log_odds((failures + one_strength * self._rate) / (pings + one_strength))
         same = given & (view.context_dst_id == view.dst_id[:, None])
         failures, pings = self._pairs.of(self._pair_key(view.probe, view.dst_id), view, same)
         return (failures + pair_strength / (1 + np.exp(-odds))) / (pings + pair_strength)
 
     def _pair_key(self, probe: np.ndarray, dst_id: np.ndarray) -> np.ndarray:
-        source = find(self._sources.keys, probe)
-        return np.where(source >= 0, (source.astype(np.int64) << 32) | dst_id, -1)
+        return pair_keys(find(self._sources.keys, probe), dst_id)
 
 
 def _log_odds(chance: np.ndarray) -> np.ndarray:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from ping_llm.eval.baselines.base import Baseline, Learned, PointMethod, ResidualDistributions
-from ping_llm.eval.baselines.pairs import find
+from ping_llm.eval.baselines.base import Baseline, Learned, PointBaseline, PointMethod
+from ping_llm.eval.baselines.pairs import find, pair_keys
 from ping_llm.eval.baselines.simple import Additive, row_medians
 from ping_llm.eval.columns import Measurements, QueryView, first_true, prefix_ids
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions, pool
 
-MEMORY = 100
-"""Measurements of a pair that are kept."""
-
-PREFIX_BITS = ((32, 128), (24, 48), (16, 32))
-"""IPv4 and IPv6 bits of the destination that must agree, finest first."""
-
+MEMORY = 100  # measurements of a pair that are kept
+PREFIX_BITS = ((32, 128), (24, 48), (16, 32))  # IPv4 and IPv6 bits of the destination that must agree, finest first
 NO_HISTORY = len(PREFIX_BITS)
 
 
@@ -36,20 +33,17 @@ class Series:
         self._probes = np.unique(train.probe[rows])
         key = self._key(train.probe[rows], train.dst_id[rows])
         order = np.lexsort((train.time_s[rows], key))
-        self._keys, start, count = np.unique(key[order], return_index=True, return_counts=True)
-        self._end, self._count = start + count, count
+        self._keys, start, self._count = np.unique(key[order], return_index=True, return_counts=True)
+        self._newest = start + self._count - 1
         self._log_ms, self._time_s = train.log_ms[rows][order], train.time_s[rows][order]
 
     def history(self, view: QueryView, length: int) -> np.ndarray:
         """(q, length) log-ms of each query's history, most recent first, NaN = no more."""
         at = find(self._keys, self._key(view.probe, view.dst_id))
-        known, newest = at >= 0, self._end[at] - 1
+        known, newest = at >= 0, self._newest[at]
         back = np.arange(min(length, MEMORY))
-        trained = np.where(
-            known[:, None] & (back < self._count[at][:, None]),
-            self._log_ms[np.maximum(newest[:, None] - back, 0)],
-            np.nan,
-        )
+        held = known[:, None] & (back < self._count[at][:, None])
+        trained = np.where(held, self._log_ms[np.maximum(newest[:, None] - back, 0)], np.nan)
         last_s = np.where(known, self._time_s[newest], np.iinfo(np.int64).min)
         same = (view.context_dst_id >= 0) & (self._prefix[view.context_dst_id] == self._prefix[view.dst_id][:, None])
         given = np.where(same & (view.context_time_s > last_s[:, None]), view.context_log_ms, np.nan)
@@ -57,8 +51,7 @@ class Series:
         return first_true(~np.isnan(both), both, length, np.nan)
 
     def _key(self, probe: np.ndarray, dst_id: np.ndarray) -> np.ndarray:
-        source = find(self._probes, probe)  # an unknown source has no series of its own: −1 shares none
-        return np.where(source >= 0, (source.astype(np.int64) << 32) | self._prefix[dst_id], -1)
+        return pair_keys(find(self._probes, probe), self._prefix[dst_id])  # a source not seen has no series of its own
 
 
 class Backoff:
@@ -70,12 +63,9 @@ class Backoff:
 
     def history(self, view: QueryView, length: int) -> tuple[np.ndarray, np.ndarray]:
         """(q, length) log-ms, most recent first, and (q,) which of PREFIX_BITS it is of, or NO_HISTORY."""
-        history = np.full((len(view), length), np.nan)
-        level = np.full(len(view), NO_HISTORY)
+        history, level = np.full((len(view), length), np.nan), np.full(len(view), NO_HISTORY)
         for i, series in enumerate(self._series):
             rows = np.flatnonzero(level == NO_HISTORY)
-            if not len(rows):
-                break
             found = series.history(view.take(rows), length)
             has = ~np.isnan(found[:, 0])
             history[rows[has]], level[rows[has]] = found[has], i
@@ -104,22 +94,17 @@ def moving_average(history: np.ndarray, rate: float) -> np.ndarray:
     return average
 
 
-def history_median(history: np.ndarray) -> np.ndarray:
-    """(q,) medians of (q, length) histories."""
-    return row_medians(history, np.nan)
+_MEDIAN = partial(row_medians, missing=np.nan)
 
-
-def _average_method(name: str, rate: float) -> PointMethod:
-    return PointMethod(name, lambda train: learn_history(train, MEMORY, partial(moving_average, rate=rate)))
-
-
-LAST_SEEN = PointMethod("last_seen", lambda train: learn_history(train, 1, lambda history: history[:, 0]))
-EMA_FAST = _average_method("ema_0.3", 0.3)
-EMA_SLOW = _average_method("ema_0.125", 0.125)
-ROLLING_MEDIAN = PointMethod("rolling_median_10", lambda train: learn_history(train, 10, history_median))
+LAST_SEEN = PointMethod("last_seen", partial(learn_history, length=1, summary=lambda history: history[:, 0]))
+EMA_FAST, EMA_SLOW = (
+    PointMethod(f"ema_{rate}", partial(learn_history, length=MEMORY, summary=partial(moving_average, rate=rate)))
+    for rate in (0.3, 0.125)
+)
+ROLLING_MEDIAN = PointMethod("rolling_median_10", partial(learn_history, length=10, summary=_MEDIAN))
 BACKOFF_MEDIAN = PointMethod(
     "backoff_median",
-    lambda train, length: learn_history(train, length, history_median, len(PREFIX_BITS)),
+    partial(learn_history, summary=_MEDIAN, levels=len(PREFIX_BITS)),
     ({"length": 5}, {"length": 10}, {"length": 50}),
 )
 
@@ -137,31 +122,29 @@ class PairHistory(Baseline):
 
     def learn(self) -> dict[str, Any]:
         """Chooses, by CRPS on val, how many values of history to use and what they weigh."""
-        self._around = ResidualDistributions(self.task, BACKOFF_MEDIAN)
+        self._around = PointBaseline(BACKOFF_MEDIAN)
+        self._around.fit(self.task.learned_from[None], self.task.val)
         self._backoffs = {fold: Backoff(table) for fold, table in self.task.learned_from.items()}
         stride = slice(None, None, max(1, len(self.task.val_views[0][0]) // 1000))
         views = [(view.take(stride), answer[stride]) for view, answer in self.task.val_views[::2]]
         crps = {
-            (length, strength): sum(self._pooled(view, 0, length, strength).crps(y).mean() for view, y in views)
-            for length in self.LENGTHS
-            for strength in self.STRENGTHS
+            choice: sum(self._pooled(view, 0, *choice).crps(y).mean() for view, y in views)
+            for choice in product(self.LENGTHS, self.STRENGTHS)
         }
         length, strength = min(crps, key=crps.__getitem__)
-        return {"history": length, "strength": strength, "median_of": self.task.setting(BACKOFF_MEDIAN)["length"]}
+        return {"history": length, "strength": strength, "median_of": self._around.choices["length"]}
 
     def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
         """With the history and strength that were chosen."""
         return self._pooled(view, fold, self.choices["history"], self.choices["strength"])
 
     def _pooled(self, view: QueryView, fold: int | None, length: int, strength: float) -> QuantileDistributions:
-        around = self._around(view, fold)
+        around = self._around.distributions(view, fold)
         history, level = self._backoffs[fold].history(view, length)
-        rows = np.flatnonzero(level == 0)
-        if not len(rows):
+        if not (level == 0).any():
             return around
-        count = (~np.isnan(history[rows])).sum(axis=1)
-        own = np.zeros(len(view))
-        own[rows] = count / (count + strength)
+        count = (~np.isnan(history)).sum(axis=1)
+        own = np.where(level == 0, count / (count + strength), 0.0)
         blank = np.where(np.isnan(history[:, :1]), around.median[:, None], history)  # of weight 0
         everyone = np.maximum((~np.isnan(blank)).sum(axis=1), 1)
         return pool([empirical_distributions(blank, everyone), around], np.stack([own, 1 - own], axis=1))

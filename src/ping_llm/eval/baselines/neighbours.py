@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from ping_llm.eval.baselines.base import PointMethod
@@ -9,17 +11,11 @@ from ping_llm.eval.baselines.pairs import Pairs
 from ping_llm.eval.baselines.simple import Placing, chunks, learn_destination, row_medians
 from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
 
-MAX_SOURCES = 2_000
-"""Known sources that a query is compared with: those with the most destinations."""
-
-MAX_PAIRS = 50_000
-"""Pairs that a query is compared with: evenly out of all."""
-
+MAX_SOURCES = 2_000  # known sources that a query is compared with: those with the most destinations
+MAX_PAIRS = 50_000  # pairs that a query is compared with: evenly out of all
+PREFIX_BITS = ((8, 16), (16, 32), (24, 48), (32, 128))  # IPv4 and IPv6 bits of an address that may agree
 DOUBT_LOG_MS = 0.5
 """A source is held to differ so much at one destination more than it shares: one lucky agreement is no twin."""
-
-PREFIX_BITS = ((8, 16), (16, 32), (24, 48), (32, 128))
-"""IPv4 and IPv6 bits of an address that may agree."""
 
 
 class ProfileNeighbours(Placing):
@@ -34,16 +30,14 @@ class ProfileNeighbours(Placing):
         matrix = self.pairs.matrix
         self._known = np.sort(np.argsort(np.isnan(matrix).sum(axis=1), kind="stable")[:MAX_SOURCES])
         self._profiles = np.ascontiguousarray(matrix[self._known].T)  # (D, S)
-        self.width = len(self._known)
-        self._distances: dict[int, np.ndarray] = {}
+        self.width, self._distance = len(self._known), cache(self._distance_to_others)
 
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
         """Each pair once: known sources do not depend on context."""
-        pair, where = np.unique(source * len(self.pairs.dst_ids) + destination, return_inverse=True)
-        source, destination = pair // len(self.pairs.dst_ids), pair % len(self.pairs.dst_ids)
-        predicted = np.full(len(pair), np.nan)
-        for rows in chunks(len(pair), self.width):
-            distance = np.stack([self._distance(int(s)) for s in source[rows]])
+        (source, destination), where = np.unique(np.stack([source, destination]), axis=1, return_inverse=True)
+        predicted = np.full(len(source), np.nan)
+        for rows in chunks(len(source), self.width):
+            distance = np.stack([self._distance(s) for s in source[rows].tolist()])
             predicted[rows] = self._nearest(distance, destination[rows])
         return predicted[where]
 
@@ -53,14 +47,10 @@ class ProfileNeighbours(Placing):
         difference[~given] = np.nan
         return self._nearest(_mean_difference(difference), destination)
 
-    def _distance(self, source: int) -> np.ndarray:
-        """(S,) from a known source to the others; infinite to itself."""
-        if source not in self._distances:
-            difference = np.abs(self._profiles - self.pairs.matrix[source][:, None])  # (D, S)
-            distance = _mean_difference(difference[None])[0]
-            distance[self._known == source] = np.inf
-            self._distances[source] = distance
-        return self._distances[source]
+    def _distance_to_others(self, source: int) -> np.ndarray:
+        """(S,) from a known source; infinite to itself."""
+        difference = np.abs(self._profiles - self.pairs.matrix[source][:, None])  # (D, S)
+        return np.where(self._known == source, np.inf, _mean_difference(difference[None])[0])
 
     def _nearest(self, distance: np.ndarray, destination: np.ndarray) -> np.ndarray:
         """(q,) the median, over the nearest by distance (q, S) that measured it, of the log-RTT to the destination."""
@@ -68,10 +58,8 @@ class ProfileNeighbours(Placing):
         usable = np.where(np.isnan(values), np.inf, distance)
         count = min(self.neighbours, usable.shape[1])
         nearest = np.argpartition(usable, count - 1, axis=1)[:, :count]
-        chosen = np.where(
-            np.isfinite(np.take_along_axis(usable, nearest, 1)), np.take_along_axis(values, nearest, 1), np.nan
-        )
-        return row_medians(chosen, np.nan)
+        usable, values = (np.take_along_axis(column, nearest, 1) for column in (usable, values))
+        return row_medians(np.where(np.isfinite(usable), values, np.nan), np.nan)
 
 
 class PrefixNeighbours:
@@ -84,18 +72,15 @@ class PrefixNeighbours:
         pairs = Pairs.of(train)
         chosen = np.random.default_rng(0).permutation(len(pairs))[:MAX_PAIRS]
         self.neighbours, self._log_ms = neighbours, pairs.log_ms[chosen]
-        levels = [prefix_ids(train.addresses, *bits) for bits in PREFIX_BITS]  # each (a,)
-        self._levels = np.stack(levels, axis=1)  # (a, 4)
+        self._levels = [prefix_ids(train.addresses, *bits) for bits in PREFIX_BITS]  # (a,) each
         self._source, self._destination = pairs.src_id[chosen], pairs.dst_ids[pairs.destination[chosen]]
 
     def __call__(self, view: QueryView) -> np.ndarray:
-        addresses = len(view.addresses)
-        pair, where = np.unique(view.src_id.astype(np.int64) * addresses + view.dst_id, return_inverse=True)
-        predicted = np.empty(len(pair))
-        for rows in chunks(len(pair), len(self._log_ms)):
-            shared = 8 * self._agreement(pair[rows] % addresses, self._destination)
-            shared += self._agreement(pair[rows] // addresses, self._source)
-            count = min(self.neighbours, shared.shape[1])
+        (source, destination), where = np.unique(np.stack([view.src_id, view.dst_id]), axis=1, return_inverse=True)
+        predicted, count = np.empty(len(source)), min(self.neighbours, len(self._log_ms))
+        for rows in chunks(len(source), len(self._log_ms)):
+            shared = 8 * self._agreement(destination[rows], self._destination)
+            shared += self._agreement(source[rows], self._source)
             rank = shared.astype(np.int64) * shared.shape[1] - np.arange(shared.shape[1])  # the first of equals wins
             nearest = np.argpartition(-rank, count - 1, axis=1)[:, :count]
             predicted[rows] = np.median(self._log_ms[nearest], axis=1)
@@ -104,7 +89,7 @@ class PrefixNeighbours:
     def _agreement(self, queried: np.ndarray, known: np.ndarray) -> np.ndarray:
         """(q, P) int32, 0 … 4: how many of PREFIX_BITS the addresses share."""
         agreement = np.zeros((len(queried), len(known)), dtype=np.int32)
-        for level in self._levels.T:
+        for level in self._levels:
             agreement += level[queried][:, None] == level[known]
         return agreement
 

@@ -17,6 +17,7 @@ from ping_llm.eval.columns import Measurements, QueryView
 class Pairs:
     """P pairs that were measured, of S sources and D destinations."""
 
+    keys: np.ndarray  # (P,) int64 `pair_keys`, ascending
     source: np.ndarray  # (P,) int64, into probes
     destination: np.ndarray  # (P,) int64, into dst_ids
     log_ms: np.ndarray  # (P,) median of the pair
@@ -35,31 +36,13 @@ class Pairs:
             raise ValueError("the train part holds no answered measurement; prepare more measurements")
         probes, source = np.unique(train.probe[rows], return_inverse=True)
         dst_ids, destination = np.unique(train.dst_id[rows], return_inverse=True)
-        pair, first, group = np.unique(
-            source.astype(np.int64) * len(dst_ids) + destination, return_index=True, return_inverse=True
-        )
-        return cls(
-            source=pair // len(dst_ids),
-            destination=pair % len(dst_ids),
-            log_ms=group_medians(train.log_ms[rows], group, len(pair)),
-            src_id=train.src_id[rows][first],
-            probes=probes,
-            dst_ids=dst_ids,
-        )
-
-    def source_of(self, probe: np.ndarray) -> np.ndarray:
-        """Index of each probe among the sources, −1 = not one of them; any shape."""
-        return find(self.probes, probe)
-
-    def destination_of(self, dst_id: np.ndarray) -> np.ndarray:
-        """Index of each address among the destinations, −1 = not one of them; any shape."""
-        return find(self.dst_ids, dst_id)
+        keys, first, pair = np.unique(pair_keys(source, destination), return_index=True, return_inverse=True)
+        log_ms = group_medians(train.log_ms[rows], pair, len(keys))
+        return cls(keys, source[first], destination[first], log_ms, train.src_id[rows][first], probes, dst_ids)
 
     def has_pair(self, view: QueryView) -> np.ndarray:
         """(q,) bool: the queried pair was measured."""
-        source, destination = self.source_of(view.probe), self.destination_of(view.dst_id)
-        found = find(self._keys, source * len(self.dst_ids) + destination) >= 0
-        return found & (source >= 0) & (destination >= 0)
+        return find(self.keys, pair_keys(find(self.probes, view.probe), find(self.dst_ids, view.dst_id))) >= 0
 
     @cached_property
     def matrix(self) -> np.ndarray:
@@ -68,10 +51,6 @@ class Pairs:
         matrix[self.source, self.destination] = self.log_ms
         return matrix
 
-    @cached_property
-    def _keys(self) -> np.ndarray:
-        return self.source * len(self.dst_ids) + self.destination  # ascending
-
 
 def find(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Where each wanted value stands in a sorted array, −1 = nowhere; any shape."""
@@ -79,6 +58,11 @@ def find(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return np.full(np.shape(wanted), -1)
     at = np.minimum(np.searchsorted(ascending, wanted), len(ascending) - 1)
     return np.where(ascending[at] == wanted, at, -1)
+
+
+def pair_keys(source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+    """One int64 for each source and destination, or prefix, ascending with both; −1 where either is not known."""
+    return np.where((source >= 0) & (destination >= 0), (source.astype(np.int64) << 32) | destination, -1)
 
 
 def group_medians(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
@@ -98,8 +82,7 @@ def hide(
     rng = np.random.default_rng([seed, 0x51DE])
     probes, source = np.unique(train.probe, return_inverse=True)
     dst_ids, destination = np.unique(train.dst_id, return_inverse=True)
-    keys, pair = np.unique(source.astype(np.int64) * len(dst_ids) + destination, return_inverse=True)
+    keys, pair = np.unique(pair_keys(source, destination), return_inverse=True)
     hidden = (rng.random(len(probes)) < sources)[source] | (rng.random(len(dst_ids)) < destinations)[destination]
     hidden |= (rng.random(len(keys)) < pairs)[pair]
-    kept = ~hidden if (train.rtt_ms[~hidden] >= 0).any() else np.ones(len(train), dtype=bool)  # a handful of pairs
-    return train.take(kept)
+    return train.take(~hidden) if (train.rtt_ms[~hidden] >= 0).any() else train  # a handful of pairs

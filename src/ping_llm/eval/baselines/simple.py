@@ -8,14 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from ping_llm.eval.baselines.base import Learned, PointMethod
-from ping_llm.eval.baselines.pairs import Pairs, group_medians
+from ping_llm.eval.baselines.pairs import Pairs, find, group_medians
 from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
 
-SHRINK = 5.0
-"""A bias from n pairs is taken n / (n + 5)."""
-
-CELLS = 20_000_000
-"""Numbers in the largest array that is made at once."""
+SHRINK = 5.0  # a bias from n pairs is taken n / (n + 5)
+CELLS = 20_000_000  # numbers in the largest array that is made at once
+SWEEPS = 20
 
 
 def learn_global(train: Measurements) -> Learned:
@@ -28,10 +26,10 @@ def learn_source(train: Measurements) -> Learned:
     """The median of the source; of a source that is not in train that of the context; else the global one."""
     rows = np.flatnonzero(train.rtt_ms >= 0)
     pairs, overall = Pairs.of(train), float(np.nanmedian(train.log_ms))
-    medians = group_medians(train.log_ms[rows], pairs.source_of(train.probe[rows]), len(pairs.probes))
+    medians = group_medians(train.log_ms[rows], find(pairs.probes, train.probe[rows]), len(pairs.probes))
 
     def predict(view: QueryView) -> np.ndarray:
-        source = pairs.source_of(view.probe)
+        source = find(pairs.probes, view.probe)
         return np.where(source >= 0, medians[source], row_medians(view.context_log_ms, overall))
 
     return predict
@@ -53,11 +51,11 @@ def learn_destination(train: Measurements) -> Learned:
 class Additive:
     """log RTT = mean + bias of the source + bias of the destination, each shrunk; new sources are placed by context."""
 
-    def __init__(self, train: Measurements, sweeps: int = 20) -> None:
+    def __init__(self, train: Measurements) -> None:
         self.pairs = pairs = Pairs.of(train)
         self.mean = float(pairs.log_ms.mean())
         self.source_bias, self.destination_bias = np.zeros(len(pairs.probes)), np.zeros(len(pairs.dst_ids))
-        for _ in range(sweeps):
+        for _ in range(SWEEPS):
             rest = pairs.log_ms - self.mean - self.source_bias[pairs.source]
             self.destination_bias = _shrunk_mean(pairs.destination, rest, len(pairs.dst_ids))
             rest = pairs.log_ms - self.mean - self.destination_bias[pairs.destination]
@@ -65,11 +63,11 @@ class Additive:
 
     def without_source(self, dst_id: np.ndarray) -> np.ndarray:
         """Mean plus the bias of the destination, 0 for a new one; any shape."""
-        destination = self.pairs.destination_of(dst_id)
+        destination = find(self.pairs.dst_ids, dst_id)
         return self.mean + np.where(destination >= 0, self.destination_bias[destination], 0.0)
 
     def __call__(self, view: QueryView) -> np.ndarray:
-        source = self.pairs.source_of(view.probe)
+        source = find(self.pairs.probes, view.probe)
         rest = view.context_log_ms - self.without_source(view.context_dst_id)
         given = ~np.isnan(rest)
         from_context = np.where(given, rest, 0.0).sum(axis=1) / (given.sum(axis=1) + SHRINK)
@@ -81,8 +79,7 @@ class Placing(ABC):
 
     pairs: Pairs
     fallback: Learned
-    width = 128
-    """Numbers that one measurement of a context takes, about."""
+    width = 128  # numbers that one measurement of a context takes, about
 
     @abstractmethod
     def of_known(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
@@ -93,8 +90,8 @@ class Placing(ABC):
         """(q,) log-ms to known destinations, after contexts: destinations, log-ms, and which of these count, (q, K)."""
 
     def __call__(self, view: QueryView) -> np.ndarray:
-        source, destination = self.pairs.source_of(view.probe), self.pairs.destination_of(view.dst_id)
-        there = self.pairs.destination_of(view.context_dst_id)
+        source, destination = find(self.pairs.probes, view.probe), find(self.pairs.dst_ids, view.dst_id)
+        there = find(self.pairs.dst_ids, view.context_dst_id)
         given = (there >= 0) & ~np.isnan(view.context_log_ms)
         predicted = np.full(len(view), np.nan)
         known = np.flatnonzero((source >= 0) & (destination >= 0))

@@ -7,12 +7,13 @@ destinations and pairs, so that they see how far each feature is to be trusted w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.eval.baselines.base import Baseline, bucket_keys, bucket_quantiles, evidence, remember
+from ping_llm.eval.baselines.base import FOLDS, Baseline, Learned, bucket_keys, bucket_quantiles, evidence, remember
 from ping_llm.eval.baselines.coordinates import VIVALDI_2D, VIVALDI_8D
 from ping_llm.eval.baselines.factors import DMFSGD_METHOD, LOG_FACTORS
 from ping_llm.eval.baselines.history import Backoff
@@ -23,9 +24,6 @@ from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_meas
 from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions, interpolate_rows
 from ping_llm.eval.queries import COUNTS
 
-if TYPE_CHECKING:
-    import lightgbm
-
 LEVELS = np.array([0.02, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.98])
 METHODS = (
     *(ADDITIVE, VIVALDI_2D, VIVALDI_8D, DMFSGD_METHOD, LOG_FACTORS, PROFILE_KNN, PREFIX_KNN),
@@ -33,9 +31,9 @@ METHODS = (
 )
 """Whose predictions are features."""
 
-HISTORY = 20
-LATE_PERCENT = 25
-"""Of the time span of each source, from which practice queries are drawn."""
+HISTORY = 20  # values of a pair that are looked at
+LATE_PERCENT = 25  # of the time span of each source, from which practice queries are drawn
+LEAST_TAIL = 0.01  # log-ms from the median to an outer quantile, for the slope of the tail beyond
 
 
 @dataclass(frozen=True)
@@ -64,42 +62,34 @@ class Features:
         history, level = self._backoff.history(view, HISTORY)
         recent = row_medians(history[:, :10], np.nan)
         base = np.where(level == 0, recent, np.median(predicted[:, :6], axis=1))
-        of_source = self._context_features(view, predicted[:, 0])
-        of_history = np.stack(
-            [level, (~np.isnan(history)).sum(axis=1), history[:, 0] - base, recent - base, *_spread(history)], axis=1
-        )
-        kinds = evidence(self.pairs, view)
-        hour = (view.time_s % 86_400 / 3600)[:, None]
-        of_addresses = _address_features(view.addresses)
-        addresses = [of_addresses[view.src_id], of_addresses[view.dst_id]]
-        columns = [predicted, predicted - base[:, None], of_history, of_source, kinds, hour, *addresses]
+        of_history = (level, (~np.isnan(history)).sum(axis=1), history[:, 0] - base, recent - base, *_spread(history))
+        columns = [
+            *(predicted, predicted - base[:, None], np.stack(of_history, axis=1)),
+            *(_context_features(view, predicted[:, 0]), evidence(self.pairs, view)),
+            (view.time_s % 86_400 / 3600)[:, None],
+            *(_address_features(view.addresses)[ids] for ids in (view.src_id, view.dst_id)),
+        ]
         return np.concatenate(columns, axis=1).astype(np.float32), base
-
-    def _context_features(self, view: QueryView, additive: np.ndarray) -> np.ndarray:
-        """(q, 8): how many were given, answered, and to the destination, how long ago, and their RTTs."""
-        log_ms, given = view.context_log_ms, view.context_dst_id >= 0
-        if not log_ms.shape[1]:
-            return np.concatenate([np.zeros((len(view), 3)), np.full((len(view), 5), np.nan)], axis=1)
-        same = given & (view.context_dst_id == view.dst_id[:, None])
-        age_s = np.where(given[:, 0], view.time_s - view.context_time_s[:, 0], np.nan)
-        counts = (given.sum(axis=1), (~np.isnan(log_ms)).sum(axis=1), same.sum(axis=1))
-        middle, lowest = row_medians(log_ms, np.nan), np.fmin.reduce(log_ms, axis=1)
-        return np.stack([*counts, np.log1p(age_s), middle, middle - additive, lowest, log_ms[:, 0]], axis=1)
 
 
 class TreeQuantiles:
     """One booster a quantile; they predict the rest over the base of `Features`."""
 
-    def __init__(
-        self, train: Measurements, chosen: dict[str, dict[str, Any]], settings: TreeSettings, folds: int = 2
-    ) -> None:
-        practice = [_practice(train, seed, settings, settings.practice_queries // folds) for seed in range(folds)]
+    def __init__(self, train: Measurements, chosen: dict[str, dict[str, Any]], settings: TreeSettings) -> None:
+        import lightgbm
+
         learned = []
-        for earlier, queries in practice:
+        for seed in range(FOLDS):
+            earlier, queries = _practice(train, seed, settings)
             x, base = Features(earlier, chosen)(queries.view())
             learned.append((x, log_rtt(queries.rtt_ms) - base))
         x, y = (np.concatenate(column) for column in zip(*learned, strict=True))
-        self._boosters = [_boost(x, y, level, settings) for level in LEVELS]
+        size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
+        exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
+        parameters = {"objective": "quantile", "verbosity": -1} | size | exact
+        self._boosters = [
+            lightgbm.train(parameters | {"alpha": level}, lightgbm.Dataset(x, y), settings.trees) for level in LEVELS
+        ]
         self._features = Features(train, chosen)
 
     def quantiles(self, view: QueryView, trees: int) -> np.ndarray:
@@ -120,22 +110,17 @@ class LightGBM(Baseline):
     def learn(self) -> dict[str, Any]:
         """Chooses the number of trees by the pinball loss on val, and collects the levels; from fold 0 alone."""
         chosen = {method.name: self.task.setting(method) for method in METHODS}
-        fold, views = TreeQuantiles(self.task.learned_from[0], chosen, self.settings), self.task.val_views
+        fold = TreeQuantiles(self.task.learned_from[0], chosen, self.settings)
+        views, answers = zip(*self.task.val_views, strict=True)
         counts = sorted({max(1, self.settings.trees * share // 10) for share in (1, 2, 5, 10)})
-        predicted = {trees: [fold.quantiles(view, trees) for view, _ in views] for trees in counts}
-        losses = {
-            trees: np.mean([_pinball(one, y) for one, (_, y) in zip(quantiles, views, strict=True)])
-            for trees, quantiles in predicted.items()
-        }
+        predicted = {trees: [fold.quantiles(view, trees) for view in views] for trees in counts}
+        losses = {trees: np.mean(list(map(_pinball, of_views, answers))) for trees, of_views in predicted.items()}
         trees = min(losses, key=losses.__getitem__)
-        fallen = np.concatenate([_level_of(one, y) for one, (_, y) in zip(predicted[trees], views, strict=True)])
-        kinds = np.concatenate([self.task.evidence(view, 0) for view, _ in views])
-        self._levels = bucket_quantiles(fallen, bucket_keys(kinds))
+        fallen = np.concatenate(list(map(_level_of, predicted[trees], answers)))
+        self._levels = bucket_quantiles(fallen, bucket_keys(np.concatenate([self.task.evidence(v, 0) for v in views])))
         model = TreeQuantiles(self.task.learned_from[None], chosen, replace(self.settings, trees=trees))
-        self._quantiles = {
-            learned: remember(lambda view, one=one: one.quantiles(view, trees))  # type: ignore[misc]  # bound early
-            for learned, one in ((None, model), (0, fold))
-        }
+        found = (remember(partial(one.quantiles, trees=trees)) for one in (model, fold))
+        self._quantiles: dict[int | None, Learned] = dict(zip((None, 0), found, strict=True))
         return {"trees": trees, "trained_trees": self.settings.trees}
 
     def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
@@ -144,37 +129,35 @@ class LightGBM(Baseline):
         return QuantileDistributions.from_quantiles(_value_at(self._quantiles[fold](view), levels))
 
 
-def _practice(train: Measurements, seed: int, settings: TreeSettings, count: int) -> tuple[Measurements, Queries]:
+def _practice(train: Measurements, seed: int, settings: TreeSettings) -> tuple[Measurements, Queries]:
     """Earlier measurements, some sources, destinations and pairs hidden, and later answered queries, given 0 … 30."""
     rng = np.random.default_rng([seed, 0x7EE5])
-    _, source = np.unique(train.probe, return_inverse=True)
-    first, last = np.full(source.max() + 1, np.iinfo(np.int64).max), np.zeros(source.max() + 1, dtype=np.int64)
-    np.minimum.at(first, source, train.time_s)
-    np.maximum.at(last, source, train.time_s)
+    _, source, count = np.unique(train.probe, return_inverse=True, return_counts=True)
+    by_source, starts = train.time_s[np.argsort(source, kind="stable")], np.cumsum(count) - count
+    first, last = np.minimum.reduceat(by_source, starts), np.maximum.reduceat(by_source, starts)
     late = 100 * (train.time_s - first[source]) > (100 - LATE_PERCENT) * (last - first)[source]
     shuffled = rng.permutation(np.flatnonzero(late & (train.rtt_ms >= 0)))
-    by_source = shuffled[np.argsort(source[shuffled], kind="stable")]
-    few = by_source[place_in_group(source[by_source]) < settings.practice_per_source]
-    rows = np.sort(rng.permutation(few)[:count])
+    few = shuffled[np.argsort(source[shuffled], kind="stable")]
+    few = few[place_in_group(source[few]) < settings.practice_per_source]
+    rows = np.sort(rng.permutation(few)[: settings.practice_queries // FOLDS])
     half = rng.random(len(rows)) < 0.5
-    context = np.where(
-        half[:, None],
-        earlier_measurements(train, rows, max(COUNTS)),
-        earlier_measurements(train, rows, max(COUNTS), other_destinations=True),
-    )
-    given = rng.choice(COUNTS, len(rows))
-    context = np.where(np.arange(context.shape[1]) < given[:, None], context, -1)
+    recent, other = (earlier_measurements(train, rows, max(COUNTS), other) for other in (False, True))
+    given = np.arange(max(COUNTS)) < rng.choice(COUNTS, len(rows))[:, None]
+    context = np.where(given, np.where(half[:, None], recent, other), -1)
     rest = train.take(~late) if (train.rtt_ms[~late] >= 0).any() else train
     return hide(rest, seed + 100), Queries(train, rows, context)
 
 
-def _boost(x: np.ndarray, y: np.ndarray, level: float, settings: TreeSettings) -> lightgbm.Booster:
-    import lightgbm
-
-    size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
-    exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
-    parameters = {"objective": "quantile", "alpha": level, "verbosity": -1} | size | exact
-    return lightgbm.train(parameters, lightgbm.Dataset(x, y), settings.trees)
+def _context_features(view: QueryView, additive: np.ndarray) -> np.ndarray:
+    """(q, 8): how many were given, answered, and to the destination, how long ago, and their RTTs."""
+    log_ms, given = view.context_log_ms, view.context_dst_id >= 0
+    if not log_ms.shape[1]:
+        return np.repeat([[0.0] * 3 + [np.nan] * 5], len(view), axis=0)
+    same = given & (view.context_dst_id == view.dst_id[:, None])
+    age_s = np.where(given[:, 0], view.time_s - view.context_time_s[:, 0], np.nan)
+    counts = (given.sum(axis=1), (~np.isnan(log_ms)).sum(axis=1), same.sum(axis=1))
+    middle, lowest = row_medians(log_ms, np.nan), np.fmin.reduce(log_ms, axis=1)
+    return np.stack([*counts, np.log1p(age_s), middle, middle - additive, lowest, log_ms[:, 0]], axis=1)
 
 
 def _address_features(addresses: np.ndarray) -> np.ndarray:
@@ -198,19 +181,19 @@ def _pinball(quantiles: np.ndarray, answers: np.ndarray) -> float:
     return float(np.maximum(LEVELS * over, (LEVELS - 1) * over).mean())
 
 
-def _tail_widths(quantiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(q,) log-ms in which the chance beyond the outer quantiles falls by e: as between these and the median."""
-    middle = quantiles[:, len(LEVELS) // 2]
-    span = np.log(0.5 / LEVELS[0])
-    floor = 0.01
-    return np.maximum(middle - quantiles[:, 0], floor) / span, np.maximum(quantiles[:, -1] - middle, floor) / span
+def _knots(quantiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The quantiles apart, their levels (q, 9), and (q,) log-ms in which the chance below, and above, the outer ones
+    falls by e: as between these and the median."""
+    knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
+    middle, span = knots[:, len(LEVELS) // 2], np.log(0.5 / LEVELS[0])
+    low, high = (np.maximum(width, LEAST_TAIL) / span for width in (middle - knots[:, 0], knots[:, -1] - middle))
+    return knots, np.broadcast_to(LEVELS, knots.shape), low, high
 
 
 def _level_of(quantiles: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
     """(q,) the level at which each answer falls: linear between quantiles, exponential tails."""
-    knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
-    level = interpolate_rows(log_ms[:, None], knots, np.broadcast_to(LEVELS, knots.shape))[:, 0]
-    low, high = _tail_widths(knots)
+    knots, levels, low, high = _knots(quantiles)
+    level = interpolate_rows(log_ms[:, None], knots, levels)[:, 0]
     below, above = log_ms - knots[:, 0], knots[:, -1] - log_ms
     level = np.where(below < 0, LEVELS[0] * np.exp(np.minimum(below, 0) / low), level)
     return np.where(above < 0, 1 - (1 - LEVELS[-1]) * np.exp(np.minimum(above, 0) / high), level)
@@ -218,10 +201,8 @@ def _level_of(quantiles: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
 
 def _value_at(quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """(q, m) log-ms at levels (q, m): the inverse of `_level_of`."""
-    knots = quantiles + LEAST_WIDTH * (LEVELS - 0.5)
-    inside = interpolate_rows(levels, np.broadcast_to(LEVELS, knots.shape), knots)
-    low, high = (width[:, None] for width in _tail_widths(knots))
-    tiny = 1e-12
+    knots, knot_levels, low, high = _knots(quantiles)
+    inside, tiny = interpolate_rows(levels, knot_levels, knots), 1e-12
     below = np.log(np.clip(levels, tiny, LEVELS[0]) / LEVELS[0])  # 0 inside
     above = np.log(np.clip(1 - levels, tiny, 1 - LEVELS[-1]) / (1 - LEVELS[-1]))
-    return inside + low * below - high * above
+    return inside + low[:, None] * below - high[:, None] * above

@@ -123,15 +123,16 @@ def parse_rate(files: list[Path], folder: Path) -> tuple[float, Path]:
     whole, sample = folder / "whole.bz2", folder / "sample.ndjson"
     whole.write_bytes(b"".join(path.read_bytes() for path in files))
     lines, seconds = 0, 0.0
-    for chunk in read_chunks(whole, folder / "chunk.ndjson", CHUNK_BYTES):
+    path = folder / "chunk.ndjson"
+    for count in read_chunks(whole, path, CHUNK_BYTES):
         if not lines:
-            with chunk.path.open() as file:
+            with path.open() as file:
                 sample.write_text("".join(islice(file, 20_000)))
-            parse_results(chunk.path, chunk.lines)  # opens the database
+            parse_results(path, count)  # opens the database
         started = time.process_time()
-        parse_results(chunk.path, chunk.lines)
+        parse_results(path, count)
         seconds += time.process_time() - started
-        lines += chunk.lines
+        lines += count
     return lines / seconds, sample
 
 

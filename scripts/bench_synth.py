@@ -24,7 +24,7 @@ def main() -> None:
 
     schedule = {"start_s": 0, "end_s": 86_400, "interval_s": 3600, "measured_share": 0.7}
     dump = Dump(build_world(0, 100, 50) | {"schedule": schedule}, Path())
-    list(dump.contents(0))  # the laws of the pairs are made once, whatever the number of results
+    list(dump.contents(0))  # the distributions of the pairs are made once, whatever the number of results
     writer = dump.writer
 
     started = time.perf_counter()

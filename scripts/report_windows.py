@@ -73,7 +73,7 @@ def look(row: ProbeRow, window: Window, line: np.ndarray) -> dict[str, np.ndarra
         "deltas_built_in": deltas[built_in],
         "deltas_dense_built_in": deltas[built_in & dense],
         "earlier": np.arange(k),
-        "pair_told_before": len(dst) - len(counts),  # all but the first of each pair
+        "pair_given_before": len(dst) - len(counts),  # all but the first of each pair
     }
     return {name: np.atleast_1d(values) for name, values in columns.items()}
 
@@ -96,7 +96,7 @@ def describe(columns: dict[str, list]) -> dict[str, float]:
         numbers[f"span in hours, {q * 100:g} %"] = np.quantile(c["span_s"], q) / 3600
     for k in EARLIER:
         numbers[f"measurements after ≥ {k} others"] = (c["earlier"] >= k).mean()
-    numbers["measurements of a pair told before"] = c["pair_told_before"].sum() / measurements
+    numbers["measurements of a pair given before"] = c["pair_given_before"].sum() / measurements
     return {name: float(value) for name, value in numbers.items()}
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import zstandard
 
+from ping_llm.data.ingest import unpack
+
 
 def ping(**changes) -> dict:
     """One result; a change to None leaves the field out. `from_` is `from`."""
@@ -50,3 +52,11 @@ def write(path: Path, plain: bytes) -> Path:
     pack = {".bz2": bz2.compress, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
     path.write_bytes(pack.get(path.suffix, bytes)(plain))
     return path
+
+
+def read_lines(path):
+    """Blocks of whole lines of a dump; DamagedDump at the end of what is readable."""
+    damage = []
+    yield from unpack.read_lines(path, damage)
+    if damage:
+        raise unpack.DamagedDump(damage[0])

@@ -25,8 +25,9 @@ from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.data.windows import Window, encode_windows, sample_window, windows_per_row
 from ping_llm.system.processes import end_with_parent
 
-LARGE_ROW_MEASUREMENTS = 10_000
-"""About 0.1 MB, which takes as long to read as a window takes to draw and encode: 0.1 ms."""
+LARGE_ROW_MEASUREMENTS = (
+    10_000  # about 0.1 MB, which takes as long to read as a window takes to draw and encode: 0.1 ms
+)
 _STREAMS = {"train": 0, "val": 1}
 # Steps of the two recurrences, irrational and unrelated: were they related, the rows that one reaches in a block could
 # depend on where the other stands.

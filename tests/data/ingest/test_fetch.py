@@ -78,7 +78,7 @@ def test_results_come_in_chunks_that_cover_the_span_and_only_a_broken_one_is_rep
     counts = {path: server.paths().count(path) for path in server.replies}
     assert list(counts.values()) == [1, 3, 1]
     base = f"/measurements/1001/results/?start={NOON_S}&stop={NOON_S + 3600}&format=txt"
-    assert server.requests[0][0] == base
+    assert min(server.paths()) == base  # two are under way at once: either may arrive first
     held = content(tmp_path)
     assert [gzip.decompress(held[name]) for name in sorted(held)] == lines
     assert [entry["results"] for entry in record["files"]] == [30, 30, 30]

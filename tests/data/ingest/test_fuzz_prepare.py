@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pings import ndjson, ping, write
+from pings import ndjson, ping, read_lines, write
 from traceroutes import reply, trace
 
 from ping_llm.data.ingest.atlas import _TRACEROUTE_COLUMNS, parse_results
@@ -14,7 +14,7 @@ from ping_llm.data.ingest.prepare import prepare
 from ping_llm.data.ingest.results import DROPPED_LINES
 from ping_llm.data.ingest.tasks import MapTask, map_dump
 from ping_llm.data.ingest.traceroute import REPLIES
-from ping_llm.data.ingest.unpack import DamagedDump, read_lines
+from ping_llm.data.ingest.unpack import DamagedDump
 
 MODES = st.sampled_from(["off", "target", "hops"])
 PACKETS = st.sampled_from(["one", "all"])

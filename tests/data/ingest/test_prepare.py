@@ -6,14 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from paths import SHARED_DATA
-from pings import ndjson, ping, write
+from pings import ndjson, ping, read_lines, write
 
 from ping_llm.data.ingest import prepare as prepare_module
 from ping_llm.data.ingest import tasks
 from ping_llm.data.ingest.prepare import prepare, summary
 from ping_llm.data.ingest.results import DROPPED_LINES
 from ping_llm.data.ingest.splits import PARTS
-from ping_llm.data.ingest.unpack import read_lines
 from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import RowReader
 

@@ -11,14 +11,14 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pings import ndjson, ping, write
+from pings import ndjson, ping, read_lines, write
 
 from ping_llm.data.ingest import atlas, unpack
 from ping_llm.data.ingest.tasks import MapTask, map_dump
 
 
 def read(path):
-    return b"".join(unpack.read_lines(path))
+    return b"".join(read_lines(path))
 
 
 @pytest.mark.parametrize("suffix", ["bz2", "gz", "zst", "ndjson"])
@@ -43,7 +43,7 @@ def test_a_truncated_stream_gives_what_it_holds_then_names_the_byte(tmp_path, su
     path = write(tmp_path / f"a.{suffix}", ndjson(*(ping(msm_name=text) for text in noise)))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 3 // 4])
-    size, blocks = path.stat().st_size, unpack.read_lines(path)
+    size, blocks = path.stat().st_size, read_lines(path)
     readable = b""
     with pytest.raises(unpack.DamagedDump, match=rf"a.{suffix} is cut off: .* byte {size:,}; get it again"):
         for block in blocks:
@@ -68,7 +68,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
     with pytest.raises(
         unpack.DamagedDump, match=r"mem cannot be read at byte 0 \(Input/output error\); check the file"
     ):
-        list(unpack.read_lines(unreadable))
+        list(read_lines(unreadable))
     report = map_dump(MapTask(unreadable, "mem", tmp_path / "input-00000", 2, "one", 86_400))
     assert "cannot be read at byte 0" in report["problem"]
 
@@ -91,7 +91,7 @@ def test_api_arrays_become_lines(tmp_path, monkeypatch, indent, block):
 def test_a_truncated_array_gives_its_whole_elements_and_is_an_error(tmp_path, cut):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([ping(timestamp=i) for i in range(1, 30)])[:-cut])
-    blocks, lines = unpack.read_lines(path), []
+    blocks, lines = read_lines(path), []
     with pytest.raises(unpack.DamagedDump, match=r"a\.json is cut off"):
         for block in blocks:
             lines += block.splitlines()
@@ -108,8 +108,8 @@ def test_an_enormous_line_counts_as_one_malformed_line(tmp_path):
     good = ndjson(ping())
     path = write(tmp_path / "a", good + b'{"fw":1,"a":"' + b"x" * (20 << 20) + b'"}\n' + good)
     chunks = [
-        atlas.parse_results(c.path, c.lines)
-        for c in unpack.read_chunks(path, tmp_path / "scratch", chunk_bytes=1 << 16)
+        atlas.parse_results(tmp_path / "scratch", lines)
+        for lines in unpack.read_chunks(path, tmp_path / "scratch", chunk_bytes=1 << 16)
     ]
     assert sum(table.num_rows for table, _ in chunks) == 2
     assert sum(dropped["malformed_json"] for _, dropped in chunks) == 1

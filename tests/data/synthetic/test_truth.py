@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from ping_llm.data.synthetic.truth import ANYCAST, TrueRTT, Truth, draw_packets
+from ping_llm.data.synthetic.truth import ANYCAST, TrueRTT, Truth
 from ping_llm.data.synthetic.world import build_world
 
 START_S = 1_767_225_600  # 2026-01-01T00:00:00Z
@@ -84,19 +84,6 @@ DISTRIBUTIONS = st.builds(
 )
 
 
-def pdf(true, rtt_ms):
-    """Density per ms, of the shape of rtt_ms."""
-    excess = np.maximum(np.asarray(rtt_ms, float)[..., None] - true.floor_ms, 1e-300)
-    odds = (excess / true.scale_ms) ** true.shape
-    return (true.shape / excess * odds / (1 + odds) ** 2) @ true.weights
-
-
-def sample(true, n, rng):
-    """(n,) RTTs in ms of n packets, −1 for those without a reply."""
-    part = rng.integers(len(true.shape), size=n)
-    return draw_packets(true.loss[part], true.floor_ms[part], true.scale_ms[part], true.shape[part], rng)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(DISTRIBUTIONS, st.floats(0.001, 0.999))
 def test_quantile_inverts_the_cdf(true, q):
@@ -109,7 +96,7 @@ def test_density_integrates_to_the_cdf_and_quantiles_to_the_mean(true):
     low, high = float(true.floor_ms.min()), float(true.quantile(0.95))
     kinks = sorted({low, *true.floor_ms.tolist(), *true.quantile([0.1, 0.5, 0.9]).tolist(), high})
     inside = [point for point in kinks if point <= high]
-    mass = sum(integrate.quad(lambda x: pdf(true, x), a, b)[0] for a, b in itertools.pairwise(inside))
+    mass = sum(integrate.quad(lambda x: true.pdf(x), a, b)[0] for a, b in itertools.pairwise(inside))
     assert mass == pytest.approx(0.95, abs=1e-5)
     u = (np.arange(200_000) + 0.5) / 200_000
     parts = [
@@ -123,7 +110,7 @@ def test_samples_follow_the_mixture_and_its_loss(truth):
     probe = truth.world["probes"][0]
     target = next(m["dst_addr"] for m in truth.world["measurements"] if m["built_in"] and m["ip_version"] == 4)
     true = truth.rtt_distribution(probe["ipv4"], target)
-    rtt_ms = sample(true, 20_000, np.random.default_rng(1))
+    rtt_ms = true.sample(20_000, np.random.default_rng(1))
     assert stats.kstest(true.cdf(rtt_ms[rtt_ms >= 0]), "uniform").pvalue > 0.01
     assert stats.binomtest(int((rtt_ms < 0).sum()), len(rtt_ms), true.p_fail).pvalue > 0.01
     assert abs(true.cdf(true.median) - 0.5) < 1e-9

@@ -62,7 +62,8 @@ def parse_results(
     `packets`: see measure_pings and measure_traceroutes. `max_clock_skew_s` bounds `lts`, the seconds since the clock was
     set. Unless `traceroute` is "off", the counters hold what became of the replies too, by the names in REPLIES.
     """
-    fields = _read(path, max_clock_skew_s, traceroute != "off")
+    parameters = {"path": glob.escape(str(path)), "max_clock_skew_s": max_clock_skew_s}
+    fields = database().sql(_query(traceroute != "off"), params=parameters).to_arrow_table().combine_chunks()
     counters = Counter(blank_line=lines - fields.num_rows)  # DuckDB passes over them in silence
     assert counters["blank_line"] >= 0, f"{fields.num_rows} rows of {lines} lines in {path}"
     tables = []
@@ -76,14 +77,9 @@ def parse_results(
     return pa.concat_tables([table, *tables]), dict(counters)
 
 
-def _read(path: Path, max_clock_skew_s: int, with_hops: bool) -> pa.Table:
-    """The fields of each line that is not blank, under one name over all firmware."""
-    parameters = {"path": glob.escape(str(path)), "max_clock_skew_s": max_clock_skew_s}
-    return database().sql(_query(with_hops), params=parameters).to_arrow_table().combine_chunks()
-
-
 @cache
 def _query(with_hops: bool) -> str:
+    """The fields of each line that is not blank, under one name over all firmware."""
     columns = _TRACEROUTE_COLUMNS if with_hops else _COLUMNS
     return f"""
     SELECT {" AND ".join(f'"{name}" IS NULL' for name in columns)} AS malformed_json,

@@ -25,22 +25,19 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from ping_llm.system.files import write_atomically
 
 LONGEST_BACKOFF_S = 60.0
-LONGEST_RETRY_AFTER_S = 600.0
-"""If a server demands a longer wait, the command says so and ends."""
-
+LONGEST_RETRY_AFTER_S = 600.0  # if a server demands a longer wait, the command says so and ends
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
 _DETAIL_BYTES = 4096
 _BZ2_MAGIC = b"BZh"
+_VALIDATORS = ("etag", "last_modified")
 T = TypeVar("T")
 
 
 class Transient(Exception):
     """A failure that another try may not meet."""
 
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s  # demanded by the server
-        self.kept = 0  # bytes that the next try need not fetch again
+    wait_s = 0.0  # demanded by the server
+    kept = 0  # bytes that the next try need not fetch again
 
 
 class Refused(ValueError):
@@ -154,24 +151,17 @@ class Client:
                     )
                 yield response
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            reason = f"{urlsplit(url).netloc} cannot be reached ({str(error) or type(error).__name__})"
+            reason = f"no whole answer from {urlsplit(url).netloc} ({str(error) or type(error).__name__})"
             if self._reached:
                 raise Transient(reason) from None
             raise ValueError(f"{reason}; is this machine offline, or the address wrong?") from None
 
     def blocks(self, response: httpx.Response) -> Iterator[bytes]:
-        """The body of an answer as it comes in; Transient if it breaks off before its promised end."""
-        received = 0
-        try:
-            for block in response.iter_raw():
-                if self._stopped.is_set():
-                    raise Stopped
-                received += len(block)
-                yield block
-        except httpx.TransportError:
-            promised = _bytes(response)
-            of_all = "" if promised is None else f" of {promised:,}"
-            raise Transient(f"the answer broke off after {received:,}{of_all} bytes") from None
+        """The body of an answer as it comes in."""
+        for block in response.iter_raw():
+            if self._stopped.is_set():
+                raise Stopped
+            yield block
 
     def _sleep(self, seconds: float) -> None:
         if self._clock.wait(self._stopped, max(seconds, 0.0)):
@@ -190,12 +180,13 @@ def download_file(client: Client, url: str, part: Path, progress: Callable[[floa
         headers = {"Range": f"bytes={have}-", "If-Range": version["etag"] or version["last_modified"]} if have else {}
         try:
             with client.get(url, headers) as response:
-                if response.status_code == httpx.codes.PARTIAL_CONTENT:
-                    _check_range(response, have, version)
-                else:
-                    have, version = 0, _version(response, url)
+                now = _version(response, url)
+                if response.status_code != httpx.codes.PARTIAL_CONTENT:
+                    have, version = 0, now
                     part.write_bytes(b"")  # before the note: an empty part never resumes
                     write_atomically(note, json.dumps(version))
+                elif not have or not _continues(response, now, have, version):
+                    raise Refused("another part of a file than was requested", response.status_code)
                 with part.open("ab") as file:
                     for block in client.blocks(response):
                         file.write(block)
@@ -210,13 +201,12 @@ def download_file(client: Client, url: str, part: Path, progress: Callable[[floa
                 raise
             note.unlink(missing_ok=True)
             raise Transient("the file changed on the server; from its beginning") from None
-    assert version["bytes"] in (None, part.stat().st_size), part
     with part.open("rb") as file:
         begin = file.read(len(_BZ2_MAGIC))
     if begin != _BZ2_MAGIC:
         note.unlink()
         raise Transient(f"no .bz2 file came, but one that begins with {begin!r}")
-    return {name: version[name] for name in ("etag", "last_modified")}
+    return {name: version[name] for name in _VALIDATORS}
 
 
 def download_results(
@@ -232,20 +222,19 @@ def download_results(
         with gzip.GzipFile("", "wb", 6, raw, mtime=0) if packed else nullcontext(raw) as file:
             for block in client.blocks(response):
                 file.write(block)
-                head = (head + block)[:_DETAIL_BYTES]
-                tail = (tail + block)[-_DETAIL_BYTES:]
+                head, tail = (head + block)[:_DETAIL_BYTES], (tail + block)[-_DETAIL_BYTES:]
                 newlines += block.count(b"\n")
         version = _version(response, url)
     if newlines <= 1 and re.match(rb'\s*\{\s*"error"\s*:', head):
         raise Transient(f"the server answered with an error ({_detail(head)})")
     begin, end, nothing = {"txt": (b"{", b"}", b""), "json": (b"[", b"]", b"[]")}[format]
-    empty = re.sub(rb"\s", b"", head) == nothing
+    empty = b"".join(head.split()) == nothing
     if not empty and not head.lstrip().startswith(begin):
         raise Transient(f"no results came, but what begins with {head[:40]!r}")
     if not empty and not tail.rstrip().endswith(end):
         raise Transient(f"the results break off; they end with {tail[-40:]!r}")
     lines = {"results": 0 if empty else newlines + (not tail.endswith(b"\n"))} if format == "txt" else {}
-    return {"empty": empty, **lines, "etag": version["etag"], "last_modified": version["last_modified"]}
+    return {"empty": empty, **lines, **{name: version[name] for name in _VALIDATORS}}
 
 
 def _resume_point(part: Path, note: Path, url: str) -> tuple[int, dict[str, Any]]:
@@ -254,33 +243,23 @@ def _resume_point(part: Path, note: Path, url: str) -> tuple[int, dict[str, Any]
         have, version = part.stat().st_size, json.loads(note.read_text())
     except (FileNotFoundError, ValueError):
         return 0, {}
-    known = version["url"] == url and version["bytes"] is not None and (version["etag"] or version["last_modified"])
+    known = version["url"] == url and version["bytes"] is not None and any(version[name] for name in _VALIDATORS)
     return (have, version) if known and have <= version["bytes"] else (0, {})
 
 
 def _version(response: httpx.Response, url: str) -> dict[str, Any]:
-    """What tells this version of a file from another; a weak ETag does not."""
-    etag = response.headers.get("ETag")
-    return {
-        "url": url,
-        "bytes": _bytes(response),
-        "etag": None if etag and etag.startswith("W/") else etag,
-        "last_modified": response.headers.get("Last-Modified"),
-    }
+    """What distinguishes this version of a file from another; a weak ETag does not."""
+    headers = response.headers
+    size, etag = headers.get("Content-Length", ""), headers.get("ETag", "")
+    etag = None if not etag or etag.startswith("W/") else etag
+    size = int(size) if size.isdigit() else None
+    return {"url": url, "bytes": size, "etag": etag, "last_modified": headers.get("Last-Modified")}
 
 
-def _check_range(response: httpx.Response, have: int, version: dict[str, Any]) -> None:
-    """Raises Refused unless the answer is the rest of the file that was begun."""
-    now = _version(response, "")
-    same = have and all(now[name] in (None, version[name]) for name in ("etag", "last_modified"))
-    if not same or response.headers.get("Content-Range") != f"bytes {have}-{version['bytes'] - 1}/{version['bytes']}":
-        raise Refused("another part of a file than was requested", response.status_code)
-
-
-def _bytes(response: httpx.Response) -> int | None:
-    """The length of an answer, if the server says it beforehand."""
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
+def _continues(response: httpx.Response, now: dict[str, Any], have: int, version: dict[str, Any]) -> bool:
+    """Whether a partial answer, of the version `now`, is the rest of the version that was begun."""
+    same = all(now[name] in (None, version[name]) for name in _VALIDATORS)
+    return same and response.headers.get("Content-Range") == f"bytes {have}-{version['bytes'] - 1}/{version['bytes']}"
 
 
 def _refusal(url: str, response: httpx.Response) -> Exception:
@@ -291,7 +270,9 @@ def _refusal(url: str, response: httpx.Response) -> Exception:
         if wait_s > LONGEST_RETRY_AFTER_S:
             text = f"{urlsplit(url).netloc} asks to wait {wait_s:,.0f} s ({status})"
             return ValueError(f"{text}; run the command again after that: it continues")
-        return Transient(status, wait_s)
+        error = Transient(status)
+        error.wait_s = wait_s
+        return error
     detail = _detail(next(response.iter_raw(_DETAIL_BYTES), b""))
     return Refused(f"{url}: {status}{detail and f' ({detail})'}", response.status_code)
 

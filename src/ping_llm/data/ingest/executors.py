@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from threading import Lock
@@ -25,8 +24,7 @@ from ping_llm.data.ingest.job_array import Report, TaskFile
 from ping_llm.system.processes import end_with_parent
 
 LOCAL, ARRAY, DASK, DASK_LOCAL, DASK_SLURM, DASK_AT = "local", "array", "dask", "dask-local", "dask-slurm", "dask="
-JOB_MEMORY = "2GB"
-"""Requested of SLURM for a worker; one takes below 1 GB."""
+JOB_MEMORY = "2GB"  # requested of SLURM for a worker; one takes below 1 GB
 CONNECT_TIMEOUT_S = 30
 _WORKER_DIED = (
     "a worker was killed, most likely for want of memory; repeat the command with fewer --workers: it continues"
@@ -52,10 +50,20 @@ def open_executor(name: str, workers: int) -> Iterator[Executor]:
         elif name == ARRAY:
             yield TaskFile()
         else:
-            with _dask_cluster(name, workers) as cluster, _dask_client(cluster) as pool:
-                yield pool
-    except BrokenProcessPool:
-        raise ValueError(_WORKER_DIED) from None
+            from distributed import Client
+
+            with _dask_cluster(name, workers) as cluster:
+                try:
+                    client = Client(cluster, timeout=CONNECT_TIMEOUT_S)
+                except (OSError, ValueError) as error:
+                    message = f"no Dask scheduler answers at {cluster} ({error}); start it, or check the address"
+                    raise ValueError(message) from None
+                with client:
+                    yield client.get_executor(pure=False)
+    except Exception as error:
+        if type(error).__name__ in ("BrokenProcessPool", "KilledWorker"):  # the latter is Dask's
+            raise ValueError(_WORKER_DIED) from None
+        raise
 
 
 def check_executor(name: str) -> None:
@@ -71,15 +79,15 @@ def run_tasks(
     pool: Executor, function: Callable[[Any], Report], tasks: Sequence[Any], done: Callable[[int, Report], None]
 ) -> list[Report]:
     """The reports of all tasks, in order; `done(i, report)` is called as each comes in, and may raise to stop the rest."""
-    if isinstance(pool, Inline | TaskFile):
+    if isinstance(pool, TaskFile):
         return pool.run(function, tasks, done)
     reports: list[Report] = [{}] * len(tasks)
-    futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
+    futures = {} if isinstance(pool, Inline) else {pool.submit(_run_alone, function, t): i for i, t in enumerate(tasks)}
+    arrived = ((futures[future], future.result()) for future in as_completed(futures))
     try:
-        for future in as_completed(futures):
-            i = futures[future]
-            reports[i] = future.result()
-            done(i, reports[i])
+        for i, report in arrived if futures else enumerate(map(function, tasks)):
+            reports[i] = report
+            done(i, report)
     except BaseException:
         for future in futures:
             future.cancel()
@@ -88,32 +96,13 @@ def run_tasks(
 
 
 class Inline(Executor):
-    """Runs each task at once, in this process."""
-
-    def run(
-        self, function: Callable[[Any], Report], tasks: Sequence[Any], done: Callable[[int, Report], None]
-    ) -> list[Report]:
-        """The reports of all tasks, as `run_tasks` gives them."""
-        reports = []
-        for i, task in enumerate(tasks):
-            reports.append(function(task))
-            done(i, reports[-1])
-        return reports
+    """Stands for this process: `run_tasks` runs each task at once."""
 
 
-class _OneATime(Executor):
-    """Lets no worker run two tasks at once, however many threads it has: they would share a connection to DuckDB."""
-
-    def __init__(self, pool: Executor) -> None:
-        self.pool = pool
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
-        return self.pool.submit(_run_alone, function, *args, **named)
-
-
-def _run_alone(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _run_alone(function: Callable[[Any], Report], task: Any) -> Report:
+    """No worker runs two tasks at once, however many threads it has: they would share a connection to DuckDB."""
     with _task_lock:
-        return function(*args, **named)
+        return function(task)
 
 
 @contextmanager
@@ -137,18 +126,3 @@ def _dask_cluster(name: str, workers: int) -> Iterator[object]:
         with SLURMCluster(**wanted) as cluster:
             cluster.scale(jobs=workers)
             yield cluster
-
-
-@contextmanager
-def _dask_client(cluster: object) -> Iterator[Executor]:
-    from distributed import Client, KilledWorker
-
-    try:
-        client = Client(cluster, timeout=CONNECT_TIMEOUT_S)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no Dask scheduler answers at {cluster} ({error}); start it, or check the address") from None
-    with client:
-        try:
-            yield _OneATime(client.get_executor(pure=False))
-        except KilledWorker:
-            raise ValueError(_WORKER_DIED) from None

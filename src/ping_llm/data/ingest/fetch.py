@@ -28,14 +28,13 @@ RECORD_NAME = "fetch.json"
 ATTRIBUTION_NAME = "ATTRIBUTION.txt"
 SCRATCH_NAME = ".fetch"
 KEY_VARIABLE = "RIPE_ATLAS_API_KEY"
-ARCHIVE_DAYS = 30
-"""The archive keeps its hourly dumps for about so long."""
+ARCHIVE_DAYS = 30  # the archive keeps its hourly dumps for about so long
 MAX_FILES = 100_000
 ATTRIBUTION = (
     "Data: RIPE Atlas, https://atlas.ripe.net, a service of the RIPE NCC. Its terms apply, and ask that it is named as the "
     "source: https://atlas.ripe.net/legal/terms-conditions/"
 )
-_HOUR_S = 3600
+_HOUR_S, _DAY_S = 3600, 86_400
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def hourly_dumps(archive: str, kind: str, days: str, hours: Sequence[int] = ()) 
     for number in range((last - first).days + 1):
         day = first + timedelta(number)
         for hour in sorted(set(hours)) or range(24):
-            start_s = int(datetime(day.year, day.month, day.day, hour, tzinfo=UTC).timestamp())
-            name = f"{kind}-{day}T{hour:02}00.bz2"
+            name, begin = f"{kind}-{day}T{hour:02}00.bz2", datetime(day.year, day.month, day.day, hour, tzinfo=UTC)
+            start_s = int(begin.timestamp())
             wanted.append(Wanted(name, _checked_base(archive), f"{day}/{name}", "bz2", start_s, start_s + _HOUR_S))
     return wanted
 
@@ -233,34 +232,33 @@ def _fetch_one(file: Wanted, ledger: Ledger, client: Client, progress: Callable[
     try:
         answer = client.persist(file.name, attempt)
     except Refused as error:
-        hint = _hint(file, error.status)
-        if error.status == 404 and file.format == "bz2" and not _is_past_archive(file):
-            return f"{error}: {hint}"
-        raise ValueError(f"{error}: {hint}" if hint else str(error)) from None
+        hint, for_all = _hint(file, error.status)
+        text = f"{error}: {hint}" if hint else str(error)
+        if for_all:
+            raise ValueError(text) from None
+        return text
     ledger.add(file, part, answer)
     part.with_name(f"{part.name}.json").unlink(missing_ok=True)
     progress(1.0)
     return None
 
 
-def _hint(file: Wanted, status: int) -> str:
-    """What a refusal most likely means."""
+def _hint(file: Wanted, status: int) -> tuple[str, bool]:
+    """What a refusal most likely means, and whether the other files would meet it too."""
     if file.format != "bz2":
         key = (
             f"if the measurement is not public, give a key that may read it in the environment variable {KEY_VARIABLE}"
         )
-        return {401: key, 403: key, 404: "there is no such measurement; check its id"}.get(status, "")
+        return {401: key, 403: key, 404: "there is no such measurement; check its id"}.get(status, ""), True
     if status != 404:
-        return ""
-    if _is_past_archive(file):
-        return f"the archive keeps about {ARCHIVE_DAYS} days; older results come by measurement: --msm ID --start … --stop …"
-    if file.stop_s > time.time() - 24 * _HOUR_S:
-        return "the dump of that hour is not published yet; try again later"
-    return "the archive does not have that hour"
-
-
-def _is_past_archive(file: Wanted) -> bool:
-    return file.stop_s < time.time() - ARCHIVE_DAYS * 24 * _HOUR_S
+        return "", True
+    age_s = time.time() - file.stop_s
+    if age_s > ARCHIVE_DAYS * _DAY_S:
+        older = "older results come by measurement: --msm ID --start … --stop …"
+        return f"the archive keeps about {ARCHIVE_DAYS} days; {older}", True
+    if age_s < _DAY_S:
+        return "the dump of that hour is not published yet; try again later", False
+    return "the archive does not have that hour", False
 
 
 def _checked_base(url: str) -> str:

@@ -19,13 +19,20 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from ping_llm.data.ingest.splits import SplitRule
+import cattrs
+
 from ping_llm.data.ingest.tasks import REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
 from ping_llm.system.files import write_atomically
 
 Report = dict[str, Any]  # of a finished task, as JSON
 TASKS_NAME = "tasks.json"
 TASKS_LEFT = os.EX_TEMPFAIL
+_KINDS: dict[str, tuple[Callable[[Any], Report], type[MapTask] | type[ReduceTask]]] = {
+    "map_dump": (map_dump, MapTask),
+    "reduce_bucket": (reduce_bucket, ReduceTask),
+}
+_CONVERTER = cattrs.Converter()
+_CONVERTER.register_structure_hook(Path, lambda text, _: Path(text))
 
 
 class TaskFile(Executor):
@@ -68,11 +75,11 @@ def read_tasks(path: Path) -> tuple[Callable[[Any], Report], list[MapTask | Redu
     """What `TaskFile` wrote; ValueError if there is no such file or it is something else."""
     try:
         values = json.loads(path.read_text())
-        function, build = _KINDS[values["function"]]
-        return function, [build(task) for task in values["tasks"]]
+        function, kind = _KINDS[values["function"]]
+        return function, [_CONVERTER.structure(task, kind) for task in values["tasks"]]
     except FileNotFoundError:
         raise ValueError(f"no tasks in {path}; ping-llm prepare --executor array writes them") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, cattrs.BaseValidationError) as error:
         raise ValueError(f"{path} holds no tasks ({error!r}); run ping-llm prepare --executor array again") from None
 
 
@@ -85,23 +92,6 @@ def run_strided(path: Path, first: int, stride: int) -> None:
         report = function(task)
         said = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, (int, str)))
         print(f"{task.folder.name}: {said}", flush=True)
-
-
-def _map_task(values: dict[str, Any]) -> MapTask:
-    values.pop("threads", None)  # of an earlier version
-    return MapTask(**values | {name: Path(values[name]) for name in ("dump", "folder")})
-
-
-def _reduce_task(values: dict[str, Any]) -> ReduceTask:
-    paths: dict[str, Any] = {name: Path(values[name]) for name in ("sources", "folder")}
-    paths["inputs"] = tuple(map(Path, values["inputs"]))
-    return ReduceTask(**values | paths | {"rule": values["rule"] and SplitRule(**values["rule"])})
-
-
-_KINDS: dict[str, tuple[Callable[[Any], Report], Callable[[dict[str, Any]], MapTask | ReduceTask]]] = {
-    "map_dump": (map_dump, _map_task),
-    "reduce_bucket": (reduce_bucket, _reduce_task),
-}
 
 
 def main(argv: Sequence[str]) -> int:

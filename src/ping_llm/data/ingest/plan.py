@@ -12,8 +12,9 @@ from pathlib import PurePath
 from ping_llm.data.ingest.choices import Packets
 from ping_llm.data.ingest.splits import PARTS
 
-BUCKET_MEASUREMENTS = 1_000_000
-"""Aimed at; sorting and writing takes about 300 bytes each, and groups are of uneven size."""
+BUCKET_MEASUREMENTS = (
+    1_000_000  # aimed at; sorting and writing takes about 300 bytes each, and groups are of uneven size
+)
 MIN_BUCKETS = 4
 PACKETS_OF_A_RESULT = 3
 # Of a kind of dump: least bytes of a result (for the number of buckets only), usual bytes, results unpacked a second.
@@ -26,12 +27,9 @@ _KINDS = {
 }
 PARSE_RESULTS_PER_S = 500_000
 REDUCE_MEASUREMENTS_PER_S = 500_000
-ROW_BYTES = 7
-"""Of a measurement in the finished rows."""
-SHARD_BYTES = 90_000
-"""Of a shard that holds next to nothing: ArrayRecord fills blocks of 64 kB."""
-SCRATCH_BYTES = 25
-"""Of a measurement in the pieces between the two rounds."""
+ROW_BYTES = 7  # of a measurement in the finished rows
+SHARD_BYTES = 90_000  # of a shard that holds next to nothing: ArrayRecord fills blocks of 64 kB
+SCRATCH_BYTES = 25  # of a measurement in the pieces between the two rounds
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import glob
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -29,12 +30,12 @@ from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
 from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
 from ping_llm.data.ingest.splits import PARTS, SplitRule
 from ping_llm.data.ingest.tasks import (
+    ASIDE,
     CHUNK_BYTES,
     MapTask,
     ReduceTask,
     map_dump,
     merge_sources,
-    pieces_written,
     reduce_bucket,
 )
 from ping_llm.data.ingest.traceroute import REPLIES
@@ -49,8 +50,7 @@ STDIN = "-"
 _NO_DUMPS = ("truth.json", "fetch.json")  # the truth of a synthetic dump, the record of a fetch
 
 WATCH_EVERY_S = 1.0
-INLINE_S = 1.0
-"""What takes less is done in this process by default: to start others takes as long."""
+INLINE_S = 1.0  # what takes less is done in this process by default: to start others takes as long
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,8 @@ def prepare(
     rule = SplitRule() if split == "pingbench" else None
     with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
         folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
-        maps = [
-            MapTask(dump.path, dump.name, folder, plan.buckets, packets, max_clock_skew_s, traceroute)
-            for dump, folder in zip(dumps, folders, strict=True)
-        ]
+        options_of_map = (plan.buckets, packets, max_clock_skew_s, traceroute)
+        maps = [MapTask(d.path, d.name, folder, *options_of_map) for d, folder in zip(dumps, folders, strict=True)]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
         reduces = [
@@ -151,9 +149,15 @@ def _find_inputs(inputs: Sequence[str | Path], partial: Path) -> dict[Path, str]
     paths = {}
     for path in map(Path, inputs):
         if str(path) == STDIN:
-            paths[_spool_stdin(partial)] = "stdin"
+            partial.mkdir(parents=True, exist_ok=True)
+            with (partial / "stdin").open("wb") as file:  # another process can read it, and a second look can hash it
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+            paths[partial / "stdin"] = "stdin"
         elif path.is_dir():
-            paths |= {dump.resolve(): dump.name for dump in _dumps_in(path)}
+            dumps = [one for one in path.iterdir() if one.suffix in DUMP_SUFFIXES and one.name not in _NO_DUMPS]
+            if not dumps:
+                raise ValueError(f"{path} holds no dumps, that is, no files ending in {', '.join(DUMP_SUFFIXES)}")
+            paths |= {dump.resolve(): dump.name for dump in dumps}
         elif not path.exists():
             matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file()]
             if not matches:
@@ -184,22 +188,6 @@ def _read_inputs(paths: dict[Path, str]) -> list[Dump]:
         hashes = list(threads.map(file_sha256, paths))
     dumps = [Dump(path, name, path.stat().st_size, h) for (path, name), h in zip(paths.items(), hashes, strict=True)]
     return sorted(dumps, key=lambda dump: (dump.name, dump.sha256))
-
-
-def _dumps_in(folder: Path) -> list[Path]:
-    """The files of a folder that are named like dumps; the truth of a synthetic one and the record of a fetch are none."""
-    dumps = [path for path in folder.iterdir() if path.suffix in DUMP_SUFFIXES and path.name not in _NO_DUMPS]
-    if not dumps:
-        raise ValueError(f"{folder} holds no dumps, that is, no files ending in {', '.join(DUMP_SUFFIXES)}")
-    return dumps
-
-
-def _spool_stdin(partial: Path) -> Path:
-    """Standard input as a file, which another process can read and a second look can hash."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "stdin").open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-    return partial / "stdin"
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +247,9 @@ def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[C
 
         def watch() -> None:
             while not over.wait(WATCH_EVERY_S):
-                for name, pieces in pieces_written(scratch).items():
+                # Of the tasks that are at work, by the name that their folder will have
+                written = Counter(piece.parent.name.partition(".")[0] for piece in scratch.glob(f"*{ASIDE}/piece-*"))
+                for name, pieces in written.items():
                     dump = dumps[numbers[name]]
                     size = min(pieces * CHUNK_BYTES * packed_share(dump.name), 0.95 * dump.bytes)
                     reach(numbers[name], size / 1e6)

@@ -26,8 +26,7 @@ RESULT_SCHEMA = MEASUREMENT_SCHEMA.append(pa.field("packet", pa.uint32())).appen
 
 MAX_TIME_S = 2**32 - 1
 MIN_RTT_MS = 1e-6
-MAX_RTT_MS = 4_294_967.0
-"""2³² µs, 71 minutes, the end of the RTT code; a longer one is an error of the probe."""
+MAX_RTT_MS = 4_294_967.0  # 2³² µs, 71 minutes, the end of the RTT code; a longer one is an error of the probe
 MAX_CLOCK_SKEW_S = 86_400
 """Largest `lts`. At 20 ppm a clock that was set a day ago is off by 2 s, about the resolution of whole seconds."""
 

@@ -20,9 +20,7 @@ from ping_llm.data.ingest.unpack import DamagedDump
 from ping_llm.data.measurement import FAILED_RTT_MS
 
 MAGIC = b"PAR1"
-BATCH_ROWS = 200_000
-"""Rows parsed at once: about 100 MB with the texts of their addresses."""
-
+BATCH_ROWS = 200_000  # rows parsed at once: about 100 MB with the texts of their addresses
 _TIME_COLUMNS = ("event_time", "start_time")
 
 
@@ -40,20 +38,18 @@ def read_rows(path: Path) -> Iterator[pa.Table]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DamagedDump(
-            f"{path.name} is cut off or corrupt: no Parquet footer at byte {path.stat().st_size:,} "
-            f"({_first_line(error)}); get it again"
-        ) from None
+        where = f"no Parquet footer at byte {path.stat().st_size:,}"
+        raise DamagedDump(f"{path.name} is cut off or corrupt: {where} ({_cause(error)}); get it again") from None
     names = _needed_columns(file.schema_arrow, path.name)
     for group in range(file.num_row_groups):
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names):
                 yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
-            begin = min(_begin(file.metadata.row_group(group), i) for i in range(file.metadata.num_columns))
-            raise DamagedDump(
-                f"{path.name} is corrupt in row group {group}, from byte {begin:,} on ({_first_line(error)}); get it again"
-            ) from None
+            chunks = map(file.metadata.row_group(group).column, range(file.metadata.num_columns))
+            begin = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
+            where = f"in row group {group}, from byte {begin:,} on"
+            raise DamagedDump(f"{path.name} is corrupt {where} ({_cause(error)}); get it again") from None
 
 
 def parse_rows(rows: pa.Table, packets: Packets) -> tuple[pa.Table, dict[str, int]]:
@@ -62,7 +58,10 @@ def parse_rows(rows: pa.Table, packets: Packets) -> tuple[pa.Table, dict[str, in
     Rows of one packet each are all kept, whatever `packets` says: which of them are of one ping is unknown.
     """
     time = next(name for name in _TIME_COLUMNS if name in rows.column_names)
-    rows = rows.set_column(rows.column_names.index(time), "time_s", _seconds(rows[time]))
+    seconds = rows[time]
+    if pa.types.is_timestamp(seconds.type):  # without a zone it is UTC
+        seconds = seconds.cast(pa.timestamp("s", seconds.type.tz), safe=False)
+    rows = rows.set_column(rows.column_names.index(time), "time_s", seconds.cast(pa.int64(), safe=False))
     fields = database().from_arrow(rows).query("rows", _query(rows.schema)).to_arrow_table().combine_chunks()
     return measure_pings(fields, packets, rows_are_packets="pings" not in rows.column_names)
 
@@ -87,13 +86,6 @@ def _needed_columns(schema: pa.Schema, name: str) -> list[str]:
         if pa.types.is_float16(schema.field(column).type):
             raise DamagedDump(f"{name}: {column} is of type halffloat; make it a float or a double")
     return needed
-
-
-def _seconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Unix seconds; a timestamp without a zone is UTC."""
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s", column.type.tz), safe=False)
-    return column.cast(pa.int64(), safe=False)
 
 
 def _query(schema: pa.Schema) -> str:
@@ -156,11 +148,5 @@ def _packet_type(kind: pa.DataType) -> tuple[str, str, pa.StructType] | None:
     return (pings, element, kind) if pa.types.is_struct(kind) else None
 
 
-def _begin(group: pq.RowGroupMetaData, column: int) -> int:
-    """The first byte of a column of a row group."""
-    chunk = group.column(column)
-    return chunk.dictionary_page_offset or chunk.data_page_offset
-
-
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     return str(error).partition("\n")[0]

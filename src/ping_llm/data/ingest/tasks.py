@@ -38,9 +38,7 @@ CHUNK_BYTES = 64 << 20
 """Plain bytes parsed at once, some 140,000 results: the fixed cost of a query vanishes, and a worker's memory stays flat."""
 
 REPORT_NAME = "report.json"
-ASIDE = ".*.tmp"
-"""What follows the name of a folder while a task works on it."""
-
+ASIDE = ".*.tmp"  # what follows the name of a folder while a task works on it
 SOURCES_NAME = "sources.arrow"
 _SEEN_SCHEMA = pa.schema([("key", pa.binary(splits.KEY_BYTES)), ("address", pa.binary(ADDRESS_BYTES))])
 
@@ -89,7 +87,10 @@ def map_dump(task: MapTask) -> dict:
             counters.update(counts)
             if table.num_rows:
                 batches, sources = _bucketed(table, task.buckets)
-                _write_piece(aside / f"piece-{number:05d}.arrow", batches)
+                lz4 = pa.ipc.IpcWriteOptions(compression="lz4")
+                with pa.ipc.new_file(aside / f"piece-{number:05d}.arrow", RESULT_SCHEMA, options=lz4) as piece:
+                    for batch in batches:
+                        piece.write_batch(batch)
                 seen = pa.concat_tables([seen, sources]).group_by(_SEEN_SCHEMA.names).aggregate([])
     except DamagedDump as error:
         problem = str(error)
@@ -109,25 +110,23 @@ def reduce_bucket(task: ReduceTask) -> dict:
         return json.loads((task.folder / REPORT_NAME).read_text())
     aside = _fresh_folder(task.folder)
     results = _sorted_results(_read_bucket(task.inputs, task.bucket))
-    first, repeated = results.first_of_line, results.repeated
+    first, repeated = results["first_of_line"], results["repeated"]
     report: dict[str, Any] = {"kept": int((first & ~repeated).sum()), "duplicate": int((first & repeated).sum())}
     report["dropped_repeated"] = int(repeated.sum())
     results = results.take(~repeated)
-    part = np.zeros(len(results.time_s), dtype=np.uint8)
+    part = np.zeros(len(results["time_s"]), dtype=np.uint8)
     if task.rule:
-        sides = (results.src, results.src_addresses, results.dst, results.dst_addresses)
-        part = splits.assign_parts(results.groups, results.time_s, *sides, _load_sources(task.sources), task.rule)
+        sides = (results["src"], results.src_addresses, results["dst"], results.dst_addresses)
+        groups = Groups(results["group"], results.group_keys)
+        seen = pa.ipc.open_file(task.sources).read_all()
+        sources = Sources(byte_matrix(seen["address"]), byte_matrix(seen["owner"]), seen["held_out"].to_numpy())
+        part = splits.assign_parts(groups, results["time_s"], *sides, sources, task.rule)
     counts = np.bincount(part, minlength=DROPPED + 1).tolist()
     report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out_source": counts[DROPPED]}
-    report["clamped_rtt"] = clamped_rtts(results.rtt_ms[part != DROPPED])
+    report["clamped_rtt"] = clamped_rtts(results["rtt_ms"][part != DROPPED])
     index = _write_shards(aside, results, part, task.bucket)
     pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), aside / INDEX_NAME)
     return _finish(aside, task.folder, report)
-
-
-def pieces_written(scratch: Path) -> Counter[str]:
-    """How many pieces the tasks that are at work have written so far, by the name that their folder will have."""
-    return Counter(piece.parent.name.partition(".")[0] for piece in scratch.glob(f"*{ASIDE}/piece-*"))
 
 
 def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
@@ -143,80 +142,70 @@ def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
     _write_table(path, pa.table(columns))
 
 
-def _load_sources(path: Path) -> Sources:
-    table = pa.ipc.open_file(path).read_all()
-    return Sources(byte_matrix(table["address"]), byte_matrix(table["owner"]), table["held_out"].to_numpy())
-
-
 def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
     """Of each chunk of a dump: its lines, their measurements, and the counters of the rest."""
     if is_parquet(task.dump):
         for rows in read_rows(task.dump):
             yield len(rows), *parse_rows(rows, task.packets)
     else:
-        for chunk in read_chunks(task.dump, scratch, CHUNK_BYTES):
-            options = (task.packets, task.max_clock_skew_s, task.traceroute)
-            yield chunk.lines, *parse_results(chunk.path, chunk.lines, *options)
+        for lines in read_chunks(task.dump, scratch, CHUNK_BYTES):
+            yield lines, *parse_results(scratch, lines, task.packets, task.max_clock_skew_s, task.traceroute)
 
 
 @dataclass(frozen=True)
-class _SortedResults:
-    """The packets of a bucket by group, then time; `repeated` marks those that an earlier line gave already."""
+class _Results:
+    """The packets of a bucket. Columns, (n,) each: _COLUMNS, `group` and `repeated`; src and dst index addresses."""
 
-    groups: Groups
-    probe_id: np.ndarray
-    msm_id: np.ndarray
-    time_s: np.ndarray
-    src: np.ndarray
-    dst: np.ndarray
-    rtt_ms: np.ndarray
-    packet: np.ndarray
-    first_of_line: np.ndarray
-    repeated: np.ndarray
+    columns: dict[str, np.ndarray]
+    group_keys: np.ndarray
     src_addresses: np.ndarray
     dst_addresses: np.ndarray
 
-    def take(self, chosen: np.ndarray) -> _SortedResults:
-        """Those that an (n,) bool chooses."""
-        names = ("probe_id", "msm_id", "time_s", "src", "dst", "rtt_ms", "packet", "first_of_line", "repeated")
-        groups = Groups(self.groups.index[chosen], self.groups.keys)
-        return replace(self, groups=groups, **{name: getattr(self, name)[chosen] for name in names})
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def take(self, chosen: np.ndarray) -> _Results:
+        """Those that an (n,) bool or an index chooses."""
+        return replace(self, columns={name: column[chosen] for name, column in self.columns.items()})
 
 
-def _sorted_results(table: pa.Table) -> _SortedResults:
-    """Sorts by every column, so that the order in which the pieces came leaves no trace."""
+_COLUMNS = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
+
+
+def _sorted_results(table: pa.Table) -> _Results:
+    """By group, then time, then every column, so that the order in which the pieces came leaves no trace.
+
+    `repeated` marks those that an earlier line gave already.
+    """
     src, src_addresses = _ranked(table["src"])
     dst, dst_addresses = _ranked(table["dst"])
-    names = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
-    probe_id, msm_id, time_s, rtt_ms, packet, first = (table[name].to_numpy() for name in names)
-    groups = splits.group_measurements(probe_id, src, src_addresses)
-    when = groups.index << 32 | time_s
-    pair = dst << 32 | src
-    order = np.lexsort((first, rtt_ms.view(np.uint32), packet, pair, msm_id, when))  # as bits, −1 comes after every RTT
+    columns = {name: table[name].to_numpy() for name in _COLUMNS} | {"src": src, "dst": dst}
+    groups = splits.group_measurements(columns["probe_id"], src, src_addresses)
+    when, pair = groups.index << 32 | columns["time_s"], dst << 32 | src
+    same = (columns["packet"], pair, columns["msm_id"], when)
+    # RTTs as bits: −1 comes after every RTT
+    order = np.lexsort((columns["first_of_line"], columns["rtt_ms"].view(np.uint32), *same))
     repeated = np.zeros(len(order), dtype=bool)
-    repeated[1:] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in (when, msm_id, pair, packet)])
-    probe_id, msm_id, time_s, src, dst = (column[order] for column in (probe_id, msm_id, time_s, src, dst))
-    groups, rtt_ms, packet, first = Groups(groups.index[order], groups.keys), rtt_ms[order], packet[order], first[order]
-    columns = (probe_id, msm_id, time_s, src, dst, rtt_ms, packet, first)
-    return _SortedResults(groups, *columns, repeated, src_addresses, dst_addresses)
+    repeated[order[1:]] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in same])
+    columns |= {"group": groups.index, "repeated": repeated}
+    return _Results(columns, groups.keys, src_addresses, dst_addresses).take(order)
 
 
-def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucket: int) -> list[dict]:
+def _write_shards(folder: Path, results: _Results, part: np.ndarray, bucket: int) -> list[dict]:
     """One shard for each part that has measurements; gives their lines of the index."""
     index = []
     for number, name in enumerate(PARTS):
         held = results.take(part == number)
-        if not len(held.time_s):
+        if not len(held["time_s"]):
             continue
-        borders = np.flatnonzero(np.diff(held.groups.index, prepend=-1, append=-1))
+        borders = np.flatnonzero(np.diff(held["group"], prepend=-1, append=-1))
         with ShardWriter(folder / f"{name}.arrayrecord", name, bucket) as shard:
             for begin, end in pairwise(borders.tolist()):
-                columns = (held.time_s, held.msm_id, held.src, held.dst, held.rtt_ms)
-                time_s, msm_id, src, dst, rtt_ms = (column[begin:end] for column in columns)
+                names = ("time_s", "msm_id", "src", "dst", "rtt_ms")
+                time_s, msm_id, src, dst, rtt_ms = (held[column][begin:end] for column in names)
                 addresses = held.src_addresses, held.dst_addresses
-                shard.write(
-                    ProbeRow.from_codes(int(held.probe_id[begin]), time_s, msm_id, src, dst, rtt_ms, *addresses)
-                )
+                probe_id = int(held["probe_id"][begin])
+                shard.write(ProbeRow.from_codes(probe_id, time_s, msm_id, src, dst, rtt_ms, *addresses))
         index += shard.index
     return index
 
@@ -252,12 +241,6 @@ def _read_bucket(inputs: Sequence[Path], bucket: int) -> pa.Table:
         with pa.memory_map(str(path)) as source:
             batches.append(pa.ipc.open_file(source).get_batch(bucket))
     return pa.Table.from_batches(batches, RESULT_SCHEMA)
-
-
-def _write_piece(path: Path, batches: list[pa.RecordBatch]) -> None:
-    with pa.ipc.new_file(path, RESULT_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -12,7 +12,6 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,21 +33,15 @@ class DamagedDump(ValueError):
     """A dump that cannot be read to its end; all that could be read was given out before."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A plain file of whole lines, cut from a dump."""
-
-    path: Path
-    lines: int  # blank ones too
-
-
-def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[Chunk]:
+def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[int]:
     """Cuts a dump into chunks of about `chunk_bytes`, all in the file `scratch`: each is overwritten by the next.
+
+    Gives the number of lines of each, blank ones too.
 
     Raises DamagedDump, after the last chunk, if the dump cannot be read to its end.
     """
     damage: list[str] = []
-    blocks, more = _lines(path, damage), True
+    blocks, more = read_lines(path, damage), True
     with scratch.open("wb") as file:
         while more:
             file.seek(0)  # over the chunk before: its pages are at hand, new ones would have to be cleared
@@ -62,22 +55,14 @@ def read_chunks(path: Path, scratch: Path, chunk_bytes: int) -> Iterator[Chunk]:
             file.truncate()
             file.flush()
             if lines:
-                yield Chunk(scratch, lines)
+                yield lines
     scratch.unlink()
     if damage:
         raise DamagedDump(damage[0])
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Blocks of whole lines of a dump, one result a line; DamagedDump at the end of what is readable."""
-    damage: list[str] = []
-    yield from _lines(path, damage)
-    if damage:
-        raise DamagedDump(damage[0])
-
-
-def _lines(path: Path, damage: list[str]) -> Iterator[bytes]:
-    """What `read_lines` gives; what is wrong with the dump is appended to `damage`, the cause first."""
+def read_lines(path: Path, damage: list[str]) -> Iterator[bytes]:
+    """Blocks of whole lines of a dump, one result a line; what is wrong with it is appended to `damage`, the cause first."""
     blocks = _unpack(path, damage)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
     if shape := _LATEST.match(first) or _ARRAY.match(first):

@@ -25,8 +25,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.99)
 TIME_STEPS_S = tuple(60 * minutes for minutes in (4, 20, 60, 240, 1440, 7 * 1440, 28 * 1440, 364 * 1440))
 """Whole numbers of the 240 s after which built-in measurements repeat: other steps would show beats."""
 MAX_TIME_STEPS = 240
-MAX_GAP_S = 86_400
-"""Longer gaps between measurements are counted as this one."""
+MAX_GAP_S = 86_400  # longer gaps between measurements are counted as this one
 BATCH_MEASUREMENTS = 1 << 18
 _MEDIAN_BITS = 11  # of an RTT code: 64 bins an octave, 1.1 % wide, for the medians of networks
 _COMPACT_AT = 1 << 20

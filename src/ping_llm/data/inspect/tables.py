@@ -11,13 +11,10 @@ from rich.text import Text
 
 from ping_llm.data.inspect.summary import MAX_GAP_S, QUANTILES, Summary, count_quantiles
 
-_FAMILIES = ("IPv4", "IPv6")
-_WIDTH = 80
-
 
 def print_summary(summary: Summary, top: int) -> None:
     """Prints all that `Summary.to_json` holds."""
-    console = Console(width=_WIDTH, highlight=False)
+    console = Console(width=80, highlight=False)
     for table in (_counters(summary), _contents(summary), _families(summary), _spreads(summary), _busy(summary, top)):
         if table.row_count:
             console.print(table)
@@ -46,11 +43,11 @@ def _counters(summary: Summary) -> Table:
 
 def _contents(summary: Summary) -> Table:
     tokens = summary.tokens_per_measurement()
-    days = (summary.last_time_s - summary.first_time_s) / 86_400
+    first, last = (dt.datetime.fromtimestamp(t, dt.UTC) for t in (summary.first_time_s, summary.last_time_s))
     table = _table("Contents", "", "")
     for name, value in {
-        "from": _time_text(summary.first_time_s),
-        "to": f"{_time_text(summary.last_time_s)} ({days:,.1f} days)",
+        "from": f"{first:%Y-%m-%d %H:%M:%S} UTC",
+        "to": f"{last:%Y-%m-%d %H:%M:%S} UTC ({(last - first).total_seconds() / 86_400:,.1f} days)",
         "packets": "one of each result" if summary.manifest.get("packets") == "one" else "all",
         "probes": f"{summary.probes:,}",
         "rows": f"{len(summary.row_measurements):,}",
@@ -66,7 +63,7 @@ def _contents(summary: Summary) -> Table:
 def _families(summary: Summary) -> Table:
     """RTT percentiles and failures of each address family that was pinged."""
     table = _table("RTT in ms", "", "pings", "failed", *(f"{q * 100:g} %" for q in QUANTILES))
-    for family, name in enumerate(_FAMILIES):
+    for family, name in enumerate(("IPv4", "IPv6")):
         count = summary.measurements[family]
         if count:
             quantiles = summary.rtt_quantiles_ms(family) or [np.nan] * len(QUANTILES)
@@ -105,10 +102,6 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 def _count_row(table: Table, name: str, count: int, total: int) -> None:
     table.add_row(name, f"{count:,}", f"{count / total:.1%}")
-
-
-def _time_text(time_s: int) -> str:
-    return f"{dt.datetime.fromtimestamp(time_s, dt.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _number(value: float) -> str:

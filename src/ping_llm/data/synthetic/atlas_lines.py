@@ -6,6 +6,7 @@ Python's `%` runs over whole columns (`map(template.__mod__, zip(…))`): no loo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -66,8 +67,31 @@ class LineWriter:
 
     def __init__(self, probes: list[dict[str, Any]], measurements: list[dict[str, Any]], interval_s: int) -> None:
         self._sorted = np.array([probe["firmware"] < FIRST_UNSORTED_FIRMWARE for probe in probes])
-        self._by_probe = _columns([_probe_fields(probe) for probe in probes])
-        self._by_measurement = _columns([_measurement_fields(m, interval_s) for m in measurements])
+        self._by_probe = _columns(
+            {
+                "fw": p["firmware"],
+                "mver": _MVER.get(p["firmware"], ""),
+                "prb_id": p["probe_id"],
+                "from_ipv4": p["ipv4"],
+                "from_ipv6": p["ipv6"] or "",
+                "src_ipv4": f'"src_addr":"{p["private_ipv4"] or p["ipv4"]}",' if p["reports_src"] else "",
+                "src_ipv6": f'"src_addr":"{p["ipv6"]}",' if p["reports_src"] else "",
+            }
+            for p in probes
+        )
+        self._by_measurement = _columns(
+            {
+                "af": m["ip_version"],
+                "msm_id": m["msm_id"],
+                "dst_addr": f'"dst_addr":"{m["dst_addr"]}",',
+                "dst_name": m["dst_name"],
+                "named": int(m["dst_name"] != m["dst_addr"]),
+                "group_id": "" if m["built_in"] else f'"group_id":{m["msm_id"]},',
+                "size": 32 if m["built_in"] else 64,
+                "step": interval_s,
+            }
+            for m in measurements
+        )
 
     def lines(self, results: Results) -> list[str]:
         """The n lines, without line ends, in the order of the results."""
@@ -147,32 +171,6 @@ def _entries(results: Results, replied: np.ndarray) -> np.ndarray:
     return joined
 
 
-def _probe_fields(probe: dict[str, Any]) -> dict[str, str | int]:
-    src = probe["private_ipv4"] or probe["ipv4"]
-    return {
-        "fw": probe["firmware"],
-        "mver": _MVER.get(probe["firmware"], ""),
-        "prb_id": probe["probe_id"],
-        "from_ipv4": probe["ipv4"],
-        "from_ipv6": probe["ipv6"] or "",
-        "src_ipv4": f'"src_addr":"{src}",' if probe["reports_src"] else "",
-        "src_ipv6": f'"src_addr":"{probe["ipv6"]}",' if probe["reports_src"] else "",
-    }
-
-
-def _measurement_fields(measurement: dict[str, Any], interval_s: int) -> dict[str, str | int]:
-    return {
-        "af": measurement["ip_version"],
-        "msm_id": measurement["msm_id"],
-        "dst_addr": f'"dst_addr":"{measurement["dst_addr"]}",',
-        "dst_name": measurement["dst_name"],
-        "named": int(measurement["dst_name"] != measurement["dst_addr"]),
-        "group_id": "" if measurement["built_in"] else f'"group_id":{measurement["msm_id"]},',
-        "size": 32 if measurement["built_in"] else 64,
-        "step": interval_s,
-    }
-
-
 def _fill(template: str, columns: dict[str, np.ndarray]) -> list[str]:
     """The template with its `%(name)d` and `%(name)s` filled from columns, one line a row."""
     names = re.findall(r"%\((\w+)\)", template)
@@ -185,7 +183,8 @@ def _texts(template: str, values: np.ndarray) -> np.ndarray:
     return np.array(list(map(template.__mod__, values.tolist())), dtype=object)
 
 
-def _columns(rows: list[dict[str, str | int]]) -> dict[str, np.ndarray]:
+def _columns(fields: Iterable[dict[str, str | int]]) -> dict[str, np.ndarray]:
     """Columns of rows, texts as objects: fixed-width text would be copied at its full width on every take."""
+    rows = list(fields)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: np.array(c, dtype=object if isinstance(c[0], str) else np.int64) for name, c in columns.items()}

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,11 @@ def synthesize(
     schedule = {"start_s": start_s, "end_s": start_s + round(days * DAY_S), "interval_s": interval_s}
     world["schedule"] = schedule | {"measured_share": measured_share}
     dump = Dump(world, Path(out))
-    _claim(dump)
+    dump.out.mkdir(parents=True, exist_ok=True)
+    path, text = dump.out / TRUTH_NAME, json.dumps(world, ensure_ascii=False, indent=1)
+    if path.read_text() != text if path.exists() else any(dump.out.glob("ping-*.bz2")):
+        raise ValueError(f"{out} holds another dump; name another folder, or delete this one first")
+    write_atomically(path, text)
     counts: Counter[str] = Counter()
     with show_progress("synth", dump.results, "results") as advance:
         for counted in _write_all(dump, min(workers or cores(), dump.files)):
@@ -243,34 +247,20 @@ def _check(
     return start_s
 
 
-def _claim(dump: Dump) -> None:
-    """Makes the folder and writes truth.json, unless the folder holds a dump of other arguments."""
-    dump.out.mkdir(parents=True, exist_ok=True)
-    path, text = dump.out / TRUTH_NAME, json.dumps(dump.world, ensure_ascii=False, indent=1)
-    held = {file.name for file in dump.out.glob("ping-*.bz2")}
-    if (path.exists() and path.read_text() != text) or (held and not path.exists()):
-        raise ValueError(f"{dump.out} holds another dump; name another folder, or delete this one first")
-    write_atomically(path, text)
-
-
 def _write_all(dump: Dump, workers: int) -> Iterator[Counter[str]]:
     """The counts of every file, as they are written by this process or by several."""
     if workers == 1:
         yield from map(dump.write, range(dump.files))
         return
     context = get_context("spawn")  # a fork would copy the locks of threads that the caller may run
-    with ProcessPoolExecutor(workers, context, _start_worker, (dump.world, dump.out, os.getpid())) as pool:
-        yield from pool.map(_write_in_worker, range(dump.files))
+    with ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),)) as pool:
+        yield from pool.map(partial(_write_in_worker, dump.out), range(dump.files))
 
 
-_worker_dump: Dump  # of a process that writes files
+def _write_in_worker(out: Path, i: int) -> Counter[str]:
+    return _dump_of_worker(out).write(i)
 
 
-def _start_worker(world: dict[str, Any], out: Path, parent: int) -> None:
-    global _worker_dump
-    end_with_parent(parent)
-    _worker_dump = Dump(world, out)
-
-
-def _write_in_worker(i: int) -> Counter[str]:
-    return _worker_dump.write(i)
+@cache
+def _dump_of_worker(out: Path) -> Dump:
+    return Dump(Truth.load(out).world, out)

@@ -49,7 +49,7 @@ _REGION, _NETWORK, _CATCHMENT, _SUBNET, _HOST, _DARK = range(1, 7)
 class TrueRTT:
     """The distribution of one packet: K shifted log-logistic ones mixed, K = 1 at a given time; each column is (K,).
 
-    `p_fail` is the probability of no reply; cdf, quantile, median and mean are of the RTT in ms given a reply.
+    `p_fail` is the probability of no reply; cdf, pdf, quantile, median and mean are of the RTT in ms given a reply.
     """
 
     loss: np.ndarray  # probability of no reply
@@ -68,9 +68,14 @@ class TrueRTT:
 
     def cdf(self, rtt_ms: np.ndarray | float) -> np.ndarray:
         """P(RTT ≤ rtt_ms), of the shape of rtt_ms."""
-        excess = np.maximum(np.asarray(rtt_ms, float)[..., None] - self.floor_ms, 0)  # (…, K)
-        odds = (excess / self.scale_ms) ** self.shape
+        odds = (self._excess_ms(rtt_ms) / self.scale_ms) ** self.shape
         return (odds / (1 + odds)) @ self.weights
+
+    def pdf(self, rtt_ms: np.ndarray | float) -> np.ndarray:
+        """Density per ms, of the shape of rtt_ms."""
+        excess_ms = self._excess_ms(rtt_ms)
+        odds = (excess_ms / self.scale_ms) ** self.shape
+        return (self.shape / np.maximum(excess_ms, 1e-300) * odds / (1 + odds) ** 2) @ self.weights
 
     def quantile(self, q: np.ndarray | float) -> np.ndarray:
         """The RTT in ms that a share q of the replies stays below, 0 ≤ q < 1; by bisection where K > 1."""
@@ -93,6 +98,15 @@ class TrueRTT:
     def mean(self) -> float:
         angle = np.pi / self.shape
         return float((self.floor_ms + self.scale_ms * angle / np.sin(angle)) @ self.weights)
+
+    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """(n,) RTTs in ms of n packets, −1 for those without a reply."""
+        part = rng.integers(len(self.shape), size=n)
+        return draw_packets(self.loss[part], self.floor_ms[part], self.scale_ms[part], self.shape[part], rng)
+
+    def _excess_ms(self, rtt_ms: np.ndarray | float) -> np.ndarray:
+        """(…, K) of an RTT over the floor, not below 0."""
+        return np.maximum(np.asarray(rtt_ms, float)[..., None] - self.floor_ms, 0)
 
 
 @dataclass(frozen=True)
@@ -215,8 +229,9 @@ class Truth:
         luck = _normal(self.seed, _CATCHMENT, src[:, None], dst[:, None], sites)
         site = np.where(self._has_site[dst], np.log(km) + _CATCHMENT_SPREAD * luck, np.inf).argmin(-1)
         src_region, dst_region = self._region[src, 0], self._region[dst, site]
-        region_detour = _normal(self.seed, _REGION, *_unordered(src_region, dst_region))
-        network_detour = _normal(self.seed, _NETWORK, *_unordered(src, dst))
+        # In ascending order: the path inflation is the same both ways.
+        region_detour = _normal(self.seed, _REGION, *np.sort([src_region, dst_region], axis=0))
+        network_detour = _normal(self.seed, _NETWORK, *np.sort([src, dst], axis=0))
         log_inflation = self._columns["detour"][src] + self._columns["detour"][dst]
         log_inflation = log_inflation + _REGION_SPREAD * region_detour + _NETWORK_SPREAD * network_detour
         inflation = np.exp(np.maximum(log_inflation, 0))  # never faster than the straight fibre
@@ -294,19 +309,13 @@ def _evening(time_s: np.ndarray | float, longitude: np.ndarray) -> np.ndarray:
     return np.exp(_PEAK_SHARPNESS * (np.cos((hour - _PEAK_HOUR) * (2 * np.pi / 24)) - 1))
 
 
-def _unordered(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pair in a canonical order: the path inflation is the same both ways."""
-    return np.minimum(a, b), np.maximum(a, b)
-
-
 def _pack(texts: Sequence[str]) -> np.ndarray:
     """(n, 16) packed addresses; ValueError names a text that is none."""
-    distinct = list(dict.fromkeys(texts))  # each is parsed once
-    packed, valid = pack_addresses(distinct)
+    distinct, index = np.unique(texts, return_inverse=True)  # each is parsed once
+    packed, valid = pack_addresses(distinct.tolist())
     if not valid.all():
-        pack_address(distinct[int(valid.argmin())])
-    position = {text: i for i, text in enumerate(distinct)}
-    return packed[[position[text] for text in texts]]
+        pack_address(str(distinct[valid.argmin()]))
+    return packed[index]
 
 
 def _words(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -96,7 +96,10 @@ def _network(
         base_4, base_6 = next(blocks_4[region]), next(blocks_6[region])
         prefixes = [f"{IPv4Address(base_4 | int(rng.integers(256)) << 8)}/24", f"{base_6.network_address}/48"]
     else:
-        prefixes = [_ipv4_prefix(next(blocks_4[region]), rng) for _ in range(int(rng.integers(1, 5)))]
+        prefixes = []
+        for _ in range(int(rng.integers(1, 5))):  # a /16 to /20 somewhere in a /16
+            base, length = next(blocks_4[region]), int(rng.integers(16, 21))
+            prefixes.append(f"{IPv4Address(base | int(rng.integers(1 << (length - 16))) << (32 - length))}/{length}")
         prefixes.append(str(next(blocks_6[region])))
     tunnelled = kind != ANYCAST and rng.random() < 0.2
     return {
@@ -154,12 +157,6 @@ def _ipv6_blocks(region: str, rng: np.random.Generator) -> Iterator[IPv6Network]
     for second in rng.permutation(1 << 16):
         yield IPv6Network(((lead << 16 | int(second)) << 96, 32))
     raise ValueError(f"{region} has no IPv6 block left; choose fewer probes and targets")
-
-
-def _ipv4_prefix(base: int, rng: np.random.Generator) -> str:
-    """A /16 to /20 somewhere in the /16 at `base`."""
-    length = int(rng.integers(16, 21))
-    return f"{IPv4Address(base | int(rng.integers(1 << (length - 16))) << (32 - length))}/{length}"
 
 
 def _members(networks: list[Entry], hosts: int, rng: np.random.Generator) -> list[Entry]:

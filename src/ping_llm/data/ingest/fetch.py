@@ -212,9 +212,9 @@ def _fetch_all(todo: Sequence[Wanted], ledger: Ledger, client: Client) -> list[s
         show_progress("fetch", len(todo), "files") as advance,
         ThreadPoolExecutor(client.manners.parallel) as threads,
     ):
-        reach = by_part(advance)
-        futures = [threads.submit(_fetch_one, file, ledger, client, partial(reach, file.name)) for file in todo]
-        try:
+        try:  # from the first file on: whatever ends this must wake the threads, or they wait as long as a server wishes
+            reach = by_part(advance)
+            futures = [threads.submit(_fetch_one, file, ledger, client, partial(reach, file.name)) for file in todo]
             return sorted(filter(None, (future.result() for future in as_completed(futures))))
         except BaseException:
             client.stop()

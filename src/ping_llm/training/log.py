@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
@@ -20,7 +21,7 @@ from ping_llm.system.files import write_atomically
 from ping_llm.training.metrics import METRICS_NAME, parse_line
 
 SAMPLES_NAME = "samples.txt"
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0  # at most, where the output is no terminal, but for evaluations
 
 
 class RunLog:
@@ -32,8 +33,11 @@ class RunLog:
 
     def __init__(self, config: Config, resumed_step: int | None) -> None:
         self.run_dir = config.train.run_dir
-        path = self.run_dir / METRICS_NAME
-        _truncate(path, -1 if resumed_step is None else resumed_step)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path, last = self.run_dir / METRICS_NAME, -1 if resumed_step is None else resumed_step
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [(line, parse_line(line)) for line in lines if line.endswith("\n")]  # damaged ones, too, are dropped
+        write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last))
         self.begun = self.last_line = time.monotonic()
         self.first_progress: float | None = None
         self.progress = 0.0
@@ -49,23 +53,31 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
-        try:
+        with contextlib.suppress(OSError):  # a full disk, which `write` has reported
             self.file.close()
-        except OSError:  # a full disk, which `_append` has reported
-            pass
-        finally:
-            if self.wandb is not None:
-                self.wandb.finish()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def write(self, step: int, **scalars: float) -> None:
         """Records scalars measured after `step` steps; what is not finite becomes null."""
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._append(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk: lines are lost, but the run goes on
+            self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
         trained, validated = _training_summary(scalars), _summary(scalars, _VALIDATION)
         if self.live is None:
-            self._print_line(step, "  ".join(filter(None, (trained, validated))), always=bool(validated))
+            now = time.monotonic()
+            if validated or now - self.last_line >= LINE_EVERY_S:
+                self.last_line = now
+                left = ""
+                if self.first_progress is not None and self.first_progress < self.progress < 1:
+                    seconds = (now - self.begun) * (1 - self.progress) / (self.progress - self.first_progress)
+                    left = f"  {self.progress:.0%}, {seconds / 60:.1f} min left"
+                print(f"step {step:,}  {'  '.join(filter(None, (trained, validated)))}{left}", flush=True)
             return
         if validated:
             self.note(f"step {step:,}  {validated}")
@@ -95,26 +107,6 @@ class RunLog:
         self.progress = progress
         if self.live is not None:
             self.live.update(self.live.task, completed=min(1.0, progress), step=f"{step:,}")
-
-    def _append(self, line: str) -> None:
-        """Adds to metrics.jsonl; on a full disk lines are lost, but the run goes on."""
-        try:
-            self.file.write(line)
-            self.file.flush()
-        except OSError as error:
-            self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
-
-    def _print_line(self, step: int, text: str, always: bool) -> None:
-        """A line where the output is no terminal: after each evaluation, otherwise at most every LINE_EVERY_S."""
-        now = time.monotonic()
-        if not always and now - self.last_line < LINE_EVERY_S:
-            return
-        self.last_line = now
-        left = ""
-        if self.first_progress is not None and self.first_progress < self.progress < 1:
-            seconds = (now - self.begun) * (1 - self.progress) / (self.progress - self.first_progress)
-            left = f"  {self.progress:.0%}, {seconds / 60:.1f} min left"
-        print(f"step {step:,}  {text}{left}", flush=True)
 
 
 class SilentLog:
@@ -162,14 +154,6 @@ def _training_summary(scalars: Mapping[str, float]) -> str:
     return f"loss {scalars['loss']:.4f}  bits a token: {bits}  {_summary(scalars, _TRAINING)}{skipped}"
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Drops the lines after a step, and those that are damaged, as the last one if it was cut while it was written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [(line, parse_line(line)) for line in lines if line.endswith("\n")]
-    write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last_step))
-
-
 class _LiveLines(Progress):
     """Two lines on a terminal that change in place: the progress of the run, and the values of its last step."""
 
@@ -193,18 +177,11 @@ def _start_wandb(config: Config) -> Any:
     id_file = config.train.run_dir / "wandb_id"  # drawn once: a continued run goes on in the same curves
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
+    train, run_id = config.train, id_file.read_text()
+    named: dict[str, Any] = {"project": train.wandb_project, "name": train.run_dir.name, "dir": train.run_dir}
     try:
-        return wandb.init(
-            project=config.train.wandb_project,
-            name=config.train.run_dir.name,
-            dir=config.train.run_dir,
-            config=config_to_dict(config),
-            mode=config.train.wandb,
-            id=id_file.read_text(),
-            resume="allow",
-        )
+        return wandb.init(config=config_to_dict(config), mode=train.wandb, id=run_id, resume="allow", **named)
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f'Weights & Biases did not start ({reason}); run "wandb login", or pass --train.wandb offline'
-        ) from None
+        advice = 'run "wandb login", or pass --train.wandb offline'
+        raise ValueError(f"Weights & Biases did not start ({reason}); {advice}") from None

@@ -36,7 +36,7 @@ class Metrics:
 
     steps: np.ndarray  # (n,) int64, each once
     columns: dict[str, np.ndarray]  # (n,) float64 each, NaN where a line has none or it was not finite
-    skipped: np.ndarray  # (n,) steps skipped since the line before
+    skipped: np.ndarray  # (n,) steps skipped since the line before; in runs without a counter, by the gradient norm
     damaged: int  # lines that could not be read
 
     def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -60,23 +60,24 @@ def read_metrics(run_dir: Path) -> Metrics:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise ValueError(
-            f'{path} cannot be read ({error.strerror}); pass a folder that "ping-llm train" wrote'
-        ) from None
+        advice = 'pass a folder that "ping-llm train" wrote'
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from None
     rows: dict[int, dict[str, Any]] = {}  # by step; of two lines of a step the later one counts
-    damaged = 0
-    for line in lines:
-        row = parse_line(line)
-        if row is None:
-            damaged += 1
-        else:
+    parsed = [parse_line(line) for line in lines]
+    for row in parsed:
+        if row is not None:
             rows.setdefault(row["step"], {}).update(row)
     if not rows:
         raise ValueError(f"{path} holds no line yet; wait for the first evaluation of the run, or start it again")
-    rows = dict(sorted(rows.items()))
-    names = sorted({name for row in rows.values() for name in row} - {"step"})
-    columns = {name: np.array([_finite(row.get(name)) for row in rows.values()]) for name in names}
-    return Metrics(np.array(list(rows)), columns, _skipped(list(rows.values())), damaged)
+    steps = sorted(rows)
+    names = {name for row in rows.values() for name in row} - {"step"}
+    columns = {name: np.array([_finite(rows[step].get(name)) for step in steps]) for name in sorted(names)}
+    counts = columns.get("skipped_steps", np.array([np.nan]))
+    if np.isnan(counts).all():
+        skipped = np.array([int("grad_norm" in rows[step] and rows[step]["grad_norm"] is None) for step in steps])
+    else:
+        skipped = np.diff(np.fmax.accumulate(np.fmax(counts, 0)), prepend=0).astype(int)  # fmax ignores NaN
+    return Metrics(np.array(steps), columns, skipped, parsed.count(None))
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
@@ -92,11 +93,3 @@ def parse_line(line: str) -> dict[str, Any] | None:
 def _finite(value: Any) -> float:
     """The value, or NaN if it is no finite number."""
     return value if type(value) in (int, float) and math.isfinite(value) else math.nan
-
-
-def _skipped(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Steps skipped since the line before, (n,): by the run's own counter, or by the gradient norm in runs without one."""
-    counts = np.array([_finite(row.get("skipped_steps")) for row in rows])
-    if np.isnan(counts).all():
-        return np.array([int("grad_norm" in row and row["grad_norm"] is None) for row in rows])
-    return np.diff(np.fmax.accumulate(np.fmax(counts, 0)), prepend=0).astype(int)  # fmax ignores NaN

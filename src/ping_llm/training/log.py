@@ -9,7 +9,6 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType

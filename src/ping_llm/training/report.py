@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.config import FIELDS, Config, config_to_dict
+from ping_llm.config import FIELDS, Config, TrainConfig, config_to_dict
 from ping_llm.model.checkpoint import load_config
 from ping_llm.system.files import write_atomically
 from ping_llm.training.metrics import LABELS, MACHINE_NAME, Metrics, read_metrics
@@ -40,39 +40,43 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     metrics, config = read_metrics(run_dir), load_config(run_dir)
+    curves = [f"`pip install 'ping-llm[plots]'`, then `ping-llm plot {run_dir}` draws them."]
+    if importlib.util.find_spec("matplotlib") is not None:
+        curves = [f"![{path.stem}]({path.relative_to(run_dir).as_posix()})" for path in plot_run(run_dir)]
     sections = {
-        "": _summary(metrics, config),
-        "Validation": _validation(metrics),
-        "Throughput": _throughput(metrics),
-        "Machine": _machine(run_dir / MACHINE_NAME),
-        "Curves": _curves(run_dir),
-        "Config": _config(config),
+        "": _summary(metrics, config.train if config else None),
+        "## Validation\n\n": _validation(metrics),
+        "## Throughput\n\n": _throughput(metrics),
+        "## Machine\n\n": _machine(run_dir / MACHINE_NAME),
+        "## Curves\n\n": curves,
+        "## Config\n\n": _config(config) if config else [],
     }
     text = f"# Run {run_dir.absolute().name}\n"
-    for title, lines in sections.items():
-        if lines:
-            text += "\n" + (f"## {title}\n\n" if title else "") + "\n".join(lines) + "\n"
-    path = run_dir / REPORT_NAME
-    write_atomically(path, text)
-    return path
+    text += "".join("\n" + title + "\n".join(lines) + "\n" for title, lines in sections.items() if lines)
+    write_atomically(run_dir / REPORT_NAME, text)
+    return run_dir / REPORT_NAME
 
 
 def to_toml(values: dict[str, Any]) -> str:
     """A config as `config_to_dict` gives it, or a part of one, as TOML."""
-    plain = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    blocks = ["\n".join(plain)] if plain else []
-    for key, table in values.items():
-        if isinstance(table, dict) and table:
-            blocks.append(f"[{key}]\n" + "\n".join(f"{name} = {_toml_value(value)}" for name, value in table.items()))
-    return "\n\n".join(blocks)
+
+    def lines(table: dict[str, Any]) -> str:
+        texts = {
+            k: json.dumps(v, ensure_ascii=False) if isinstance(v, str | bool) else repr(v) for k, v in table.items()
+        }
+        return "\n".join(f"{key} = {text}" for key, text in texts.items())
+
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    tables = {key: table for key, table in values.items() if isinstance(table, dict) and table}
+    blocks = [lines(plain)] if plain else []
+    return "\n\n".join([*blocks, *(f"[{key}]\n{lines(table)}" for key, table in tables.items())])
 
 
-def _summary(metrics: Metrics, config: Config | None) -> list[str]:
+def _summary(metrics: Metrics, train: TrainConfig | None) -> list[str]:
     """How long the run was, by its limits, and the best that it reached."""
-    train = config.train if config else None
     lengths: list[tuple[str, np.ndarray, float, Callable[[float], str]]] = [
-        ("steps", metrics.steps, train.total_steps if train else 0, _count),
-        ("tokens trained", metrics.known("tokens")[1], train.target_tokens if train else 0, _count),
+        ("steps", metrics.steps, train.total_steps if train else 0, "{:,.0f}".format),
+        ("tokens trained", metrics.known("tokens")[1], train.target_tokens if train else 0, "{:,.0f}".format),
         ("time in training steps", metrics.known("time_s")[1], 60 * train.max_minutes if train else 0, _duration),
     ]
     rows = [
@@ -129,41 +133,35 @@ def _machine(path: Path) -> list[str]:
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged; remove it to report without it")
-    machine: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    if isinstance(machine.get("peak_flops"), int | float):
-        machine["peak_flops"] /= 1e12
-    names = [name for name in _MACHINE_NAMES if name in machine] + sorted(machine.keys() - _MACHINE_NAMES.keys())
-    rows = [(_MACHINE_NAMES.get(name, name), _text(machine[name])) for name in names]
+    if isinstance(values.get("peak_flops"), int | float):
+        values["peak_flops"] /= 1e12
+    rows = []
+    for name in [*_MACHINE_NAMES, *sorted(values.keys() - _MACHINE_NAMES.keys())]:
+        value = values.get(name)
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, int | float):
+            value = f"{value:,}" if isinstance(value, int) else _number(value)
+        if value is not None:
+            rows.append((_MACHINE_NAMES.get(name, name), str(value)))
     return _table(("", ""), rows) if rows else []
 
 
-def _curves(run_dir: Path) -> list[str]:
-    if importlib.util.find_spec("matplotlib") is None:
-        return [f"`pip install 'ping-llm[plots]'`, then `ping-llm plot {run_dir}` draws them."]
-    return [f"![{path.stem}]({path.relative_to(run_dir).as_posix()})" for path in plot_run(run_dir)]
-
-
-def _config(config: Config | None) -> list[str]:
+def _config(config: Config) -> list[str]:
     """What differs from the defaults, then everything; both can be pasted into a config file."""
-    if config is None:
-        return []
     values, defaults = config_to_dict(config), config_to_dict(Config())
-    changed = {name: _changed(value, defaults[name]) for name, value in values.items() if value != defaults[name]}
-    head = ["Fields that differ from the defaults:", *_fenced(changed)] if changed else ["All fields are the defaults."]
-    return [*head, "", "<details><summary>All fields</summary>", "", *_fenced(values), "", "</details>"]
-
-
-def _changed(value: Any, default: Any) -> Any:
-    """A value, or of a section the fields that are not the defaults."""
-    return {key: v for key, v in value.items() if v != default[key]} if isinstance(value, dict) else value
-
-
-def _fenced(values: dict[str, Any]) -> list[str]:
-    return ["```toml", to_toml(values), "```"]
-
-
-def _toml_value(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+    changed = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            changed[name] = {key: v for key, v in value.items() if v != defaults[name][key]}
+        elif value != defaults[name]:
+            changed[name] = value
+    toml = to_toml(changed)
+    head = (
+        ["Fields that differ from the defaults:", "```toml", toml, "```"] if toml else ["All fields are the defaults."]
+    )
+    everything = ["```toml", to_toml(values), "```"]
+    return [*head, "", "<details><summary>All fields</summary>", "", *everything, "", "</details>"]
 
 
 def _label(name: str) -> str:
@@ -184,21 +182,9 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
 
 
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 def _number(value: float) -> str:
     """Four significant digits."""
     return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _duration(seconds: float) -> str:

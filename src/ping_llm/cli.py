@@ -181,7 +181,7 @@ class Plan:
         run = load_config(self.config)
         train = dataclasses.replace(run.train, grad_accum=self.grad_accum or run.train.grad_accum)
         gpu = GPU.named(self.gpu, self.prices or PRICES)
-        print("\n".join(plan_cost(dataclasses.replace(run, train=train), gpu, self.gpus, self.mfu).lines()))
+        print("\n".join(plan_cost(dataclasses.replace(run, train=train), gpu, self.gpus, self.mfu).lines))
 
 
 def eval(argv: list[str]) -> None:

@@ -79,7 +79,7 @@ class Order:
         if not (train.total_steps or train.target_tokens):
             return lines
         mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
-        lines += plan_cost(self.config, gpu, self.gpus, mfu).lines()
+        lines += plan_cost(self.config, gpu, self.gpus, mfu).lines
         speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured; pass one with --tokens-per-s"
         return [*lines, f"{speed}; CPUs and memory come on top"]
 

@@ -10,7 +10,7 @@ import torch
 
 from ping_llm.config import Config
 from ping_llm.data import tokenization as tk
-from ping_llm.data.rows import ProbeRow, RowReader
+from ping_llm.data.rows import RowReader
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.engine import Reader, read_contexts
@@ -66,16 +66,12 @@ def sample_results(rows: RowReader, count: int, rng: np.random.Generator) -> tup
     for number in np.unique(numbers):
         row = rows[int(number)]
         for place in places[numbers == number] - (ends[number] - len(row)):
-            queries.append(_query(row, int(place)))
+            recent = slice(max(0, place - _BACK), place + 1)
+            src, dst = row.src_addresses[row.src[recent]], row.dst_addresses[row.dst[recent]]
+            measured = Context(src, dst, row.rtt_ms[recent].astype(np.float64), row.times(recent))
+            queries += History(measured, HISTORY).queries([len(measured) - 1])
             rtt_ms.append(float(row.rtt_ms[place]))
     return queries, np.array(rtt_ms)
-
-
-def _query(row: ProbeRow, place: int) -> Query:
-    recent = slice(max(0, place - _BACK), place + 1)
-    src, dst = row.src_addresses[row.src[recent]], row.dst_addresses[row.dst[recent]]
-    measured = Context(src, dst, row.rtt_ms[recent].astype(np.float64), row.times(recent))
-    return History(measured, HISTORY).queries([len(measured) - 1])[0]
 
 
 def log_likelihoods(reader: Reader, queries: Sequence[Query], rtt_ms: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from ping_llm.system.hardware import pick_device
 
 TIMEOUT = dt.timedelta(minutes=10)  # of one exchange; a process may be compiling, or looking at samples, meanwhile
+_BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""How gloo and NCCL report, only in words, that an exchange broke off."""
 
 
 class PeerLost(ConnectionError):
@@ -100,13 +102,26 @@ def processes(device_name: str) -> Iterator[Ranks]:
         yield Ranks(device)
         return
     if device.type == "cuda":
-        device = _own_gpu()
-    _join(device)
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            found = f"torchrun started process {local_rank + 1} on a machine with {gpus} GPUs"
+            raise ValueError(f"{found}; pass --nproc-per-node {gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the processes of this run did not find each other ({reason}); start all of them with torchrun, with one "
+            "--rdzv-endpoint that every machine can reach"
+        ) from None
     try:
         yield Ranks(device, dist.get_rank(), world)
         dist.barrier()  # none takes the connections down while another still needs them
     except RuntimeError as error:
-        if not _lost_peer(error):
+        if not any(sign in str(error) for sign in _BROKEN_OFF):
             raise
         raise PeerLost(
             f"process {dist.get_rank()} of {world} stops, because another one of this run ended; its own last line says "
@@ -115,33 +130,3 @@ def processes(device_name: str) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _join(device: torch.device) -> None:
-    on_gpu = device.type == "cuda"
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"the processes of this run did not find each other ({reason}); start all of them with torchrun, with one "
-            "--rdzv-endpoint that every machine can reach"
-        ) from None
-
-
-def _own_gpu() -> torch.device:
-    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ValueError(
-            f"torchrun started process {local_rank + 1} on a machine with {gpus} GPUs; pass --nproc-per-node {gpus}"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _lost_peer(error: BaseException) -> bool:
-    """Whether an exchange broke off, which gloo and NCCL report only in words."""
-    text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    return any(sign in text for sign in signs)

@@ -20,9 +20,7 @@ from ping_llm.training.metrics import MACHINE_NAME
 from ping_llm.training.objective import resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
-ROWS_MANIFEST_NAME = (
-    "rows_manifest.json"  # of the rows that a run learns from: evaluations use none of their measurements
-)
+ROWS_MANIFEST_NAME = "rows_manifest.json"  # of what a run learns from: evaluations use none of these measurements
 FIRST_LOSS_SCALE = 2.0**15
 LOSS_SCALE_STEPS = 2000  # in a row without overflow, after which the loss scale of fp16 doubles
 
@@ -79,9 +77,8 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     if resumed is not None and resumed.state.get("rows_sha256") != rows_sha256:
         names.append("data.rows")
     if names:
-        raise ValueError(
-            f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or what it had"
-        )
+        differs = f"{run_dir} holds a run with another {', '.join(names)}"
+        raise ValueError(f"{differs}; pass another --train.run-dir, or what it had")
     facts = machine_facts(ranks.device) | {
         "processes": ranks.world,
         "precision": resolve_precision(config.train.precision, ranks.device),
@@ -91,13 +88,11 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     try:
         save_config(run_dir, config)
         write_atomically(run_dir / MACHINE_NAME, json.dumps(facts, indent=1) + "\n")
-        manifest = config.data.rows / MANIFEST_NAME
-        if manifest.is_file():
+        if (manifest := config.data.rows / MANIFEST_NAME).is_file():
             write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
     except OSError as error:
-        raise ValueError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}); pass another --train.run-dir"
-        ) from None
+        reason = f"the run folder {run_dir} cannot be written ({error.strerror})"
+        raise ValueError(f"{reason}; pass another --train.run-dir") from None
     return resumed
 
 

@@ -62,10 +62,6 @@ class KVCache:
             self.values[layer] = torch.cat([self.values[layer], values], dim=2)
         return self.keys[layer], self.values[layer]
 
-    def append_valid(self, valid: Tensor) -> None:
-        """Records which of the new tokens are real, (B, T) bool."""
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> KVCache:
         mapped = KVCache()
         mapped.keys, mapped.values = [function(k) for k in self.keys], [function(v) for v in self.values]
@@ -154,11 +150,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def forward(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Logits of the token after each given one, (B, T, V) fp32.
 
@@ -174,11 +166,18 @@ class GPT(nn.Module):
             if cache is not None and cached:
                 positions = positions + cache.lengths()[:, None]
         if cache is not None:
-            cache.append_valid(tokens >= 0)
+            cache.valid = tokens >= 0 if cache.valid is None else torch.cat([cache.valid, tokens >= 0], dim=1)
         if mask is not None or cached:
-            mask = _key_mask(mask, T, cached, cache.valid if cache is not None else None, tokens.device)
+            queries = torch.arange(cached, cached + T, device=tokens.device)[:, None]  # (T, 1)
+            keys = torch.arange(cached + T, device=tokens.device)  # (S,)
+            mask = mask if mask is not None else (keys <= queries)[None, None]
+            if cache is not None and cache.valid is not None:
+                mask = mask & cache.valid[:, None, None, :]
+            mask = mask | (keys == queries)  # (B or 1, 1, T, S); a row that sees nothing would be NaN, and spread
         x = _rms_norm(self.embedding(tokens.clamp(min=0)))  # (B, T, D)
-        rotation = _rotation(positions, self.config, _matmul_dtype(x))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype  # in which a linear layer answers to x
+        rotation = _rotation(positions, self.config, dtype)
         for block in self.blocks:
             x = block(x, rotation, cache, mask)
         logits = self.head(_rms_norm(x))[..., : self.vocab_size].float()  # (B, T, V)
@@ -224,19 +223,3 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the pairs (i, i + K/2) of each head by the angle of its position; x is (B, T, H, K)."""
     own, swapped = rotation
     return torch.addcmul(x * own, x.roll(x.shape[-1] // 2, dims=-1), swapped)
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer answers to x, under autocast or not."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
-def _key_mask(mask: Tensor | None, T: int, cached: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """The mask of `GPT.forward`, causal if None, over cached + T keys without padding, (B or 1, 1, T, S)."""
-    queries = torch.arange(cached, cached + T, device=device)[:, None]  # (T, 1)
-    keys = torch.arange(cached + T, device=device)  # (S,)
-    mask = mask if mask is not None else (keys <= queries)[None, None]
-    if valid is not None:
-        mask = mask & valid[:, None, None, :]
-    return mask | (keys == queries)  # a row that sees nothing would be NaN, and spread

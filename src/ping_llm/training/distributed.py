@@ -55,25 +55,12 @@ class Ranks:
         return torch.cat(gathered)
 
     def share(self, value: Any) -> Any:
-        """A small value of the main process, in every process; what the others pass is ignored."""
+        """A value of the main process, in every process; what the others pass is ignored."""
         if self.world == 1:
             return value
         box = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
-
-    def share_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The tensors of the main process, on the CPU of every process; what the others pass is ignored."""
-        own = tensors or {}
-        if self.world == 1:
-            return own
-        received = {}
-        for name, (shape, dtype) in self.share({name: (t.shape, t.dtype) for name, t in own.items()}).items():
-            sent = own[name] if self.is_main else torch.empty(shape, dtype=dtype)
-            sent = sent.to(self.device)  # NCCL sends from the GPU only
-            dist.broadcast(sent, src=0)
-            received[name] = sent.cpu()
-        return received
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function in the main process only: its result there, None elsewhere; an error ends all processes, but

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ping_llm.config import FIELDS, Config, config_to_dict
 from ping_llm.system.files import write_atomically
-from ping_llm.training.metrics import METRICS_NAME, parse_line
+from ping_llm.training.metrics import COLUMNS, METRICS_NAME, parse_line
 
 SAMPLES_NAME = "samples.txt"
 LINE_EVERY_S = 10.0  # at most, where the output is no terminal, but for evaluations
@@ -67,7 +67,7 @@ class RunLog:
             self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
-        trained, validated = _training_summary(scalars), _summary(scalars, _VALIDATION)
+        trained, validated = _training_summary(scalars), _summary(scalars, val=True)
         if self.live is None:
             now = time.monotonic()
             if validated or now - self.last_line >= LINE_EVERY_S:
@@ -121,26 +121,10 @@ class SilentLog:
         return lambda *_, **__: None
 
 
-_TRAINING = {
-    "lr": "lr {:.2g}",
-    "tokens_per_s": "{:,.0f} tokens/s",
-    "mfu": "MFU {:.1%}",
-    "data_wait_share": "waits {:.1%}",
-    "padding": "padding {:.1%}",
-    "grad_norm": "gradient {:.2g}",
-    "peak_memory_gb": "{:.1f} GB",
-}
-_VALIDATION = {
-    "val_loss": "val: loss {:.4f}",
-    "val_loss_rtt": "rtt {:.4f} nats",
-    "val_rtt_bits": "{:.3f} bits per RTT",
-    "val_median_rel_error": "median error {:.1%}",
-}
-
-
-def _summary(scalars: Mapping[str, float], forms: Mapping[str, str]) -> str:
-    """The scalars that were measured and have a form; empty if there are none."""
-    return "  ".join(form.format(scalars[name]) for name, form in forms.items() if name in scalars)
+def _summary(scalars: Mapping[str, float], val: bool) -> str:
+    """What was measured of val, or in training, of the columns with a form; empty if nothing was."""
+    columns = {name: column for name, column in COLUMNS.items() if column.line and name.startswith("val_") == val}
+    return "  ".join(column.line.format(scalars[name]) for name, column in columns.items() if name in scalars)
 
 
 def _training_summary(scalars: Mapping[str, float]) -> str:
@@ -150,7 +134,7 @@ def _training_summary(scalars: Mapping[str, float]) -> str:
     nats = {field: scalars.get(f"loss_{field}", math.nan) for field in FIELDS}
     bits = " ".join(f"{field} {loss / math.log(2):.2f}" for field, loss in nats.items() if math.isfinite(loss))
     skipped = f"  {scalars['skipped_steps']:.0f} steps skipped" if scalars.get("skipped_steps") else ""
-    return f"loss {scalars['loss']:.4f}  bits a token: {bits}  {_summary(scalars, _TRAINING)}{skipped}"
+    return f"loss {scalars['loss']:.4f}  bits a token: {bits}  {_summary(scalars, val=False)}{skipped}"
 
 
 class _LiveLines(Progress):

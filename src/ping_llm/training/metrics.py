@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,19 +15,34 @@ from ping_llm.config import FIELDS
 METRICS_NAME = "metrics.jsonl"
 MACHINE_NAME = "machine.json"
 _FIELD_NAMES = {"src": "source", "dst": "destination", "rtt": "RTT"}
-LABELS = {
-    "loss": ("weighted loss (nats per token)", 1.0),
-    **{f"loss_{name}": (f"{_FIELD_NAMES.get(name, name)} (nats per token)", 1.0) for name in FIELDS},
-    "rtt_bits": ("bits per RTT", 1.0),
-    "median_rel_error": ("median relative\nerror of the RTT (%)", 100.0),
-    "lr": ("learning rate of Muon", 1.0),
-    "grad_norm": ("gradient norm", 1.0),
-    "tokens_per_s": ("tokens/s", 1.0),
-    "mfu": ("model FLOPs\nutilisation (%)", 100.0),
-    "data_wait_share": ("time waiting\nfor data (%)", 100.0),
-    "padding": ("padding (%)", 100.0),
+
+
+class Column(NamedTuple):
+    """How people read a column of metrics.jsonl."""
+
+    label: str  # its name with the unit, in reports and on axes
+    scale: float = 1.0  # from the column to that unit
+    line: str = ""  # its form in a line of the log
+
+
+COLUMNS = {
+    "loss": Column("weighted loss (nats per token)"),
+    **{f"loss_{name}": Column(f"{_FIELD_NAMES.get(name, name)} (nats per token)") for name in FIELDS},
+    "lr": Column("learning rate of Muon", line="lr {:.2g}"),
+    "tokens_per_s": Column("tokens/s", line="{:,.0f} tokens/s"),
+    "mfu": Column("model FLOPs\nutilisation (%)", 100.0, "MFU {:.1%}"),
+    "data_wait_share": Column("time waiting\nfor data (%)", 100.0, "waits {:.1%}"),
+    "padding": Column("padding (%)", 100.0, "padding {:.1%}"),
+    "grad_norm": Column("gradient norm", line="gradient {:.2g}"),
+    "peak_memory_gb": Column("peak memory (GB)", line="{:.1f} GB"),
 }
-"""Name with its unit, and factor to that unit, of each column; those of val have the prefix val_ in metrics.jsonl."""
+COLUMNS |= {f"val_{name}": column for name, column in COLUMNS.items() if name.startswith("loss")}
+COLUMNS |= {
+    "val_loss": COLUMNS["loss"]._replace(line="val: loss {:.4f}"),
+    "val_loss_rtt": COLUMNS["loss_rtt"]._replace(line="rtt {:.4f} nats"),
+    "val_rtt_bits": Column("bits per RTT", line="{:.3f} bits per RTT"),
+    "val_median_rel_error": Column("median relative\nerror of the RTT (%)", 100.0, "median error {:.1%}"),
+}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ping_llm.system.axes import label_log_ticks
-from ping_llm.training.metrics import LABELS, METRICS_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import COLUMNS, METRICS_NAME, Metrics, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ class _Panel:
         """Steps and values of a column in the unit of the panel, without what its axis cannot show."""
         steps, values = metrics.known(name)
         shown = (values > 0) | (not self.log)
-        scale = LABELS[self.train or self.val.removeprefix("val_")][1]
+        scale = COLUMNS[self.train or self.val].scale
         return steps[shown], values[shown] * (scale / 1000 if self.thousands else scale)
 
 
@@ -159,7 +159,7 @@ def _draw_panel(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_TICK_STEPS))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    label = LABELS[panel.train or panel.val.removeprefix("val_")][0]
+    label = COLUMNS[panel.train or panel.val].label
     axes.set_ylabel(f"{label} (thousands)" if panel.thousands else label)
     axes.grid(color="#eaeef2", linewidth=0.8)
     axes.set_axisbelow(True)

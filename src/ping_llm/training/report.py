@@ -13,7 +13,7 @@ import numpy as np
 from ping_llm.config import FIELDS, Config, TrainConfig, config_to_dict
 from ping_llm.model.checkpoint import load_config
 from ping_llm.system.files import write_atomically
-from ping_llm.training.metrics import LABELS, MACHINE_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import COLUMNS, MACHINE_NAME, Metrics, read_metrics
 from ping_llm.training.plots import plot_run
 
 REPORT_NAME = "report.md"
@@ -89,7 +89,7 @@ def _summary(metrics: Metrics, train: TrainConfig | None) -> list[str]:
         rows.append(("lowest validation loss", f"{_at(metrics, 'val_loss', best)} nats per token, step {best:,}"))
         for name in ("val_rtt_bits", "val_median_rel_error"):
             if value := _at(metrics, name, best):
-                rows.append((f"{_label(name)}, there", value))
+                rows.append((f"{COLUMNS[name].label}, there", value))
     if "skipped_steps" in metrics.columns or metrics.skipped.any():
         rows.append(("skipped steps (gradients not finite)", f"{metrics.skipped.sum():,}"))
     if metrics.damaged:
@@ -105,7 +105,7 @@ def _validation(metrics: Metrics) -> list[str]:
     last = max(int(metrics.known(name)[0][-1]) for name in evaluated)
     shown = {f"lowest loss (step {best:,})": best} if best is not None else {}
     shown[f"last (step {last:,})"] = last
-    rows = [(_label(name), *(_at(metrics, name, step) for step in shown.values())) for name in evaluated]
+    rows = [(COLUMNS[name].label, *(_at(metrics, name, step) for step in shown.values())) for name in evaluated]
     return _table(("", *shown), rows)
 
 
@@ -113,9 +113,11 @@ def _throughput(metrics: Metrics) -> list[str]:
     """Medians over the lines of the log, so that a slow first step, which compiles, hardly counts."""
     rows = []
     for name, form in _SPEEDS.items():
-        values = metrics.known(name)[1] * LABELS[name][1]
+        values = metrics.known(name)[1] * COLUMNS[name].scale
         if len(values):
-            rows.append((_label(name), *(format(value, form) for value in np.quantile(values, (0.5, 0.05, 0.95)))))
+            rows.append(
+                (COLUMNS[name].label, *(format(value, form) for value in np.quantile(values, (0.5, 0.05, 0.95))))
+            )
     lines = _table(("", "median", "5 %", "95 %"), rows) if rows else []
     memory = metrics.known("peak_memory_gb")[1]
     if len(memory):
@@ -164,15 +166,11 @@ def _config(config: Config) -> list[str]:
     return [*head, "", "<details><summary>All fields</summary>", "", *everything, "", "</details>"]
 
 
-def _label(name: str) -> str:
-    return LABELS[name.removeprefix("val_")][0]
-
-
 def _at(metrics: Metrics, name: str, step: int) -> str:
     """The value of a column of val at a step, in the unit of its label; empty if it was not logged there."""
     steps, values = metrics.known(name)
     found = values[steps == step]
-    return _number(float(found[0]) * LABELS[name.removeprefix("val_")][1]) if len(found) else ""
+    return _number(float(found[0]) * COLUMNS[name].scale) if len(found) else ""
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

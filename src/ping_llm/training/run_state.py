@@ -96,19 +96,17 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     return resumed
 
 
-def restore(checkpoint: Checkpoint | None, ranks: Ranks, model: GPT, optimizer: Optimizer) -> RunState | None:
-    """Puts the main process's checkpoint into model, optimiser and random generators of all; None if it has none."""
-    values = ranks.share(checkpoint.state if checkpoint else None)
-    if values is None:
-        return None
+def restore(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer) -> RunState:
+    """Puts a checkpoint into model, optimiser and the random generators of this process."""
     names = [f.name for f in dataclasses.fields(RunState)]
-    if missing := [name for name in names if name not in values]:
-        raise ValueError(f"the checkpoint of step {values['step']} lacks {', '.join(missing)}; start a new run folder")
-    model.load_state_dict(ranks.share_tensors(checkpoint.model if checkpoint else None))
-    tensors = dict(ranks.share_tensors(checkpoint.optimizer if checkpoint else None))
+    if missing := [name for name in names if name not in checkpoint.state]:
+        lacks = f"the checkpoint of step {checkpoint.step} lacks {', '.join(missing)}"
+        raise ValueError(f"{lacks}; start a new run folder")
+    model.load_state_dict(checkpoint.model)
+    tensors = dict(checkpoint.optimizer)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
     optimizer.load_state_dict(tensors)
-    return RunState(**{name: values[name] for name in names})
+    return RunState(**{name: checkpoint.state[name] for name in names})

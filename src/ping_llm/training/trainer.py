@@ -23,11 +23,12 @@ from torch import Tensor
 from ping_llm.config import FIELDS, Config, TrainConfig
 from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME
+from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.system.files import write_lock
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
-from ping_llm.training.calibration import calibrate_run
+from ping_llm.training.calibration import calibrate
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
 from ping_llm.training.objective import Objective
@@ -80,7 +81,8 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
         run_dir, done = config.train.run_dir, state.progress(config.train) >= 1
         if calibrates and done and (trained or not (run_dir / CALIBRATION_NAME).exists()):
             print("calibrating on val", flush=True)
-            calibrate_run(config, ranks.device)
+            model, _, _ = load_model(run_dir, ranks.device)  # the one that inference uses
+            calibrate(model, config, ranks.device).save(run_dir)
         print(f"report: {write_report(run_dir)}")
     return state
 
@@ -112,10 +114,10 @@ class Training:
         torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
         optimizer = Optimizer(model, config.optim, ranks)
-        state = restore(checkpoint, ranks, model, optimizer)
+        checkpoint = ranks.share(checkpoint)
+        state = restore(checkpoint, model, optimizer) if checkpoint else None
         objective = Objective(config, model, ranks)
-        if state is None:
-            state = RunState.new(rows_sha256, objective.precision)
+        state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
 
     def run(self, stop: threading.Event) -> bool:

@@ -260,17 +260,16 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        print(f"error: {error.name} is not installed; pip install 'ping-llm[{_EXTRAS[error.name]}]'", file=sys.stderr)
-        return 1
+        text = f"{error.name} is not installed; pip install 'ping-llm[{_EXTRAS[error.name]}]'"
     except (ValueError, OSError) as error:
         if os.environ.get("PING_LLM_TRACEBACK"):
             raise
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {text}", file=sys.stderr)
-        return 1
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     finally:
         log.removeHandler(warnings)
         warnings.close()
+    print(f"error: {text}", file=sys.stderr)
+    return 1
 
 
 class _WarningLines(logging.Handler):

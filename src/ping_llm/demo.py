@@ -166,12 +166,12 @@ def predict(model: PingModel, history: History, places: np.ndarray, with_context
 
 def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console()
-    table = Table(title="Three pings", title_justify="left")
-    for column in ("", "median", "5–95 %", "no answer"):
-        table.add_column(column, justify="right" if column else "left")
+    def new_table(title: str, *columns: str) -> Table:
+        return Table("", *(Column(name, justify="right") for name in columns), title=title, title_justify="left")
+
+    console, table = Console(), new_table("Three pings", "median", "5–95 %", "no answer")
     for example in examples:
         table.add_section()
         table.add_row(example["title"])
@@ -180,9 +180,8 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
             table.add_row(f"  {name}", f"{d.median:.4g} ms", f"{low:.4g}–{high:.4g} ms", f"{d.p_fail:.1%}")
     console.print()
     console.print(table)
-    table = Table(title="Median relative error of the predicted median", title_justify="left")
-    for column in ("", "model", f"+ {CONTEXT_MEASUREMENTS} pings", "true distribution", "global median", "queries"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("model", f"+ {CONTEXT_MEASUREMENTS} pings", "true distribution", "global median", "queries")
+    table = new_table("Median relative error of the predicted median", *columns)
     for name, error in errors.items():
         *shares, queries = error.values()
         table.add_row(_TITLES[name], *(f"{share:.1%}" for share in shares), str(queries))

@@ -125,16 +125,12 @@ def judge(code: int, before: tuple[int, int], config: Config) -> int:
         print(f"{run_dir} is done, {step:,} steps", flush=True)
         return 0
     if code or not preempted:
-        raise ValueError(
-            f"training ended with code {code} after step {step:,} of {run_dir}; the lines above say why. Submitted again, "
-            "it continues from there"
-        )
+        ended = f"training ended with code {code} after step {step:,} of {run_dir}; the lines above say why"
+        raise ValueError(f"{ended}. Submitted again, it continues from there")
     idle_turns = 0 if step > before[0] else before[1] + 1
     if idle_turns > MAX_IDLE_TURNS:
-        raise ValueError(
-            f"{run_dir} was stopped {idle_turns} times in a row before it had saved a step; ask for more --time, then "
-            "submit it again"
-        )
+        stopped = f"{run_dir} was stopped {idle_turns} times in a row before it had saved a step"
+        raise ValueError(f"{stopped}; ask for more --time, then submit it again")
     (run_dir / PREEMPTED).write_text(str(idle_turns))
     print(f"{run_dir} was stopped after step {step:,}; it goes on when this job has its next turn", flush=True)
     return REQUEUE

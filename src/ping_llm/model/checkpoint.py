@@ -11,6 +11,7 @@ only after that. Nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -163,12 +164,10 @@ def _best(folders: list[Path]) -> Path | None:
     """The checkpoint with the lowest validation loss; None if none was evaluated."""
     losses: dict[Path, float] = {}
     for folder in folders:
-        try:
+        with contextlib.suppress(_Damaged):
             val_loss = _verified_state(folder, ()).get("val_loss")
-        except _Damaged:
-            continue
-        if val_loss is not None and math.isfinite(val_loss):
-            losses[folder] = val_loss
+            if val_loss is not None and math.isfinite(val_loss):
+                losses[folder] = val_loss
     return min(losses, key=lambda folder: losses[folder], default=None)
 
 

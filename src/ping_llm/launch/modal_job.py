@@ -25,8 +25,7 @@ from ping_llm.system.signals import on_signals
 from ping_llm.training.metrics import MACHINE_NAME, read_metrics
 
 POLL_S = 0.2
-MAX_GPUS = 8
-"""Of one machine."""
+MAX_GPUS = 8  # of one machine
 SIGNAL, TIME_IS_UP = "a signal said so", "its time is up"
 
 

@@ -34,8 +34,7 @@ from ping_llm.launch.job import DONE, PREEMPTED, check_run, copy_rows, local_row
 
 REQUEUE = os.EX_TEMPFAIL
 POLL_S = 0.2
-MAX_IDLE_TURNS = 3
-"""A job may be stopped before it has saved a step so often in a row, and still go back to the queue."""
+MAX_IDLE_TURNS = 3  # in a row, stopped before a step was saved, after which a job still goes back to the queue
 
 
 @dataclass(frozen=True)

@@ -117,12 +117,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model; its weights come from `init_weights`, and nothing else here is random."""
 
-    def __init__(
-        self, config: ModelConfig, vocab_size: int = VOCAB_SIZE, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
-        rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.config = config
+        rows = -(-VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, rows, bias=False)
@@ -180,7 +178,7 @@ class GPT(nn.Module):
         rotation = _rotation(positions, self.config, dtype)
         for block in self.blocks:
             x = block(x, rotation, cache, mask)
-        logits = self.head(_rms_norm(x))[..., : self.vocab_size].float()  # (B, T, V)
+        logits = self.head(_rms_norm(x))[..., :VOCAB_SIZE].float()  # (B, T, V)
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
 
@@ -190,18 +188,18 @@ def sibling_mask(cache: KVCache, siblings: int) -> Tensor:
     return torch.cat([itself.new_ones(siblings, cache.size), itself], dim=1)[None, None]
 
 
-def parameter_count(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D."""
-    return 12 * config.n_embd**2 * config.n_layer + 2 * vocab_size * config.n_embd
+    return 12 * config.n_embd**2 * config.n_layer + 2 * VOCAB_SIZE * config.n_embd
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
+def flops_per_token(config: ModelConfig) -> int:
     """Floating-point operations to train on one token of a full window: 6·(12·D²·L + V·D) + 12·L·D·T.
 
     Six for each weight that is multiplied (the embedding is looked up), and attention by the usual convention, which
     also counts the pairs of tokens that the causal mask hides.
     """
-    multiplied = parameter_count(config, vocab_size) - vocab_size * config.n_embd
+    multiplied = parameter_count(config) - VOCAB_SIZE * config.n_embd
     return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len
 
 

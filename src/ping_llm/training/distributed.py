@@ -20,11 +20,7 @@ from ping_llm.system.hardware import pick_device
 
 TIMEOUT = dt.timedelta(minutes=10)  # of one exchange; a process may be compiling, or looking at samples, meanwhile
 _BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""How gloo and NCCL report, only in words, that an exchange broke off."""
-
-
-class PeerLost(ConnectionError):
-    """An exchange failed because another process of the run has ended."""
+"""How gloo and NCCL report that an exchange broke off."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,8 @@ class Ranks:
 def processes(device_name: str) -> Iterator[Ranks]:
     """Joins the processes that torchrun has started; ValueError if this machine cannot.
 
-    Each process of a machine has a GPU of its own, or all of them work on the CPU. PeerLost is raised out of the block if
-    another process ends before this one.
+    Each process of a machine has a GPU of its own, or all of them work on the CPU. If another process ends before this one,
+    ConnectionError is raised out of the block.
     """
     device, world = pick_device(device_name), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -110,7 +106,7 @@ def processes(device_name: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _BROKEN_OFF):
             raise
-        raise PeerLost(
+        raise ConnectionError(
             f"process {dist.get_rank()} of {world} stops, because another one of this run ended; its own last line says "
             "why. Run the same command again to continue from the last checkpoint"
         ) from error

@@ -6,6 +6,7 @@ PingModel.load("runs/tiny").rtt("192.0.2.1", "198.51.100.7").median
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,10 @@ if TYPE_CHECKING:
 logging.getLogger("absl").setLevel(logging.ERROR)  # grain would warn in each process that there is no jax
 
 __all__ = ["PingModel", "RTTDistribution"]
+_MODULES = {"PingModel": "model", "RTTDistribution": "distribution"}
 
 
 def __getattr__(name: str) -> Any:  # torch takes a second to import: `--help` does not wait for it
-    if name == "PingModel":
-        from ping_llm.inference.model import PingModel
-
-        return PingModel
-    if name == "RTTDistribution":
-        from ping_llm.inference.distribution import RTTDistribution
-
-        return RTTDistribution
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ping_llm.inference.{_MODULES[name]}"), name)

@@ -1,15 +1,18 @@
-"""A command line in, a library call out. The signature of each function below is what `--help` shows.
+"""A command line in, a library call out. The fields of each class below are the options of a command, and the comments at
+them are what `--help` shows.
 
 Nothing heavy is imported before the options are parsed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,200 +24,164 @@ from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
 _WARNINGS_OF_A_KIND = 3
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
-def synth(
-    out: Path,
-    probes: int = 100,
-    targets: int = 50,
-    days: float = 2.0,
-    seed: int = 0,
-    workers: int = 0,
-) -> None:
-    """Write a synthetic Internet as an Atlas-shaped dump (.bz2), and its exact RTT distributions (truth.json).
+@dataclass
+class Synth:
+    """Write a synthetic Internet as an Atlas-shaped dump (.bz2), and its exact RTT distributions (truth.json)."""
 
-    Args:
-        out: folder for the dump and truth.json.
-        probes: hosts that ping.
-        targets: hosts that are pinged.
-        days: time that the dump spans.
-        seed: the same seed gives the same bytes.
-        workers: processes that write files; 0 = one a core.
-    """
-    from ping_llm.data.synthetic.synthesize import synthesize
+    out: Path  # folder for the dump and truth.json.
+    probes: int = 100  # hosts that ping.
+    targets: int = 50  # hosts that are pinged.
+    days: float = 2.0  # time that the dump spans.
+    seed: int = 0  # the same seed gives the same bytes.
+    workers: int = 0  # processes that write files; 0 = one a core.
 
-    counts = synthesize(out, probes=probes, targets=targets, days=days, seed=seed, workers=workers)
-    print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {out}")
+    def run(self) -> None:
+        from ping_llm.data.synthetic.synthesize import synthesize
+
+        counts = synthesize(**vars(self))
+        print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {self.out}")
 
 
-def fetch(
-    out: Path,
-    msm: tuple[int, ...] = (),
-    start: str = "",
-    stop: str = "",
-    probes: tuple[int, ...] = (),
-    format: Literal["txt", "json"] = "txt",
-    chunk_hours: float = 1.0,
-    plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    dump: str = "",
-    type: Literal["ping", "traceroute"] = "ping",
-    hours: tuple[int, ...] = (),
-    requests_per_s: float = 2.0,
-    parallel: int = 2,
-    tries: int = 8,
-    api: str = "https://atlas.ripe.net/api/v2",
-    archive: str = "https://data-store.ripe.net/datasets/atlas-daily-dumps",
-) -> None:
-    """Fetch Atlas dumps: measurements by id and time, or all results of a day. Run it again to go on where it stopped.
+@dataclass
+class Fetch:
+    """Fetch Atlas dumps: measurements by id and time, or all results of a day. Run it again to go on where it stopped."""
 
-    Args:
-        out: folder for the dumps, fetch.json and ATTRIBUTION.txt.
-        msm: ids of measurements, with --start and --stop. The key for those that are not public is taken from the
-            environment variable RIPE_ATLAS_API_KEY.
-        start: first second of the results, ISO 8601 (UTC if it names no zone).
-        stop: end of the results, likewise.
-        probes: ids of probes; all if absent.
-        format: one result a line (txt) or one JSON array.
-        chunk_hours: span of one file, and of what is repeated if its transfer breaks off; longer for few probes.
-        plain: do not compress the results.
-        dump: day of the hourly dumps (2026-11-01), or first and last day (2026-11-01/2026-11-03).
-        type: of the hourly dumps.
-        hours: hours of each day, 0 to 23 UTC; all if absent.
-        requests_per_s: requests a second, at most.
-        parallel: files fetched at once, at most.
-        tries: failures in a row, without a byte of progress, after which to give up.
-        api: address of the Atlas API, or of a mirror.
-        archive: address of the hourly dumps, or of a mirror.
-    """
-    if bool(msm) == bool(dump) or (bool(msm), bool(msm)) != (bool(start), bool(stop)):
-        raise ValueError("give either --msm ID --start TIME --stop TIME, or --dump DAY")
-    if (dump and probes) or (msm and hours):
-        raise ValueError("--probes goes with --msm, and --hours with --dump")
-    from ping_llm.data.ingest.download import Manners
-    from ping_llm.data.ingest.fetch import KEY_VARIABLE, fetch, hourly_dumps, results, summary
+    out: Path  # folder for the dumps, fetch.json and ATTRIBUTION.txt.
+    # ids of measurements, with --start and --stop. The key for those that are not public is taken from the environment
+    # variable RIPE_ATLAS_API_KEY.
+    msm: tuple[int, ...] = ()
+    start: str = ""  # first second of the results, ISO 8601 (UTC if it names no zone).
+    stop: str = ""  # end of the results, likewise.
+    probes: tuple[int, ...] = ()  # ids of probes; all if absent.
+    format: Literal["txt", "json"] = "txt"  # one result a line (txt) or one JSON array.
+    # span of one file, and of what is repeated if its transfer breaks off; longer for few probes.
+    chunk_hours: float = 1.0
+    plain: Flag = False  # do not compress the results.
+    dump: str = ""  # day of the hourly dumps (2026-11-01), or first and last day (2026-11-01/2026-11-03).
+    type: Literal["ping", "traceroute"] = "ping"  # of the hourly dumps.
+    hours: tuple[int, ...] = ()  # hours of each day, 0 to 23 UTC; all if absent.
+    requests_per_s: float = 2.0  # requests a second, at most.
+    parallel: int = 2  # files fetched at once, at most.
+    tries: int = 8  # failures in a row, without a byte of progress, after which to give up.
+    api: str = "https://atlas.ripe.net/api/v2"  # address of the Atlas API, or of a mirror.
+    # address of the hourly dumps, or of a mirror.
+    archive: str = "https://data-store.ripe.net/datasets/atlas-daily-dumps"
 
-    if dump:
-        wanted = hourly_dumps(archive, type, dump, hours)
-    else:
-        from ping_llm.data.times import parse_time
+    def run(self) -> None:
+        if bool(self.msm) == bool(self.dump) or (bool(self.msm), bool(self.msm)) != (bool(self.start), bool(self.stop)):
+            raise ValueError("give either --msm ID --start TIME --stop TIME, or --dump DAY")
+        if (self.dump and self.probes) or (self.msm and self.hours):
+            raise ValueError("--probes goes with --msm, and --hours with --dump")
+        from ping_llm.data.ingest.download import Manners
+        from ping_llm.data.ingest.fetch import KEY_VARIABLE, fetch, hourly_dumps, results, summary
 
-        span = parse_time(start), parse_time(stop)
-        wanted = results(api, msm, *span, probes, format, chunk_hours, packed=not plain)
-    manners = Manners(requests_per_s, parallel, tries)
-    print(summary(fetch(wanted, out, manners, os.environ.get(KEY_VARIABLE, "").strip()), out))
+        if self.dump:
+            wanted = hourly_dumps(self.archive, self.type, self.dump, self.hours)
+        else:
+            from ping_llm.data.times import parse_time
+
+            span = parse_time(self.start), parse_time(self.stop)
+            wanted = results(self.api, self.msm, *span, self.probes, self.format, self.chunk_hours, not self.plain)
+        manners = Manners(self.requests_per_s, self.parallel, self.tries)
+        print(summary(fetch(wanted, self.out, manners, os.environ.get(KEY_VARIABLE, "").strip()), self.out))
 
 
-def prepare(
-    inputs: Positional[tuple[str, ...]],
-    out: Path,
-    workers: int = 0,
-    packets: Packets = "one",
-    split: Split = "pingbench",
-    keep_going: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    shards: int = 0,
-    executor: str = "local",
-    traceroute: Traceroute = "off",
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-) -> None:
-    """Turn Atlas dumps into probe rows, ready for training.
+@dataclass
+class Prepare:
+    """Turn Atlas dumps into probe rows, ready for training."""
 
-    Args:
-        inputs: dumps, or folders of them: JSON by line or array, plain or .bz2, .gz, .zst, or Parquet; - is standard input.
-        out: folder for the row shards and manifest.json.
-        workers: processes; 0 = one a core.
-        packets: keep one packet of each result, chosen by a hash, or all of them.
-        split: train, val and test parts by the rules of PingBench, or everything into train.
-        keep_going: use what can be read of a damaged file instead of stopping.
-        shards: files of each part, at most; 0 = by the size of the dumps.
-        executor: local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
-            slurm/prepare.sbatch calls.
-        traceroute: leave traceroutes out, or learn from replies of their targets, or from those of all hops.
-        dry_run: print the plan with the estimated sizes and time, and write nothing.
-    """
-    from ping_llm.data.ingest.prepare import plan_rows, prepare, summary
+    # dumps, or folders of them: JSON by line or array, plain or .bz2, .gz, .zst, or Parquet; - is standard input.
+    inputs: Positional[tuple[str, ...]]
+    out: Path  # folder for the row shards and manifest.json.
+    workers: int = 0  # processes; 0 = one a core.
+    packets: Packets = "one"  # keep one packet of each result, chosen by a hash, or all of them.
+    split: Split = "pingbench"  # train, val and test parts by the rules of PingBench, or everything into train.
+    keep_going: Flag = False  # use what can be read of a damaged file instead of stopping.
+    shards: int = 0  # files of each part, at most; 0 = by the size of the dumps.
+    # local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
+    # slurm/prepare.sbatch calls.
+    executor: str = "local"
+    # leave traceroutes out, or learn from replies of their targets, or from those of all hops.
+    traceroute: Traceroute = "off"
+    dry_run: Flag = False  # print the plan with the estimated sizes and time, and write nothing.
 
-    if dry_run:
-        return print(plan_rows(inputs, workers, packets, shards, executor).describe())
-    manifest = prepare(
-        inputs, out, workers, packets, split, shards, keep_going, executor=executor, traceroute=traceroute
-    )
-    print(summary(manifest))
+    def run(self) -> None:
+        from ping_llm.data.ingest.prepare import plan_rows, prepare, summary
+
+        options = vars(self)
+        if options.pop("dry_run"):
+            print(plan_rows(self.inputs, self.workers, self.packets, self.shards, self.executor).describe())
+        else:
+            print(summary(prepare(**options)))
 
 
-def inspect(
-    path: Positional[Path],
-    plots: Path | None = None,
-    top: int = 5,
-    networks: Literal[8, 16] = 8,
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-) -> None:
-    """Show what a dump or a folder of probe rows holds.
+@dataclass
+class Inspect:
+    """Show what a dump or a folder of probe rows holds."""
 
-    Args:
-        path: folder of rows; or a dump, or a folder of dumps, which is prepared in a scratch folder (of TMPDIR) first.
-        plots: folder for pictures of RTTs, of the IPv4 world, and of measurements over time.
-        top: how many of the busiest sources and destinations are named.
-        networks: length of the IPv4 prefixes in the picture of the world.
-        json: print one JSON object instead of tables.
-    """
-    from json import dumps
+    # folder of rows; or a dump, or a folder of dumps, which is prepared in a scratch folder (of TMPDIR) first.
+    path: Positional[Path]
+    plots: Path | None = None  # folder for pictures of RTTs, of the IPv4 world, and of measurements over time.
+    top: int = 5  # how many of the busiest sources and destinations are named.
+    networks: Literal[8, 16] = 8  # length of the IPv4 prefixes in the picture of the world.
+    json: Flag = False  # print one JSON object instead of tables.
 
-    from ping_llm.data.inspect.summary import summarize
+    def run(self) -> None:
+        import json
 
-    summary = summarize(path)
-    if json:
-        print(dumps(summary.to_json(top)))
-    else:
-        from ping_llm.data.inspect.tables import print_summary
+        from ping_llm.data.inspect.summary import summarize
 
-        print_summary(summary, top)
-    if plots:
-        from ping_llm.data.inspect.plots import plot_summary
+        summary = summarize(self.path)
+        if self.json:
+            print(json.dumps(summary.to_json(self.top)))
+        else:
+            from ping_llm.data.inspect.tables import print_summary
 
-        for picture in plot_summary(summary, plots, networks):
-            print(picture, file=sys.stderr)
+            print_summary(summary, self.top)
+        if self.plots:
+            from ping_llm.data.inspect.plots import plot_summary
+
+            for picture in plot_summary(summary, self.plots, self.networks):
+                print(picture, file=sys.stderr)
 
 
-def plot(run: Positional[Path], out: Path | None = None) -> None:
-    """Draw the curves of a training run: loss per field, validation, learning rate, gradient norm, throughput.
+@dataclass
+class Plot:
+    """Draw the curves of a training run: loss per field, validation, learning rate, gradient norm, throughput."""
 
-    Args:
-        run: folder of the run.
-        out: folder for the pictures; RUN/plots if absent.
-    """
-    from ping_llm.training.plots import plot_run
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(name="run")]  # folder of the run.
+    out: Path | None = None  # folder for the pictures; RUN/plots if absent.
 
-    for picture in plot_run(run, out):
-        print(picture)
+    def run(self) -> None:
+        from ping_llm.training.plots import plot_run
+
+        for picture in plot_run(self.run_dir, self.out):
+            print(picture)
 
 
-def plan(
-    config: Positional[Path],
-    gpu: str = "h100",
-    gpus: int = 1,
-    mfu: float = 0.4,
-    grad_accum: int = 0,
-    prices: Path | None = None,
-) -> None:
-    """Estimate what a training run takes before you pay for it: memory, hours, dollars.
+@dataclass
+class Plan:
+    """Estimate what a training run takes before you pay for it: memory, hours, dollars."""
 
-    Args:
-        config: TOML file of the run.
-        gpu: kind of GPU, one of the price table.
-        gpus: how many, over all machines.
-        mfu: share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md says what it reached.
-        grad_accum: micro-batches a step, instead of those of the file.
-        prices: price table; that of the package, prices.toml, if absent.
-    """
-    import dataclasses
+    config: Positional[Path]  # TOML file of the run.
+    gpu: str = "h100"  # kind of GPU, one of the price table.
+    gpus: int = 1  # how many, over all machines.
+    # share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md says what it reached.
+    mfu: float = 0.4
+    grad_accum: int = 0  # micro-batches a step, instead of those of the file.
+    prices: Path | None = None  # price table; that of the package, prices.toml, if absent.
 
-    from ping_llm.config import load_config
-    from ping_llm.launch.plan import GPU, PRICES, plan_cost
+    def run(self) -> None:
+        from ping_llm.config import load_config
+        from ping_llm.launch.plan import GPU, PRICES, plan_cost
 
-    run = load_config(config)
-    train = dataclasses.replace(run.train, grad_accum=grad_accum or run.train.grad_accum)
-    planned = plan_cost(dataclasses.replace(run, train=train), GPU.named(gpu, prices or PRICES), gpus, mfu)
-    print("\n".join(planned.lines()))
+        run = load_config(self.config)
+        train = dataclasses.replace(run.train, grad_accum=self.grad_accum or run.train.grad_accum)
+        gpu = GPU.named(self.gpu, self.prices or PRICES)
+        print("\n".join(plan_cost(dataclasses.replace(run, train=train), gpu, self.gpus, self.mfu).lines))
 
 
 def eval(argv: list[str]) -> None:
@@ -258,17 +225,18 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-_COMMANDS = {f.__name__: f for f in (synth, fetch, prepare, inspect, train, plot, eval, plan, inference)}
+_COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, eval, Plan, inference)}
 _PARSE_THEMSELVES = (train, eval, inference)
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
-    """Calls the command that argv names; its options are the parameters of its function."""
+    """Calls the command that argv names; its options are the fields of its class or the parameters of its function."""
     if argv and argv[0] in commands:
         command = commands[argv[0]]
         if command in _PARSE_THEMSELVES:
             return command(argv[1:])
-        return tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
+        result = tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
+        return result.run() if hasattr(result, "run") else result
     lines = [f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
     usage = "\n".join([f"usage: {prog} COMMAND [OPTIONS]   (COMMAND --help says more)", "", *lines])
     if argv and argv[0] in ("-h", "--help"):
@@ -292,17 +260,16 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        print(f"error: {error.name} is not installed; pip install 'ping-llm[{_EXTRAS[error.name]}]'", file=sys.stderr)
-        return 1
+        text = f"{error.name} is not installed; pip install 'ping-llm[{_EXTRAS[error.name]}]'"
     except (ValueError, OSError) as error:
         if os.environ.get("PING_LLM_TRACEBACK"):
             raise
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {text}", file=sys.stderr)
-        return 1
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     finally:
         log.removeHandler(warnings)
         warnings.close()
+    print(f"error: {text}", file=sys.stderr)
+    return 1
 
 
 class _WarningLines(logging.Handler):

@@ -67,10 +67,8 @@ class ModelConfig(Section):
         super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
-        if (self.n_embd // self.n_head) % 2:
-            raise ValueError(
-                f"model.n_embd / model.n_head = {self.n_embd // self.n_head} must be even for rotary positions"
-            )
+        if (width := self.n_embd // self.n_head) % 2:
+            raise ValueError(f"model.n_embd / model.n_head = {width} must be even for rotary positions")
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,8 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.full_time + self.partial_time > 1:
-            raise ValueError(
-                f"data.full_time + data.partial_time = {self.full_time + self.partial_time} must not exceed 1"
-            )
+        if (total := self.full_time + self.partial_time) > 1:
+            raise ValueError(f"data.full_time + data.partial_time = {total} must not exceed 1")
 
 
 @dataclass(frozen=True)
@@ -135,13 +131,10 @@ class OptimConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warmup_share + self.cooldown_share > 1:
-            total = self.warmup_share + self.cooldown_share
+        if (total := self.warmup_share + self.cooldown_share) > 1:
             raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
         if self.final_lr_share == 0:
-            raise ValueError(
-                f"optim.final_lr_share={self.final_lr_share} must be above 0: a step at rate 0 trains nothing"
-            )
+            raise ValueError("optim.final_lr_share=0.0 must be above 0: a step at rate 0 trains nothing")
 
 
 @dataclass(frozen=True)
@@ -210,9 +203,8 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.total_steps or self.target_tokens or self.max_minutes):
-            raise ValueError(
-                "give one of train.total_steps, train.target_tokens and train.max_minutes, else no run ends"
-            )
+            limits = "train.total_steps, train.target_tokens and train.max_minutes"
+            raise ValueError(f"give one of {limits}, else no run ends")
         self.check_processes(1)
 
     def check_processes(self, processes: int) -> None:
@@ -256,28 +248,18 @@ def parse_config(argv: list[str], prog: str) -> Config:
         default, argv = load_config(argv[0]), argv[1:]
     elif not ({"-h", "--help"} & set(argv)):
         raise ValueError(f"{prog} needs a config file as its first argument, for example configs/tiny.toml")
-    errors = io.StringIO()
+    errors, title = io.StringIO(), "Train a model on probe rows."
     try:
         with redirect_stderr(errors):
-            return tyro.cli(
-                Config,
-                default=default,
-                args=argv,
-                prog=f"{prog} CONFIG.toml",
-                description="Train a model on probe rows.",
-            )
+            return tyro.cli(Config, default=default, args=argv, prog=f"{prog} CONFIG.toml", description=title)
     except SystemExit as stopped:
-        if (wrong := _value_error(stopped)) is not None:  # tyro would show it in a box of many lines
-            raise wrong from None
+        error: BaseException | None = stopped
+        while error is not None and type(error) is not ValueError:
+            error = error.__context__
+        if error is not None:  # of a check of these classes; tyro would show it in a box of many lines
+            raise error from None
         print(errors.getvalue(), end="", file=sys.stderr)
         raise
-
-
-def _value_error(error: BaseException | None) -> ValueError | None:
-    """The error of a check of these classes, if one of them led to this error."""
-    while error is not None and type(error) is not ValueError:
-        error = error.__context__
-    return error
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -321,8 +303,6 @@ _CONVERTER.register_structure_hook(Path, lambda value, _: Path(_exact(value, str
 def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) -> str:
     """In the user's words, why `value` is no `kind`; `name` is the dotted name of its key, "" for the whole config."""
     prefix = f"{name}." if name else ""
-    if typing.get_origin(kind) is Annotated:
-        kind = kind.__origin__
     if isinstance(error, ClassValidationError):
         of_keys, others = error.group_exceptions()
         if others:
@@ -339,4 +319,4 @@ def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) ->
         return f"{source}: {name} must be a table, not {value!r}" if not isinstance(value, dict) else str(error)
     if typing.get_origin(kind) is Literal:
         return f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}"
-    return f"{source}: {name}={value!r} must be of type {kind.__name__}"
+    return f"{source}: {name}={value!r} must be of type {getattr(kind, '__origin__', kind).__name__}"

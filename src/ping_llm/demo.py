@@ -10,10 +10,11 @@ import datetime as dt
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -61,9 +62,8 @@ class History:
     def context(self, place: int) -> pa.Table:
         """The last measurements of the same probe before the one at `place`, whatever their destination."""
         probe, time_s = (self.table.column(name).to_numpy() for name in ("probe_id", "time_s"))
-        first, end = np.searchsorted(probe, probe[place]), place
-        while end > first and time_s[end - 1] >= time_s[place]:
-            end -= 1
+        first = np.searchsorted(probe, probe[place])
+        end = first + np.searchsorted(time_s[first:place], time_s[place])
         return self.table.slice(max(first, end - CONTEXT_MEASUREMENTS), min(CONTEXT_MEASUREMENTS, end - first))
 
     def endpoints(self, place: int) -> tuple[str, str, int]:
@@ -72,12 +72,7 @@ class History:
         return format_address(row["src"]), format_address(row["dst"]), row["time_s"]
 
 
-def demo(
-    out: Path = Path("out/demo"),
-    minutes: float = 3.3,
-    steps: int = 1500,
-    install_s: float = 0.0,
-) -> None:
+def demo(out: Path = Path("out/demo"), minutes: float = 3.3, steps: int = 1500, install_s: float = 0.0) -> None:
     """Synthesise an Internet, train a tiny model on its pings, and compare answers with the truth.
 
     Args:
@@ -89,20 +84,27 @@ def demo(
     shutil.rmtree(out, ignore_errors=True)
     seconds = {"install": install_s}
 
-    def stage(name: str, work: Callable[..., Any], *argv: str) -> Any:
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
         print(f"\n── {name} ──", flush=True)
         start = time.monotonic()
-        result = work(*argv)
+        yield
         seconds[name] = round(time.monotonic() - start, 1)
-        return result
 
     dump, rows, run = (str(out / name) for name in ("dump", "rows", "run"))
-    stage("synth", _command, "synth", "--out", dump, "--probes", "60", "--targets", "40", "--days", "3")
-    stage("prepare", _command, "prepare", dump, "--out", rows)
     budget = ["--train.total-steps", str(steps), "--train.max-minutes", str(minutes)]
     budget += ["--train.eval-queries", "64"]  # a quarter, in evaluations and in the calibration at the end
-    stage("train", _command, "train", str(_CONFIG), "--data.rows", rows, "--train.run-dir", run, *budget)
-    errors, valid, examples = stage("evaluate", lambda: evaluate(out))
+    for name, *options in (
+        ("synth", "--out", dump, "--probes", "60", "--targets", "40", "--days", "3"),
+        ("prepare", dump, "--out", rows),
+        ("train", str(_CONFIG), "--data.rows", rows, "--train.run-dir", run, *budget),
+    ):
+        with stage(name):
+            print("$ ping-llm", name, *options, flush=True)
+            if code := cli.main([name, *options]):
+                raise SystemExit(code)
+    with stage("evaluate"):
+        errors, valid, examples = evaluate(out)
     _print_report(seconds, errors, examples)
     report = {"stages_s": seconds, "median_rel_error": errors, "total_probability": valid}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -162,20 +164,14 @@ def predict(model: PingModel, history: History, places: np.ndarray, with_context
     return [distribution for batch in batches for distribution in model.rtt_many(batch, src_known="all")]
 
 
-def _command(*argv: str) -> None:
-    print("$ ping-llm", *argv, flush=True)
-    if code := cli.main(list(argv)):
-        raise SystemExit(code)
-
-
 def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console()
-    table = Table(title="Three pings", title_justify="left")
-    for column in ("", "median", "5–95 %", "no answer"):
-        table.add_column(column, justify="right" if column else "left")
+    def new_table(title: str, *columns: str) -> Table:
+        return Table("", *(Column(name, justify="right") for name in columns), title=title, title_justify="left")
+
+    console, table = Console(), new_table("Three pings", "median", "5–95 %", "no answer")
     for example in examples:
         table.add_section()
         table.add_row(example["title"])
@@ -184,9 +180,8 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
             table.add_row(f"  {name}", f"{d.median:.4g} ms", f"{low:.4g}–{high:.4g} ms", f"{d.p_fail:.1%}")
     console.print()
     console.print(table)
-    table = Table(title="Median relative error of the predicted median", title_justify="left")
-    for column in ("", "model", f"+ {CONTEXT_MEASUREMENTS} pings", "true distribution", "global median", "queries"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("model", f"+ {CONTEXT_MEASUREMENTS} pings", "true distribution", "global median", "queries")
+    table = new_table("Median relative error of the predicted median", *columns)
     for name, error in errors.items():
         *shares, queries = error.values()
         table.add_row(_TITLES[name], *(f"{share:.1%}" for share in shares), str(queries))

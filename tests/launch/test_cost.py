@@ -57,7 +57,7 @@ def test_the_largest_batch_is_the_largest_that_fits():
 def test_a_batch_that_does_not_fit_is_cut_as_advised(gpu, pieces):
     """full.toml takes two micro-batches of 32 windows on each of 8 GPUs."""
     plan = plan_cost(FULL, GPU.named(gpu), gpus=8)
-    assert not plan.fits and any(line.endswith(f"--train.grad-accum {pieces}") for line in plan.lines())
+    assert not plan.fits and any(line.endswith(f"--train.grad-accum {pieces}") for line in plan.lines)
     assert plan_cost(with_train(FULL, grad_accum=pieces), GPU.named(gpu), gpus=8).fits
     assert not plan_cost(with_train(FULL, grad_accum=pieces // 2), GPU.named(gpu), gpus=8).fits
 

@@ -23,7 +23,6 @@ from ping_llm.launch.slurm_job import (
     PREEMPTED,
     REQUEUE,
     Node,
-    Standing,
     _catches,
     _children,
     check,
@@ -63,7 +62,7 @@ def test_a_run_stands_where_its_newest_whole_checkpoint_is(config):
 def test_a_finished_run_is_marked_done(config):
     save_step(config, 10)
     (config.train.run_dir / PREEMPTED).touch()
-    assert judge(0, Standing(4, 0), config) == 0
+    assert judge(0, (4, 0), config) == 0
     assert (config.train.run_dir / DONE).exists() and not (config.train.run_dir / PREEMPTED).exists()
     check(config, node())
     assert not (config.train.run_dir / DONE).exists()
@@ -73,14 +72,14 @@ def test_a_finished_run_is_marked_done(config):
 def test_a_run_that_ends_early_without_being_stopped_does_not_go_back_to_the_queue(config, code):
     save_step(config, 4)
     with pytest.raises(ValueError, match=f"training ended with code {code} after step 4 of"):
-        judge(code, Standing(0, 0), config)
+        judge(code, (0, 0), config)
 
 
 def test_a_run_that_crashes_while_it_is_being_stopped_does_not_go_back_to_the_queue(config):
     save_step(config, 4)
     (config.train.run_dir / PREEMPTED).touch()
     with pytest.raises(ValueError, match="training ended with code 1"):
-        judge(1, Standing(0, 0), config)
+        judge(1, (0, 0), config)
     assert not (config.train.run_dir / PREEMPTED).exists()
 
 
@@ -88,7 +87,7 @@ def test_a_job_goes_back_to_the_queue_while_it_makes_progress_and_three_idle_tur
     codes = []
     for step in (2, 4, 4, 4, 4, 6, 6, 6, 6):
         before = check(config, node())
-        if step > before.step:
+        if step > before[0]:
             save_step(config, step)
         config.train.run_dir.mkdir(exist_ok=True)
         (config.train.run_dir / PREEMPTED).touch()

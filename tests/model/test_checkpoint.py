@@ -101,7 +101,7 @@ def test_damaged_checkpoints_alone_are_one_clear_error(tmp_path):
 def test_a_save_that_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(checkpoint, "_json_sha256", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             save_step(tmp_path, 2)
     assert checkpoint.load_latest(tmp_path).step == 1

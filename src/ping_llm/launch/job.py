@@ -12,8 +12,7 @@ from ping_llm.data.rows import RowReader, manifest_sha256
 from ping_llm.training import schedule
 
 DONE, PREEMPTED = "DONE", "PREEMPTED"  # files in a run folder that say how the last turn of a job ended
-SPARE_SHARE = 0.05
-"""Of a local disk, left free."""
+SPARE_SHARE = 0.05  # of a local disk, left free
 
 
 def check_run(config: Config, processes: int) -> None:

@@ -25,8 +25,7 @@ from ping_llm.system.signals import on_signals
 from ping_llm.training.metrics import MACHINE_NAME, read_metrics
 
 POLL_S = 0.2
-MAX_GPUS = 8
-"""Of one machine."""
+MAX_GPUS = 8  # of one machine
 SIGNAL, TIME_IS_UP = "a signal said so", "its time is up"
 
 
@@ -79,7 +78,7 @@ class Order:
         if not (train.total_steps or train.target_tokens):
             return lines
         mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
-        lines += plan_cost(self.config, gpu, self.gpus, mfu).lines()
+        lines += plan_cost(self.config, gpu, self.gpus, mfu).lines
         speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured; pass one with --tokens-per-s"
         return [*lines, f"{speed}; CPUs and memory come on top"]
 

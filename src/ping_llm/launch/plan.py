@@ -36,9 +36,8 @@ class GPU:
             raise ValueError(f"{prices} has no price of {name!r}, only of {', '.join(table)}; add it there")
         peak = named_peak_flops(name)
         if peak is None:
-            raise ValueError(
-                f"the peak of {name!r} is not known; add it to PEAK_BF16_FLOPS in ping_llm/system/hardware.py"
-            )
+            where = "PEAK_BF16_FLOPS in ping_llm/system/hardware.py"
+            raise ValueError(f"the peak of {name!r} is not known; add it to {where}")
         return cls(name.lower(), peak_flops=peak, **table[name.lower()])
 
 
@@ -46,58 +45,19 @@ class GPU:
 class CostPlan:
     """What a run takes on some GPUs of a kind."""
 
-    gpu: GPU
-    gpus: int
-    mfu: float
-    parameters: int
-    tokens: float  # places of windows, padding included: that is what is computed
     steps: float
+    tokens: float  # places of windows, padding included: that is what is computed
     tokens_per_s: float
-    fixed_gb: float  # a GPU: weights, gradients, optimiser
-    grad_accum: int  # micro-batches a step
+    hours: float  # of training; evaluations, saves and waiting for a machine come on top
+    dollars: float  # of all GPUs over these hours
     micro_batch: int  # windows, a GPU
-    activations_gb: float  # a GPU, of such a micro-batch
     largest_micro_batch: int  # that fits
-
-    @property
-    def hours(self) -> float:
-        """Hours of training; evaluations, saves and waiting for a machine come on top."""
-        return self.tokens / self.tokens_per_s / 3600
-
-    @property
-    def dollars(self) -> float:
-        """Price of all GPUs over these hours."""
-        return self.hours * self.gpus * self.gpu.dollars_per_hour
+    lines: list[str]  # what `ping-llm plan` prints
 
     @property
     def fits(self) -> bool:
         """Whether a micro-batch fits in a GPU."""
         return self.micro_batch <= self.largest_micro_batch
-
-    def lines(self) -> list[str]:
-        """What `ping-llm plan` prints."""
-        what = f"{self.gpus} × {self.gpu.name.upper()} at {self.mfu:.0%} of {self.gpu.peak_flops / 1e12:,.0f} TFLOP/s"
-        if self.fits:
-            advice = "the batch fits"
-        elif self.largest_micro_batch:
-            advice = f"the batch does not fit: pass --train.grad-accum {self._enough_pieces()}"
-        else:
-            advice = "take GPUs with more memory, or a smaller model"
-        return [
-            f"{self.parameters / 1e6:,.1f}M parameters on {what} (assumed unless you measured it)",
-            f"tokens          {self.tokens:>16,.0f}   in {self.steps:,.0f} steps",
-            f"tokens/s        {self.tokens_per_s:>16,.0f}",
-            f"hours           {self.hours:>16,.1f}",
-            f"dollars         {self.dollars:>16,.0f}   at {self.gpu.dollars_per_hour:.2f} a GPU and hour",
-            f"GB a GPU        {self.fixed_gb + self.activations_gb:>16.1f}   of {self.gpu.memory_gb:g}: "
-            f"{self.fixed_gb:.1f} weights and optimiser, {self.activations_gb:.1f} a micro-batch of {self.micro_batch}",
-            f"largest batch   {self.largest_micro_batch:>16,}   windows a GPU and micro-batch; {advice}",
-        ]
-
-    def _enough_pieces(self) -> int:
-        """The fewest micro-batches a step that fit."""
-        windows = self.micro_batch * self.grad_accum  # of a step, for each GPU
-        return next(n for n in range(1, windows + 1) if windows % n == 0 and windows // n <= self.largest_micro_batch)
 
 
 def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> CostPlan:
@@ -115,24 +75,33 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     if not any(limits):
         raise ValueError("the run ends by train.max_minutes alone; give train.total_steps or train.target_tokens")
     steps = min(limit for limit in limits if limit)
-    micro_batch = config.train.batch_size // (gpus * config.train.grad_accum)
-    fixed_gb = fixed_bytes(config.model) / 1e9
-    window_gb = activation_bytes(config.model) / 1e9
-    room = gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb
-    return CostPlan(
-        gpu=gpu,
-        gpus=gpus,
-        mfu=mfu,
-        parameters=parameter_count(config.model),
-        tokens=steps * step_tokens,
-        steps=steps,
-        tokens_per_s=gpus * gpu.peak_flops * mfu / flops_per_token(config.model),
-        fixed_gb=fixed_gb,
-        grad_accum=config.train.grad_accum,
-        micro_batch=micro_batch,
-        activations_gb=micro_batch * window_gb,
-        largest_micro_batch=max(0, int(room / window_gb)),
-    )
+    tokens, tokens_per_s = steps * step_tokens, gpus * gpu.peak_flops * mfu / flops_per_token(config.model)
+    hours = tokens / tokens_per_s / 3600
+    dollars = hours * gpus * gpu.dollars_per_hour
+    windows = config.train.batch_size // gpus  # of a step, for each GPU
+    micro_batch = windows // config.train.grad_accum
+    fixed_gb, window_gb = fixed_bytes(config.model) / 1e9, activation_bytes(config.model) / 1e9
+    largest = max(0, int((gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb) / window_gb))
+    if micro_batch <= largest:
+        advice = "the batch fits"
+    elif largest:
+        pieces = next(n for n in range(1, windows + 1) if windows % n == 0 and windows // n <= largest)
+        advice = f"the batch does not fit: pass --train.grad-accum {pieces}"
+    else:
+        advice = "take GPUs with more memory, or a smaller model"
+    what = f"{gpus} × {gpu.name.upper()} at {mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s"
+    activations_gb = micro_batch * window_gb
+    lines = [
+        f"{parameter_count(config.model) / 1e6:,.1f}M parameters on {what} (assumed unless you measured it)",
+        f"tokens          {tokens:>16,.0f}   in {steps:,.0f} steps",
+        f"tokens/s        {tokens_per_s:>16,.0f}",
+        f"hours           {hours:>16,.1f}",
+        f"dollars         {dollars:>16,.0f}   at {gpu.dollars_per_hour:.2f} a GPU and hour",
+        f"GB a GPU        {fixed_gb + activations_gb:>16.1f}   of {gpu.memory_gb:g}: "
+        f"{fixed_gb:.1f} weights and optimiser, {activations_gb:.1f} a micro-batch of {micro_batch}",
+        f"largest batch   {largest:>16,}   windows a GPU and micro-batch; {advice}",
+    ]
+    return CostPlan(steps, tokens, tokens_per_s, hours, dollars, micro_batch, largest, lines)
 
 
 def fixed_bytes(model: ModelConfig) -> int:

@@ -34,8 +34,7 @@ from ping_llm.launch.job import DONE, PREEMPTED, check_run, copy_rows, local_row
 
 REQUEUE = os.EX_TEMPFAIL
 POLL_S = 0.2
-MAX_IDLE_TURNS = 3
-"""A job may be stopped before it has saved a step so often in a row, and still go back to the queue."""
+MAX_IDLE_TURNS = 3  # in a row, stopped before a step was saved, after which a job still goes back to the queue
 
 
 @dataclass(frozen=True)
@@ -54,34 +53,21 @@ class Node:
     def from_environment(cls, device: str) -> Node:
         """RANKS_PER_NODE, LOCAL_DISK ("none" = do not copy), MASTER and what SLURM sets; without it, one node."""
         given = os.environ.get
+        name, number = given("SLURMD_NODENAME") or socket.gethostname(), int(given("SLURM_NODEID") or 0)
         gpus = int(given("SLURM_GPUS_ON_NODE") or 0)
         ranks = int(given("RANKS_PER_NODE") or (gpus if device != "cpu" else 0) or 1)
         disk = given("LOCAL_DISK") or given("SLURM_TMPDIR") or "none"
-        return cls(
-            name=given("SLURMD_NODENAME") or socket.gethostname(),
-            number=int(given("SLURM_NODEID") or 0),
-            nodes=int(given("SLURM_NNODES") or 1),
-            gpus=gpus,
-            ranks=ranks,
-            local_disk=None if disk == "none" else Path(disk),
-            master=given("MASTER") or "127.0.0.1:29500",
-        )
+        local_disk, master = None if disk == "none" else Path(disk), given("MASTER") or "127.0.0.1:29500"
+        return cls(name, number, int(given("SLURM_NNODES") or 1), gpus, ranks, local_disk, master)
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What a turn of a job begins with."""
-
-    step: int  # of the newest checkpoint
-    idle_turns: int  # that the job has just had in a row
-
-
-def check(config: Config, node: Node) -> Standing:
-    """Where the run stands, its marks removed; ValueError if the job cannot train, whatever its nodes are like."""
+def check(config: Config, node: Node) -> tuple[int, int]:
+    """What a turn of a job begins with, and no more marks: the step of the newest checkpoint, and the idle turns that the
+    job has just had in a row. ValueError if it cannot train, whatever its nodes are like."""
     mark = config.train.run_dir / PREEMPTED
     idle_turns = int(mark.read_text() or 0) if mark.exists() else 0
     check_run(config, node.nodes * node.ranks)
-    return Standing(saved(config)[0], idle_turns)
+    return saved(config)[0], idle_turns
 
 
 def check_gpus(device: str, node: Node) -> None:
@@ -92,10 +78,8 @@ def check_gpus(device: str, node: Node) -> None:
 
     usable = torch.cuda.device_count()
     if usable < node.ranks:
-        raise ValueError(
-            f"{usable} GPUs can be used for {node.ranks} ranks (SLURM gave {node.gpus}); see what nvidia-smi says there, "
-            "ask for --gres=gpu:N, or choose the device cpu"
-        )
+        found = f"{usable} GPUs can be used for {node.ranks} ranks (SLURM gave {node.gpus})"
+        raise ValueError(f"{found}; see what nvidia-smi says there, ask for --gres=gpu:N, or choose the device cpu")
 
 
 def run_ranks(argv: Sequence[str], config: Config, node: Node) -> int:
@@ -126,8 +110,8 @@ def run_ranks(argv: Sequence[str], config: Config, node: Node) -> int:
     return torchrun.returncode
 
 
-def judge(code: int, before: Standing, config: Config) -> int:
-    """The exit code of the job from that of its ranks: 0 and DONE, or REQUEUE if it was preempted.
+def judge(code: int, before: tuple[int, int], config: Config) -> int:
+    """The exit code of the job from that of its ranks: 0 and DONE, or REQUEUE if it was preempted. `before` is of `check`.
 
     ValueError if it crashed, or was stopped too often in a row before it had saved a step: such a job is not requeued.
     """
@@ -140,16 +124,12 @@ def judge(code: int, before: Standing, config: Config) -> int:
         print(f"{run_dir} is done, {step:,} steps", flush=True)
         return 0
     if code or not preempted:
-        raise ValueError(
-            f"training ended with code {code} after step {step:,} of {run_dir}; the lines above say why. Submitted again, "
-            "it continues from there"
-        )
-    idle_turns = 0 if step > before.step else before.idle_turns + 1
+        ended = f"training ended with code {code} after step {step:,} of {run_dir}; the lines above say why"
+        raise ValueError(f"{ended}. Submitted again, it continues from there")
+    idle_turns = 0 if step > before[0] else before[1] + 1
     if idle_turns > MAX_IDLE_TURNS:
-        raise ValueError(
-            f"{run_dir} was stopped {idle_turns} times in a row before it had saved a step; ask for more --time, then "
-            "submit it again"
-        )
+        stopped = f"{run_dir} was stopped {idle_turns} times in a row before it had saved a step"
+        raise ValueError(f"{stopped}; ask for more --time, then submit it again")
     (run_dir / PREEMPTED).write_text(str(idle_turns))
     print(f"{run_dir} was stopped after step {step:,}; it goes on when this job has its next turn", flush=True)
     return REQUEUE
@@ -194,9 +174,9 @@ def main(argv: Sequence[str]) -> int:
         if name == "ranks":
             return run_ranks(argv, config, node)
         if name == "judge":
-            return judge(numbers[0], Standing(*numbers[1:]), config)
+            return judge(numbers[0], (numbers[1], numbers[2]), config)
         if name == "check":
-            print(*dataclasses.astuple(check(config, node)))
+            print(*check(config, node))
         else:
             place = f"{node.name}: "
             check_gpus(config.train.device, node)

@@ -11,6 +11,7 @@ only after that. Nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -74,11 +75,7 @@ def load_config(run_dir: Path) -> Config | None:
 
 
 def save(
-    run_dir: Path,
-    step: int,
-    model_state: dict[str, Tensor],
-    optimizer_state: dict[str, Tensor],
-    state: dict[str, Any],
+    run_dir: Path, step: int, model_state: dict[str, Tensor], optimizer_state: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
     """Writes one checkpoint and returns its folder; `state` is plain JSON, its "val_loss" (nats) decides the best.
 
@@ -90,11 +87,12 @@ def save(
     aside.mkdir(parents=True)
     try:
         sync(run_dir)
-        checksums = {}
-        for name, tensors in ((MODEL_NAME, model_state), (OPTIMIZER_NAME, optimizer_state)):
-            checksums[name] = _write_tensors(aside / name, tensors)
+        files = {MODEL_NAME: model_state, OPTIMIZER_NAME: optimizer_state}
+        checksums = {name: _write_tensors(aside / name, tensors) for name, tensors in files.items()}
         values = {"format_version": FORMAT_VERSION, "step": step, "sha256": checksums, **state}
-        _write_json(aside / STATE_NAME, values | {"state_sha256": _json_sha256(values)})
+        values["state_sha256"] = _json_sha256(values)
+        (aside / STATE_NAME).write_text(json.dumps(values, indent=1) + "\n")
+        sync(aside / STATE_NAME)
         sync(aside)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
@@ -166,12 +164,10 @@ def _best(folders: list[Path]) -> Path | None:
     """The checkpoint with the lowest validation loss; None if none was evaluated."""
     losses: dict[Path, float] = {}
     for folder in folders:
-        try:
+        with contextlib.suppress(_Damaged):
             val_loss = _verified_state(folder, ()).get("val_loss")
-        except _Damaged:
-            continue
-        if val_loss is not None and math.isfinite(val_loss):
-            losses[folder] = val_loss
+            if val_loss is not None and math.isfinite(val_loss):
+                losses[folder] = val_loss
     return min(losses, key=lambda folder: losses[folder], default=None)
 
 
@@ -200,9 +196,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
         raise _Damaged(f"{path.name} has no format version")
     if values["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} is of format {values['format_version']}, this program reads {FORMAT_VERSION}; update ping-llm"
-        )
+        found = f"{path} is of format {values['format_version']}"
+        raise ValueError(f"{found}, this program reads {FORMAT_VERSION}; update ping-llm")
     return values
 
 
@@ -217,11 +212,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     sync(path)
     return _sha256(path)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
-    sync(path)
 
 
 def _json_sha256(values: dict[str, Any]) -> str:

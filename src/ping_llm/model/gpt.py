@@ -62,10 +62,6 @@ class KVCache:
             self.values[layer] = torch.cat([self.values[layer], values], dim=2)
         return self.keys[layer], self.values[layer]
 
-    def append_valid(self, valid: Tensor) -> None:
-        """Records which of the new tokens are real, (B, T) bool."""
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> KVCache:
         mapped = KVCache()
         mapped.keys, mapped.values = [function(k) for k in self.keys], [function(v) for v in self.values]
@@ -121,12 +117,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model; its weights come from `init_weights`, and nothing else here is random."""
 
-    def __init__(
-        self, config: ModelConfig, vocab_size: int = VOCAB_SIZE, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
-        rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.config = config
+        rows = -(-VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, rows, bias=False)
@@ -154,11 +148,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def forward(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Logits of the token after each given one, (B, T, V) fp32.
 
@@ -174,14 +164,21 @@ class GPT(nn.Module):
             if cache is not None and cached:
                 positions = positions + cache.lengths()[:, None]
         if cache is not None:
-            cache.append_valid(tokens >= 0)
+            cache.valid = tokens >= 0 if cache.valid is None else torch.cat([cache.valid, tokens >= 0], dim=1)
         if mask is not None or cached:
-            mask = _key_mask(mask, T, cached, cache.valid if cache is not None else None, tokens.device)
+            queries = torch.arange(cached, cached + T, device=tokens.device)[:, None]  # (T, 1)
+            keys = torch.arange(cached + T, device=tokens.device)  # (S,)
+            mask = mask if mask is not None else (keys <= queries)[None, None]
+            if cache is not None and cache.valid is not None:
+                mask = mask & cache.valid[:, None, None, :]
+            mask = mask | (keys == queries)  # (B or 1, 1, T, S); a row that sees nothing would be NaN, and spread
         x = _rms_norm(self.embedding(tokens.clamp(min=0)))  # (B, T, D)
-        rotation = _rotation(positions, self.config, _matmul_dtype(x))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype  # in which a linear layer answers to x
+        rotation = _rotation(positions, self.config, dtype)
         for block in self.blocks:
             x = block(x, rotation, cache, mask)
-        logits = self.head(_rms_norm(x))[..., : self.vocab_size].float()  # (B, T, V)
+        logits = self.head(_rms_norm(x))[..., :VOCAB_SIZE].float()  # (B, T, V)
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
 
@@ -191,18 +188,18 @@ def sibling_mask(cache: KVCache, siblings: int) -> Tensor:
     return torch.cat([itself.new_ones(siblings, cache.size), itself], dim=1)[None, None]
 
 
-def parameter_count(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D."""
-    return 12 * config.n_embd**2 * config.n_layer + 2 * vocab_size * config.n_embd
+    return 12 * config.n_embd**2 * config.n_layer + 2 * VOCAB_SIZE * config.n_embd
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int = VOCAB_SIZE) -> int:
+def flops_per_token(config: ModelConfig) -> int:
     """Floating-point operations to train on one token of a full window: 6·(12·D²·L + V·D) + 12·L·D·T.
 
     Six for each weight that is multiplied (the embedding is looked up), and attention by the usual convention, which
     also counts the pairs of tokens that the causal mask hides.
     """
-    multiplied = parameter_count(config, vocab_size) - vocab_size * config.n_embd
+    multiplied = parameter_count(config) - VOCAB_SIZE * config.n_embd
     return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len
 
 
@@ -224,19 +221,3 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the pairs (i, i + K/2) of each head by the angle of its position; x is (B, T, H, K)."""
     own, swapped = rotation
     return torch.addcmul(x * own, x.roll(x.shape[-1] // 2, dims=-1), swapped)
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer answers to x, under autocast or not."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
-def _key_mask(mask: Tensor | None, T: int, cached: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """The mask of `GPT.forward`, causal if None, over cached + T keys without padding, (B or 1, 1, T, S)."""
-    queries = torch.arange(cached, cached + T, device=device)[:, None]  # (T, 1)
-    keys = torch.arange(cached + T, device=device)  # (S,)
-    mask = mask if mask is not None else (keys <= queries)[None, None]
-    if valid is not None:
-        mask = mask & valid[:, None, None, :]
-    return mask | (keys == queries)  # a row that sees nothing would be NaN, and spread

@@ -10,7 +10,7 @@ import torch
 
 from ping_llm.config import Config
 from ping_llm.data import tokenization as tk
-from ping_llm.data.rows import ProbeRow, RowReader
+from ping_llm.data.rows import RowReader
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.engine import Reader, read_contexts
@@ -19,19 +19,12 @@ from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query, known_name
 from ping_llm.inference.score import HISTORY, own_p_values
 from ping_llm.inference.table import History
-from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT
 
 UNFAMILIAR_SHARE = 0.05  # of the results of val are of sources as unfamiliar to the model as a new one may be
 SURPRISE_SHARE = 5  # one in so many results is also queried with its history, which takes about twenty times as long
 _BACK = 256  # measurements of a probe that are searched for those of the same source
 _BATCH = 64  # prompts read together
-
-
-def calibrate_run(config: Config, device: torch.device) -> None:
-    """Calibrates the checkpoint that inference uses, and writes calibration.json into the run folder."""
-    gpt, _, _ = load_model(config.train.run_dir, device)
-    calibrate(gpt, config, device).save(config.train.run_dir)
 
 
 def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) -> Calibration:
@@ -66,16 +59,12 @@ def sample_results(rows: RowReader, count: int, rng: np.random.Generator) -> tup
     for number in np.unique(numbers):
         row = rows[int(number)]
         for place in places[numbers == number] - (ends[number] - len(row)):
-            queries.append(_query(row, int(place)))
+            recent = slice(max(0, place - _BACK), place + 1)
+            src, dst = row.src_addresses[row.src[recent]], row.dst_addresses[row.dst[recent]]
+            measured = Context(src, dst, row.rtt_ms[recent].astype(np.float64), row.times(recent))
+            queries += History(measured, HISTORY).queries([len(measured) - 1])
             rtt_ms.append(float(row.rtt_ms[place]))
     return queries, np.array(rtt_ms)
-
-
-def _query(row: ProbeRow, place: int) -> Query:
-    recent = slice(max(0, place - _BACK), place + 1)
-    src, dst = row.src_addresses[row.src[recent]], row.dst_addresses[row.dst[recent]]
-    measured = Context(src, dst, row.rtt_ms[recent].astype(np.float64), row.times(recent))
-    return History(measured, HISTORY).queries([len(measured) - 1])[0]
 
 
 def log_likelihoods(reader: Reader, queries: Sequence[Query], rtt_ms: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -85,18 +74,13 @@ def log_likelihoods(reader: Reader, queries: Sequence[Query], rtt_ms: np.ndarray
     """
     alone = [dataclasses.replace(query, context=Context.parse(None)) for query in queries]
     variants = [list(query.variants("auto")) for query in alone]
-    lines = [
-        np.append(build_prompt(variant, reader.seq_len).tokens, _result_tokens(result))
-        for known, result in zip(variants, rtt_ms, strict=True)
-        for variant in known
-    ]
+    lines = []
+    for known, ms in zip(variants, rtt_ms, strict=True):
+        result = [tk.FAILED] if ms < 0 else [tk.RTT_START, tk.BYTE_0 + int(tk.encode_rtt(np.array(ms))) // 256]
+        lines += [np.append(build_prompt(variant, reader.seq_len).tokens, result) for variant in known]
     batches = range(0, len(lines), _BATCH)
     log_p = np.concatenate([read_contexts(reader, lines[first : first + _BATCH]).log_likelihood for first in batches])
     return [known_name(variant.src) for variant in variants[0] if variant.src], log_p.reshape(len(queries), -1)
-
-
-def _result_tokens(rtt_ms: float) -> list[int]:
-    return [tk.FAILED] if rtt_ms < 0 else [tk.RTT_START, tk.BYTE_0 + int(tk.encode_rtt(np.array(rtt_ms))) // 256]
 
 
 def mixture_weights(log_p: np.ndarray, smoothing: float = 1.0, rounds: int = 200) -> np.ndarray:

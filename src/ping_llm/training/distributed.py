@@ -19,10 +19,8 @@ from torch import Tensor
 from ping_llm.system.hardware import pick_device
 
 TIMEOUT = dt.timedelta(minutes=10)  # of one exchange; a process may be compiling, or looking at samples, meanwhile
-
-
-class PeerLost(ConnectionError):
-    """An exchange failed because another process of the run has ended."""
+_BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""How gloo and NCCL report that an exchange broke off."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,12 @@ class Ranks:
         return torch.cat(gathered)
 
     def share(self, value: Any) -> Any:
-        """A small value of the main process, in every process; what the others pass is ignored."""
+        """A value of the main process, in every process; what the others pass is ignored."""
         if self.world == 1:
             return value
         box = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
-
-    def share_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The tensors of the main process, on the CPU of every process; what the others pass is ignored."""
-        own = tensors or {}
-        if self.world == 1:
-            return own
-        received = {}
-        for name, (shape, dtype) in self.share({name: (t.shape, t.dtype) for name, t in own.items()}).items():
-            sent = own[name] if self.is_main else torch.empty(shape, dtype=dtype)
-            sent = sent.to(self.device)  # NCCL sends from the GPU only
-            dist.broadcast(sent, src=0)
-            received[name] = sent.cpu()
-        return received
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function in the main process only: its result there, None elsewhere; an error ends all processes, but
@@ -92,56 +77,39 @@ class Ranks:
 def processes(device_name: str) -> Iterator[Ranks]:
     """Joins the processes that torchrun has started; ValueError if this machine cannot.
 
-    Each process of a machine has a GPU of its own, or all of them work on the CPU. PeerLost is raised out of the block if
-    another process ends before this one.
+    Each process of a machine has a GPU of its own, or all of them work on the CPU. If another process ends before this one,
+    ConnectionError is raised out of the block.
     """
     device, world = pick_device(device_name), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield Ranks(device)
         return
     if device.type == "cuda":
-        device = _own_gpu()
-    _join(device)
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            found = f"torchrun started process {local_rank + 1} on a machine with {gpus} GPUs"
+            raise ValueError(f"{found}; pass --nproc-per-node {gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
-        yield Ranks(device, dist.get_rank(), world)
-        dist.barrier()  # none takes the connections down while another still needs them
-    except RuntimeError as error:
-        if not _lost_peer(error):
-            raise
-        raise PeerLost(
-            f"process {dist.get_rank()} of {world} stops, because another one of this run ended; its own last line says "
-            "why. Run the same command again to continue from the last checkpoint"
-        ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _join(device: torch.device) -> None:
-    on_gpu = device.type == "cuda"
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"the processes of this run did not find each other ({reason}); start all of them with torchrun, with one "
             "--rdzv-endpoint that every machine can reach"
         ) from None
-
-
-def _own_gpu() -> torch.device:
-    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ValueError(
-            f"torchrun started process {local_rank + 1} on a machine with {gpus} GPUs; pass --nproc-per-node {gpus}"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _lost_peer(error: BaseException) -> bool:
-    """Whether an exchange broke off, which gloo and NCCL report only in words."""
-    text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    return any(sign in text for sign in signs)
+    try:
+        yield Ranks(device, dist.get_rank(), world)
+        dist.barrier()  # none takes the connections down while another still needs them
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _BROKEN_OFF):
+            raise
+        raise ConnectionError(
+            f"process {dist.get_rank()} of {world} stops, because another one of this run ended; its own last line says "
+            "why. Run the same command again to continue from the last checkpoint"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

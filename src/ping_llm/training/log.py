@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -17,10 +17,10 @@ from rich.text import Text
 
 from ping_llm.config import FIELDS, Config, config_to_dict
 from ping_llm.system.files import write_atomically
-from ping_llm.training.metrics import METRICS_NAME, parse_line
+from ping_llm.training.metrics import COLUMNS, METRICS_NAME, parse_line
 
 SAMPLES_NAME = "samples.txt"
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0  # at most, where the output is no terminal, but for evaluations
 
 
 class RunLog:
@@ -32,8 +32,11 @@ class RunLog:
 
     def __init__(self, config: Config, resumed_step: int | None) -> None:
         self.run_dir = config.train.run_dir
-        path = self.run_dir / METRICS_NAME
-        _truncate(path, -1 if resumed_step is None else resumed_step)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path, last = self.run_dir / METRICS_NAME, -1 if resumed_step is None else resumed_step
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [(line, parse_line(line)) for line in lines if line.endswith("\n")]  # damaged ones, too, are dropped
+        write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last))
         self.begun = self.last_line = time.monotonic()
         self.first_progress: float | None = None
         self.progress = 0.0
@@ -49,23 +52,31 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
-        try:
+        with contextlib.suppress(OSError):  # a full disk, which `write` has reported
             self.file.close()
-        except OSError:  # a full disk, which `_append` has reported
-            pass
-        finally:
-            if self.wandb is not None:
-                self.wandb.finish()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def write(self, step: int, **scalars: float) -> None:
         """Records scalars measured after `step` steps; what is not finite becomes null."""
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._append(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk: lines are lost, but the run goes on
+            self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
-        trained, validated = _training_summary(scalars), _summary(scalars, _VALIDATION)
+        trained, validated = _training_summary(scalars), _summary(scalars, val=True)
         if self.live is None:
-            self._print_line(step, "  ".join(filter(None, (trained, validated))), always=bool(validated))
+            now = time.monotonic()
+            if validated or now - self.last_line >= LINE_EVERY_S:
+                self.last_line = now
+                left = ""
+                if self.first_progress is not None and self.first_progress < self.progress < 1:
+                    seconds = (now - self.begun) * (1 - self.progress) / (self.progress - self.first_progress)
+                    left = f"  {self.progress:.0%}, {seconds / 60:.1f} min left"
+                print(f"step {step:,}  {'  '.join(filter(None, (trained, validated)))}{left}", flush=True)
             return
         if validated:
             self.note(f"step {step:,}  {validated}")
@@ -96,26 +107,6 @@ class RunLog:
         if self.live is not None:
             self.live.update(self.live.task, completed=min(1.0, progress), step=f"{step:,}")
 
-    def _append(self, line: str) -> None:
-        """Adds to metrics.jsonl; on a full disk lines are lost, but the run goes on."""
-        try:
-            self.file.write(line)
-            self.file.flush()
-        except OSError as error:
-            self.note(f"warning: {METRICS_NAME} misses a line ({error.strerror}); make room for the run folder")
-
-    def _print_line(self, step: int, text: str, always: bool) -> None:
-        """A line where the output is no terminal: after each evaluation, otherwise at most every LINE_EVERY_S."""
-        now = time.monotonic()
-        if not always and now - self.last_line < LINE_EVERY_S:
-            return
-        self.last_line = now
-        left = ""
-        if self.first_progress is not None and self.first_progress < self.progress < 1:
-            seconds = (now - self.begun) * (1 - self.progress) / (self.progress - self.first_progress)
-            left = f"  {self.progress:.0%}, {seconds / 60:.1f} min left"
-        print(f"step {step:,}  {text}{left}", flush=True)
-
 
 class SilentLog:
     """A RunLog whose every method does nothing: that of all processes but the main one."""
@@ -130,26 +121,10 @@ class SilentLog:
         return lambda *_, **__: None
 
 
-_TRAINING = {
-    "lr": "lr {:.2g}",
-    "tokens_per_s": "{:,.0f} tokens/s",
-    "mfu": "MFU {:.1%}",
-    "data_wait_share": "waits {:.1%}",
-    "padding": "padding {:.1%}",
-    "grad_norm": "gradient {:.2g}",
-    "peak_memory_gb": "{:.1f} GB",
-}
-_VALIDATION = {
-    "val_loss": "val: loss {:.4f}",
-    "val_loss_rtt": "rtt {:.4f} nats",
-    "val_rtt_bits": "{:.3f} bits per RTT",
-    "val_median_rel_error": "median error {:.1%}",
-}
-
-
-def _summary(scalars: Mapping[str, float], forms: Mapping[str, str]) -> str:
-    """The scalars that were measured and have a form; empty if there are none."""
-    return "  ".join(form.format(scalars[name]) for name, form in forms.items() if name in scalars)
+def _summary(scalars: Mapping[str, float], val: bool) -> str:
+    """What was measured of val, or in training, of the columns with a form; empty if nothing was."""
+    columns = {name: column for name, column in COLUMNS.items() if column.line and name.startswith("val_") == val}
+    return "  ".join(column.line.format(scalars[name]) for name, column in columns.items() if name in scalars)
 
 
 def _training_summary(scalars: Mapping[str, float]) -> str:
@@ -159,15 +134,7 @@ def _training_summary(scalars: Mapping[str, float]) -> str:
     nats = {field: scalars.get(f"loss_{field}", math.nan) for field in FIELDS}
     bits = " ".join(f"{field} {loss / math.log(2):.2f}" for field, loss in nats.items() if math.isfinite(loss))
     skipped = f"  {scalars['skipped_steps']:.0f} steps skipped" if scalars.get("skipped_steps") else ""
-    return f"loss {scalars['loss']:.4f}  bits a token: {bits}  {_summary(scalars, _TRAINING)}{skipped}"
-
-
-def _truncate(path: Path, last_step: int) -> None:
-    """Drops the lines after a step, and those that are damaged, as the last one if it was cut while it was written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [(line, parse_line(line)) for line in lines if line.endswith("\n")]
-    write_atomically(path, "".join(line for line, row in rows if row is not None and row["step"] <= last_step))
+    return f"loss {scalars['loss']:.4f}  bits a token: {bits}  {_summary(scalars, val=False)}{skipped}"
 
 
 class _LiveLines(Progress):
@@ -193,18 +160,11 @@ def _start_wandb(config: Config) -> Any:
     id_file = config.train.run_dir / "wandb_id"  # drawn once: a continued run goes on in the same curves
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
+    train, run_id = config.train, id_file.read_text()
+    named: dict[str, Any] = {"project": train.wandb_project, "name": train.run_dir.name, "dir": train.run_dir}
     try:
-        return wandb.init(
-            project=config.train.wandb_project,
-            name=config.train.run_dir.name,
-            dir=config.train.run_dir,
-            config=config_to_dict(config),
-            mode=config.train.wandb,
-            id=id_file.read_text(),
-            resume="allow",
-        )
+        return wandb.init(config=config_to_dict(config), mode=train.wandb, id=run_id, resume="allow", **named)
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f'Weights & Biases did not start ({reason}); run "wandb login", or pass --train.wandb offline'
-        ) from None
+        advice = 'run "wandb login", or pass --train.wandb offline'
+        raise ValueError(f"Weights & Biases did not start ({reason}); {advice}") from None

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,19 +15,34 @@ from ping_llm.config import FIELDS
 METRICS_NAME = "metrics.jsonl"
 MACHINE_NAME = "machine.json"
 _FIELD_NAMES = {"src": "source", "dst": "destination", "rtt": "RTT"}
-LABELS = {
-    "loss": ("weighted loss (nats per token)", 1.0),
-    **{f"loss_{name}": (f"{_FIELD_NAMES.get(name, name)} (nats per token)", 1.0) for name in FIELDS},
-    "rtt_bits": ("bits per RTT", 1.0),
-    "median_rel_error": ("median relative\nerror of the RTT (%)", 100.0),
-    "lr": ("learning rate of Muon", 1.0),
-    "grad_norm": ("gradient norm", 1.0),
-    "tokens_per_s": ("tokens/s", 1.0),
-    "mfu": ("model FLOPs\nutilisation (%)", 100.0),
-    "data_wait_share": ("time waiting\nfor data (%)", 100.0),
-    "padding": ("padding (%)", 100.0),
+
+
+class Column(NamedTuple):
+    """How people read a column of metrics.jsonl."""
+
+    label: str  # its name with the unit, in reports and on axes
+    scale: float = 1.0  # from the column to that unit
+    line: str = ""  # its form in a line of the log
+
+
+COLUMNS = {
+    "loss": Column("weighted loss (nats per token)"),
+    **{f"loss_{name}": Column(f"{_FIELD_NAMES.get(name, name)} (nats per token)") for name in FIELDS},
+    "lr": Column("learning rate of Muon", line="lr {:.2g}"),
+    "tokens_per_s": Column("tokens/s", line="{:,.0f} tokens/s"),
+    "mfu": Column("model FLOPs\nutilisation (%)", 100.0, "MFU {:.1%}"),
+    "data_wait_share": Column("time waiting\nfor data (%)", 100.0, "waits {:.1%}"),
+    "padding": Column("padding (%)", 100.0, "padding {:.1%}"),
+    "grad_norm": Column("gradient norm", line="gradient {:.2g}"),
+    "peak_memory_gb": Column("peak memory (GB)", line="{:.1f} GB"),
 }
-"""Name with its unit, and factor to that unit, of each column; those of val have the prefix val_ in metrics.jsonl."""
+COLUMNS |= {f"val_{name}": column for name, column in COLUMNS.items() if name.startswith("loss")}
+COLUMNS |= {
+    "val_loss": COLUMNS["loss"]._replace(line="val: loss {:.4f}"),
+    "val_loss_rtt": COLUMNS["loss_rtt"]._replace(line="rtt {:.4f} nats"),
+    "val_rtt_bits": Column("bits per RTT", line="{:.3f} bits per RTT"),
+    "val_median_rel_error": Column("median relative\nerror of the RTT (%)", 100.0, "median error {:.1%}"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Metrics:
 
     steps: np.ndarray  # (n,) int64, each once
     columns: dict[str, np.ndarray]  # (n,) float64 each, NaN where a line has none or it was not finite
-    skipped: np.ndarray  # (n,) steps skipped since the line before
+    skipped: np.ndarray  # (n,) steps skipped since the line before; in runs without a counter, by the gradient norm
     damaged: int  # lines that could not be read
 
     def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -60,23 +75,24 @@ def read_metrics(run_dir: Path) -> Metrics:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise ValueError(
-            f'{path} cannot be read ({error.strerror}); pass a folder that "ping-llm train" wrote'
-        ) from None
+        advice = 'pass a folder that "ping-llm train" wrote'
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from None
     rows: dict[int, dict[str, Any]] = {}  # by step; of two lines of a step the later one counts
-    damaged = 0
-    for line in lines:
-        row = parse_line(line)
-        if row is None:
-            damaged += 1
-        else:
+    parsed = [parse_line(line) for line in lines]
+    for row in parsed:
+        if row is not None:
             rows.setdefault(row["step"], {}).update(row)
     if not rows:
         raise ValueError(f"{path} holds no line yet; wait for the first evaluation of the run, or start it again")
-    rows = dict(sorted(rows.items()))
-    names = sorted({name for row in rows.values() for name in row} - {"step"})
-    columns = {name: np.array([_finite(row.get(name)) for row in rows.values()]) for name in names}
-    return Metrics(np.array(list(rows)), columns, _skipped(list(rows.values())), damaged)
+    steps = sorted(rows)
+    names = {name for row in rows.values() for name in row} - {"step"}
+    columns = {name: np.array([_finite(rows[step].get(name)) for step in steps]) for name in sorted(names)}
+    counts = columns.get("skipped_steps", np.array([np.nan]))
+    if np.isnan(counts).all():
+        skipped = np.array([int("grad_norm" in rows[step] and rows[step]["grad_norm"] is None) for step in steps])
+    else:
+        skipped = np.diff(np.fmax.accumulate(np.fmax(counts, 0)), prepend=0).astype(int)  # fmax ignores NaN
+    return Metrics(np.array(steps), columns, skipped, parsed.count(None))
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
@@ -92,11 +108,3 @@ def parse_line(line: str) -> dict[str, Any] | None:
 def _finite(value: Any) -> float:
     """The value, or NaN if it is no finite number."""
     return value if type(value) in (int, float) and math.isfinite(value) else math.nan
-
-
-def _skipped(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Steps skipped since the line before, (n,): by the run's own counter, or by the gradient norm in runs without one."""
-    counts = np.array([_finite(row.get("skipped_steps")) for row in rows])
-    if np.isnan(counts).all():
-        return np.array([int("grad_norm" in row and row["grad_norm"] is None) for row in rows])
-    return np.diff(np.fmax.accumulate(np.fmax(counts, 0)), prepend=0).astype(int)  # fmax ignores NaN

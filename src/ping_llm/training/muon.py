@@ -45,7 +45,7 @@ class Muon:
     """
 
     def __init__(self, matrices: dict[str, nn.Parameter], initial_lr: float, ranks: Ranks | None = None) -> None:
-        self.initial_lr = self.lr = initial_lr
+        self.lr = initial_lr
         self.names: dict[torch.Size, list[str]] = defaultdict(list)
         for name, matrix in matrices.items():
             assert matrix.ndim == 2, f"{name} is of shape {tuple(matrix.shape)}"
@@ -65,17 +65,14 @@ class Muon:
             matrices: list[Tensor] = [self.matrices[name] for name in names]
             gradients = torch.stack([cast(Tensor, matrix.grad) for matrix in matrices])  # (n, A, B)
             average = self.momenta[shape].lerp_(gradients, 1 - momentum)
-            update = self._orthogonalize(gradients.lerp_(average, momentum)).float()  # Nesterov: looks ahead
+            ahead = gradients.lerp_(average, momentum)  # Nesterov
+            share = -(-len(ahead) // self.ranks.world)
+            mine = ahead[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+            filled = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # equal shares, for the exchange
+            update = self.ranks.gather(orthogonalize(filled, self.dtype))[: len(ahead)].float()
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(matrices, 1 - self.lr * weight_decay)
             torch._foreach_add_(matrices, list(update.unbind()), alpha=-self.lr * scale)
-
-    def _orthogonalize(self, matrices: Tensor) -> Tensor:
-        """`orthogonalize` of (n, A, B) matrices that all processes hold, each taking n / world of them."""
-        share = -(-len(matrices) // self.ranks.world)
-        mine = matrices[self.ranks.rank * share : (self.ranks.rank + 1) * share]
-        filled = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # equal shares, for the exchange
-        return self.ranks.gather(orthogonalize(filled, self.dtype))[: len(matrices)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The momentum of each matrix under its name; views."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class Objective:
         parts = (tensor.split(self.micro_batch) for tensor in (tokens[:, :-1].clamp(min=0), targets, fields))
         micro_batches = list(zip(*parts, strict=True))
         for number, (inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
-            with self._exchange(number == len(micro_batches)):
+            # Gradients are exchanged once, with those of the last micro-batch.
+            with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
                 micro_sums = self.sums(self.forward, inputs, micro_targets, micro_fields)
                 ((self.weights * micro_sums).sum() * scale).float().backward()
             sums += micro_sums.detach()
@@ -110,7 +111,3 @@ class Objective:
         loss = (self.weights * sums).sum() / (self.weights * counts).sum()
         values = torch.cat([loss[None], sums / counts]).tolist()
         return dict(zip(("loss", *(f"loss_{name}" for name in FIELDS)), values, strict=True))
-
-    def _exchange(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged once, with those of the last micro-batch."""
-        return nullcontext() if last or self.parallel is None else self.parallel.no_sync()

@@ -25,18 +25,15 @@ class Optimizer:
         matrices = dict(model.blocks.named_parameters(prefix="blocks"))
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
         self.muon = Muon(matrices, config.muon_lr, ranks)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
-                {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
-            ],
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=0.0,
-            fused=True,
-        )
+        groups = [
+            {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
+            {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
+        ]
+        betas = config.adam_beta1, config.adam_beta2
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.initial_lrs = {"matrices": config.muon_lr} | {g["name"]: g["lr"] for g in self.adamw.param_groups}
-        self._assert_partition(model)
+        grouped = [*matrices.values(), *(p for g in self.adamw.param_groups for p in g["params"])]
+        assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), f"{len(grouped)} parameters in groups"
 
     def set_lrs(self, scale: float) -> None:
         """Sets each group's rate to `scale` times its peak."""
@@ -67,8 +64,3 @@ class Optimizer:
                 for key, value in state.items()
                 if key.startswith(prefix)
             }
-
-    def _assert_partition(self, model: GPT) -> None:
-        grouped = [*self.muon.matrices.values(), *(p for g in self.adamw.param_groups for p in g["params"])]
-        identities = sorted(map(id, grouped))
-        assert identities == sorted(map(id, model.parameters())), f"{len(grouped)} parameters in groups"

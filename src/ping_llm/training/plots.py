@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ping_llm.system.axes import label_log_ticks
-from ping_llm.training.metrics import LABELS, METRICS_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import COLUMNS, METRICS_NAME, Metrics, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,21 +31,21 @@ class _Panel:
     val: str = ""  # column of the evaluations
     log: bool = False
     smooth: bool = True  # the running mean is drawn over the faint values
-    marks_skipped: bool = False
     thousands: bool = False
 
-    @property
-    def unit(self) -> tuple[str, float]:
-        """Label of the y axis, and factor from the column to its unit."""
-        label, scale = LABELS[self.train or self.val.removeprefix("val_")]
-        return (f"{label} (thousands)", scale / 1000) if self.thousands else (label, scale)
+    def curve(self, metrics: Metrics, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a column in the unit of the panel, without what its axis cannot show."""
+        steps, values = metrics.known(name)
+        shown = (values > 0) | (not self.log)
+        scale = COLUMNS[self.train or self.val].scale
+        return steps[shown], values[shown] * (scale / 1000 if self.thousands else scale)
 
 
 _LOSSES = ("loss", "loss_src", "loss_dst", "loss_rtt", "loss_structure", "loss_time")
 _PICTURES = {
     "loss": [_Panel(name, f"val_{name}", log=True) for name in _LOSSES],
     "validation": [_Panel(val="val_rtt_bits", log=True), _Panel(val="val_median_rel_error", log=True)],
-    "optimizer": [_Panel("lr", smooth=False), _Panel("grad_norm", log=True, marks_skipped=True)],
+    "optimizer": [_Panel("lr", smooth=False), _Panel("grad_norm", log=True)],
     "throughput": [_Panel("tokens_per_s", thousands=True), _Panel("mfu"), _Panel("data_wait_share")],
 }
 
@@ -65,7 +65,7 @@ def plot_run(run_dir: Path, out: Path | None = None) -> list[Path]:
     name = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
     paths = []
     for picture, all_panels in _PICTURES.items():
-        panels = [panel for panel in all_panels if len(_shown(metrics, panel))]
+        panels = [p for p in all_panels if any(len(p.curve(metrics, name)[0]) for name in (p.train, p.val))]
         if panels:
             out.mkdir(parents=True, exist_ok=True)
             paths.append(out / f"{picture}.png")
@@ -91,18 +91,6 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     low, high = places - half, np.minimum(places + half + 1, len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[high] - sums[low]) / (high - low)
-
-
-def _shown(metrics: Metrics, panel: _Panel) -> np.ndarray:
-    """All values of a panel, of training and of validation."""
-    return np.concatenate([_curve(metrics, panel, name)[1] for name in (panel.train, panel.val)])
-
-
-def _curve(metrics: Metrics, panel: _Panel, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values in the unit of the panel, without what its axis cannot show."""
-    steps, values = metrics.known(name)
-    shown = (values > 0) | (not panel.log)
-    return steps[shown], values[shown] * panel.unit[1]
 
 
 def _draw(metrics: Metrics, panels: list[_Panel], title: str, path: Path, columns: int) -> None:
@@ -131,69 +119,51 @@ def _draw(metrics: Metrics, panels: list[_Panel], title: str, path: Path, column
 
 
 def _draw_panel(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
-    from matplotlib.ticker import MaxNLocator
+    """The values of the training steps with their running mean, the evaluations, and the lowest loss of those."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
-    _draw_training(axes, metrics, panel)
-    _draw_validation(axes, metrics, panel)
+    (steps, values), (val_steps, val_values) = (panel.curve(metrics, name) for name in (panel.train, panel.val))
+    if len(steps):
+        few = len(steps) <= _FEW
+        smooth = panel.smooth and not few
+        style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"linewidth": 1.6}
+        style |= {"label": "training" if panel.smooth else None, "marker": "o" if few else "", "markersize": 3}
+        axes.plot(*thin(steps, values), color=_TRAIN, **style)
+        if smooth:
+            # On a log axis the mean of the logs: a spike weighs as much as it looks.
+            mean = np.exp(running_mean(np.log(values))) if panel.log else running_mean(values)
+            axes.plot(*thin(steps, mean), color=_TRAIN, linewidth=1.8, label="training, running mean")
+        skipped = metrics.steps[metrics.skipped > 0]
+        if panel.train == "grad_norm" and len(skipped):
+            style = {"color": _SKIPPED, "markersize": 5, "label": f"skipped steps ({metrics.skipped.sum():,})"}
+            style |= {"transform": axes.get_xaxis_transform(), "clip_on": False}  # at the bottom
+            axes.plot(skipped, np.full(len(skipped), 0.03), "x", **style)
+    if len(val_steps):
+        style = {"marker": "o" if len(val_steps) <= _FEW else "", "markersize": 3, "linewidth": 0.9}
+        axes.plot(val_steps, val_values, color=_VAL, label="validation", **style)
+        best = metrics.best_step()
+        if best is not None:
+            axes.axvline(best, color=_BEST, linestyle="--", linewidth=1, label=f"lowest validation loss: step {best:,}")
     if panel.log:
         axes.set_yscale("log")
-        _label_values(axes)
+        low, high = axes.get_ylim()
+        label_log_ticks(axes.yaxis, low, high)
+        if 5 <= high / low < 30:  # about as many numbers, whatever it spans
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        elif high / low > 3000:
+            axes.yaxis.set_major_locator(LogLocator())
     else:
-        top = max(_shown(metrics, panel))
+        top = max([*values, *val_values])
         axes.set_ylim(0, 1.08 * top if top > 0 else 1)
     last = max(metrics.steps[-1], 1)
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_TICK_STEPS))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel(panel.unit[0])
+    label = COLUMNS[panel.train or panel.val].label
+    axes.set_ylabel(f"{label} (thousands)" if panel.thousands else label)
     axes.grid(color="#eaeef2", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_training(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
-    """The values of the training steps, their running mean, and where steps were skipped."""
-    steps, values = _curve(metrics, panel, panel.train)
-    if not len(steps):
-        return
-    few = len(steps) <= _FEW
-    smooth = panel.smooth and not few
-    style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"linewidth": 1.6}
-    label = "training" if panel.smooth else None
-    axes.plot(*thin(steps, values), color=_TRAIN, marker="o" if few else "", markersize=3, label=label, **style)
-    if smooth:
-        # On a log axis the mean of the logs: a spike weighs as much as it looks.
-        mean = np.exp(running_mean(np.log(values))) if panel.log else running_mean(values)
-        axes.plot(*thin(steps, mean), color=_TRAIN, linewidth=1.8, label="training, running mean")
-    skipped = metrics.steps[metrics.skipped > 0]
-    if panel.marks_skipped and len(skipped):
-        label = f"skipped steps ({metrics.skipped.sum():,})"
-        at_the_bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(skipped, np.full(len(skipped), 0.03), "x", color=_SKIPPED, markersize=5, label=label, **at_the_bottom)
-
-
-def _draw_validation(axes: Axes, metrics: Metrics, panel: _Panel) -> None:
-    """The evaluations, and where the loss was the lowest."""
-    steps, values = _curve(metrics, panel, panel.val)
-    if not len(steps):
-        return
-    marker = "o" if len(steps) <= _FEW else ""
-    axes.plot(steps, values, color=_VAL, marker=marker, markersize=3, linewidth=0.9, label="validation")
-    best = metrics.best_step()
-    if best is not None:
-        axes.axvline(best, color=_BEST, linestyle="--", linewidth=1, label=f"lowest validation loss: step {best:,}")
-
-
-def _label_values(axes: Axes) -> None:
-    """Plain numbers on a log axis, about as many whatever it spans."""
-    from matplotlib.ticker import LogLocator
-
-    low, high = axes.get_ylim()
-    label_log_ticks(axes.yaxis, low, high)
-    if 5 <= high / low < 30:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    elif high / low > 3000:
-        axes.yaxis.set_major_locator(LogLocator())
 
 
 def _label_tokens(axes: Axes, metrics: Metrics) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.config import FIELDS, Config, config_to_dict
+from ping_llm.config import FIELDS, Config, TrainConfig, config_to_dict
 from ping_llm.model.checkpoint import load_config
 from ping_llm.system.files import write_atomically
-from ping_llm.training.metrics import LABELS, MACHINE_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import COLUMNS, MACHINE_NAME, Metrics, read_metrics
 from ping_llm.training.plots import plot_run
 
 REPORT_NAME = "report.md"
@@ -40,39 +40,43 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     metrics, config = read_metrics(run_dir), load_config(run_dir)
+    curves = [f"`pip install 'ping-llm[plots]'`, then `ping-llm plot {run_dir}` draws them."]
+    if importlib.util.find_spec("matplotlib") is not None:
+        curves = [f"![{path.stem}]({path.relative_to(run_dir).as_posix()})" for path in plot_run(run_dir)]
     sections = {
-        "": _summary(metrics, config),
-        "Validation": _validation(metrics),
-        "Throughput": _throughput(metrics),
-        "Machine": _machine(run_dir / MACHINE_NAME),
-        "Curves": _curves(run_dir),
-        "Config": _config(config),
+        "": _summary(metrics, config.train if config else None),
+        "## Validation\n\n": _validation(metrics),
+        "## Throughput\n\n": _throughput(metrics),
+        "## Machine\n\n": _machine(run_dir / MACHINE_NAME),
+        "## Curves\n\n": curves,
+        "## Config\n\n": _config(config) if config else [],
     }
     text = f"# Run {run_dir.absolute().name}\n"
-    for title, lines in sections.items():
-        if lines:
-            text += "\n" + (f"## {title}\n\n" if title else "") + "\n".join(lines) + "\n"
-    path = run_dir / REPORT_NAME
-    write_atomically(path, text)
-    return path
+    text += "".join("\n" + title + "\n".join(lines) + "\n" for title, lines in sections.items() if lines)
+    write_atomically(run_dir / REPORT_NAME, text)
+    return run_dir / REPORT_NAME
 
 
 def to_toml(values: dict[str, Any]) -> str:
     """A config as `config_to_dict` gives it, or a part of one, as TOML."""
-    plain = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    blocks = ["\n".join(plain)] if plain else []
-    for key, table in values.items():
-        if isinstance(table, dict) and table:
-            blocks.append(f"[{key}]\n" + "\n".join(f"{name} = {_toml_value(value)}" for name, value in table.items()))
-    return "\n\n".join(blocks)
+
+    def lines(table: dict[str, Any]) -> str:
+        texts = {
+            k: json.dumps(v, ensure_ascii=False) if isinstance(v, str | bool) else repr(v) for k, v in table.items()
+        }
+        return "\n".join(f"{key} = {text}" for key, text in texts.items())
+
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    tables = {key: table for key, table in values.items() if isinstance(table, dict) and table}
+    blocks = [lines(plain)] if plain else []
+    return "\n\n".join([*blocks, *(f"[{key}]\n{lines(table)}" for key, table in tables.items())])
 
 
-def _summary(metrics: Metrics, config: Config | None) -> list[str]:
+def _summary(metrics: Metrics, train: TrainConfig | None) -> list[str]:
     """How long the run was, by its limits, and the best that it reached."""
-    train = config.train if config else None
     lengths: list[tuple[str, np.ndarray, float, Callable[[float], str]]] = [
-        ("steps", metrics.steps, train.total_steps if train else 0, _count),
-        ("tokens trained", metrics.known("tokens")[1], train.target_tokens if train else 0, _count),
+        ("steps", metrics.steps, train.total_steps if train else 0, "{:,.0f}".format),
+        ("tokens trained", metrics.known("tokens")[1], train.target_tokens if train else 0, "{:,.0f}".format),
         ("time in training steps", metrics.known("time_s")[1], 60 * train.max_minutes if train else 0, _duration),
     ]
     rows = [
@@ -85,7 +89,7 @@ def _summary(metrics: Metrics, config: Config | None) -> list[str]:
         rows.append(("lowest validation loss", f"{_at(metrics, 'val_loss', best)} nats per token, step {best:,}"))
         for name in ("val_rtt_bits", "val_median_rel_error"):
             if value := _at(metrics, name, best):
-                rows.append((f"{_label(name)}, there", value))
+                rows.append((f"{COLUMNS[name].label}, there", value))
     if "skipped_steps" in metrics.columns or metrics.skipped.any():
         rows.append(("skipped steps (gradients not finite)", f"{metrics.skipped.sum():,}"))
     if metrics.damaged:
@@ -101,7 +105,7 @@ def _validation(metrics: Metrics) -> list[str]:
     last = max(int(metrics.known(name)[0][-1]) for name in evaluated)
     shown = {f"lowest loss (step {best:,})": best} if best is not None else {}
     shown[f"last (step {last:,})"] = last
-    rows = [(_label(name), *(_at(metrics, name, step) for step in shown.values())) for name in evaluated]
+    rows = [(COLUMNS[name].label, *(_at(metrics, name, step) for step in shown.values())) for name in evaluated]
     return _table(("", *shown), rows)
 
 
@@ -109,9 +113,11 @@ def _throughput(metrics: Metrics) -> list[str]:
     """Medians over the lines of the log, so that a slow first step, which compiles, hardly counts."""
     rows = []
     for name, form in _SPEEDS.items():
-        values = metrics.known(name)[1] * LABELS[name][1]
+        values = metrics.known(name)[1] * COLUMNS[name].scale
         if len(values):
-            rows.append((_label(name), *(format(value, form) for value in np.quantile(values, (0.5, 0.05, 0.95)))))
+            rows.append(
+                (COLUMNS[name].label, *(format(value, form) for value in np.quantile(values, (0.5, 0.05, 0.95))))
+            )
     lines = _table(("", "median", "5 %", "95 %"), rows) if rows else []
     memory = metrics.known("peak_memory_gb")[1]
     if len(memory):
@@ -129,52 +135,42 @@ def _machine(path: Path) -> list[str]:
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged; remove it to report without it")
-    machine: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    if isinstance(machine.get("peak_flops"), int | float):
-        machine["peak_flops"] /= 1e12
-    names = [name for name in _MACHINE_NAMES if name in machine] + sorted(machine.keys() - _MACHINE_NAMES.keys())
-    rows = [(_MACHINE_NAMES.get(name, name), _text(machine[name])) for name in names]
+    if isinstance(values.get("peak_flops"), int | float):
+        values["peak_flops"] /= 1e12
+    rows = []
+    for name in [*_MACHINE_NAMES, *sorted(values.keys() - _MACHINE_NAMES.keys())]:
+        value = values.get(name)
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, int | float):
+            value = f"{value:,}" if isinstance(value, int) else _number(value)
+        if value is not None:
+            rows.append((_MACHINE_NAMES.get(name, name), str(value)))
     return _table(("", ""), rows) if rows else []
 
 
-def _curves(run_dir: Path) -> list[str]:
-    if importlib.util.find_spec("matplotlib") is None:
-        return [f"`pip install 'ping-llm[plots]'`, then `ping-llm plot {run_dir}` draws them."]
-    return [f"![{path.stem}]({path.relative_to(run_dir).as_posix()})" for path in plot_run(run_dir)]
-
-
-def _config(config: Config | None) -> list[str]:
+def _config(config: Config) -> list[str]:
     """What differs from the defaults, then everything; both can be pasted into a config file."""
-    if config is None:
-        return []
     values, defaults = config_to_dict(config), config_to_dict(Config())
-    changed = {name: _changed(value, defaults[name]) for name, value in values.items() if value != defaults[name]}
-    head = ["Fields that differ from the defaults:", *_fenced(changed)] if changed else ["All fields are the defaults."]
-    return [*head, "", "<details><summary>All fields</summary>", "", *_fenced(values), "", "</details>"]
-
-
-def _changed(value: Any, default: Any) -> Any:
-    """A value, or of a section the fields that are not the defaults."""
-    return {key: v for key, v in value.items() if v != default[key]} if isinstance(value, dict) else value
-
-
-def _fenced(values: dict[str, Any]) -> list[str]:
-    return ["```toml", to_toml(values), "```"]
-
-
-def _toml_value(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
-
-
-def _label(name: str) -> str:
-    return LABELS[name.removeprefix("val_")][0]
+    changed = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            changed[name] = {key: v for key, v in value.items() if v != defaults[name][key]}
+        elif value != defaults[name]:
+            changed[name] = value
+    toml = to_toml(changed)
+    head = (
+        ["Fields that differ from the defaults:", "```toml", toml, "```"] if toml else ["All fields are the defaults."]
+    )
+    everything = ["```toml", to_toml(values), "```"]
+    return [*head, "", "<details><summary>All fields</summary>", "", *everything, "", "</details>"]
 
 
 def _at(metrics: Metrics, name: str, step: int) -> str:
     """The value of a column of val at a step, in the unit of its label; empty if it was not logged there."""
     steps, values = metrics.known(name)
     found = values[steps == step]
-    return _number(float(found[0]) * LABELS[name.removeprefix("val_")][1]) if len(found) else ""
+    return _number(float(found[0]) * COLUMNS[name].scale) if len(found) else ""
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -184,21 +180,9 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
 
 
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 def _number(value: float) -> str:
     """Four significant digits."""
     return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _duration(seconds: float) -> str:

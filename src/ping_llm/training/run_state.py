@@ -20,9 +20,7 @@ from ping_llm.training.metrics import MACHINE_NAME
 from ping_llm.training.objective import resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
-ROWS_MANIFEST_NAME = (
-    "rows_manifest.json"  # of the rows that a run learns from: evaluations use none of their measurements
-)
+ROWS_MANIFEST_NAME = "rows_manifest.json"  # of what a run learns from: evaluations use none of these measurements
 FIRST_LOSS_SCALE = 2.0**15
 LOSS_SCALE_STEPS = 2000  # in a row without overflow, after which the loss scale of fp16 doubles
 
@@ -79,9 +77,8 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     if resumed is not None and resumed.state.get("rows_sha256") != rows_sha256:
         names.append("data.rows")
     if names:
-        raise ValueError(
-            f"{run_dir} holds a run with another {', '.join(names)}; pass another --train.run-dir, or what it had"
-        )
+        differs = f"{run_dir} holds a run with another {', '.join(names)}"
+        raise ValueError(f"{differs}; pass another --train.run-dir, or what it had")
     facts = machine_facts(ranks.device) | {
         "processes": ranks.world,
         "precision": resolve_precision(config.train.precision, ranks.device),
@@ -91,29 +88,25 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     try:
         save_config(run_dir, config)
         write_atomically(run_dir / MACHINE_NAME, json.dumps(facts, indent=1) + "\n")
-        manifest = config.data.rows / MANIFEST_NAME
-        if manifest.is_file():
+        if (manifest := config.data.rows / MANIFEST_NAME).is_file():
             write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
     except OSError as error:
-        raise ValueError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}); pass another --train.run-dir"
-        ) from None
+        reason = f"the run folder {run_dir} cannot be written ({error.strerror})"
+        raise ValueError(f"{reason}; pass another --train.run-dir") from None
     return resumed
 
 
-def restore(checkpoint: Checkpoint | None, ranks: Ranks, model: GPT, optimizer: Optimizer) -> RunState | None:
-    """Puts the main process's checkpoint into model, optimiser and random generators of all; None if it has none."""
-    values = ranks.share(checkpoint.state if checkpoint else None)
-    if values is None:
-        return None
+def restore(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer) -> RunState:
+    """Puts a checkpoint into model, optimiser and the random generators of this process."""
     names = [f.name for f in dataclasses.fields(RunState)]
-    if missing := [name for name in names if name not in values]:
-        raise ValueError(f"the checkpoint of step {values['step']} lacks {', '.join(missing)}; start a new run folder")
-    model.load_state_dict(ranks.share_tensors(checkpoint.model if checkpoint else None))
-    tensors = dict(ranks.share_tensors(checkpoint.optimizer if checkpoint else None))
+    if missing := [name for name in names if name not in checkpoint.state]:
+        lacks = f"the checkpoint of step {checkpoint.step} lacks {', '.join(missing)}"
+        raise ValueError(f"{lacks}; start a new run folder")
+    model.load_state_dict(checkpoint.model)
+    tensors = dict(checkpoint.optimizer)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
     optimizer.load_state_dict(tensors)
-    return RunState(**{name: values[name] for name in names})
+    return RunState(**{name: checkpoint.state[name] for name in names})

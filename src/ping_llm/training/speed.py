@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from ping_llm.config import Config
 from ping_llm.model.gpt import flops_per_token
@@ -18,7 +18,7 @@ class Speed:
         self.places = config.train.batch_size * config.model.seq_len  # of a step; padding takes some of them
         self.step_flops = self.places * flops_per_token(config.model) / ranks.world
         self.compiling = config.train.compile
-        self.sums, self.steps = torch.zeros(3, dtype=torch.float64), 0
+        self.sums, self.steps = np.zeros(3), 0
         self.held_s = 0.0  # by saves, which no step counts
 
     def add(self, step_s: float, wait_s: float, tokens: float) -> None:
@@ -26,7 +26,7 @@ class Speed:
         if self.compiling:
             self.compiling = False
             return
-        self.sums += torch.tensor((step_s, wait_s, tokens), dtype=torch.float64)
+        self.sums += (step_s, wait_s, tokens)
         self.steps += 1
 
     def rates(self) -> dict[str, float]:
@@ -46,6 +46,5 @@ class Speed:
         }
         if self.peak:
             rates["mfu"] = self.steps * self.step_flops / step_s / self.peak
-        self.sums.zero_()
-        self.steps, self.held_s = 0, 0.0
+        self.sums, self.steps, self.held_s = np.zeros(3), 0, 0.0
         return rates | memory

@@ -23,11 +23,12 @@ from torch import Tensor
 from ping_llm.config import FIELDS, Config, TrainConfig
 from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME
+from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.system.files import write_lock
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
-from ping_llm.training.calibration import calibrate_run
+from ping_llm.training.calibration import calibrate
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
 from ping_llm.training.objective import Objective
@@ -77,7 +78,12 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
         state, calibrates = training.state, training.queries is not None
         del training  # frees its memory before a second model is loaded
     if ranks.is_main:
-        _conclude(config, state, trained, calibrates, ranks.device)
+        run_dir, done = config.train.run_dir, state.progress(config.train) >= 1
+        if calibrates and done and (trained or not (run_dir / CALIBRATION_NAME).exists()):
+            print("calibrating on val", flush=True)
+            model, _, _ = load_model(run_dir, ranks.device)  # the one that inference uses
+            calibrate(model, config, ranks.device).save(run_dir)
+        print(f"report: {write_report(run_dir)}")
     return state
 
 
@@ -102,19 +108,16 @@ class Training:
         read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.queries(config)))
         rows_sha256, windows, queries = ranks.share(read)
         if manifest_sha256(config.data.rows) != rows_sha256:
-            raise ValueError(
-                f"process {ranks.rank} finds other rows in {config.data.rows} than the main one; copy them"
-            )
+            where = f"process {ranks.rank} finds other rows in {config.data.rows}"
+            raise ValueError(f"{where} than the main one; copy them")
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks))
-        torch.manual_seed(
-            config.seed
-        )  # nothing below draws from it today; if anything ever does, a resumed run repeats it
+        torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
         optimizer = Optimizer(model, config.optim, ranks)
-        state = restore(checkpoint, ranks, model, optimizer)
+        checkpoint = ranks.share(checkpoint)
+        state = restore(checkpoint, model, optimizer) if checkpoint else None
         objective = Objective(config, model, ranks)
-        if state is None:
-            state = RunState.new(rows_sha256, objective.precision)
+        state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
 
     def run(self, stop: threading.Event) -> bool:
@@ -128,7 +131,12 @@ class Training:
             closing(cast(Generator[Tensor, None, None], batches)),
             _frozen_garbage(),
         ):
-            self._announce(log)
+            start = f"continues after step {begun:,}" if begun else "starts"
+            where = f"{ranks.device.type} in {self.objective.precision}"
+            where += f", {ranks.world} processes" if ranks.world > 1 else ""
+            log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
+            if config.train.compile:
+                log.note("compiling the model: the first step takes a minute or more, the next time less")
             self._loop(batches, log, saver, stop)
         return self.state.step > begun
 
@@ -169,8 +177,8 @@ class Training:
             state.val_loss = line.get("val_loss")
             if line:
                 log.write(state.step, **line)
-            if train.sample_every and (over or state.step % train.sample_every == 0):
-                self._show_samples(log)
+            if self.ranks.is_main and train.sample_every and (over or state.step % train.sample_every == 0):
+                log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
             if over or (not stopped and state.step % train.checkpoint_every == 0):
                 speed.held_s += self._save(saver, clock)
         if stopped and progress < 1:
@@ -213,10 +221,6 @@ class Training:
             values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
         return values
 
-    def _show_samples(self, log: RunLog | SilentLog) -> None:
-        if self.ranks.is_main:
-            log.show_samples(self.state.step, describe(self.model, self.queries, seed=self.state.step))
-
     def _save(self, saver: Saver, elapsed_s: float) -> float:
         """Saves everything that the next step depends on; the seconds that training was held up."""
         if not self.ranks.is_main:
@@ -228,24 +232,6 @@ class Training:
         state = dataclasses.replace(self.state, elapsed_s=elapsed_s)
         saver.save(state.step, self.model.state_dict(), tensors, dataclasses.asdict(state))
         return time.perf_counter() - started
-
-    def _announce(self, log: RunLog | SilentLog) -> None:
-        config, step, world = self.config, self.state.step, self.ranks.world
-        start = f"continues after step {step:,}" if step else "starts"
-        where = f"{self.ranks.device.type} in {self.objective.precision}"
-        where += f", {world} processes" if world > 1 else ""
-        log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
-        if config.train.compile:
-            log.note("compiling the model: the first step takes a minute or more, the next time less")
-
-
-def _conclude(config: Config, state: RunState, trained: bool, calibrates: bool, device: torch.device) -> None:
-    """Calibrates a finished run, and writes the report, of a stopped one too."""
-    run_dir = config.train.run_dir
-    if calibrates and state.progress(config.train) >= 1 and (trained or not (run_dir / CALIBRATION_NAME).exists()):
-        print("calibrating on val", flush=True)
-        calibrate_run(config, device)
-    print(f"report: {write_report(run_dir)}")
 
 
 @contextmanager
@@ -288,7 +274,6 @@ def _memory_advice(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
         advice = "take a smaller model or a shorter model.seq_len"
         if larger:
             advice = f"pass --train.grad-accum {larger[0]}, for micro-batches of {windows // larger[0]}"
-        raise ValueError(
-            f"out of memory with micro-batches of {windows // config.grad_accum} windows (train.batch_size="
-            f"{config.batch_size}, train.grad_accum={config.grad_accum}); {advice}"
-        ) from None
+        given = f"train.batch_size={config.batch_size}, train.grad_accum={config.grad_accum}"
+        what = f"out of memory with micro-batches of {windows // config.grad_accum} windows ({given})"
+        raise ValueError(f"{what}; {advice}") from None

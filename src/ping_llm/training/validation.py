@@ -9,7 +9,7 @@ import torch
 
 from ping_llm.config import Config
 from ping_llm.data.measurement import format_address
-from ping_llm.data.rows import ProbeRow, RowReader
+from ping_llm.data.rows import RowReader
 from ping_llm.inference.context import Context
 from ping_llm.inference.generate import format_measurements
 from ping_llm.inference.model import PingModel
@@ -36,11 +36,15 @@ class ValQueries:
         ends = np.cumsum(rows.measurements)
         # Twice as many as needed, as some pings fail.
         places = np.unique(np.linspace(0, ends[-1] - 1, 2 * count).astype(np.int64))
-        found = []
+        found: list[tuple[Query, float]] = []
         for number in np.unique(np.searchsorted(ends, places, "right")) if count else ():
             row, first = rows[int(number)], ends[number] - rows.measurements[number]
             inside = places[(places >= first) & (places < ends[number])] - first
-            found += [(_query(row, int(place)), float(row.rtt_ms[place])) for place in inside if row.rtt_ms[place] > 0]
+            for place in inside[row.rtt_ms[inside] > 0]:
+                src, dst = row.src_addresses[row.src[place]].tobytes(), row.dst_addresses[row.dst[place]].tobytes()
+                time_s = int(row.times(np.array([place]))[0])
+                query = Query(Endpoint.whole(src), Endpoint.whole(dst), time_s, Context.parse(None))
+                found.append((query, float(row.rtt_ms[place])))
         if not found:
             return None
         kept = [found[i] for i in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
@@ -60,11 +64,6 @@ class ValQueries:
             error = np.abs(medians - self.rtt_ms[chosen]) / self.rtt_ms[chosen]
             errors[start : start + len(chosen)] = torch.from_numpy(error)
         return ranks.gather(errors.to(ranks.device)).nanmedian().item()
-
-
-def _query(row: ProbeRow, place: int) -> Query:
-    src, dst = (a.tobytes() for a in (row.src_addresses[row.src[place]], row.dst_addresses[row.dst[place]]))
-    return Query(Endpoint.whole(src), Endpoint.whole(dst), int(row.times(np.array([place]))[0]), Context.parse(None))
 
 
 def describe(gpt: GPT, val: ValQueries | None, seed: int) -> str:

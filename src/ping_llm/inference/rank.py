@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.inference.context import Context
+from ping_llm.inference.context import Context, Records
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader
 from ping_llm.inference.mixture import distributions, weighted_variants
@@ -48,14 +48,25 @@ def rank(
     src: str | None,
     candidates: Sequence[str],
     at: Time = None,
-    context: pa.Table | Sequence[dict] | None = None,
+    context: Records | None = None,
     src_known: SrcKnown = "auto",
 ) -> Ranking:
     """Which of the candidates, addresses or prefixes, is nearest to `src`; `at`, `context`, `src_known`: see `PingModel`.
 
     ValueError where there is no candidate, one is no address or one is named twice.
     """
-    queries = _queries(src, candidates, at, Context.parse(context))
+    if isinstance(candidates, str):
+        raise ValueError(f"candidates={candidates!r} must be a list of addresses")
+    if not len(candidates):
+        raise ValueError("no candidates to rank; give at least one address")
+    earlier = Context.parse(context)
+    queries = [Query.parse(src, candidate, at, earlier) for candidate in candidates]
+    named = [query.dst for query in queries]
+    for place, endpoint in enumerate(named):
+        if endpoint is None:
+            raise ValueError(f"candidate {place + 1} is empty; give an address")
+        if endpoint in named[:place]:
+            raise ValueError(f"candidate {candidates[place]!r} is named twice; leave one out")
     about_src = queries[0] if src is None else dataclasses.replace(queries[0], dst=None)
     races = []
     # The known length of the source is the same for all candidates: each length is a race of its own.
@@ -78,22 +89,6 @@ def rank(
         "p_fail": p_fail[order],
     }
     return Ranking(pa.table(ranked), float(p_none))
-
-
-def _queries(src: str | None, candidates: Sequence[str], at: Time, context: Context) -> list[Query]:
-    """The query for each candidate."""
-    if isinstance(candidates, str):
-        raise ValueError(f"candidates={candidates!r} must be a list of addresses")
-    if not len(candidates):
-        raise ValueError("no candidates to rank; give at least one address")
-    queries = [Query.parse(src, candidate, at, context) for candidate in candidates]
-    places: dict[object, int] = {}
-    for place, query in enumerate(queries):
-        if query.dst is None:
-            raise ValueError(f"candidate {place + 1} is empty; give an address")
-        if places.setdefault(query.dst, place) != place:
-            raise ValueError(f"candidate {candidates[place]!r} is named twice; leave one out")
-    return queries
 
 
 def fastest(codes: np.ndarray, p_fail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,11 @@ class Endpoint:
         return 4 if self.packed[:12] == IPV4_MAPPED_PREFIX else 16
 
     @property
+    def family(self) -> str:
+        """ipv4 or ipv6."""
+        return "ipv4" if self.width == 4 else "ipv6"
+
+    @property
     def is_prefix(self) -> bool:
         """Whether some bytes are unknown."""
         return self.known_bytes < self.width

@@ -232,21 +232,17 @@ def _draw(logits: Tensor, legal: Tensor, noise: Tensor, sampling: Sampling) -> t
 def _table(prompt: list[int], tokens: np.ndarray, log_prob: np.ndarray) -> pa.Table:
     """The last measurements of each sequence, as many as log_prob (count, measurements) has; tokens are (count, N)."""
     count, measurements = log_prob.shape
-    decoded = [
-        measurement
-        for line in tokens
-        for measurement in tk.decode([*prompt, *line[line != tk.PADDING].tolist()])[-measurements:]
-    ]
-    columns = [
-        [_address(m.src, m.src_bits) for m in decoded],
-        [_address(m.dst, m.dst_bits) for m in decoded],
-        [m.time_s for m in decoded],
-        [m.rtt_ms for m in decoded],
-        log_prob.ravel(),
-        np.repeat(np.arange(count), measurements),
-    ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, GENERATED_SCHEMA, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=GENERATED_SCHEMA)
+    windows = ([*prompt, *line[line != tk.PADDING].tolist()] for line in tokens)
+    decoded = [measurement for window in windows for measurement in tk.decode(window)[-measurements:]]
+    columns = {
+        "src_addr": [_address(m.src, m.src_bits) for m in decoded],
+        "dst_addr": [_address(m.dst, m.dst_bits) for m in decoded],
+        "event_time": [m.time_s for m in decoded],
+        "rtt": [m.rtt_ms for m in decoded],
+        "log_prob": log_prob.ravel(),
+        "sequence": np.repeat(np.arange(count), measurements),
+    }
+    return pa.table(columns, schema=GENERATED_SCHEMA)
 
 
 def _address(text: str, bits: int) -> str:

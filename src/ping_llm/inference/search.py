@@ -193,4 +193,3 @@ class _Family:
     log_p: np.ndarray  # (n, M)
     log_mass: np.ndarray  # (n,)
     taken: int = 0
-

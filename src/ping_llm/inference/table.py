@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +104,8 @@ class QueryTable:
         if not table.num_rows:
             raise ValueError("there are no queries; give at least one row with src_addr and dst_addr")
         check_columns(table, "the table of queries")
-        columns, errors = [], {}
+        columns: list[list[Any]] = []
+        errors: Errors = {}
         parsers = {"src_addr": _text, "dst_addr": _text, "event_time": optional_time_s, "query_id": _text}
         for name, parse in (parsers | {"rtt": optional_rtt_ms}).items():
             column = table.column(name) if name in table.column_names else pa.nulls(table.num_rows)

@@ -97,8 +97,10 @@ def generate(
             raise ValueError(f"{name}={value} must be at least 1")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be from 0 to 2^63 − 1")
-    prompt, grammar = _read_prompt(prompt_tokens, whole_addresses)
-    longest = _checked_length(len(prompt), grammar, measurements, reader.seq_len)
+    prompt = [] if prompt_tokens is None else [int(token) for token in prompt_tokens]
+    prompt = prompt or [tk.MEASUREMENT_START]
+    grammar = Grammar(1, whole_addresses=whole_addresses, last_time_s=LAST_TIME_S)
+    longest = _follow_prompt(grammar, prompt, measurements, reader.seq_len)
     generator = torch.Generator().manual_seed(seed)  # on the CPU whatever the device: the same numbers everywhere
     drawn = []
     for first in range(0, count, _BATCH):
@@ -150,11 +152,12 @@ def _kept(p: Tensor, keep: Tensor) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def _read_prompt(prompt_tokens: Sequence[int] | np.ndarray | None, whole_addresses: bool) -> tuple[list[int], Grammar]:
-    """The prompt, and where a window stands after it; ValueError where it cannot be continued."""
-    prompt = [] if prompt_tokens is None else [int(token) for token in prompt_tokens]
-    prompt = prompt or [tk.MEASUREMENT_START]
-    grammar = Grammar(1, whole_addresses=whole_addresses, last_time_s=LAST_TIME_S)
+def _follow_prompt(grammar: Grammar, prompt: Sequence[int], measurements: int, seq_len: int) -> int:
+    """Appends the prompt, and how many tokens may be drawn after it at most.
+
+    ValueError where it cannot be continued, or what is drawn would not fit.
+    """
+    whole_addresses = bool((grammar.least == grammar.most).all())
     try:
         follow(grammar, prompt)
     except ValueError as error:
@@ -162,18 +165,13 @@ def _read_prompt(prompt_tokens: Sequence[int] | np.ndarray | None, whole_address
         raise ValueError(f"the prompt breaks the grammar at {error}{prefixes}") from None
     if grammar.ended()[0]:
         raise ValueError("the prompt ends with a whole measurement; append MEASUREMENT_START to begin the next one")
-    return prompt, grammar
-
-
-def _checked_length(prompt: int, grammar: Grammar, measurements: int, seq_len: int) -> int:
-    """Tokens that are drawn at most after a prompt of `prompt` tokens; ValueError if the model could not read them."""
-    room = seq_len + 1 - prompt  # the last token is drawn but not read
+    room = seq_len + 1 - len(prompt)  # the last token is drawn but not read
     first, second, longest = (int(grammar.longest(count)[0]) for count in (1, 2, measurements))
     if longest > room:
         fits = (room - first) // (second - first) + 1 if room >= first else 0
         todo = f"pass measurements={fits} at most" if fits else "shorten the prompt"
         raise ValueError(
-            f"measurements={measurements} may take {longest} tokens after a prompt of {prompt}, "
+            f"measurements={measurements} may take {longest} tokens after a prompt of {len(prompt)}, "
             f"and the model reads {seq_len}: {fits} fit; {todo}"
         )
     return longest
@@ -181,12 +179,7 @@ def _checked_length(prompt: int, grammar: Grammar, measurements: int, seq_len: i
 
 @torch.inference_mode()
 def _generate_batch(
-    reader: Reader,
-    prompt: list[int],
-    grammar: Grammar,
-    noise: Tensor,
-    sampling: Sampling,
-    measurements: int,
+    reader: Reader, prompt: list[int], grammar: Grammar, noise: Tensor, sampling: Sampling, measurements: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens after the prompt, (B, N) int64 and PADDING, and nats of each measurement, (B, measurements).
 

@@ -184,7 +184,7 @@ def _partial_bytes(
     if not end.extra_bits:
         yield from (([end], np.array([evidence])) for evidence in read.log_evidence)
         return
-    values = end.next_bytes
-    ends = [end.extended(end.known + bytes([value])) for value in values]
+    values, first = end.next_bytes, end.packed[: 16 - end.width] + end.known
+    ends = [Endpoint((first + bytes([value])).ljust(16, b"\0"), end.known_bytes + 1) for value in values]
     log_p = next_byte_log_p(read.logits[:, None], [tuple(known.tolist())])[:, 0, values]  # (openings, values)
     yield from ((ends, evidence + own) for evidence, own in zip(read.log_evidence, log_p, strict=True))

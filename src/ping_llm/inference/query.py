@@ -77,10 +77,6 @@ class Endpoint:
         """The same with at most so many bytes known."""
         return self if known_bytes > self.known_bytes else Endpoint(self.packed, known_bytes)
 
-    def extended(self, known: bytes) -> Endpoint:
-        """The address or prefix of the same family whose first bytes are `known`, one or more."""
-        return Endpoint((self.packed[: 16 - self.width] + known).ljust(16, b"\0"), len(known))
-
     def covers(self, packed: np.ndarray) -> np.ndarray:
         """Which of (n, 16) addresses are this one, or lie in this prefix, (n,) bool."""
         same_family = is_ipv4(packed) == (self.width == 4)

@@ -31,10 +31,7 @@ _BATCH = 256  # measurements whose distributions are computed together
 
 
 def log_prob(
-    reader: Reader,
-    measurements: Records,
-    order: Sequence[str] = ORDER,
-    context: Records | None = None,
+    reader: Reader, measurements: Records, order: Sequence[str] = ORDER, context: Records | None = None
 ) -> np.ndarray:
     """Log-probability in nats of what the fields of each measurement say, each given the ones before it in `order`; (n,).
 

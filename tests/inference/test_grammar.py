@@ -8,6 +8,7 @@ import reference_encoder
 from conftest import make_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_decoder import decode
 
 from ping_llm.config import DataConfig
 from ping_llm.data import tokenization as tk
@@ -21,7 +22,7 @@ LAST_TIME_S = 253_402_300_799
 
 def content_of(tokens):
     """What a window tells, as the reference encoder takes it: its measurements with the order of their fields."""
-    decoded = tk.decode(tokens)
+    decoded = decode(tokens)
     starts = [m.start for m in decoded] + [len(tokens)]
     return [
         {

@@ -99,8 +99,7 @@ def generate(
         raise ValueError(f"seed={seed} must be from 0 to 2^63 − 1")
     prompt = [] if prompt_tokens is None else [int(token) for token in prompt_tokens]
     prompt = prompt or [tk.MEASUREMENT_START]
-    grammar = Grammar(1, whole_addresses=whole_addresses, last_time_s=LAST_TIME_S)
-    longest = _follow_prompt(grammar, prompt, measurements, reader.seq_len)
+    grammar, longest = _follow_prompt(prompt, whole_addresses, measurements, reader.seq_len)
     generator = torch.Generator().manual_seed(seed)  # on the CPU whatever the device: the same numbers everywhere
     drawn = []
     for first in range(0, count, _BATCH):
@@ -152,12 +151,12 @@ def _kept(p: Tensor, keep: Tensor) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def _follow_prompt(grammar: Grammar, prompt: Sequence[int], measurements: int, seq_len: int) -> int:
-    """Appends the prompt, and how many tokens may be drawn after it at most.
+def _follow_prompt(prompt: list[int], whole_addresses: bool, measurements: int, seq_len: int) -> tuple[Grammar, int]:
+    """Where a window stands after the prompt, and how many tokens may be drawn then at most.
 
     ValueError where it cannot be continued, or what is drawn would not fit.
     """
-    whole_addresses = bool((grammar.least == grammar.most).all())
+    grammar = Grammar(1, whole_addresses=whole_addresses, last_time_s=LAST_TIME_S)
     try:
         follow(grammar, prompt)
     except ValueError as error:
@@ -174,7 +173,7 @@ def _follow_prompt(grammar: Grammar, prompt: Sequence[int], measurements: int, s
             f"measurements={measurements} may take {longest} tokens after a prompt of {len(prompt)}, "
             f"and the model reads {seq_len}: {fits} fit; {todo}"
         )
-    return longest
+    return grammar, longest
 
 
 @torch.inference_mode()

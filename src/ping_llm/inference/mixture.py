@@ -80,7 +80,9 @@ def _of_whole_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnow
     owner = np.repeat(np.arange(len(queries)), [len(own) for own in variants])  # (B,) query of each prompt
     flat = [variant for own in variants for variant in own]
     prompts = [build_prompt(variant, reader.seq_len) for variant in flat]
-    contexts, context_of = _distinct([prompt.context for prompt in prompts])
+    places: dict[bytes, int] = {}
+    context_of = np.array([places.setdefault(prompt.context.tobytes(), len(places)) for prompt in prompts])
+    contexts = [np.frombuffer(context, dtype=np.int64) for context in places]
     mixed = len(prompts) > len(queries)
     shared = len(contexts) < len(prompts) or (mixed and any(len(context) for context in contexts))
     read = read_contexts(reader, contexts) if shared and any(map(len, contexts)) else None
@@ -106,7 +108,7 @@ def _variants(reader: Reader, query: Query, src_known: SrcKnown) -> list[Query]:
     variants = list(query.variants(src_known))
     if len(variants) == 1 or not len(query.context):
         return variants
-    context = fitting_context(variants[-1], reader.seq_len)
+    context, _, _ = fitting_context(variants[-1], reader.seq_len)
     return [dataclasses.replace(variant, context=context) for variant in variants]
 
 
@@ -132,13 +134,6 @@ def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
     log_weight = log_weight - np.maximum.reduceat(log_weight, np.flatnonzero(np.diff(owner, prepend=-1)))[owner]
     weight = np.exp(log_weight)
     return weight / np.bincount(owner, weight)[owner]
-
-
-def _distinct(contexts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The different ones among token sequences, and which of them each is, (n,)."""
-    places: dict[bytes, int] = {}
-    which = np.array([places.setdefault(context.tobytes(), len(places)) for context in contexts])
-    return [np.frombuffer(key, dtype=np.int64) for key in places], which
 
 
 def _of_partial_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:

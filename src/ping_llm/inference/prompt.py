@@ -39,20 +39,15 @@ class Prompt:
 
 def build_prompt(query: Query, seq_len: int) -> Prompt:
     """Context and query as tokens; of a context that does not fit in seq_len tokens, see `fitting_context`."""
-    context, tokens, starts = _fitting(query, seq_len)
+    context, tokens, starts = fitting_context(query, seq_len)
     after_result = 1 if query.src is None else 2 if query.dst is None else 0  # tokens of the address that is not given
     tokens = tokens[: len(tokens) - 1 - after_result]  # FAILED stands where the result comes
     return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
 
 
-def fitting_context(query: Query, seq_len: int) -> Context:
+def fitting_context(query: Query, seq_len: int) -> tuple[Context, np.ndarray, np.ndarray]:
     """The context of a query, or what of it fits in seq_len tokens: some measurements of the same destination, up to half,
-    and the most recent."""
-    return _fitting(query, seq_len)[0]
-
-
-def _fitting(query: Query, seq_len: int) -> tuple[Context, np.ndarray, np.ndarray]:
-    """The context that fits, and what `_encode` makes of it."""
+    and the most recent. Also the tokens of context and query, and where each measurement starts."""
     most = seq_len - 1  # FAILED gives way to RTT_START and byte 1
     context, (tokens, starts) = query.context, _encode(query, query.context)
     if len(tokens) <= most or not len(context):
@@ -94,6 +89,10 @@ def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
     earlier_s = np.zeros(len(context), dtype=np.int64) if context.time_s is None else context.time_s
     timed = np.full(len(src), query.time_s is not None and context.time_s is not None)
     timed[-1] = query.time_s is not None
+    # A prefix comes first: after a whole address no more bytes of it can follow.
+    dst_first = query.src is None or (query.dst is not None and query.dst.is_prefix and not query.src.is_prefix)
+    own = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
+    own[[query.src is None, query.dst is None, False, False]] = _LAST
     fields = tk.Fields(
         src=src,
         dst=dst,
@@ -102,18 +101,10 @@ def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
         rtt_ms=np.append(context.rtt_ms, -1.0),
         time_s=np.append(earlier_s, query.time_s or 0),
         timed=timed,
-        order=np.concatenate([np.tile(tk.RESULT_LAST, (len(context), 1)), [_order(query)]]),
+        order=np.concatenate([np.tile(tk.RESULT_LAST, (len(context), 1)), [own]]),
         window=np.zeros(len(src), dtype=np.int64),
     )
     return tk.encode(fields)
-
-
-def _order(query: Query) -> np.ndarray:
-    """Order of the query's fields. A prefix comes first: after a whole address no more bytes of it can follow."""
-    dst_first = query.src is None or (query.dst is not None and query.dst.is_prefix and not query.src.is_prefix)
-    order = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
-    order[[end is None for end in (query.src, query.dst)] + [False, False]] = _LAST
-    return order
 
 
 def _also_legal(query: Query) -> np.ndarray:

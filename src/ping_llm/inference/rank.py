@@ -120,15 +120,11 @@ def _wins(p: np.ndarray, slower: np.ndarray) -> np.ndarray:
     """P(candidate wins with one of c codes), (n,), from probabilities of the codes and of slower results, both (n, c)."""
     shares = np.zeros_like(p)
     for u, share in zip(_POINTS, _SHARES, strict=True):
-        shares += share * p * _product_of_others(slower + p * (1 - u))
+        factors = slower + p * (1 - u)
+        above, below = np.ones_like(factors), np.ones_like(factors)
+        np.cumprod(factors[:-1], axis=0, out=above[1:])
+        below[:-1] = np.cumprod(factors[:0:-1], axis=0)[::-1]
+        shares += share * p * (above * below)  # the product of all other rows, so that zeros do no harm
     exact = (slower + p).prod(axis=0) - slower.prod(axis=0)  # (c,)
     total = shares.sum(axis=0)
     return (shares * np.divide(exact, total, out=np.zeros_like(total), where=total > 0)).sum(axis=1)
-
-
-def _product_of_others(factors: np.ndarray) -> np.ndarray:
-    """The product over all rows but each, (n, c): of the rows above times of those below, so that zeros do no harm."""
-    above, below = np.ones_like(factors), np.ones_like(factors)
-    np.cumprod(factors[:-1], axis=0, out=above[1:])
-    below[:-1] = np.cumprod(factors[:0:-1], axis=0)[::-1]
-    return above * below

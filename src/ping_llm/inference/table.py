@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -120,7 +120,8 @@ class QueryTable:
 
         def key(row: int) -> tuple[bool, str, int, str, str]:
             src, dst, time_s, query_id = self.rows[row]
-            slow = any(length.isdigit() and int(length) % 8 for length in (_length(src), _length(dst)))
+            lengths = ((text or "").partition("/")[2] for text in (src, dst))
+            slow = any(length.isdigit() and int(length) % 8 > 0 for length in lengths)  # it is answered by itself
             return slow, src or "", -1 if time_s is None else time_s, query_id or "", dst or ""
 
         return sorted((row for row in range(len(self.rows)) if row not in self.errors), key=key)
@@ -198,17 +199,11 @@ class ContextTable:
             return _NO_ROWS
         endpoint, times = Endpoint.parse(src), self.measurements.time_s
         if endpoint.is_prefix:
-            places = list(self.of_src.values())
-            covered = np.flatnonzero(endpoint.covers(self._sources))
-            rows = np.sort(np.concatenate([_NO_ROWS, *(places[i] for i in covered)]))
+            covered = endpoint.covers(np.frombuffer(b"".join(self.of_src), np.uint8).reshape(-1, ADDRESS_BYTES))
+            rows = np.sort(np.concatenate([_NO_ROWS, *compress(self.of_src.values(), covered)]))
         else:
             rows = self.of_src.get(endpoint.packed, _NO_ROWS)
         return rows if time_s is None or times is None else rows[: np.searchsorted(times[rows], time_s, "left")]
-
-    @cached_property
-    def _sources(self) -> np.ndarray:
-        """Sources of measurements for all, (s, 16)."""
-        return np.frombuffer(b"".join(self.of_src), dtype=np.uint8).reshape(-1, ADDRESS_BYTES)
 
 
 def _places(names: Sequence[_Name | None]) -> dict[_Name, np.ndarray]:
@@ -218,11 +213,6 @@ def _places(names: Sequence[_Name | None]) -> dict[_Name, np.ndarray]:
         if name is not None:
             places.setdefault(name, []).append(place)
     return {name: np.array(rows) for name, rows in places.items()}
-
-
-def _length(text: str | None) -> str:
-    """What stands behind the / of a prefix; a prefix that does not end on a byte is answered by itself."""
-    return (text or "").partition("/")[2]
 
 
 def _text(value: object) -> str | None:

@@ -45,7 +45,8 @@ def answer_table(
     given = as_table(queries)
     table = QueryTable.parse(given)
     known_lengths(src_known, Endpoint.parse("::1"))  # what is invalid for every source is not the error of a row
-    contexts = None if context is None else ContextTable.parse(as_table(context), table.rows)
+    named = "query_id" in given.column_names
+    contexts = None if context is None else ContextTable.parse(as_table(context), table.rows if named else ())
     most = reader.seq_len // LEAST_TOKENS + 1
     columns = np.full((given.num_rows, len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
     order, used = table.order(), contexts is None
@@ -62,7 +63,6 @@ def answer_table(
         advance(len(rows))
     if not used:
         log.warning("no query is of a source of the context, at a later time; the context was not used")
-    named = "query_id" in given.column_names
     answers = pa.table({"query_id": given.column("query_id") if named else np.arange(given.num_rows)})
     names = ANSWER_COLUMNS + (SCORE_COLUMNS if "rtt" in given.column_names else ())
     for name, values in zip(names, columns.T, strict=False):

@@ -106,13 +106,15 @@ def _rows_table(folder: Path) -> pa.Table:
     for part in (part for part, count in read_manifest(folder)["parts"].items() if count):
         for row in RowReader(folder, part):
             src, dst = (
-                pa.array([format_address(address.tobytes()) for address in addresses], pa.string()).take(
-                    pa.array(index)
-                )
-                for addresses, index in ((row.src_addresses, row.src), (row.dst_addresses, row.dst))
+                pa.array([format_address(address.tobytes()) for address in addresses], pa.string())
+                for addresses in (row.src_addresses, row.dst_addresses)
             )
             times, rtt_ms = pa.array(row.time_s).cast(pa.timestamp("s", "UTC")), row.rtt_ms.astype(np.float64)
-            tables.append(pa.table({"src_addr": src, "dst_addr": dst, "event_time": times, "rtt": rtt_ms}))
+            tables.append(
+                pa.table(
+                    {"src_addr": src.take(row.src), "dst_addr": dst.take(row.dst), "event_time": times, "rtt": rtt_ms}
+                )
+            )
     if not tables:
         raise ValueError(f"{folder} holds no measurements to score")
     return pa.concat_tables(tables)

@@ -164,12 +164,11 @@ class ContextTable:
 
     @classmethod
     def parse(cls, table: pa.Table, queries: Sequence[QueryRow]) -> ContextTable:
-        """ValueError names the row that is wrong."""
+        """ValueError names the row that is wrong; `queries` are those with a query_id."""
         check_columns(table, "the context", ("src_addr", "dst_addr", "rtt"))
         column = table.column("query_id") if "query_id" in table.column_names else pa.nulls(table.num_rows)
         given, _ = parse_column(column, _text)
-        ids = {row.query_id for row in queries} - {None}
-        if any(given) and not ids:
+        if any(given) and not queries:
             raise ValueError("the context has a query_id, but the queries have none; give both or neither one")
         measurements = columns_of(table, "the context", "context row")
         order = measurements.time_order()
@@ -177,7 +176,7 @@ class ContextTable:
         src = [None if name else address.tobytes() for name, address in zip(own, measurements.src, strict=True)]
         of_id, of_src = _places(own), _places(src)
         warn_of_order([order[rows] for rows in (*of_id.values(), *of_src.values())])
-        if unknown := of_id.keys() - ids:
+        if unknown := of_id.keys() - {query.query_id for query in queries}:
             count = sum(len(of_id[name]) for name in unknown)
             log.warning("%d rows of the context belong to no query: none has their query_id", count)
         return cls(measurements, of_id, of_src)

@@ -109,12 +109,10 @@ def _rows_table(folder: Path) -> pa.Table:
                 pa.array([format_address(address.tobytes()) for address in addresses], pa.string())
                 for addresses in (row.src_addresses, row.dst_addresses)
             )
-            times, rtt_ms = pa.array(row.time_s).cast(pa.timestamp("s", "UTC")), row.rtt_ms.astype(np.float64)
-            tables.append(
-                pa.table(
-                    {"src_addr": src.take(row.src), "dst_addr": dst.take(row.dst), "event_time": times, "rtt": rtt_ms}
-                )
-            )
+            times = pa.array(row.time_s).cast(pa.timestamp("s", "UTC"))
+            columns = {"src_addr": src.take(pa.array(row.src)), "dst_addr": dst.take(pa.array(row.dst))}
+            columns |= {"event_time": times, "rtt": pa.array(row.rtt_ms.astype(np.float64))}
+            tables.append(pa.table(columns))
     if not tables:
         raise ValueError(f"{folder} holds no measurements to score")
     return pa.concat_tables(tables)

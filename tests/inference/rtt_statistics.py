@@ -10,15 +10,6 @@ from ping_llm.inference.distribution import RTTDistribution, code_widths
 EDGES = rtt_code_edges_ms()
 
 
-def pdf(d: RTTDistribution, rtt_ms: float | np.ndarray):
-    """Density per log-ms at rtt_ms, given an answer, (*X) or (B, *X). The density per ms is this divided by rtt_ms."""
-    code = np.clip(np.searchsorted(EDGES, rtt_ms, "right") - 1, 0, len(EDGES) - 2)
-    inside = (np.asarray(rtt_ms) >= EDGES[0]) & (np.asarray(rtt_ms) < EDGES[-1])
-    density = np.where(inside, d.code_probability[..., code] / code_widths()[code], 0.0)
-    with np.errstate(invalid="ignore"):
-        return density / np.reshape(d.p_answer, (*np.shape(d.p_answer), *[1] * np.ndim(rtt_ms)))
-
-
 def interval(d: RTTDistribution, level: float):
     """The central interval of ms that holds a share `level` (0 to 1) of the answers, (2,) or (B, 2)."""
     return d.quantile(np.array([(1 - level) / 2, (1 + level) / 2]))

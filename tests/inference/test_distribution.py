@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rtt_statistics import entropy, interval, kl, mode, pdf, wasserstein
+from rtt_statistics import entropy, interval, kl, mode, wasserstein
 from scipy import stats
 
 from ping_llm.data.tokenization import RTT_CODES, decode_rtt, encode_rtt, rtt_code_edges_ms
@@ -21,7 +21,7 @@ def test_statistics_equal_those_of_the_distribution_it_was_made_from():
     d = of_distribution(LOGNORMAL)
     x = np.array([5.0, 20.0, 50.0, 77.7, 300.0])
     np.testing.assert_allclose(d.cdf(x), LOGNORMAL.cdf(x), atol=1e-7)
-    np.testing.assert_allclose(pdf(d, x), LOGNORMAL.pdf(x) * x, rtol=2e-3)
+    np.testing.assert_allclose(d.pdf(x), LOGNORMAL.pdf(x), rtol=2e-3)
     q = np.array([0.001, 0.05, 0.5, 0.95, 0.999])
     np.testing.assert_allclose(d.quantile(q), LOGNORMAL.ppf(q), rtol=1e-6)
     assert d.median == pytest.approx(50.0, rel=1e-6)
@@ -46,8 +46,17 @@ def test_pdf_integrates_to_one_over_log_rtt_and_is_zero_outside():
     d = of_distribution(LOGNORMAL)
     edges = rtt_code_edges_ms()
     middle = np.sqrt(edges[:-1] * edges[1:])
-    assert (pdf(d, middle) * np.diff(np.log(edges))).sum() == pytest.approx(1.0)
-    assert pdf(d, 1e-9) == 0 and pdf(d, 1e12) == 0
+    assert (d.pdf(middle) * middle * np.diff(np.log(edges))).sum() == pytest.approx(1.0)
+    assert d.pdf(1e-9) == 0 and d.pdf(1e12) == 0
+
+
+def test_pdf_is_the_derivative_of_the_cdf_per_ms():
+    d = of_distribution(LOGNORMAL)
+    x = decode_rtt(encode_rtt(np.array([12.0, 50.0, 130.0])))  # within a code, where the density is smooth
+    step = 1e-5 * x
+    np.testing.assert_allclose(d.pdf(x), (d.cdf(x + step) - d.cdf(x - step)) / (2 * step), rtol=1e-6)
+    with pytest.raises(ValueError, match="fails with certainty"):
+        RTTDistribution(np.zeros(RTT_CODES), 1.0).pdf(5.0)
 
 
 def test_samples_follow_the_distribution_and_the_seed():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rtt_statistics import entropy, interval, kl, mode, pdf, wasserstein
+from rtt_statistics import entropy, interval, kl, mode, wasserstein
 
 from ping_llm.data.tokenization import RTT_CODES, rtt_code_edges_ms
 from ping_llm.inference.distribution import RTTDistribution
@@ -44,7 +44,7 @@ def test_a_batch_says_of_each_distribution_what_it_says_alone(batch, observed):
         lambda d, i: d.quantile(q),
         lambda d, i: d.quantile(q.reshape(1, 101, 1)),
         lambda d, i: d.cdf(x),
-        lambda d, i: pdf(d, x),
+        lambda d, i: d.pdf(x),
         lambda d, i: interval(d, 0.8),
         lambda d, i: d.median,
         lambda d, i: d.mean,
@@ -69,7 +69,7 @@ def test_distributions_that_cannot_answer_are_nan_and_leave_the_others_alone(bat
         answers = {
             "quantile": mixed.quantile([0.0, 0.3, 1.0]),
             "cdf": mixed.cdf([0.0, 5.0, 1e9]),
-            "pdf": pdf(mixed, [0.0, 5.0, 1e9]),
+            "pdf": mixed.pdf([0.0, 5.0, 1e9]),
             "interval": interval(mixed, 0.5),
             "mean": mixed.mean,
             "mode": mode(mixed),

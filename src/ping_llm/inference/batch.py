@@ -42,11 +42,13 @@ def answer_table(
     of every query of its source, if it is earlier. Columns out: query_id (the number of the row, if none was given),
     ANSWER_COLUMNS; SCORE_COLUMNS, if there is an rtt; and error, if some row is bad. `advance` is called with rows done.
     """
-    table = QueryTable.parse(as_table(queries))
+    given = as_table(queries)
+    table = QueryTable.parse(given)
     known_lengths(src_known, Endpoint.parse("::1"))  # what is invalid for every source is not the error of a row
-    contexts = None if context is None else ContextTable.parse(as_table(context), table.ids)
+    named = "query_id" in given.column_names
+    contexts = None if context is None else ContextTable.parse(as_table(context), table.rows if named else ())
     most = reader.seq_len // LEAST_TOKENS + 1
-    columns = np.full((len(table), len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
+    columns = np.full((given.num_rows, len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
     order, used = table.order(), contexts is None
     for first in range(0, len(order), CHUNK):
         rows = order[first : first + CHUNK]
@@ -61,11 +63,12 @@ def answer_table(
         advance(len(rows))
     if not used:
         log.warning("no query is of a source of the context, at a later time; the context was not used")
-    names = ANSWER_COLUMNS + (SCORE_COLUMNS if table.scored else ())
-    arrays = [pa.array(column, from_pandas=True) for column in columns.T]  # NaN is null
-    answers = pa.table([table.query_id, *arrays[: len(names)]], names=["query_id", *names])
+    answers = pa.table({"query_id": given.column("query_id") if named else np.arange(given.num_rows)})
+    names = ANSWER_COLUMNS + (SCORE_COLUMNS if "rtt" in given.column_names else ())
+    for name, values in zip(names, columns.T, strict=False):
+        answers = answers.append_column(name, pa.array(values, from_pandas=True))  # NaN is null
     if table.errors:
-        messages = [table.errors.get(row) for row in range(len(table))]
+        messages = [table.errors.get(row) for row in range(given.num_rows)]
         answers = answers.append_column("error", pa.array(messages, pa.string()))
     return answers
 

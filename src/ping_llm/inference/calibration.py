@@ -52,7 +52,7 @@ class Calibration:
 
     def novelty(self, src: Endpoint, log_p: float) -> float:
         """How likely a whole source is one that training has not shown, from log P(its address) under the model."""
-        familiar = self.familiar.get(_family(src))
+        familiar = self.familiar.get(src.family)
         return 0.0 if familiar is None else 1 / (1 + math.exp(min(log_p - familiar, 700.0)))
 
     def log_weights(self, known: Sequence[Endpoint], novelty: float = 0.0) -> np.ndarray:
@@ -61,13 +61,9 @@ class Calibration:
         The shortest comes first; the longest stands for all that are longer too. Of a novel source the shortest counts: what
         a model says of an address that it never saw is worse than what it says of any source.
         """
-        weights = self.src_weights.get(_family(known[0]), {})
+        weights = self.src_weights.get(known[0].family, {})
         shares = np.array([weights.get(known_name(src), 0.0) for src in known])
         shares[-1] = max(1 - shares[:-1].sum(), 0.0)
         shares *= 1 - novelty
         shares[0] += novelty
         return np.log(np.maximum(shares, LEAST_SHARE))
-
-
-def _family(src: Endpoint) -> str:
-    return "ipv4" if src.width == 4 else "ipv6"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -235,8 +236,8 @@ def sample(
 
     check_output(output)
     prompt = prompt_of(src, dst, at)
-    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    table = model.load().generate(count, prompt_tokens=prompt, measurements=measurements, **drawn)
+    drawn = partial(model.load().generate, count, prompt_tokens=prompt, measurements=measurements, seed=seed)
+    table = drawn(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if output is None and not json:
         print(format_measurements(table))
     else:

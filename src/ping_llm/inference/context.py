@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, pack_address
+from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, byte_matrix, pack_address
 from ping_llm.data.times import parse_time
 
+Records: TypeAlias = "pa.Table | Sequence[dict[str, Any]]"
+"""A table of Arrow, of pandas, or of records."""
 Errors = dict[int, str]
 """What is wrong, by row."""
 
@@ -38,27 +40,32 @@ class Context:
         Measurements out of time order are put in order, with a warning.
         """
         context = columns_of([] if measurements is None else measurements, "the context", "context row")
-        if context.time_s is None:
-            return context
-        if (np.diff(context.time_s) < 0).any():
-            log.warning("the context is not in the order of event_time; it was put in order")
-        return context.take(np.argsort(context.time_s, kind="stable"))
+        order = context.time_order()
+        warn_of_order([order])
+        return context.take(order)
 
     @classmethod
     def of_measurements(cls, table: pa.Table | None) -> Context:
         """Takes a table of MEASUREMENT_SCHEMA, in time order."""
         if table is None:
             return cls.parse(None)
-        src, dst = (
-            np.frombuffer(b"".join(table.column(name).to_pylist()), dtype=np.uint8).reshape(-1, ADDRESS_BYTES)
-            for name in ("src", "dst")
-        )
+        src, dst = (byte_matrix(table.column(name)) for name in ("src", "dst"))
         return cls(src, dst, table.column("rtt_ms").to_numpy().astype(np.float64), table.column("time_s").to_numpy())
 
     def take(self, rows: np.ndarray | slice) -> Context:
         """The measurements at `rows`, in that order."""
         time_s = None if self.time_s is None else self.time_s[rows]
         return Context(self.src[rows], self.dst[rows], self.rtt_ms[rows], time_s)
+
+    def time_order(self) -> np.ndarray:
+        """The rows in time order, those of the same second and those without times in the order given, (n,)."""
+        return np.argsort(np.zeros(len(self)) if self.time_s is None else self.time_s, kind="stable")
+
+
+def warn_of_order(orders: Sequence[np.ndarray]) -> None:
+    """Warns if the context was not given in time order: `orders` are the rows of each source or query in time order."""
+    if any((np.diff(order) < 0).any() for order in orders):
+        log.warning("the context is not in the order of event_time; it was put in order")
 
 
 def columns_of(measurements: object, what: str = "the table", row_name: str = "row") -> Context:
@@ -70,10 +77,10 @@ def columns_of(measurements: object, what: str = "the table", row_name: str = "r
     if not table.num_rows:
         nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
         return Context(nothing, nothing, np.zeros(0), None)
-    for name in ("src_addr", "dst_addr", "rtt"):
+    parsers: dict[str, Callable[[Any], Any]] = {"src_addr": _packed, "dst_addr": _packed, "rtt": _result_ms}
+    for name in parsers:
         if name not in table.column_names:
             raise ValueError(f"{what} has no column {name}; it has {', '.join(table.column_names)}")
-    parsers: dict[str, Callable[[Any], Any]] = {"src_addr": _packed, "dst_addr": _packed, "rtt": _result_ms}
     parsers |= {"event_time": parse_time} if "event_time" in table.column_names else {}
     columns = []
     for name, parse in parsers.items():
@@ -85,21 +92,21 @@ def columns_of(measurements: object, what: str = "the table", row_name: str = "r
     return Context(src, dst, rtt_ms.astype(np.float64), time_s[0].astype(np.int64) if time_s else None)
 
 
-def parse_column(column: pa.ChunkedArray, parse: Callable[[Any], Any]) -> tuple[list[Any], Errors]:
+def parse_column(column: pa.ChunkedArray | pa.Array, parse: Callable[[Any], Any]) -> tuple[list[Any], Errors]:
     """`parse` of every row, each distinct value parsed once; None, and an error, where that is a ValueError."""
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)  # Python knows no nanoseconds
     values = column.to_pylist()
     values = list(map(str, values)) if pa.types.is_nested(column.type) else values
     parsed: dict[Any, Any] = {}
+    wrong: dict[Any, str] = {}
     for value in set(values):
         try:
             parsed[value] = parse(value)
         except ValueError as error:
-            parsed[value] = error
-    found = [parsed[value] for value in values]
-    errors = {row: str(value) for row, value in enumerate(found) if isinstance(value, ValueError)}
-    return [None if isinstance(value, ValueError) else value for value in found] if errors else found, errors
+            wrong[value] = str(error)
+    errors = {row: wrong[value] for row, value in enumerate(values) if value in wrong} if wrong else {}
+    return [parsed.get(value) for value in values], errors
 
 
 def optional_rtt_ms(value: object) -> float:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ping_llm.data.times import parse_time
 from ping_llm.data.tokenization import rtt_code_edges_ms
-from ping_llm.inference.context import Context
+from ping_llm.inference.context import Context, Records
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader, read_beginnings
 from ping_llm.inference.mixture import distributions, whole_byte_queries
@@ -55,7 +55,7 @@ def destinations(
     rtt: float | None = None,
     rtt_max: float | None = None,
     at: Time = None,
-    context: pa.Table | Sequence[dict] | None = None,
+    context: Records | None = None,
     prefix: str | None = None,
     families: Sequence[str] = FAMILIES,
     top: int = 10,
@@ -70,7 +70,15 @@ def destinations(
     _check_numbers(rtt, rtt_max, top, expansions)
     if not src:
         raise ValueError("give the source whose destinations are wanted, an address or a prefix")
-    inside, roles = _searched(prefix, families)
+    families = (families,) if isinstance(families, str) else tuple(families)
+    if not families or not set(families) <= set(FAMILIES):
+        raise ValueError(f"families={families} must be one or both of {', '.join(FAMILIES)}")
+    inside = None if prefix is None else Endpoint.parse(prefix)
+    if inside is not None and inside.family not in families:
+        raise ValueError(
+            f"no address of {', '.join(families)} lies in {prefix}; leave out families, or add {inside.family}"
+        )
+    roles = [role for family, role in zip(FAMILIES, DST_ROLES, strict=True) if family in families]
     query = Query.parse(src, None, at, Context.parse(context))
     variants, search = _search(reader, query, rtt, inside, roles, src_known, expansions)
     if rtt_max is None:
@@ -86,7 +94,7 @@ def complete(
     dst: str | None = None,
     rtt: float | None = None,
     at: Time = None,
-    context: pa.Table | Sequence[dict] | None = None,
+    context: Records | None = None,
     top: int = 10,
     src_known: SrcKnown = "auto",
     expansions: int = EXPANSIONS,
@@ -128,21 +136,6 @@ def _check_numbers(rtt: float | None, rtt_max: float | None, top: int, expansion
             raise ValueError(f"{name}={value} must be at least 1")
 
 
-def _searched(prefix: str | None, families: Sequence[str]) -> tuple[Endpoint | None, list[int]]:
-    """The prefix, if any, and the roles under which destinations are searched."""
-    families = (families,) if isinstance(families, str) else tuple(families)
-    if not families or not set(families) <= set(FAMILIES):
-        raise ValueError(f"families={families} must be one or both of {', '.join(FAMILIES)}")
-    roles = [role for family, role in zip(FAMILIES, DST_ROLES, strict=True) if family in families]
-    if prefix is None:
-        return None, roles
-    inside = Endpoint.parse(prefix)
-    family = FAMILIES[inside.width == 16]
-    if family not in families:
-        raise ValueError(f"no address of {', '.join(families)} lies in {prefix}; leave out families, or add {family}")
-    return inside, roles
-
-
 def _search(
     reader: Reader,
     query: Query,
@@ -153,18 +146,16 @@ def _search(
     expansions: int,
 ) -> tuple[list[Query], AddressSearch]:
     """The M queries that are mixed, and the search for the address that they lack, by its `roles`."""
-    variants, weights = whole_byte_queries(reader, query, src_known)
-    seq_len = reader.seq_len
-    before = [opening(variant, seq_len) for variant in variants]
-    lines = [opening(variant, seq_len, rtt_ms) for variant in variants]
+    variants, weights, _ = whole_byte_queries(reader, query, src_known)
+    given = [len(opening(variant, reader.seq_len)) for variant in variants]
+    lines = [opening(variant, reader.seq_len, rtt_ms) for variant in variants]
     if inside is not None:
         both = SRC_ROLES if set(roles) <= set(SRC_ROLES) else DST_ROLES
         lines = [np.append(line, address_tokens(both, inside)) for line in lines]
     with np.errstate(divide="ignore"):
         log_weights = np.log(weights)
-    read = read_beginnings(reader, lines, [len(line) for line in before])
-    search = AddressSearch(reader, read, log_weights, roles, inside, limit=expansions)
-    return variants, search
+    read = read_beginnings(reader, lines, given)
+    return variants, AddressSearch(reader, read, log_weights, roles, inside, limit=expansions)
 
 
 def _likeliest(search: AddressSearch, top: int, column: str) -> FoundAddresses:
@@ -189,14 +180,22 @@ def _likeliest_within(
 ) -> FoundAddresses:
     """Those of P(dst | src, RTT ≤ rtt_max); `query` and `inside` say what all destinations have in common."""
     met: list[Found] = []
-    columns = np.zeros((0, 3))  # P(dst | src), P(RTT ≤ rtt_max | src, dst), median ms
+    columns = np.zeros((0, 3))  # P(dst | src), P(RTT ≤ rtt_max | src, dst), median ms (NaN if none)
     more = True
     while more:
         some = list(islice(search, max(1, _AT_ONCE // len(variants))))
         more = bool(some) and len(met) + len(some) < MOST_WITHIN
         some = some or search.unproven(max(top - len(met), 0))
         met += some
-        columns = np.concatenate([columns, _within(reader, some, variants, rtt_max)]) if some else columns
+        if some:
+            weights = np.exp(np.stack([address.log_p for address in some]))  # (n, M)
+            probability = weights.sum(axis=1)
+            queries = [dataclasses.replace(variant, dst=address.end) for address in some for variant in variants]
+            each = RTTDistribution.concatenate(list(distributions(reader, queries, "all")))
+            owner = np.repeat(np.arange(len(some)), len(variants))
+            mixed = each.mixture((weights / probability[:, None]).ravel(), owner)
+            within = np.nan_to_num(mixed.cdf(rtt_max) * mixed.p_answer)
+            columns = np.concatenate([columns, np.stack([probability, within, mixed.median], axis=1)])
         joint = columns[:, 0] * columns[:, 1]
         proven = not search.bound or (len(joint) >= top and bool(np.partition(joint, -top)[-top] >= search.bound))
         more = more and not proven
@@ -219,14 +218,3 @@ def _likeliest_within(
     )
     bound = max([search.bound, *joint[rest[:1]]]) / total
     return FoundAddresses(table, float(joint[best].sum() / total), bound, proven, search.expansions, total)
-
-
-def _within(reader: Reader, found: Sequence[Found], variants: Sequence[Query], rtt_max: float) -> np.ndarray:
-    """P(dst | src), P(RTT ≤ rtt_max | src, dst) and the median in ms (NaN if none) of n addresses, (n, 3)."""
-    queries = [dataclasses.replace(variant, dst=address.end) for address in found for variant in variants]
-    weights = np.exp(np.stack([address.log_p for address in found]))  # (n, M)
-    probability = weights.sum(axis=1)
-    each = RTTDistribution.concatenate(list(distributions(reader, queries, "all")))
-    owner = np.repeat(np.arange(len(found)), len(variants))
-    mixed = each.mixture((weights / probability[:, None]).ravel(), owner)
-    return np.stack([probability, np.nan_to_num(mixed.cdf(rtt_max) * mixed.p_answer), mixed.median], axis=1)

@@ -77,15 +77,11 @@ class RTTDistribution:
         """One batch of several distributions, or batches of them, one after the other."""
         if not parts:
             raise ValueError("no distributions to put together")
-        columns = [[np.asarray(getattr(part, column.name)) for part in parts] for column in fields(cls)]
-        return cls(
-            *(
-                np.concatenate(
-                    [value if part.is_batch else value[None] for part, value in zip(parts, column, strict=True)]
-                )
-                for column in columns
-            )
-        )
+        names = [column.name for column in fields(cls)]
+        batches = [
+            [getattr(part, name) if part.is_batch else [getattr(part, name)] for part in parts] for name in names
+        ]
+        return cls(*map(np.concatenate, batches))
 
     @property
     def is_batch(self) -> bool:
@@ -148,6 +144,16 @@ class RTTDistribution:
         with np.errstate(invalid="ignore"):
             return self._each(np.minimum(mass / self._p_answer[which], 1.0))  # rounding may pass 1
 
+    def pdf(self, rtt_ms: float | np.ndarray) -> Values:
+        """Density per ms of the RTT at rtt_ms given an answer, 0 outside the codes: the derivative of `cdf`."""
+        self._check_answer_possible()
+        which, x = self._at_each(np.asarray(rtt_ms, dtype=np.float64))
+        code = _code(_log_or_edge(x))
+        inside = (x >= _edges()[0]) & (x < _edges()[-1])
+        per_log_ms = np.where(inside, self._codes[which, code] / code_widths()[code], 0.0)
+        with np.errstate(invalid="ignore"):
+            return self._each(per_log_ms / np.where(inside, x, 1.0) / self._p_answer[which])
+
     def quantile(self, q: float | np.ndarray) -> Values:
         """RTT in ms below which a share q (0 to 1) of the answers lies."""
         self._check_answer_possible()
@@ -188,7 +194,7 @@ class RTTDistribution:
 
         ∫ (F(x) − [x ≥ y])² dx over x = log-RTT given an answer, exact: E|X − y| − ½ E|X − X′|.
         """
-        observed_ms, failed = self._observed_answer(observed_ms, "CRPS")
+        observed_ms, failed = self._observed(observed_ms, "CRPS")
         log_rtt = _log_or_edge(observed_ms)
         mass, moment = self._cdf_and_moment(np.arange(len(log_rtt)), log_rtt)
         with np.errstate(invalid="ignore"):
@@ -202,7 +208,7 @@ class RTTDistribution:
         F(y | answered), uniform on 0 to 1 if the distributions are right. With `rng` the place of y within its code is drawn
         anew: the randomised transform of the distribution of codes, which does not mind that RTTs are reported in steps.
         """
-        observed_ms, failed = self._observed_answer(observed_ms, "PIT")
+        observed_ms, failed = self._observed(observed_ms, "PIT")
         log_rtt = _log_or_edge(observed_ms)
         if rng is not None:
             code = _code(log_rtt)
@@ -291,11 +297,9 @@ class RTTDistribution:
                 spread[one] = area / total**2
         return spread
 
-    def _at_each(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _at_each(self, points: np.ndarray) -> tuple[np.ndarray, ...]:
         """Every distribution with every point: indices of distributions, and points, both (B, *X)."""
-        shape = (len(self._codes), *points.shape)
-        which = np.arange(shape[0]).reshape(-1, *[1] * points.ndim)
-        return np.broadcast_to(which, shape), np.broadcast_to(points, shape)
+        return tuple(np.broadcast_arrays(np.arange(len(self._codes)).reshape(-1, *[1] * points.ndim), points))
 
     def _cdf_and_moment(self, which: np.ndarray, log_rtt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """P(answered below log_rtt), and the integral of log-ms over it, of the distributions `which`; any shape."""
@@ -330,8 +334,9 @@ class RTTDistribution:
             share = np.clip(1 - (end - target) / mass, 0, 1)  # NaN where no answer is possible
         return np.exp(edges[code] + share * code_widths()[code])
 
-    def _observed(self, observed_ms: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-        """One result of each ping, (B,) ms, and where it failed; ValueError names one that is no result."""
+    def _observed(self, observed_ms: np.ndarray | float, score: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """One result of each ping, (B,) ms, and where it failed; ValueError names one that is no result, or of one ping a
+        failure that has no `score`."""
         observed_ms, count = np.asarray(observed_ms, dtype=np.float64), len(self._codes)
         if observed_ms.shape not in ((), (count,)):
             raise ValueError(f"each of {count} distributions takes one observed RTT, not {observed_ms.shape}")
@@ -340,15 +345,12 @@ class RTTDistribution:
         wrong = ~(failed | ((observed_ms >= 0) & np.isfinite(observed_ms)))
         if wrong.any():
             raise ValueError(f"{observed_ms[wrong.argmax()]} is no RTT: give ms from 0 up, or −1 for a failed ping")
-        return observed_ms, failed
-
-    def _observed_answer(self, observed_ms: np.ndarray | float, score: str) -> tuple[np.ndarray, np.ndarray]:
-        observed_ms, failed = self._observed(observed_ms)
-        if not self.is_batch and failed[0]:
+        if score and not self.is_batch and failed[0]:
             raise ValueError(
                 f"the {score} is of an answered ping, and this one failed; log_density scores failures too"
             )
-        self._check_answer_possible()
+        if score:
+            self._check_answer_possible()
         return observed_ms, failed
 
 
@@ -368,9 +370,7 @@ def _code(log_rtt: np.ndarray) -> np.ndarray:
     return np.clip(np.searchsorted(_log_edges(), log_rtt, "right") - 1, 0, RTT_CODES - 1)
 
 
-@cache
-def _edges() -> np.ndarray:
-    return rtt_code_edges_ms()  # (65,537,) ms
+_edges = cache(rtt_code_edges_ms)  # (65,537,) ms
 
 
 @cache

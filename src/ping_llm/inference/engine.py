@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -131,9 +132,7 @@ def result_distributions(
     codes = mass_1[..., None] * second
     failed = role[:, tk.FAILED]
     mass = codes.sum((1, 2)) + failed
-    no_result = torch.stack(
-        [role[i, torch.from_numpy(p.also_legal).to(role.device)].sum() for i, p in enumerate(prompts)]
-    )
+    no_result = torch.stack([row[torch.from_numpy(p.also_legal)].sum() for row, p in zip(role, prompts, strict=True)])
     return RTTDistribution(
         (codes / mass[:, None, None]).flatten(1).cpu().numpy(),
         (failed / mass).cpu().numpy(),
@@ -168,49 +167,32 @@ def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> tuple[Tensor, i
     return second, passes
 
 
+@torch.inference_mode()
 def line_log_prob(reader: Reader, lines: Sequence[np.ndarray], context: np.ndarray) -> np.ndarray:
     """Log-probability in nats of each of n measurements (T,) after the same context (tokens), (n,).
 
     Each token counts among the legal ones of its kind: roles of the same field, or bytes.
     """
-    log_p = np.empty(len(lines))
+    start, read, log_p = Grammar(1), KVCache(), np.empty(len(lines))
+    follow(start, context)
+    if len(context):
+        with reader.autocast():
+            reader.gpt(reader.pad([context])[0], read)
     longest_first = np.argsort([-len(line) for line in lines], kind="stable")
     for first in range(0, len(lines), _LINES):
         rows = longest_first[first : first + _LINES]
-        log_p[rows] = _line_log_prob(reader, [lines[i] for i in rows], context)
+        given, _ = reader.pad([lines[i] for i in rows])  # (B, T)
+        same = torch.zeros(len(rows), dtype=torch.int64, device=reader.device)
+        with reader.autocast():
+            logits = reader.gpt(given[:, :-1], read.select(same) if len(context) else None).double()  # (B, T−1, V)
+        grammar, legal = start.select(np.zeros(len(rows), dtype=np.int64)), []
+        for token, coming in pairwise(given.cpu().numpy().T):
+            grammar.advance(np.where(token == tk.PADDING, tk.MEASUREMENT_START, token))
+            legal.append(grammar.legal() & SAME_KIND[coming])
+        masked = logits.masked_fill(~torch.from_numpy(np.stack(legal, axis=1)).to(reader.device), -torch.inf)
+        of_tokens = masked.log_softmax(-1).gather(-1, given[:, 1:].clamp(min=0)[..., None])[..., 0]
+        log_p[rows] = torch.where(given[:, 1:] >= 0, of_tokens, 0.0).sum(1).cpu().numpy()
     return log_p
-
-
-@torch.inference_mode()
-def _line_log_prob(reader: Reader, lines: list[np.ndarray], context: np.ndarray) -> np.ndarray:
-    """That of B measurements, the longest first; (B,)."""
-    given, _ = reader.pad(lines)  # (B, T)
-    cache = None
-    with reader.autocast():
-        if len(context):
-            read = KVCache()
-            reader.gpt(reader.pad([context])[0], read)
-            cache = read.select(torch.zeros(len(lines), dtype=torch.int64, device=reader.device))
-        logits = reader.gpt(given[:, :-1], cache).double()  # (B, T−1, V)
-    legal = torch.from_numpy(_legal(given.cpu().numpy(), context)).to(reader.device)  # (B, T−1, V)
-    log_p = logits.masked_fill(~legal, -torch.inf).log_softmax(-1)
-    of_tokens = log_p.gather(-1, given[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return torch.where(given[:, 1:] >= 0, of_tokens, 0.0).sum(1).cpu().numpy()
-
-
-def _legal(tokens: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """Of each token (B, T) but the first, what could stand there: bytes, or roles of its field; (B, T−1, V) bool."""
-    B, T = tokens.shape
-    grammar = Grammar(1)
-    follow(grammar, context)
-    grammar = grammar.select(np.zeros(B, dtype=np.int64))
-    legal = np.ones((B, T - 1, tk.VOCAB_SIZE), dtype=bool)
-    for at in range(1, T):
-        count = int((tokens[:, at] != tk.PADDING).sum())  # the longest stand first
-        grammar = grammar.select(np.arange(count)) if count < len(grammar) else grammar
-        grammar.advance(tokens[:count, at - 1])
-        legal[:count, at - 1] = grammar.legal() & SAME_KIND[tokens[:count, at]]
-    return legal
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +230,6 @@ def next_byte_log_p(logits: Tensor, beginnings: Sequence[tuple[int, ...]]) -> np
 def legal_bytes(tokens: tuple[int, ...]) -> np.ndarray:
     """Which bytes may follow a role and bytes, (256,): IPv6 addresses are never IPv4-mapped."""
     legal = np.ones(256, dtype=bool)
-    role, *before = tokens
-    lead = byte_tokens(IPV4_MAPPED_PREFIX)
-    legal[IPV4_MAPPED_PREFIX[-1]] = role in (tk.SRC_IPV4, tk.DST_IPV4) or before != lead[:-1]
+    *lead, last = IPV4_MAPPED_PREFIX
+    legal[last] = tokens not in [(role, *byte_tokens(bytes(lead))) for role in (tk.SRC_IPV6, tk.DST_IPV6)]
     return legal

@@ -10,14 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
 from ping_llm.data.measurement import format_address
-from ping_llm.data.rows import MANIFEST_NAME, ProbeRow, RowReader, read_manifest
+from ping_llm.data.rows import MANIFEST_NAME, RowReader, read_manifest
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.plots import Drawable
 from ping_llm.inference.table import check_columns
@@ -36,11 +36,11 @@ def read_table(path: Path) -> pa.Table:
 
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
+    if path.suffix not in _READERS:
         raise ValueError(f"{path}: a table must be .parquet, .csv, .json or .jsonl")
+    query = f"SELECT * FROM {_READERS[path.suffix]}($path)"
     try:
-        return duckdb.connect().sql(f"SELECT * FROM {reader}($path)", params={"path": str(path)}).to_arrow_table()
+        return duckdb.connect().sql(query, params={"path": str(path)}).to_arrow_table()
     except duckdb.Error as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -64,7 +64,11 @@ def read_input(path: Path) -> tuple[pa.Table, str]:
 
 def read_measurements(path: Path) -> pa.Table:
     """The measurements of a table, a dump or a folder: src_addr, dst_addr, rtt, event_time."""
-    if path == STANDARD or (path.suffix in _READERS and not _is_dump(path)):
+    is_table = path == STANDARD or (path.suffix in _READERS and not path.is_dir())
+    if path.suffix in (".json", ".jsonl") and path.is_file():
+        with path.open("rb") as file:
+            is_table = b'"result"' not in file.read(1 << 16)  # an Atlas result holds one for each packet
+    if is_table:
         table, _ = read_input(path)
         if "pings" not in table.column_names:
             check_columns(table, str(path), ("src_addr", "dst_addr", "rtt"))
@@ -72,16 +76,6 @@ def read_measurements(path: Path) -> pa.Table:
     if not path.exists():
         raise ValueError(f"no file or folder {path}")
     return dump_table(path)
-
-
-def _is_dump(path: Path) -> bool:
-    """Whether a JSON file holds Atlas results, each with its packets, and not a table of measurements."""
-    if path.is_dir():
-        return True
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b'"result"' in file.read(1 << 16)
 
 
 def read_context(path: Path | None) -> pa.Table | None:
@@ -108,20 +102,20 @@ def dump_table(path: Path) -> pa.Table:
 
 def _rows_table(folder: Path) -> pa.Table:
     """All parts of a folder of rows, row by row."""
-    parts = [part for part, count in read_manifest(folder)["parts"].items() if count]
-    if not parts:
+    tables = []
+    for part in (part for part, count in read_manifest(folder)["parts"].items() if count):
+        for row in RowReader(folder, part):
+            src, dst = (
+                pa.array([format_address(address.tobytes()) for address in addresses], pa.string())
+                for addresses in (row.src_addresses, row.dst_addresses)
+            )
+            times = pa.array(row.time_s).cast(pa.timestamp("s", "UTC"))
+            columns = {"src_addr": src.take(pa.array(row.src)), "dst_addr": dst.take(pa.array(row.dst))}
+            columns |= {"event_time": times, "rtt": pa.array(row.rtt_ms.astype(np.float64))}
+            tables.append(pa.table(columns))
+    if not tables:
         raise ValueError(f"{folder} holds no measurements to score")
-    return pa.concat_tables(_row_table(row) for part in parts for row in RowReader(folder, part))
-
-
-def _row_table(row: ProbeRow) -> pa.Table:
-    src, dst = (
-        pa.array([format_address(address.tobytes()) for address in addresses], pa.string()).take(pa.array(index))
-        for addresses, index in ((row.src_addresses, row.src), (row.dst_addresses, row.dst))
-    )
-    times = pa.array(row.time_s).cast(pa.timestamp("s", "UTC"))
-    rtt_ms = pa.array(row.rtt_ms.astype("float64"))
-    return pa.table({"src_addr": src, "dst_addr": dst, "event_time": times, "rtt": rtt_ms})
+    return pa.concat_tables(tables)
 
 
 def check_output(path: Path | None) -> None:
@@ -152,17 +146,20 @@ def records(table: pa.Table) -> list[dict]:
     return [{name: _json_value(value) for name, value in row.items()} for row in table.to_pylist()]
 
 
-def print_table(table: pa.Table, title: str, note: str = "") -> None:
-    """Shows the first rows to a person; probabilities in percent."""
+def show(table: pa.Table, title: str, output: Path | None, as_json: bool, note: str = "", **more: object) -> None:
+    """Writes the table to `output`; else prints one JSON object with `rows` and `more`, or the first rows to a person,
+    probabilities in percent."""
+    if output is not None:
+        return write_table(table, output)
+    if as_json:
+        return print_json({"rows": records(table), **{name: _json_value(value) for name, value in more.items()}})
     from rich.console import Console
     from rich.table import Table
 
     shown = Table()
     for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        justify: Literal["left", "right"] = (
-            "right" if pa.types.is_floating(kind) or pa.types.is_integer(kind) else "left"
-        )
-        shown.add_column(name, justify=justify, overflow="fold")  # an address cut short would be none
+        is_number = pa.types.is_floating(kind) or pa.types.is_integer(kind)
+        shown.add_column(name, justify="right" if is_number else "left", overflow="fold")  # a cut address would be none
     for row in table.slice(0, _MOST_ROWS).to_pylist():
         shown.add_row(*(_cell(name, value) for name, value in row.items()))
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
@@ -172,16 +169,6 @@ def print_table(table: pa.Table, title: str, note: str = "") -> None:
         console.print(f"… and {table.num_rows - _MOST_ROWS:,} more; write them to a file with --output")
     if note:
         console.print(note, highlight=False)
-
-
-def show(table: pa.Table, title: str, output: Path | None, as_json: bool, note: str = "", **more: object) -> None:
-    """Writes the table to `output`; else prints one JSON object with `rows` and `more`, or a table."""
-    if output is not None:
-        write_table(table, output)
-    elif as_json:
-        print_json({"rows": records(table), **{name: _json_value(value) for name, value in more.items()}})
-    else:
-        print_table(table, title, note)
 
 
 def print_json(value: object) -> None:
@@ -215,9 +202,7 @@ def print_distributions(
     )
     if len(found) == 1 and len(found[0].src_weights) > 1:
         note += "\nknown of the source: " + ", ".join(f"{name} {w:.1%}" for name, w in found[0].src_weights.items())
-    console = Console()
-    for part in (title, table, note):
-        console.print(part)
+    Console().print(title, table, note, sep="\n")
 
 
 def _cell(name: str, value: object) -> str:
@@ -234,17 +219,9 @@ def _json_value(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_json(table: pa.Table, file: io.IOBase) -> None:
-    file.write(("[" + ",\n".join(map(json.dumps, records(table))) + "]\n").encode())
-
-
-def _write_jsonl(table: pa.Table, file: io.IOBase) -> None:
-    file.write("".join(json.dumps(row) + "\n" for row in records(table)).encode())
-
-
-_WRITERS: dict[str, Callable[[pa.Table, io.IOBase], None]] = {
+_WRITERS: dict[str, Callable[[pa.Table, io.IOBase], object]] = {
     ".parquet": pyarrow.parquet.write_table,
     ".csv": pyarrow.csv.write_csv,
-    ".json": _write_json,
-    ".jsonl": _write_jsonl,
+    ".json": lambda table, file: file.write(("[" + ",\n".join(map(json.dumps, records(table))) + "]\n").encode()),
+    ".jsonl": lambda table, file: file.write("".join(json.dumps(row) + "\n" for row in records(table)).encode()),
 }

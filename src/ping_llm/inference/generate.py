@@ -97,8 +97,9 @@ def generate(
             raise ValueError(f"{name}={value} must be at least 1")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be from 0 to 2^63 − 1")
-    prompt, grammar = _read_prompt(prompt_tokens, whole_addresses)
-    longest = _checked_length(len(prompt), grammar, measurements, reader.seq_len)
+    prompt = [] if prompt_tokens is None else [int(token) for token in prompt_tokens]
+    prompt = prompt or [tk.MEASUREMENT_START]
+    grammar, longest = _follow_prompt(prompt, whole_addresses, measurements, reader.seq_len)
     generator = torch.Generator().manual_seed(seed)  # on the CPU whatever the device: the same numbers everywhere
     drawn = []
     for first in range(0, count, _BATCH):
@@ -150,10 +151,11 @@ def _kept(p: Tensor, keep: Tensor) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def _read_prompt(prompt_tokens: Sequence[int] | np.ndarray | None, whole_addresses: bool) -> tuple[list[int], Grammar]:
-    """The prompt, and where a window stands after it; ValueError where it cannot be continued."""
-    prompt = [] if prompt_tokens is None else [int(token) for token in prompt_tokens]
-    prompt = prompt or [tk.MEASUREMENT_START]
+def _follow_prompt(prompt: list[int], whole_addresses: bool, measurements: int, seq_len: int) -> tuple[Grammar, int]:
+    """Where a window stands after the prompt, and how many tokens may be drawn then at most.
+
+    ValueError where it cannot be continued, or what is drawn would not fit.
+    """
     grammar = Grammar(1, whole_addresses=whole_addresses, last_time_s=LAST_TIME_S)
     try:
         follow(grammar, prompt)
@@ -162,31 +164,21 @@ def _read_prompt(prompt_tokens: Sequence[int] | np.ndarray | None, whole_address
         raise ValueError(f"the prompt breaks the grammar at {error}{prefixes}") from None
     if grammar.ended()[0]:
         raise ValueError("the prompt ends with a whole measurement; append MEASUREMENT_START to begin the next one")
-    return prompt, grammar
-
-
-def _checked_length(prompt: int, grammar: Grammar, measurements: int, seq_len: int) -> int:
-    """Tokens that are drawn at most after a prompt of `prompt` tokens; ValueError if the model could not read them."""
-    room = seq_len + 1 - prompt  # the last token is drawn but not read
+    room = seq_len + 1 - len(prompt)  # the last token is drawn but not read
     first, second, longest = (int(grammar.longest(count)[0]) for count in (1, 2, measurements))
     if longest > room:
         fits = (room - first) // (second - first) + 1 if room >= first else 0
         todo = f"pass measurements={fits} at most" if fits else "shorten the prompt"
         raise ValueError(
-            f"measurements={measurements} may take {longest} tokens after a prompt of {prompt}, "
+            f"measurements={measurements} may take {longest} tokens after a prompt of {len(prompt)}, "
             f"and the model reads {seq_len}: {fits} fit; {todo}"
         )
-    return longest
+    return grammar, longest
 
 
 @torch.inference_mode()
 def _generate_batch(
-    reader: Reader,
-    prompt: list[int],
-    grammar: Grammar,
-    noise: Tensor,
-    sampling: Sampling,
-    measurements: int,
+    reader: Reader, prompt: list[int], grammar: Grammar, noise: Tensor, sampling: Sampling, measurements: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens after the prompt, (B, N) int64 and PADDING, and nats of each measurement, (B, measurements).
 
@@ -232,21 +224,17 @@ def _draw(logits: Tensor, legal: Tensor, noise: Tensor, sampling: Sampling) -> t
 def _table(prompt: list[int], tokens: np.ndarray, log_prob: np.ndarray) -> pa.Table:
     """The last measurements of each sequence, as many as log_prob (count, measurements) has; tokens are (count, N)."""
     count, measurements = log_prob.shape
-    decoded = [
-        measurement
-        for line in tokens
-        for measurement in tk.decode([*prompt, *line[line != tk.PADDING].tolist()])[-measurements:]
-    ]
-    columns = [
-        [_address(m.src, m.src_bits) for m in decoded],
-        [_address(m.dst, m.dst_bits) for m in decoded],
-        [m.time_s for m in decoded],
-        [m.rtt_ms for m in decoded],
-        log_prob.ravel(),
-        np.repeat(np.arange(count), measurements),
-    ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, GENERATED_SCHEMA, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=GENERATED_SCHEMA)
+    windows = ([*prompt, *line[line != tk.PADDING].tolist()] for line in tokens)
+    decoded = [measurement for window in windows for measurement in tk.decode(window)[-measurements:]]
+    columns = {
+        "src_addr": [_address(m.src, m.src_bits) for m in decoded],
+        "dst_addr": [_address(m.dst, m.dst_bits) for m in decoded],
+        "event_time": [m.time_s for m in decoded],
+        "rtt": [m.rtt_ms for m in decoded],
+        "log_prob": log_prob.ravel(),
+        "sequence": np.repeat(np.arange(count), measurements),
+    }
+    return pa.table(columns, schema=GENERATED_SCHEMA)
 
 
 def _address(text: str, bits: int) -> str:

@@ -66,10 +66,13 @@ class Grammar:
         legal[:, tk.TIMESTAMP_DELTA4] &= (self.clock >= 0) & (self.clock <= self.last_time_s - _SHORTEST_DELTA4_S)
         legal[:, : tk.BYTE_0] &= (self.bytes_read >= self._of_role(self.least))[:, None]
 
-        missing = self._of_role(self.most) - self.bytes_read
-        low, high = self._byte_range(missing - 1)
+        after = self._of_role(self.most) - self.bytes_read - 1  # (B,) bytes behind the next one
+        left_s = (self.last_time_s - np.maximum(self.clock, 0)) >> 8 * np.clip(after, 0, 7)
+        high = np.where(np.isin(self.role, _TIME_ROLES), np.minimum(left_s - (self.value << 8), 255), 255)
+        high[self.mapped & (self.bytes_read == len(_MAPPED) - 1)] = _MAPPED[-1] - 1
+        low = (self.role == tk.TIMESTAMP_DELTA4) & (after == 1) & (self.value == 0)
         byte = np.arange(256)
-        legal[:, tk.BYTE_0 :] = (missing[:, None] > 0) & (byte >= low[:, None]) & (byte <= high[:, None])
+        legal[:, tk.BYTE_0 :] = (after[:, None] >= 0) & (byte >= low[:, None]) & (byte <= high[:, None])
         return legal
 
     def advance(self, tokens: np.ndarray) -> None:
@@ -82,7 +85,15 @@ class Grammar:
         self.bytes_read += is_byte
         known = of_time & (self.bytes_read == self._of_role(self.most))
         self.clock[known] = np.maximum(self.clock[known], 0) + self.value[known]
-        self._open(np.flatnonzero(~is_byte), tokens[~is_byte])
+        rows, roles = np.flatnonzero(~is_byte), tokens[~is_byte]  # their open field closes, that of `roles` opens
+        for role in (tk.SRC_IPV4, tk.SRC_IPV6):
+            self._cut_sources(rows[self.role[rows] == role], role)
+        self.role[rows] = roles
+        self.bytes_read[rows] = self.value[rows] = 0
+        self.mapped[rows] = np.isin(roles, _IPV6_ROLES)
+        start = roles == tk.MEASUREMENT_START
+        self.seen[rows[start]] = False
+        self.seen[rows[~start], _FIELD[roles[~start]]] = True
 
     def ended(self) -> np.ndarray:
         """Whether nothing can be added to the last measurement of each window: (B,) bool."""
@@ -103,26 +114,6 @@ class Grammar:
         """Of (B, 11), what belongs to the open role of each window: (B,)."""
         return of_roles[np.arange(len(self)), self.role]
 
-    def _byte_range(self, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the greatest legal byte, (B,) each, where `after` (B,) more follow it in the open field."""
-        time = np.isin(self.role, _TIME_ROLES)
-        left_s = (self.last_time_s - np.maximum(self.clock, 0)) >> 8 * np.clip(after, 0, 7)
-        high = np.where(time, np.minimum(left_s - (self.value << 8), 255), 255)
-        high[self.mapped & (self.bytes_read == len(_MAPPED) - 1)] = _MAPPED[-1] - 1
-        low = (self.role == tk.TIMESTAMP_DELTA4) & (after == 1) & (self.value == 0)
-        return low.astype(np.int64), high
-
-    def _open(self, rows: np.ndarray, roles: np.ndarray) -> None:
-        """Closes the open field of the windows `rows` (n,) and opens that of `roles` (n,)."""
-        for role in (tk.SRC_IPV4, tk.SRC_IPV6):
-            self._cut_sources(rows[self.role[rows] == role], role)
-        self.role[rows] = roles
-        self.bytes_read[rows] = self.value[rows] = 0
-        self.mapped[rows] = np.isin(roles, _IPV6_ROLES)
-        start = roles == tk.MEASUREMENT_START
-        self.seen[rows[start]] = False
-        self.seen[rows[~start], _FIELD[roles[~start]]] = True
-
     def _cut_sources(self, rows: np.ndarray, role: int) -> None:
         """Holds every later source of the windows `rows` to the share of its bytes that the one just closed has."""
         known = self.bytes_read[rows]
@@ -138,14 +129,10 @@ def follow(grammar: Grammar, tokens: Iterable[int]) -> None:
     for at, token in enumerate(tokens):
         legal = grammar.legal()[0]
         if not (0 <= token < tk.VOCAB_SIZE and legal[token]):
-            raise ValueError(f"token {at}: expected {_names(legal)}, found {tk.token_name(int(token))}")
+            expected = [tk.ROLE_NAMES[role] for role in np.flatnonzero(legal[: tk.BYTE_0])]
+            values = np.flatnonzero(legal[tk.BYTE_0 :])
+            if len(values):
+                some = f" from 0x{values[0]:02x} to 0x{values[-1]:02x}" if len(values) < 256 else ""
+                expected.append(f"a byte{some}")
+            raise ValueError(f"token {at}: expected {' or '.join(expected)}, found {tk.token_name(int(token))}")
         grammar.advance(np.array([token]))
-
-
-def _names(legal: np.ndarray) -> str:
-    """The legal (267,) tokens in words."""
-    names = [tk.ROLE_NAMES[role] for role in np.flatnonzero(legal[: tk.BYTE_0])]
-    values = np.flatnonzero(legal[tk.BYTE_0 :])
-    if len(values):
-        names.append("a byte" if len(values) == 256 else f"a byte from 0x{values[0]:02x} to 0x{values[-1]:02x}")
-    return " or ".join(names)

@@ -34,10 +34,8 @@ def distributions(reader: Reader, queries: Sequence[Query], src_known: SrcKnown 
     for first in range(0, len(queries), CHUNK):
         some = queries[first : first + CHUNK]
         if any(query.has_partial_byte for query in some):
-            of = (_of_partial_bytes if query.has_partial_byte else _of_whole_bytes for query in some)
-            yield RTTDistribution.concatenate(
-                [f(reader, [query], src_known) for f, query in zip(of, some, strict=True)]
-            )
+            each = [_of_partial_bytes if query.has_partial_byte else _of_whole_bytes for query in some]
+            yield RTTDistribution.concatenate([of(reader, [q], src_known) for of, q in zip(each, some, strict=True)])
         else:
             yield _of_whole_bytes(reader, some, src_known)
 
@@ -55,9 +53,18 @@ def weighted_variants(reader: Reader, query: Query, src_known: SrcKnown) -> tupl
     return [variants[i] for i in used], weights[used] / weights[used].sum()
 
 
-def whole_byte_queries(reader: Reader, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
-    """The queries of whole bytes whose answers mix to that of `query`, and their weights, which sum to 1."""
-    return _split(reader, *weighted_variants(reader, query, src_known))
+def whole_byte_queries(
+    reader: Reader, query: Query, src_known: SrcKnown
+) -> tuple[list[Query], np.ndarray, dict[str, float]]:
+    """The queries of whole bytes whose answers mix to that of `query`, and their weights, which sum to 1, (n,).
+
+    Also the weight of each known length of the source, by name.
+    """
+    variants, weights = weighted_variants(reader, query, src_known)
+    parts = [_parts(reader, variant) for variant in variants]
+    shares = np.concatenate([weight * share for weight, (_, share) in zip(weights, parts, strict=True)])
+    names = {known_name(variant.src): float(weight) for variant, weight in zip(variants, weights, strict=True)}
+    return [part for some, _ in parts for part in some], shares, names
 
 
 def source_log_prob(reader: Reader, sources: Sequence[Endpoint]) -> np.ndarray:
@@ -73,7 +80,9 @@ def _of_whole_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnow
     owner = np.repeat(np.arange(len(queries)), [len(own) for own in variants])  # (B,) query of each prompt
     flat = [variant for own in variants for variant in own]
     prompts = [build_prompt(variant, reader.seq_len) for variant in flat]
-    contexts, context_of = _distinct([prompt.context for prompt in prompts])
+    places: dict[bytes, int] = {}
+    context_of = np.array([places.setdefault(prompt.context.tobytes(), len(places)) for prompt in prompts])
+    contexts = [np.frombuffer(context, dtype=np.int64) for context in places]
     mixed = len(prompts) > len(queries)
     shared = len(contexts) < len(prompts) or (mixed and any(len(context) for context in contexts))
     read = read_contexts(reader, contexts) if shared and any(map(len, contexts)) else None
@@ -83,7 +92,7 @@ def _of_whole_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnow
     prior, prior_passes = _log_priors(reader, variants)
     weights = _weights(prior + evidence, owner)
     used = np.flatnonzero(weights >= LEAST_WEIGHT)
-    names = [_name(flat[i]) for i in used]
+    names = [known_name(flat[i].src) for i in used]
     each = result_distributions(reader, [prompts[i] for i in used], read, context_of[used])
     found = each.mixture(weights[used], owner[used], names)
     named = [shares if len(own) > 1 else {} for shares, own in zip(found.src_weights, variants, strict=True)]
@@ -99,7 +108,7 @@ def _variants(reader: Reader, query: Query, src_known: SrcKnown) -> list[Query]:
     variants = list(query.variants(src_known))
     if len(variants) == 1 or not len(query.context):
         return variants
-    context = fitting_context(variants[-1], reader.seq_len)
+    context, _, _ = fitting_context(variants[-1], reader.seq_len)
     return [dataclasses.replace(variant, context=context) for variant in variants]
 
 
@@ -108,17 +117,15 @@ def _log_priors(reader: Reader, variants: Sequence[Sequence[Query]]) -> tuple[np
 
     That is its share on val, if the source is as familiar to the model as those of val are.
     """
-    calibration, longest = reader.calibration, [own[-1].src for own in variants]
-    whole = {i: src for i, src in enumerate(longest) if src is not None and not src.is_prefix}
+    calibration = reader.calibration
+    whole = [src for own in variants if (src := own[-1].src) is not None and not src.is_prefix]
     passes = int(bool(calibration.familiar) and bool(whole))
-    novelty = dict.fromkeys(range(len(variants)), 0.0)
-    if passes:
-        log_p = source_log_prob(reader, list(whole.values()))
-        novelty |= {i: calibration.novelty(src, p) for (i, src), p in zip(whole.items(), log_p, strict=True)}
+    log_p = dict(zip(whole, source_log_prob(reader, whole), strict=True)) if passes else {}
     priors = []
-    for i, own in enumerate(variants):
+    for own in variants:
         known = [query.src for query in own if query.src is not None]  # all of them or, without a source, none
-        priors.append(calibration.log_weights(known, novelty[i]) if known else np.zeros(len(own)))
+        novelty = calibration.novelty(known[-1], log_p[known[-1]]) if known and known[-1] in log_p else 0.0
+        priors.append(calibration.log_weights(known, novelty) if known else np.zeros(len(own)))
     return np.concatenate(priors), passes
 
 
@@ -129,21 +136,9 @@ def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return weight / np.bincount(owner, weight)[owner]
 
 
-def _distinct(contexts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The different ones among token sequences, and which of them each is, (n,)."""
-    places: dict[bytes, int] = {}
-    which = np.array([places.setdefault(context.tobytes(), len(places)) for context in contexts])
-    return [np.frombuffer(key, dtype=np.int64) for key in places], which
-
-
-def _name(variant: Query) -> str:
-    return known_name(variant.src) if variant.src else "all"
-
-
 def _of_partial_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
     (query,) = queries
-    variants, variant_weights = weighted_variants(reader, query, src_known)
-    parts, weights = _split(reader, variants, variant_weights)
+    parts, weights, names = whole_byte_queries(reader, query, src_known)
     chunks, masses, passes, done = [], [], 0, 0
     for some in distributions(reader, parts, "all"):
         own = weights[done : done + len(some)]
@@ -152,15 +147,7 @@ def _of_partial_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKn
             chunks.append(some.mixture(own / own.sum()))
             masses.append(own.sum())
     found = RTTDistribution.concatenate(chunks).mixture(np.array(masses) / np.sum(masses))
-    names = {_name(variant): float(weight) for variant, weight in zip(variants, variant_weights, strict=True)}
     return dataclasses.replace(found, forward_passes=passes, src_weights=names if len(names) > 1 else {})
-
-
-def _split(reader: Reader, variants: Sequence[Query], weights: np.ndarray) -> tuple[list[Query], np.ndarray]:
-    """Weighted queries with those of partial bytes replaced by the whole-byte queries that they are mixtures of."""
-    parts = [_parts(reader, variant) for variant in variants]
-    shares = np.concatenate([weight * share for weight, (_, share) in zip(weights, parts, strict=True)])
-    return [part for some, _ in parts for part in some], shares
 
 
 def _parts(reader: Reader, query: Query) -> tuple[list[Query], np.ndarray]:
@@ -192,7 +179,7 @@ def _partial_bytes(
     if not end.extra_bits:
         yield from (([end], np.array([evidence])) for evidence in read.log_evidence)
         return
-    values = end.next_bytes
-    ends = [end.extended(end.known + bytes([value])) for value in values]
+    values, first = end.next_bytes, end.packed[: 16 - end.width] + end.known
+    ends = [Endpoint((first + bytes([value])).ljust(16, b"\0"), end.known_bytes + 1) for value in values]
     log_p = next_byte_log_p(read.logits[:, None], [tuple(known.tolist())])[:, 0, values]  # (openings, values)
     yield from ((ends, evidence + own) for evidence, own in zip(read.log_evidence, log_p, strict=True))

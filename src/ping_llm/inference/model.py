@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 
-from ping_llm.inference import destinations as addresses
+from ping_llm.inference import batch, mixture
+from ping_llm.inference import destinations as search
+from ping_llm.inference import generate as generation
 from ping_llm.inference import rank as ranking
 from ping_llm.inference import score as scoring
-from ping_llm.inference.batch import answer_table
 from ping_llm.inference.calibration import Calibration
-from ping_llm.inference.context import Context
+from ping_llm.inference.context import Context, Records
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader
-from ping_llm.inference.generate import generate
-from ping_llm.inference.mixture import distributions
 from ping_llm.inference.query import Query, SrcKnown, Time
 from ping_llm.model.checkpoint import load_model
 from ping_llm.system.hardware import pick_device
-
-Records: TypeAlias = "pa.Table | Sequence[dict[str, Any]]"
-"""A table of Arrow, of pandas, or of records."""
 
 
 @dataclass(frozen=True, eq=False)
 class PingModel(Reader):
     """A trained model that answers queries about pings."""
+
+    distributions = mixture.distributions
+    log_prob = scoring.log_prob
+    order_consistency = scoring.order_consistency
+    score = scoring.score
+    rank = ranking.rank
+    generate = generation.generate
+    destinations = search.destinations
+    complete = search.complete
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> PingModel:
@@ -71,41 +75,7 @@ class PingModel(Reader):
         """
         listed = [query for query in queries if isinstance(query, Query)] if isinstance(queries, Sequence) else None
         if listed is None or len(listed) < len(queries):
-            return answer_table(self, queries, context, src_known)
+            return batch.answer_table(self, queries, context, src_known)
         if context is not None:
             raise ValueError("a Query holds its own context; pass a table of queries, or no context")
         return [one for some in self.distributions(listed, src_known) for one in some]
-
-    def distributions(self, queries: Sequence[Query], src_known: SrcKnown = "auto") -> Iterator[RTTDistribution]:
-        """The distributions of the queries' results, in order, in batches of at most `mixture.CHUNK`."""
-        return distributions(self, queries, src_known)
-
-    def log_prob(
-        self, measurements: Records, order: Sequence[str] = scoring.ORDER, context: Records | None = None
-    ) -> np.ndarray:
-        """Log-probability in nats of each measurement, its fields in `order`; see `score.log_prob`."""
-        return scoring.log_prob(self, measurements, order, context)
-
-    def order_consistency(self, measurements: Records) -> scoring.OrderConsistency:
-        """How far log p(src, dst, rtt) depends on the order of the fields; see `score.order_consistency`."""
-        return scoring.order_consistency(self, measurements)
-
-    def score(self, measurements: Records, **options: Any) -> pa.Table:
-        """The measurements with how surprising each is after those before it; see `score.score`."""
-        return scoring.score(self, measurements, **options)
-
-    def rank(self, src: str | None, candidates: Sequence[str], **given: Any) -> ranking.Ranking:
-        """Which candidate is nearest, and how sure that is; see `rank.rank`."""
-        return ranking.rank(self, src, candidates, **given)
-
-    def generate(self, count: int, **options: Any) -> pa.Table:
-        """`count` measurements that the model makes up, or completes from a prompt; see `generate.generate`."""
-        return generate(self, count, **options)
-
-    def destinations(self, src: str, **given: Any) -> addresses.FoundAddresses:
-        """The likeliest destinations of pings from `src`, given the RTT or not; see `destinations.destinations`."""
-        return addresses.destinations(self, src, **given)
-
-    def complete(self, prefix: str, **given: Any) -> addresses.FoundAddresses:
-        """The likeliest whole addresses of a partial one, at either end of a ping; see `destinations.complete`."""
-        return addresses.complete(self, prefix, **given)

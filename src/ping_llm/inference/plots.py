@@ -69,7 +69,10 @@ def _draw(axes: Any, one: Drawable, name: str, color: str) -> float:
     if one.p_fail >= 1:
         axes.plot([], [], color=color, linewidth=1.7, label=f"{name}  always fails")
         return 0.0
-    edges = _bins(one)
+    start, end = np.log(one.quantile(0.005)), np.log(one.quantile(0.995))  # a tenth more is shown on either side
+    margin = max(0.1 * (end - start), 0.01)
+    count = min(_BINS, int((end - start + 2 * margin) / _LEAST_BIN))
+    edges = np.exp(np.linspace(start - margin, end + margin, count + 1))
     middle = np.sqrt(edges[:-1] * edges[1:])
     density = np.diff(one.cdf(edges)) / np.diff(np.log(edges))
     low, high = one.quantile(0.05), one.quantile(0.95)
@@ -79,11 +82,3 @@ def _draw(axes: Any, one: Drawable, name: str, color: str) -> float:
     axes.fill_between(inner, np.interp(inner, middle, density), color=color, alpha=0.12, linewidth=0)
     axes.vlines(one.median, 0, np.interp(one.median, middle, density), color=color, linestyle="--", linewidth=1)
     return float(density.max())
-
-
-def _bins(one: Drawable) -> np.ndarray:
-    """Edges in ms of the bins that hold all but the outermost 1 % of the answers; a tenth more is shown on either side."""
-    low, high = np.log(one.quantile(0.005)), np.log(one.quantile(0.995))
-    margin = max(0.1 * (high - low), 0.01)
-    count = min(_BINS, int((high - low + 2 * margin) / _LEAST_BIN))
-    return np.exp(np.linspace(low - margin, high + margin, count + 1))

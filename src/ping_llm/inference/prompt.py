@@ -39,32 +39,27 @@ class Prompt:
 
 def build_prompt(query: Query, seq_len: int) -> Prompt:
     """Context and query as tokens; of a context that does not fit in seq_len tokens, see `fitting_context`."""
-    context, (tokens, starts) = query.context, _encode(query, query.context)
-    if not _fits(tokens, seq_len) and len(context):
-        context = fitting_context(query, seq_len)
-        tokens, starts = _encode(query, context)
+    context, tokens, starts = fitting_context(query, seq_len)
     after_result = 1 if query.src is None else 2 if query.dst is None else 0  # tokens of the address that is not given
     tokens = tokens[: len(tokens) - 1 - after_result]  # FAILED stands where the result comes
     return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
 
 
-def fitting_context(query: Query, seq_len: int) -> Context:
+def fitting_context(query: Query, seq_len: int) -> tuple[Context, np.ndarray, np.ndarray]:
     """The context of a query, or what of it fits in seq_len tokens: some measurements of the same destination, up to half,
-    and the most recent."""
-    tokens, _ = _encode(query, query.context)
-    if _fits(tokens, seq_len) or not len(query.context):
-        return query.context
+    and the most recent. Also the tokens of context and query, and where each measurement starts."""
+    most = seq_len - 1  # FAILED gives way to RTT_START and byte 1
+    context, (tokens, starts) = query.context, _encode(query, query.context)
+    if len(tokens) <= most or not len(context):
+        return context, tokens, starts
     ranked = _most_useful_first(query)
-    fitting, too_many = 0, len(query.context)  # measurements; all do not fit, none may have to
+    fitting, too_many = 0, len(context)  # measurements; all do not fit, none may have to
     while too_many - fitting > 1:
         count = (fitting + too_many) // 2
-        tokens, _ = _encode(query, query.context.take(np.sort(ranked[:count])))
-        fitting, too_many = (count, too_many) if _fits(tokens, seq_len) else (fitting, count)
-    return query.context.take(np.sort(ranked[:fitting]))
-
-
-def _fits(tokens: np.ndarray, seq_len: int) -> bool:
-    return len(tokens) + 1 <= seq_len  # FAILED gives way to RTT_START and byte 1
+        tokens, _ = _encode(query, context.take(np.sort(ranked[:count])))
+        fitting, too_many = (count, too_many) if len(tokens) <= most else (fitting, count)
+    context = context.take(np.sort(ranked[:fitting]))
+    return context, *_encode(query, context)
 
 
 def _most_useful_first(query: Query) -> np.ndarray:
@@ -72,9 +67,8 @@ def _most_useful_first(query: Query) -> np.ndarray:
     newest_first = np.arange(len(query.context))[::-1]
     if query.dst is None:
         return newest_first
+    rank = newest_first.astype(np.float64)  # (n,) by place: the oldest comes last
     same = newest_first[query.dst.covers(query.context.dst[newest_first])]
-    rank = np.empty(len(query.context))
-    rank[newest_first] = np.arange(len(newest_first))
     rank[same] = np.minimum(rank[same], np.arange(len(same)) / SAME_DST_SHARE - 0.5)
     return np.argsort(rank, kind="stable")
 
@@ -87,38 +81,30 @@ def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
         source = Endpoint(destination.packed, 0)
     elif destination is None:
         destination = Endpoint(source.packed, 1)
-    count = len(context) + 1
-    src = np.concatenate([context.src, np.frombuffer(source.packed, np.uint8)[None]])
-    dst = np.concatenate([context.dst, np.frombuffer(destination.packed, np.uint8)[None]])
-    src_bytes, dst_bytes = (np.where(is_ipv4(packed), 4, 16) for packed in (src, dst))
-    share = source.known_bytes / source.width
-    src_bytes = (share * src_bytes).astype(np.int64)  # a window cuts all its sources alike
+    ends = (np.frombuffer(end.packed, np.uint8)[None] for end in (source, destination))
+    src, dst = (np.concatenate(both) for both in zip((context.src, context.dst), ends, strict=True))
+    known = source.known_bytes / source.width * np.where(is_ipv4(src), 4, 16)  # a window cuts all its sources alike
+    dst_bytes = np.where(is_ipv4(dst), 4, 16)
     dst_bytes[-1] = destination.known_bytes
-    timed, time_s = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.int64)
-    if query.time_s is not None:
-        timed[-1], time_s[-1] = True, query.time_s
-        if context.time_s is not None:
-            timed[:-1], time_s[:-1] = True, context.time_s
+    earlier_s = np.zeros(len(context), dtype=np.int64) if context.time_s is None else context.time_s
+    timed = np.full(len(src), query.time_s is not None and context.time_s is not None)
+    timed[-1] = query.time_s is not None
+    # A prefix comes first: after a whole address no more bytes of it can follow.
+    dst_first = query.src is None or (query.dst is not None and query.dst.is_prefix and not query.src.is_prefix)
+    own = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
+    own[[query.src is None, query.dst is None, False, False]] = _LAST
     fields = tk.Fields(
         src=src,
         dst=dst,
-        src_bytes=src_bytes,
+        src_bytes=known.astype(np.int64),
         dst_bytes=dst_bytes,
         rtt_ms=np.append(context.rtt_ms, -1.0),
-        time_s=time_s,
+        time_s=np.append(earlier_s, query.time_s or 0),
         timed=timed,
-        order=np.concatenate([np.tile(tk.RESULT_LAST, (len(context), 1)), [_order(query)]]),
-        window=np.zeros(count, dtype=np.int64),
+        order=np.concatenate([np.tile(tk.RESULT_LAST, (len(context), 1)), [own]]),
+        window=np.zeros(len(src), dtype=np.int64),
     )
     return tk.encode(fields)
-
-
-def _order(query: Query) -> np.ndarray:
-    """Order of the query's fields. A prefix comes first: after a whole address no more bytes of it can follow."""
-    dst_first = query.src is None or (query.dst is not None and query.dst.is_prefix and not query.src.is_prefix)
-    order = (tk.RESULT_LAST_DST_FIRST if dst_first else tk.RESULT_LAST).copy()
-    order[[end is None for end in (query.src, query.dst)] + [False, False]] = _LAST
-    return order
 
 
 def _also_legal(query: Query) -> np.ndarray:

@@ -45,6 +45,11 @@ class Endpoint:
         return 4 if self.packed[:12] == IPV4_MAPPED_PREFIX else 16
 
     @property
+    def family(self) -> str:
+        """ipv4 or ipv6."""
+        return "ipv4" if self.width == 4 else "ipv6"
+
+    @property
     def is_prefix(self) -> bool:
         """Whether some bytes are unknown."""
         return self.known_bytes < self.width
@@ -71,10 +76,6 @@ class Endpoint:
     def cut(self, known_bytes: int) -> Endpoint:
         """The same with at most so many bytes known."""
         return self if known_bytes > self.known_bytes else Endpoint(self.packed, known_bytes)
-
-    def extended(self, known: bytes) -> Endpoint:
-        """The address or prefix of the same family whose first bytes are `known`, one or more."""
-        return Endpoint((self.packed[: 16 - self.width] + known).ljust(16, b"\0"), len(known))
 
     def covers(self, packed: np.ndarray) -> np.ndarray:
         """Which of (n, 16) addresses are this one, or lie in this prefix, (n,) bool."""
@@ -123,49 +124,39 @@ class Query:
     @classmethod
     def parse(cls, src: str | None, dst: str | None, at: Time = None, context: Context | None = None) -> Query:
         """Checks what belongs together; ValueError says what does not."""
-        query = cls(
-            Endpoint.parse(src) if src else None,
-            Endpoint.parse(dst) if dst else None,
-            None if at is None else parse_time(at),
-            Context.parse(None) if context is None else context,
-        )
-        query._check(dst)
-        return query
+        source, destination = (Endpoint.parse(text) if text else None for text in (src, dst))
+        time_s = None if at is None else parse_time(at)
+        if source is None and destination is None:
+            raise ValueError("give the source or the destination of the ping, or both")
+        if destination is not None and not destination.known_bits:
+            raise ValueError(f"{dst!r} covers every destination; give a longer prefix, or none for any destination")
+        if source is not None and destination is not None and source.width != destination.width:
+            both = "%s and %s are of two families, which do not ping each other; the model answers"
+            log.warning(both, source, destination)
+        if context is None or not len(context):
+            return cls(source, destination, time_s, Context.parse(None))
+        if source is None:
+            raise ValueError("a context is of one source; give that source")
+        if source.extra_bits:
+            raise ValueError(
+                f"beside a context the source must be an address or a prefix of whole bytes, not {source}: "
+                f"give one like /{8 * source.known_bytes} or /{8 * source.known_bytes + 8}"
+            )
+        same_family = is_ipv4(context.src) == (source.width == 4)  # a host may have an address of each family
+        other = same_family & ~source.covers(context.src)
+        if other.any():
+            raise ValueError(
+                f"the context holds a ping of {format_address(context.src[other.argmax()].tobytes())}, but the query is "
+                f"about {source}; leave in the pings of that source only"
+            )
+        if time_s is not None and context.time_s is not None and (context.time_s > time_s).any():
+            raise ValueError("the context holds measurements later than the time of the query; leave those out")
+        return cls(source, destination, time_s, context)
 
     @property
     def has_partial_byte(self) -> bool:
         """Whether source or destination is a prefix that does not end on a byte."""
         return any(end is not None and end.extra_bits for end in (self.src, self.dst))
-
-    def _check(self, dst: str | None) -> None:
-        if self.src is None and self.dst is None:
-            raise ValueError("give the source or the destination of the ping, or both")
-        if self.dst is not None and not self.dst.known_bits:
-            raise ValueError(f"{dst!r} covers every destination; give a longer prefix, or none for any destination")
-        if self.src is not None and self.dst is not None and self.src.width != self.dst.width:
-            log.warning(
-                "%s and %s are of two families, which do not ping each other; the model answers", self.src, self.dst
-            )
-        context = self.context
-        if not len(context):
-            return
-        if self.src is None:
-            raise ValueError("a context is of one source; give that source")
-        if self.src.extra_bits:
-            raise ValueError(
-                f"beside a context the source must be an address or a prefix of whole bytes, not {self.src}: "
-                f"give one like /{8 * self.src.known_bytes} or /{8 * self.src.known_bytes + 8}"
-            )
-        same_family = is_ipv4(context.src) == (self.src.width == 4)  # a host may have an address of each family
-        other = same_family & ~self.src.covers(context.src)
-        if other.any():
-            row = int(other.argmax())
-            raise ValueError(
-                f"the context holds a ping of {format_address(context.src[row].tobytes())}, but the query is about "
-                f"{self.src}; leave in the pings of that source only"
-            )
-        if self.time_s is not None and context.time_s is not None and (context.time_s > self.time_s).any():
-            raise ValueError("the context holds measurements later than the time of the query; leave those out")
 
     def variants(self, src_known: SrcKnown) -> Iterator[Query]:
         """The query with as much of the source known as `src_known` says; several for "auto", the shortest prefix first."""
@@ -191,6 +182,6 @@ def known_lengths(src_known: SrcKnown, src: Endpoint) -> list[int]:
     return [min(bits // 8, most)]
 
 
-def known_name(src: Endpoint) -> str:
-    """How an answer names the known part of a source: none, /16, all."""
-    return "all" if not src.is_prefix else "none" if not src.known_bits else f"/{src.known_bits}"
+def known_name(src: Endpoint | None) -> str:
+    """How an answer names the known part of a source, if any: none, /16, all."""
+    return "all" if src is None or not src.is_prefix else "none" if not src.known_bits else f"/{src.known_bits}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.inference.context import Context
+from ping_llm.inference.context import Context, Records
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader
 from ping_llm.inference.mixture import distributions, weighted_variants
@@ -48,14 +48,25 @@ def rank(
     src: str | None,
     candidates: Sequence[str],
     at: Time = None,
-    context: pa.Table | Sequence[dict] | None = None,
+    context: Records | None = None,
     src_known: SrcKnown = "auto",
 ) -> Ranking:
     """Which of the candidates, addresses or prefixes, is nearest to `src`; `at`, `context`, `src_known`: see `PingModel`.
 
     ValueError where there is no candidate, one is no address or one is named twice.
     """
-    queries = _queries(src, candidates, at, Context.parse(context))
+    if isinstance(candidates, str):
+        raise ValueError(f"candidates={candidates!r} must be a list of addresses")
+    if not len(candidates):
+        raise ValueError("no candidates to rank; give at least one address")
+    earlier = Context.parse(context)
+    queries = [Query.parse(src, candidate, at, earlier) for candidate in candidates]
+    named = [query.dst for query in queries]
+    for place, endpoint in enumerate(named):
+        if endpoint is None:
+            raise ValueError(f"candidate {place + 1} is empty; give an address")
+        if endpoint in named[:place]:
+            raise ValueError(f"candidate {candidates[place]!r} is named twice; leave one out")
     about_src = queries[0] if src is None else dataclasses.replace(queries[0], dst=None)
     races = []
     # The known length of the source is the same for all candidates: each length is a race of its own.
@@ -78,22 +89,6 @@ def rank(
         "p_fail": p_fail[order],
     }
     return Ranking(pa.table(ranked), float(p_none))
-
-
-def _queries(src: str | None, candidates: Sequence[str], at: Time, context: Context) -> list[Query]:
-    """The query for each candidate."""
-    if isinstance(candidates, str):
-        raise ValueError(f"candidates={candidates!r} must be a list of addresses")
-    if not len(candidates):
-        raise ValueError("no candidates to rank; give at least one address")
-    queries = [Query.parse(src, candidate, at, context) for candidate in candidates]
-    places: dict[object, int] = {}
-    for place, query in enumerate(queries):
-        if query.dst is None:
-            raise ValueError(f"candidate {place + 1} is empty; give an address")
-        if places.setdefault(query.dst, place) != place:
-            raise ValueError(f"candidate {candidates[place]!r} is named twice; leave one out")
-    return queries
 
 
 def fastest(codes: np.ndarray, p_fail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,15 +120,11 @@ def _wins(p: np.ndarray, slower: np.ndarray) -> np.ndarray:
     """P(candidate wins with one of c codes), (n,), from probabilities of the codes and of slower results, both (n, c)."""
     shares = np.zeros_like(p)
     for u, share in zip(_POINTS, _SHARES, strict=True):
-        shares += share * p * _product_of_others(slower + p * (1 - u))
+        factors = slower + p * (1 - u)
+        above, below = np.ones_like(factors), np.ones_like(factors)
+        np.cumprod(factors[:-1], axis=0, out=above[1:])
+        below[:-1] = np.cumprod(factors[:0:-1], axis=0)[::-1]
+        shares += share * p * (above * below)  # the product of all other rows, so that zeros do no harm
     exact = (slower + p).prod(axis=0) - slower.prod(axis=0)  # (c,)
     total = shares.sum(axis=0)
     return (shares * np.divide(exact, total, out=np.zeros_like(total), where=total > 0)).sum(axis=1)
-
-
-def _product_of_others(factors: np.ndarray) -> np.ndarray:
-    """The product over all rows but each, (n, c): of the rows above times of those below, so that zeros do no harm."""
-    above, below = np.ones_like(factors), np.ones_like(factors)
-    np.cumprod(factors[:-1], axis=0, out=above[1:])
-    below[:-1] = np.cumprod(factors[:0:-1], axis=0)[::-1]
-    return above * below

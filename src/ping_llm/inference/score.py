@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import format_address, is_ipv4
-from ping_llm.inference.context import Context, as_table, columns_of
+from ping_llm.inference.context import Context, Records, as_table, columns_of
 from ping_llm.inference.distribution import RTTDistribution, code_widths
 from ping_llm.inference.engine import Reader, line_log_prob
 from ping_llm.inference.mixture import distributions
@@ -27,15 +27,11 @@ from ping_llm.system.progress import show_progress
 HISTORY = 10  # measurements of the same source before one that is scored
 ORDER = ("src", "dst", "rtt")
 _FIELDS = {"src": tk.SRC, "dst": tk.DST, "rtt": tk.RESULT, "time": tk.TIME}
-_COLUMNS = ("src", "dst", "rtt_ms", "time_s")
 _BATCH = 256  # measurements whose distributions are computed together
 
 
 def log_prob(
-    reader: Reader,
-    measurements: pa.Table | Sequence[dict],
-    order: Sequence[str] = ORDER,
-    context: pa.Table | Sequence[dict] | None = None,
+    reader: Reader, measurements: Records, order: Sequence[str] = ORDER, context: Records | None = None
 ) -> np.ndarray:
     """Log-probability in nats of what the fields of each measurement say, each given the ones before it in `order`; (n,).
 
@@ -43,7 +39,9 @@ def log_prob(
     codes, or failure. `context` holds earlier measurements of the one source of all measurements; of what does not fit,
     the most recent stay.
     """
-    order, measured = _checked_order(order), columns_of(measurements, "the table of measurements")
+    if isinstance(order, str) or not order or not set(order) <= set(_FIELDS) or len(set(order)) != len(order):
+        raise ValueError(f"order={order!r} must hold some of {', '.join(_FIELDS)}, each at most once")
+    measured = columns_of(measurements, "the table of measurements")
     earlier = columns_of(context or [], "the context", "context row")
     if not len(measured):
         return np.zeros(0)
@@ -52,7 +50,7 @@ def log_prob(
             "the order holds time, but the measurements have no column event_time; add it, or leave out time"
         )
     if len(earlier):
-        earlier = earlier if earlier.time_s is None else earlier.take(np.argsort(earlier.time_s, kind="stable"))
+        earlier = earlier.take(earlier.time_order())
         _check_context(earlier, measured)
     return line_log_prob(reader, *_encode(measured, earlier, order, reader.seq_len))
 
@@ -69,7 +67,7 @@ class OrderConsistency:
     log_prob: np.ndarray = field(repr=False)  # (n, 6)
 
 
-def order_consistency(reader: Reader, measurements: pa.Table | Sequence[dict]) -> OrderConsistency:
+def order_consistency(reader: Reader, measurements: Records) -> OrderConsistency:
     """log p(src, dst, rtt) of each measurement in all six orders."""
     orders = list(permutations(ORDER))
     log_p = np.stack([log_prob(reader, measurements, order) for order in orders], axis=1)  # (n, 6)
@@ -81,7 +79,7 @@ def order_consistency(reader: Reader, measurements: pa.Table | Sequence[dict]) -
 
 def score(
     reader: Reader,
-    measurements: pa.Table | Sequence[dict],
+    measurements: Records,
     history: int = HISTORY,
     src_known: SrcKnown = "auto",
     anomaly_at: float | None = None,
@@ -112,11 +110,10 @@ def score(
                 advance(len(some))
     p_value = calibrated_p_values(own, reader.calibration.surprise)
     columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
-    if anomaly_at is not None:
-        columns["anomaly"] = p_value <= anomaly_at
+    columns |= {} if anomaly_at is None else {"anomaly": p_value <= anomaly_at}
     table = table.drop_columns([name for name in columns if name in table.column_names])
     for name, values in columns.items():
-        table = table.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
+        table = table.append_column(name, pa.array(values))
     return table
 
 
@@ -153,13 +150,6 @@ def calibrated_p_values(own: np.ndarray, surprise: Sequence[float]) -> np.ndarra
     return ranked * np.minimum(1.0, own / max(surprise[0], np.finfo(float).tiny))
 
 
-def _checked_order(order: Sequence[str]) -> tuple[str, ...]:
-    wrong = [name for name in order if name not in _FIELDS]
-    if isinstance(order, str) or wrong or len(set(order)) != len(order) or not order:
-        raise ValueError(f"order={order!r} must hold some of {', '.join(_FIELDS)}, each at most once")
-    return tuple(order)
-
-
 def _check_context(earlier: Context, measured: Context) -> None:
     """ValueError unless the context is of the one source of all measurements, and not later than any."""
     both = np.concatenate([earlier.src, measured.src])
@@ -176,45 +166,40 @@ def _check_context(earlier: Context, measured: Context) -> None:
 
 
 def _encode(
-    measured: Context, earlier: Context, order: tuple[str, ...], seq_len: int
+    measured: Context, earlier: Context, order: Sequence[str], seq_len: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Tokens of each measurement up to its last field in `order`, and those of the context that fit before the longest."""
     n, timed = len(measured), "time" in order
-    keys = np.array([order.index(name) if name in order else 9 + column for name, column in _FIELDS.items()])
     timed_context = timed and earlier.time_s is not None
-    if timed_context:  # a time is encoded as the delta to the last one of the context: behind it, a window each
-        pairs = np.stack([np.full(n, len(earlier) - 1), len(earlier) + np.arange(n)], axis=1).ravel()
-        columns = [np.concatenate([getattr(c, name) for c in (earlier, measured)]) for name in _COLUMNS]
-        tokens, starts = _tokens(Context(*columns).take(pairs), True, keys, np.arange(2 * n) // 2)
-        first, last = starts[1:-1:2], starts[2::2]
-    else:
-        tokens, starts = _tokens(measured, timed, keys, np.arange(n))
-        first, last = starts[:-1], starts[1:]
+    # A time is encoded as the delta to the last one of the context: each stands behind that, in a window of its own.
+    before = earlier.take(np.full(n, -1)) if timed_context else measured
+    names = ("src", "dst", "rtt_ms", "time_s") if timed else ("src", "dst", "rtt_ms")
+    columns = [np.concatenate([getattr(part, name) for part in (before, measured)]) for name in names]
+    both = Context(*columns, *[None] * (4 - len(names))).take(np.arange(2 * n).reshape(2, n).T.ravel())
+    keys = np.array([order.index(name) if name in order else 9 + column for name, column in _FIELDS.items()])
+    tokens, starts = _tokens(both, np.tile([timed_context, timed], n), keys, np.arange(2 * n) // 2)
     length = {name: 1 + np.where(is_ipv4(getattr(measured, name)), 4, 16) for name in ("src", "dst")}
     length["rtt"] = np.where(measured.rtt_ms < 0, 1, 3)
-    last = last - sum(length[name] for name in length if name not in order)
-    lines = [tokens[a:b].astype(np.int64) for a, b in zip(first, last, strict=True)]
+    last = starts[2::2] - sum(length[name] for name in length if name not in order)
+    lines = [tokens[a:b].astype(np.int64) for a, b in zip(starts[1:-1:2], last, strict=True)]
     room = seq_len + 1 - max(map(len, lines), default=0)  # the last token is not read
     return lines, _context_tokens(earlier, timed_context, room)
 
 
 def _context_tokens(earlier: Context, timed: bool, room: int) -> np.ndarray:
     """Tokens of the most recent measurements of a context that take at most `room` tokens, result last."""
-    while len(earlier):
-        tokens, starts = _tokens(earlier, timed, tk.RESULT_LAST, np.zeros(len(earlier), dtype=np.int64))
+    while n := len(earlier):
+        tokens, starts = _tokens(earlier, np.full(n, timed), tk.RESULT_LAST, np.zeros(n, dtype=np.int64))
         if len(tokens) <= room:
             return tokens.astype(np.int64)
-        fits = np.searchsorted(-(starts[-1] - starts), -room)  # the first measurement that may stay
-        earlier = earlier.take(
-            slice(max(int(fits), 1), None)
-        )  # what is first now may take longer: its time is absolute
+        fits = int(np.searchsorted(-(starts[-1] - starts), -room))  # the first measurement that may stay
+        earlier = earlier.take(slice(max(fits, 1), None))  # what is first now may take longer: its time is absolute
     return np.zeros(0, dtype=np.int64)
 
 
-def _tokens(columns: Context, timed: bool, keys: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(columns: Context, timed: np.ndarray, keys: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`tokenization.encode` of measurements whose addresses are whole and whose fields have the same order."""
-    n = len(columns)
     src_bytes, dst_bytes = (np.where(is_ipv4(packed), 4, 16) for packed in (columns.src, columns.dst))
-    time_s = columns.time_s if timed and columns.time_s is not None else np.zeros(n, dtype=np.int64)
-    fields = (columns.src, columns.dst, src_bytes, dst_bytes, columns.rtt_ms, time_s, np.full(n, timed))
-    return tk.encode(tk.Fields(*fields, order=np.tile(keys, (n, 1)), window=window))
+    time_s = np.zeros(len(columns), dtype=np.int64) if columns.time_s is None else columns.time_s
+    fields = (columns.src, columns.dst, src_bytes, dst_bytes, columns.rtt_ms, time_s, timed)
+    return tk.encode(tk.Fields(*fields, order=np.tile(keys, (len(columns), 1)), window=window))

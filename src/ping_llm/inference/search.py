@@ -67,14 +67,12 @@ class AddressSearch(Iterator[Found]):
         self._complete: list[_Item] = []  # heap: addresses that came up before their turn
         log_weights = log_weights + read.log_evidence
         log_weights = log_weights - np.logaddexp.reduce(log_weights)
-        self._read_tokens = 0  # of an address, within the beginnings
+        lead = () if inside is None else tuple(address_tokens(roles, inside).tolist())
+        self._read_tokens = len(lead)  # of an address, within the beginnings
         if inside is None:
             log_p = read.logits[:, list(roles)].log_softmax(-1).cpu().numpy()
             self._add((), np.array(roles), log_p.T + log_weights)
-            return
-        lead = tuple(address_tokens(roles, inside).tolist())
-        self._read_tokens = len(lead)
-        if inside.is_prefix:
+        elif inside.is_prefix:
             values = [value for value in inside.next_bytes if legal_bytes(lead)[value]]
             log_p = next_byte_log_p(read.logits[:, None], [lead])[:, 0, values].T + log_weights  # (n, M)
             self._add(lead, np.array(values) + tk.BYTE_0, log_p - np.logaddexp.reduce(log_p, axis=None))
@@ -88,16 +86,14 @@ class AddressSearch(Iterator[Found]):
         return float(np.exp(-best))
 
     def __next__(self) -> Found:
-        while True:
-            if self._complete and (not self._open or self._complete[0] <= self._open[0]):
-                return self._found(heapq.heappop(self._complete))
-            if not self._open:
+        while not self._complete or (self._open and self._open[0] < self._complete[0]):
+            if self._open and self._is_whole(self._open[0]):
+                heapq.heappush(self._complete, self._pop())
+            elif self._open and self.expansions < self._limit:
+                self._expand(self._likeliest_open(min(self._batch, self._limit - self.expansions)))
+            else:
                 raise StopIteration
-            if self._is_whole(self._open[0]):
-                return self._found(self._pop())
-            if self.expansions >= self._limit:
-                raise StopIteration
-            self._expand(self._likeliest_open(min(self._batch, self._limit - self.expansions)))
+        return self._found(heapq.heappop(self._complete))
 
     def unproven(self, count: int) -> list[Found]:
         """The likeliest addresses that can be given once the limit is hit, to end the search: others may be as likely.
@@ -105,21 +101,21 @@ class AddressSearch(Iterator[Found]):
         They are those that were met and not given, and those that `count` of the likeliest prefixes lead to, of which the
         likeliest `count` are kept byte by byte.
         """
+
+        def untaken(first: int, whole: bool) -> list[_Item]:
+            return [
+                (-family.log_mass[rank], index, rank)
+                for index, family in enumerate(self._families[first:], start=first)
+                if self._is_whole((0.0, index, 0)) == whole
+                for rank in range(family.taken, len(family.tokens))
+            ]
+
         items = self._likeliest_open(count)
         while items:
             first = len(self._families)
             self._expand(items)
-            items = heapq.nsmallest(count, self._untaken(first, whole=False))
-        return [self._found(item) for item in heapq.nsmallest(count, self._complete + self._untaken(0, whole=True))]
-
-    def _untaken(self, first: int, whole: bool) -> list[_Item]:
-        """What was not taken off the heap of the families from `first` on: whole addresses, or prefixes."""
-        return [
-            (-family.log_mass[rank], index, rank)
-            for index, family in enumerate(self._families[first:], start=first)
-            if self._is_whole((0.0, index, 0)) == whole
-            for rank in range(family.taken, len(family.tokens))
-        ]
+            items = heapq.nsmallest(count, untaken(first, whole=False))
+        return [self._found(item) for item in heapq.nsmallest(count, self._complete + untaken(0, whole=True))]
 
     def _likeliest_open(self, count: int) -> list[_Item]:
         """Takes the likeliest prefixes, `count` at most, off the heap."""
@@ -178,14 +174,14 @@ class AddressSearch(Iterator[Found]):
         return (*family.lead, int(family.tokens[item[2]]))
 
     def _is_whole(self, item: _Item) -> bool:
-        family = self._families[item[1]]
-        return len(family.lead) > 0 and len(family.lead) == _width(family.lead[0])
+        lead = self._families[item[1]].lead  # the role and all bytes but the last
+        return bool(lead) and len(lead) == (4 if lead[0] in _IPV4_ROLES else ADDRESS_BYTES)
 
     def _found(self, item: _Item) -> Found:
         role, *values = self._node(item)
         address = bytes(token - tk.BYTE_0 for token in values)
         packed = (IPV4_MAPPED_PREFIX if role in _IPV4_ROLES else b"") + address
-        return Found(Endpoint(packed, len(address)), self._families[item[1]].log_p[item[2]])
+        return Found(Endpoint.whole(packed), self._families[item[1]].log_p[item[2]])
 
 
 @dataclass(eq=False)
@@ -197,7 +193,3 @@ class _Family:
     log_p: np.ndarray  # (n, M)
     log_mass: np.ndarray  # (n,)
     taken: int = 0
-
-
-def _width(role: int) -> int:
-    return 4 if role in _IPV4_ROLES else ADDRESS_BYTES

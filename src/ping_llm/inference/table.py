@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeVar
+from itertools import compress
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.measurement import ADDRESS_BYTES
-from ping_llm.inference.context import Context, Errors, columns_of, optional_rtt_ms, optional_time_s, parse_column
+from ping_llm.inference.context import (
+    Context,
+    Errors,
+    columns_of,
+    optional_rtt_ms,
+    optional_time_s,
+    parse_column,
+    warn_of_order,
+)
 from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_lengths
 
 # Words of a column name that are taken for a slip, where the column itself is missing.
@@ -73,21 +81,22 @@ class History:
         ]
 
 
+class QueryRow(NamedTuple):
+    """A query as it is given in a table, each None if it is not."""
+
+    src: str | None
+    dst: str | None
+    time_s: int | None
+    query_id: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class QueryTable:
     """The rows of a table of queries; `errors` says what is wrong with those that cannot be answered."""
 
-    query_id: pa.ChunkedArray | pa.Array
-    ids: list[str | None] | None  # query_id as text, None if the table has none
-    src: list[str | None]
-    dst: list[str | None]
-    time_s: list[int | None]
+    rows: list[QueryRow]
     rtt_ms: np.ndarray  # (n,) −1 = failed, NaN = not given
-    scored: bool
     errors: Errors
-
-    def __len__(self) -> int:
-        return len(self.src)
 
     @classmethod
     def parse(cls, table: pa.Table) -> QueryTable:
@@ -95,34 +104,27 @@ class QueryTable:
         if not table.num_rows:
             raise ValueError("there are no queries; give at least one row with src_addr and dst_addr")
         check_columns(table, "the table of queries")
-        given = set(table.column_names)
-        nothing: list[Any] = [None] * table.num_rows
-        ids = _texts(table.column("query_id")) if "query_id" in given else None
-        time_s, wrong_time = (
-            parse_column(table.column("event_time"), optional_time_s) if "event_time" in given else (nothing, {})
-        )
-        rtt_ms, wrong_rtt = parse_column(table.column("rtt"), optional_rtt_ms) if "rtt" in given else (nothing, {})
-        return cls(
-            table.column("query_id") if ids else pa.array(range(table.num_rows)),
-            ids,
-            _texts(table.column("src_addr")),
-            _texts(table.column("dst_addr")),
-            time_s,
-            np.array(rtt_ms, dtype=np.float64),
-            "rtt" in given,
-            wrong_time | wrong_rtt,
-        )
+        columns: list[list[Any]] = []
+        errors: Errors = {}
+        parsers = {"src_addr": _text, "dst_addr": _text, "event_time": optional_time_s, "query_id": _text}
+        for name, parse in (parsers | {"rtt": optional_rtt_ms}).items():
+            column = table.column(name) if name in table.column_names else pa.nulls(table.num_rows)
+            values, wrong = parse_column(column, parse)
+            columns.append(values)
+            errors |= wrong
+        *keys, rtt_ms = columns
+        return cls(list(map(QueryRow, *keys)), np.array(rtt_ms, dtype=np.float64), errors)
 
     def order(self) -> list[int]:
         """The rows to answer, those that may share a context or an answer one after the other."""
-        ids = self.ids or [None] * len(self)
 
         def key(row: int) -> tuple[bool, str, int, str, str]:
-            src, dst, time_s = self.src[row] or "", self.dst[row] or "", self.time_s[row]
-            slow = _ends_within_byte(src) or _ends_within_byte(dst)
-            return slow, src, -1 if time_s is None else time_s, ids[row] or "", dst
+            src, dst, time_s, query_id = self.rows[row]
+            lengths = ((text or "").partition("/")[2] for text in (src, dst))
+            slow = any(length.isdigit() and int(length) % 8 > 0 for length in lengths)  # it is answered by itself
+            return slow, src or "", -1 if time_s is None else time_s, query_id or "", dst or ""
 
-        return sorted((row for row in range(len(self)) if row not in self.errors), key=key)
+        return sorted((row for row in range(len(self.rows)) if row not in self.errors), key=key)
 
     def distinct(
         self, rows: Sequence[int], contexts: ContextTable | None, most: int, src_known: SrcKnown
@@ -131,15 +133,14 @@ class QueryTable:
 
         A query gets at most 2 × `most` measurements as context. What is wrong with the other rows goes into `errors`.
         """
+        queries: dict[tuple[object, ...], Query] = {}
         places: dict[tuple[object, ...], int] = {}
-        valid, queries, place = [], [], []
+        valid, place = [], []
         for row in rows:
-            src, dst, time_s = self.src[row], self.dst[row], self.time_s[row]
+            src, dst, time_s, _ = self.rows[row]
             try:
-                own, context = _NO_ROWS, None
-                if contexts is not None:
-                    own = contexts.rows(self.ids[row] if self.ids else None, src, dst, time_s, most)
-                    context = contexts.measurements.take(own)
+                own = _NO_ROWS if contexts is None else contexts.rows(self.rows[row], most)
+                context = None if contexts is None else contexts.measurements.take(own)
                 query = Query.parse(src, dst, time_s, context)
                 if query.src is not None:
                     known_lengths(src_known, query.src)
@@ -147,76 +148,61 @@ class QueryTable:
                 self.errors[row] = " ".join(str(error).split())
                 continue
             key = src, dst, time_s, own.tobytes()
-            if key not in places:
-                places[key] = len(places)
-                queries.append(query)
+            queries.setdefault(key, query)
+            place.append(places.setdefault(key, len(places)))
             valid.append(row)
-            place.append(places[key])
-        return np.array(valid, dtype=np.int64), queries, np.array(place, dtype=np.int64)
+        return np.array(valid, dtype=np.int64), list(queries.values()), np.array(place, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class ContextTable:
-    """Measurements of any sources as context: those of one query, and those of every later query of their source."""
+    """Measurements as context: those of one query, and those of every later query of their source."""
 
-    measurements: Context  # as given
-    of_id: dict[str, np.ndarray]  # query_id → places of its measurements, in time order
-    of_src: dict[bytes, np.ndarray]  # packed source → places of the measurements for all, in time order
+    measurements: Context  # in time order
+    of_id: dict[str, np.ndarray]  # query_id → places of its measurements, ascending
+    of_src: dict[bytes, np.ndarray]  # packed source → places of the measurements for all, ascending
 
     @classmethod
-    def parse(cls, table: pa.Table, ids: list[str | None] | None) -> ContextTable:
-        """ValueError names the row that is wrong; `ids` are those of the queries."""
+    def parse(cls, table: pa.Table, queries: Sequence[QueryRow]) -> ContextTable:
+        """ValueError names the row that is wrong; `queries` are those with a query_id."""
         check_columns(table, "the context", ("src_addr", "dst_addr", "rtt"))
-        own = _texts(table.column("query_id")) if "query_id" in table.column_names else [None] * len(table)
-        if ids is None and any(own):
+        column = table.column("query_id") if "query_id" in table.column_names else pa.nulls(table.num_rows)
+        given, _ = parse_column(column, _text)
+        if any(given) and not queries:
             raise ValueError("the context has a query_id, but the queries have none; give both or neither one")
         measurements = columns_of(table, "the context", "context row")
+        order = measurements.time_order()
+        measurements, own = measurements.take(order), [given[row] or None for row in order]
         src = [None if name else address.tobytes() for name, address in zip(own, measurements.src, strict=True)]
-        of_id, of_src = _places([name or None for name in own]), _places(src)
-        time_s, places = measurements.time_s, [*of_id.values(), *of_src.values()]
-        if time_s is not None and any((np.diff(time_s[rows]) < 0).any() for rows in places):
-            log.warning("the context is not in the order of event_time; it was put in order")
-            for rows in places:
-                rows[:] = rows[np.argsort(time_s[rows], kind="stable")]
-        if unknown := of_id.keys() - set(ids or ()):
+        of_id, of_src = _places(own), _places(src)
+        warn_of_order([order[rows] for rows in (*of_id.values(), *of_src.values())])
+        if unknown := of_id.keys() - {query.query_id for query in queries}:
             count = sum(len(of_id[name]) for name in unknown)
             log.warning("%d rows of the context belong to no query: none has their query_id", count)
         return cls(measurements, of_id, of_src)
 
-    def rows(self, query_id: str | None, src: str | None, dst: str | None, time_s: int | None, most: int) -> np.ndarray:
+    def rows(self, query: QueryRow, most: int) -> np.ndarray:
         """Places of the context of a query in time order, (m,): of what may be given, the `most` recent measurements,
         and of its destination the `most` recent; more can never fit."""
-        rows = self.of_id.get(query_id or "", _NO_ROWS)
-        shared = self._earlier(src, time_s) if src else _NO_ROWS
-        if len(shared):
-            rows = self._in_time_order(np.concatenate([rows, shared])) if len(rows) else shared
-        if len(rows) <= most or not dst:
+        rows = np.concatenate([self.of_id.get(query.query_id or "", _NO_ROWS), self._earlier(query.src, query.time_s)])
+        rows.sort(kind="stable")
+        if len(rows) <= most or not query.dst:
             return rows[-most:]
         early, late = rows[:-most], rows[-most:]
-        same = early[Endpoint.parse(dst).covers(self.measurements.dst[early])]
+        same = early[Endpoint.parse(query.dst).covers(self.measurements.dst[early])]
         return np.concatenate([same[-most:], late])
 
-    def _earlier(self, src: str, time_s: int | None) -> np.ndarray:
-        """Places of the measurements for all of a source before a time, in time order."""
-        end = Endpoint.parse(src)
-        if not end.is_prefix:
-            rows = self.of_src.get(end.packed, _NO_ROWS)
+    def _earlier(self, src: str | None, time_s: int | None) -> np.ndarray:
+        """Places of the measurements for all of a source before a time, ascending."""
+        if not src:
+            return _NO_ROWS
+        endpoint, times = Endpoint.parse(src), self.measurements.time_s
+        if endpoint.is_prefix:
+            covered = endpoint.covers(np.frombuffer(b"".join(self.of_src), np.uint8).reshape(-1, ADDRESS_BYTES))
+            rows = np.sort(np.concatenate([_NO_ROWS, *compress(self.of_src.values(), covered)]))
         else:
-            covered = np.flatnonzero(end.covers(self._sources))
-            places = list(self.of_src.values())
-            rows = self._in_time_order(np.concatenate([_NO_ROWS, *(places[i] for i in covered)]))
-        times = self.measurements.time_s
+            rows = self.of_src.get(endpoint.packed, _NO_ROWS)
         return rows if time_s is None or times is None else rows[: np.searchsorted(times[rows], time_s, "left")]
-
-    @cached_property
-    def _sources(self) -> np.ndarray:
-        """Sources of measurements for all, (s, 16)."""
-        return np.frombuffer(b"".join(self.of_src), dtype=np.uint8).reshape(-1, 16)
-
-    def _in_time_order(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.sort(rows)
-        times = self.measurements.time_s
-        return rows if times is None else rows[np.argsort(times[rows], kind="stable")]
 
 
 def _places(names: Sequence[_Name | None]) -> dict[_Name, np.ndarray]:
@@ -228,11 +214,5 @@ def _places(names: Sequence[_Name | None]) -> dict[_Name, np.ndarray]:
     return {name: np.array(rows) for name, rows in places.items()}
 
 
-def _ends_within_byte(text: str) -> bool:
-    """Whether this looks like a prefix that does not end on a byte: such a one is answered by itself."""
-    length = text.rpartition("/")[2] if "/" in text else ""
-    return length.isdigit() and int(length) % 8 > 0
-
-
-def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    return [None if value is None else str(value) for value in column.to_pylist()]
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

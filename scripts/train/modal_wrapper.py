@@ -66,10 +66,10 @@ again = modal.Retries(max_retries=10, initial_delay=10.0, backoff_coefficient=2.
 
 
 @app.function(volumes=MOUNTS, cpu=1, memory=2048, timeout=HOURS_24_S, retries=3, max_containers=CONTAINERS)
-def run_task(function: Callable[[object], dict], task: object) -> dict:
+def run_task(function: Callable[..., dict], *arguments: object) -> dict:
     """One task of `prepare`; what it wrote is in the Volume before its report is given."""
     data_volume.reload()
-    report = function(task)
+    report = function(*arguments)
     data_volume.commit()
     return report
 
@@ -80,13 +80,13 @@ class ModalExecutor(Executor):
     def __init__(self) -> None:
         self._threads, self._volume_lock = ThreadPoolExecutor(CONTAINERS), Lock()
 
-    def submit(self, function: Callable[[object], dict], /, task: object) -> Future:
-        return self._threads.submit(self._call, function, task)
+    def submit(self, function: Callable[..., dict], /, *arguments: object) -> Future:
+        return self._threads.submit(self._call, function, *arguments)
 
-    def _call(self, function: Callable[[object], dict], task: object) -> dict:
+    def _call(self, function: Callable[..., dict], *arguments: object) -> dict:
         with self._volume_lock:
             data_volume.commit()
-        report = run_task.remote(function, task)
+        report = run_task.remote(function, *arguments)
         with self._volume_lock:
             data_volume.reload()
         return report

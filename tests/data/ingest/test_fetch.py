@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from functools import partial
 
 import numpy as np
 import pytest
@@ -128,8 +127,13 @@ def test_an_error_of_the_api_is_passed_on(server, tmp_path):
 def run(*argv, largest_file=None):
     """The command in a process of its own, which may write no larger file."""
     command = [sys.executable, "-m", "ping_llm", "fetch", "--requests-per-s", "1000", *map(str, argv)]
-    limit = largest_file and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=begin)
 
 
 def span(hours=1):

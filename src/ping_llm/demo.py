@@ -180,7 +180,7 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
             table.add_row(f"  {name}", f"{d.median:.4g} ms", f"{low:.4g}–{high:.4g} ms", f"{d.p_fail:.1%}")
     console.print()
     console.print(table)
-    columns = ("model", f"+ {CONTEXT_MEASUREMENTS} pings", "true distribution", "global median", "queries")
+    columns = ("model", f"+ {CONTEXT_MEASUREMENTS} pings", "truth", "global median", "queries")
     table = new_table("Median relative error of the predicted median", *columns)
     for name, error in errors.items():
         *shares, queries = error.values()

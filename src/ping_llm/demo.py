@@ -187,7 +187,7 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
         table.add_row(_TITLES[name], *(f"{share:.1%}" for share in shares), str(queries))
     console.print(table)
     times = ", ".join(f"{name} {s:g}" for name, s in seconds.items())
-    console.print(f"seconds: {times}; {sum(seconds.values()):.0f} in all")
+    console.print(f"seconds: {times}; {sum(seconds.values()):.0f} in all", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def download_results(
 
 
 def _resume_point(part: Path, note: Path, url: str) -> tuple[int, dict[str, Any]]:
-    """How many bytes of a file are there, and its version; 0 if another version of it could not be told apart."""
+    """How many bytes of a file are there, and its version; 0 if another version of it could not be distinguished."""
     try:
         have, version = part.stat().st_size, json.loads(note.read_text())
     except (FileNotFoundError, ValueError):

@@ -190,7 +190,7 @@ def eval(argv: list[str]) -> None:
 
     options = tyro.cli(EvalOptions, args=argv, prog="ping-llm eval")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training; LightGBM's threads spin as well
-    if options.diagnose or options.live:
+    if options.diagnose or options.live is not None:
         from ping_llm.eval.diagnose import diagnose
         from ping_llm.eval.live import compare_live
         from ping_llm.eval.report import print_lines

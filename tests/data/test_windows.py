@@ -1,4 +1,4 @@
-"""Windows are pure functions of (row, rng), fill the sequence, and tell what the design says."""
+"""Windows are pure functions of (row, rng), fill the sequence, and hold what the design says."""
 
 import json
 import subprocess

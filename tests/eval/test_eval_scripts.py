@@ -86,6 +86,11 @@ def test_loopback_answers():
     assert all(0 <= one["rtt"] < 1000 for one in measured)
 
 
+def test_live_without_a_host_is_one_clear_error(tmp_path, capsys):
+    assert cli.main(["eval", str(tmp_path / "run"), "--live"]) == 1
+    assert "--live needs hosts to ping" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ping") is None, reason="the system has no ping")
 def test_hosts_are_pinged_and_compared_with_what_the_model_expected(world, tmp_path, capsys):

@@ -21,7 +21,7 @@ LAST_TIME_S = 253_402_300_799
 
 
 def content_of(tokens):
-    """What a window tells, as the reference encoder takes it: its measurements with the order of their fields."""
+    """What a window holds, as the reference encoder takes it: its measurements with the order of their fields."""
     decoded = decode(tokens)
     starts = [m.start for m in decoded] + [len(tokens)]
     return [

@@ -47,8 +47,8 @@ def compare_live(options: EvalOptions) -> list[dict[str, Any]]:
     """A line for each host: what the model expected, given the pings of the hosts before, and what came."""
     model = PingModel.load(options.trained, options.device)
     context: list[dict[str, Any]] = []
-    lines = []
-    for host in options.live:
+    lines, hosts = [], options.live or ()
+    for host in hosts:
         measured = ping_host(options.src, host, options.count)
         address = measured[0]["dst_addr"]
         found = model.rtt(options.src, address, at=measured[0]["event_time"], context=context)
@@ -58,6 +58,6 @@ def compare_live(options: EvalOptions) -> list[dict[str, Any]]:
         came = {"measured_ms": answers[len(answers) // 2] if answers else None, "told": len(context)}
         lines.append({"host": host, "address": address} | expected | came)
         context = sorted(context + measured, key=lambda one: one["event_time"])
-        while len(options.live) > 1 and time.time() < context[-1]["event_time"]:
+        while len(hosts) > 1 and time.time() < context[-1]["event_time"]:
             time.sleep(0.2)  # the next query is of a time that is not before its context
     return lines

@@ -33,7 +33,7 @@ class Scores:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Of the long table, (q,) each: these, and the log-loss in nats of whether a query fails; of answered queries, else
-        NaN: |median − actual| / actual, −log density per log-ms, and the bits that tell the 16-bit code of the RTT."""
+        NaN: |median − actual| / actual, −log density per log-ms, and the bits needed to code the 16-bit RTT of the RTT."""
         answered, edges = self.rtt_ms >= 0, np.log(rtt_code_edges_ms())
         actual, code = np.where(answered, self.rtt_ms, np.nan), encode_rtt(np.maximum(self.rtt_ms, 1e-3))
         actual = np.maximum(actual, 1e-3)

@@ -68,7 +68,7 @@ class EvalOptions(PartOptions):
     src_known: tuple[str, ...] = ("auto", "all", "none")
     """How much of the source the model is given, a method each: auto, all, none, or a prefix length."""
     truth: Path | None = None
-    """Truth.json of a synthetic dump: its distribution is one more method."""
+    """The truth.json of a synthetic dump: its true distribution is one more method."""
     train_rows: Path | None = None
     """What the baselines learn from where --data is another folder; the run's own rows if absent."""
     allow_leak: FlagCreatePairsOff[bool] = False
@@ -80,7 +80,7 @@ class EvalOptions(PartOptions):
     or how far the likelihood of a ping depends on the order of its fields."""
     show: int = 1
     """Windows that are printed, colored by how surprising each token was, with --diagnose tokens."""
-    live: tuple[str, ...] = ()
+    live: tuple[str, ...] | None = None
     """Instead, ping these hosts from here, now, and print what the model expected beside what came; each after the pings of
     the hosts before it, as context."""
     src: str = ""
@@ -97,6 +97,8 @@ class EvalOptions(PartOptions):
         for name in ("queries", "model_queries", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.live == ():
+            raise ValueError("--live needs hosts to ping, for example --live 193.0.14.129 --src ADDRESS")
         if self.live and not self.src:
             raise ValueError("--live needs --src ADDRESS, the public address of this machine")
 

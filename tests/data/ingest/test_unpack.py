@@ -61,6 +61,14 @@ def test_a_corrupt_stream_is_one_clear_error(tmp_path, suffix):
         read(path)
 
 
+def test_a_first_block_whose_header_is_damaged_is_not_passed_over(tmp_path):
+    packed = bytearray(bz2.compress(b"".join(ndjson(ping(timestamp=i)) for i in range(1, 10_000)), 1))  # several blocks
+    packed[4] ^= 1  # of the magic number of the first block
+    (tmp_path / "a.bz2").write_bytes(packed)
+    with pytest.raises(unpack.DamagedDump, match=r"a\.bz2 is corrupt"):
+        read(tmp_path / "a.bz2")
+
+
 def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
     unreadable = Path("/proc/self/mem")  # nothing lies at its byte 0: an I/O error
     if not unreadable.exists():

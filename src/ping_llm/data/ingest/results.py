@@ -40,7 +40,7 @@ DROPPED_LINES = {
     "bad_destination": "whose destination is not an address",
     "private_destination": "whose destination is private, link-local, multicast or reserved",
     "local_error": "of packets that never left: address not allowed, socket, bind or connect failed",
-    "no_result": "without a packet whose fate is known; of traceroutes, without a reply that is used",
+    "no_result": "without a packet known to be answered or lost; of traceroutes, without a reply that is used",
     "no_source": "with neither a public src_addr nor a public from",
     "unsynced_clock": "whose clock was last set longer ago than allowed, or never (lts −1)",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ping_llm.data import tokenization
 from ping_llm.data.measurement import FAILED_RTT_MS, IPV4_MAPPED_PREFIX, format_address
 from ping_llm.data.tokenization import (
     BYTE_0,
@@ -29,15 +30,9 @@ ADDRESS_BYTES = {SRC_IPV4: (0, 4), SRC_IPV6: (0, 16), DST_IPV4: (1, 4), DST_IPV6
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One measurement. Addresses are prefixes: text with the unknown bytes 0, and the number of known bits."""
+class Decoded(tokenization.Decoded):
+    """One measurement, and where it stands."""
 
-    src: str
-    src_bits: int
-    dst: str
-    dst_bits: int
-    rtt_ms: float  # −1 = failed
-    time_s: int | None
     start: int  # position of its MEASUREMENT_START
 
 

@@ -190,12 +190,12 @@ def eval(argv: list[str]) -> None:
 
     options = tyro.cli(EvalOptions, args=argv, prog="ping-llm eval")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training; LightGBM's threads spin as well
-    if options.diagnose or options.live is not None:
+    options.check()
+    if options.diagnose or options.live:
         from ping_llm.eval.diagnose import diagnose
         from ping_llm.eval.live import compare_live
         from ping_llm.eval.report import print_lines
 
-        options.check()
         return print_lines(compare_live(options) if options.live else diagnose(options), options.json)
     from ping_llm.eval.run import evaluate
 

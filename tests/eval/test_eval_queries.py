@@ -31,6 +31,22 @@ def make_table(count: int = 4_000, seed: int = 0) -> Measurements:
     return Measurements(*ids, rtt_ms.astype(np.float32), part, addresses, PARTS)
 
 
+def predict(train, val, view):
+    """The distributions and failures that four baselines predict."""
+    predictions = []
+    for method in (GLOBAL_MEDIAN, ADDITIVE, ROLLING_MEDIAN, PROFILE_KNN):
+        baseline = PointBaseline(method)
+        baseline.fit(train, val)
+        prediction = baseline.predict(view)
+        predictions += [prediction.distributions.values, prediction.p_fail]
+    return predictions
+
+
+def assert_same_predictions(before, after):
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_what_is_given_is_earlier_of_the_same_source_nested_and_the_latest():
     table = make_table()
     split = SplitQueries.draw(table, "test-s1", 300, seed=1)
@@ -84,14 +100,8 @@ def test_no_answer_of_a_test_part_reaches_a_prediction_but_by_the_context_of_its
         train, val = shown.of_part("train"), draw_val(shown, 200, seed=0)
         assert np.isin(val.measurements.part, [0, 1]).all() and (val.context >= 0).sum() > 1000
         view = SplitQueries.draw(shown, "test-s2", 200, seed=0).recent.given(0).view()
-        for method in (GLOBAL_MEDIAN, ADDITIVE, ROLLING_MEDIAN, PROFILE_KNN):
-            baseline = PointBaseline(method)
-            baseline.fit(train, val)
-            prediction = baseline.predict(view)
-            predictions.append((prediction.distributions.values, prediction.p_fail))
-    for before, after in zip(predictions[:4], predictions[4:], strict=True):
-        np.testing.assert_array_equal(before[0], after[0])
-        np.testing.assert_array_equal(before[1], after[1])
+        predictions.append(predict(train, val, view))
+    assert_same_predictions(*predictions)
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -109,14 +119,8 @@ def test_the_answers_of_a_test_part_change_no_query_and_no_prediction(k):
         assert (again.recent.rows == split.recent.rows).all() and (again.other.context == split.other.context).all()
         train, val = shown.of_part("train"), SplitQueries.draw(shown, "val", 200, seed=0).mixed()
         view = again.recent.given(k).view()
-        for method in (GLOBAL_MEDIAN, ADDITIVE, ROLLING_MEDIAN, PROFILE_KNN):
-            baseline = PointBaseline(method)
-            baseline.fit(train, val)
-            prediction = baseline.predict(view)
-            predictions.append((prediction.distributions.values, prediction.p_fail))
-    for before, after in zip(predictions[:4], predictions[4:], strict=True):
-        np.testing.assert_array_equal(before[0], after[0])
-        np.testing.assert_array_equal(before[1], after[1])
+        predictions.append(predict(train, val, view))
+    assert_same_predictions(*predictions)
 
 
 def test_a_split_without_measurements_is_drawn_as_empty_and_none_at_all_is_refused():

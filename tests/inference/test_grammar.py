@@ -125,7 +125,9 @@ def test_windows_without_dropout_are_legal_where_addresses_must_be_whole(count, 
         row, DataConfig(src_prefix_dropout=0, dst_prefix_dropout=0), 300, np.random.default_rng(seed)
     )
     line = encode_windows([(row, window)], 300)[0]
-    follow(Grammar(1), line[line != tk.PADDING])
+    grammar = Grammar(1)
+    follow(grammar, line[line != tk.PADDING])  # ValueError at a token that is not legal
+    assert grammar.legal()[0, tk.MEASUREMENT_START]
 
 
 @settings(max_examples=150, deadline=None)

@@ -33,6 +33,7 @@ def table(size, seed=0, probe_id=7):
         "src": pa.array([HOSTS[i] for i in rng.integers(2, size=size)], pa.binary(16)),
         "dst": pa.array([HOSTS[i] for i in dst], pa.binary(16)),
         "ip_version": np.where(dst < 3, 4, 6),
+        "kind": np.random.default_rng(seed).integers(0, 3, size),
         "rtt_ms": np.where(rng.random(size) < 0.2, -1, rng.gamma(2, 30, size)),
     }
     return pa.table({name: pa.array(columns[name], MEASUREMENT_SCHEMA.field(name).type) for name in columns})
@@ -57,7 +58,14 @@ def test_a_row_survives_the_way_to_bytes_and_back(size, seed):
 
 def test_codes_into_larger_tables_keep_only_their_addresses():
     everything = np.frombuffer(b"".join(HOSTS), dtype=np.uint8).reshape(-1, 16)
-    columns = (np.array([5, 6]), np.array([1, 1]), np.array([2, 2]), np.array([4, 0]), np.array([1, -1], np.float32))
+    columns = (
+        np.array([5, 6]),
+        np.array([1, 1]),
+        np.array([2, 2]),
+        np.array([4, 0]),
+        np.array([1, -1], np.float32),
+        np.zeros(2, np.uint8),
+    )
     row = ProbeRow.from_bytes(ProbeRow.from_codes(7, *columns, everything, everything).to_bytes())
     assert row.src_addresses.tolist() == everything[[2]].tolist()
     assert row.dst_addresses[row.dst].tolist() == everything[[4, 0]].tolist()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
-from ping_llm.data.ingest.splits import SplitRule
+from ping_llm.data.ingest.splits import SplitRule, TimeCut
 from ping_llm.data.ingest.tasks import REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
 from ping_llm.system.files import write_atomically
 
@@ -95,8 +95,11 @@ def _map_task(values: dict) -> MapTask:
 
 def _reduce_task(values: dict) -> ReduceTask:
     paths = {name: Path(values[name]) for name in ("sources", "folder")}
-    rule = values["rule"] and SplitRule(**values["rule"])
-    return ReduceTask(**values | paths | {"inputs": tuple(map(Path, values["inputs"])), "rule": rule})
+    rule = values["rule"] and SplitRule(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in values["rule"].items()}
+    )
+    cut = values["cut"] and TimeCut(**values["cut"])
+    return ReduceTask(**values | paths | {"inputs": tuple(map(Path, values["inputs"])), "rule": rule, "cut": cut})
 
 
 def main(argv: Sequence[str]) -> int:

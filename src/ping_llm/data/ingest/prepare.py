@@ -11,10 +11,11 @@ import glob
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -27,7 +28,7 @@ from ping_llm.data.ingest.executors import LOCAL, check_executor, open_executor,
 from ping_llm.data.ingest.fetch import RECORD_NAME
 from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
 from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
-from ping_llm.data.ingest.splits import PARTS, SplitRule
+from ping_llm.data.ingest.splits import PARTS, SplitRule, TimeCut
 from ping_llm.data.ingest.tasks import (
     CHUNK_BYTES,
     MapTask,
@@ -113,13 +114,14 @@ def prepare(
         ]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
+        cut = rule and _time_cut(map_reports, rule)
         reduces = [
-            ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule)
+            ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule, cut)
             for number in range(plan.buckets)
         ]
         with show_progress("group, sort, split", plan.buckets, "buckets") as advance:
             reduce_reports = run_tasks(pool, reduce_bucket, reduces, lambda *_: advance(1))
-    manifest = _manifest(identity, map_reports, reduce_reports, rule)
+    manifest = _manifest(identity, map_reports, reduce_reports, rule, cut)
     manifest |= _publish([task.folder for task in reduces], out)
     write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(partial, ignore_errors=True)  # a process of a killed run may live for a second yet, and write there
@@ -280,7 +282,17 @@ def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[C
             watcher.join()
 
 
-def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None) -> dict:
+def _time_cut(maps: Sequence[dict], rule: SplitRule) -> TimeCut | None:
+    """Where train ends and where test begins, over all inputs; None where there are no measurements."""
+    times: Counter[int] = Counter()
+    for report in maps:
+        times.update({int(step): count for step, count in report["times"].items()})  # of a file, its keys are text
+    return rule.time_cut(times) if times else None
+
+
+def _manifest(
+    identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None, cut: TimeCut | None
+) -> dict:
     """The manifest but for what is known once the shards stand; ValueError if no measurement is left."""
     counters = {name: sum(report[name] for report in reduces) for name in ("kept", "duplicate")}
     counters |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in DROPPED_LINES}
@@ -291,7 +303,7 @@ def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rul
         used = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
         raise ValueError(f"no measurement is left of {read:,} lines ({used}); prepare other dumps")
     measurements = {"written": sum(parts.values())}
-    since_parsed = ("dropped_repeated", "dropped_held_out_source", "clamped_rtt")
+    since_parsed = ("dropped_repeated", "dropped_held_out", "clamped_rtt")
     measurements |= {name: sum(report[name] for report in reduces) for name in since_parsed}
     if identity["options"]["traceroute"] != "off":
         measurements |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in REPLIES}
@@ -305,7 +317,7 @@ def _manifest(identity: dict, maps: Sequence[dict], reduces: Sequence[dict], rul
         "lines": {"read": read, "counters": counters},
         "measurements": measurements,
         "parts": parts,
-        "split": rule.describe() if rule else {"name": "none"},
+        "split": rule.describe() | asdict(cut) if rule and cut else {"name": "none"},
     }
 
 

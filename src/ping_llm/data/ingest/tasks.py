@@ -32,9 +32,11 @@ from ping_llm.data.ingest.splits import (
     Groups,
     Sources,
     SplitRule,
+    TimeCut,
     as_text,
     assign_parts,
     collect_sources,
+    count_times,
     group_measurements,
 )
 from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
@@ -78,10 +80,12 @@ class ReduceTask:
     sources: Path
     folder: Path
     rule: SplitRule | None  # None: everything is train
+    cut: TimeCut | None = None  # of all inputs, with a rule
 
 
 def map_dump(task: MapTask) -> dict:
-    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "problem": why not all was read, or None}.
+    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "times": `count_times` of its measurements, "problem":
+    why not all was read, or None}.
 
     OSError if the pieces cannot be written: then the task is not done.
     """
@@ -91,12 +95,13 @@ def map_dump(task: MapTask) -> dict:
             return report
         shutil.rmtree(task.folder)
     aside = _fresh_folder(task.folder)
-    lines, counters, problem = 0, Counter(), None
+    lines, counters, times, problem = 0, Counter(), Counter(), None
     seen = _SEEN_SCHEMA.empty_table()
     try:
         for number, (read, table, counts) in enumerate(_parsed(task, aside / "chunk.ndjson")):
             lines += read
             counters.update(counts)
+            times.update(count_times(table["time_s"].to_numpy()))
             if table.num_rows:
                 batches, sources = _bucketed(table, task.buckets)
                 _write_piece(aside / f"piece-{number:05d}.arrow", batches)
@@ -110,7 +115,8 @@ def map_dump(task: MapTask) -> dict:
             f"{task.name} is no Atlas dump: none of its {lines:,} lines is a JSON result; get it again or leave it out"
         )
     _write_table(aside / SOURCES_NAME, seen)
-    return _finish(aside, task.folder, {"lines": lines, "counters": dict(counters), "problem": problem})
+    report = {"lines": lines, "counters": dict(counters), "times": dict(times), "problem": problem}
+    return _finish(aside, task.folder, report)
 
 
 def reduce_bucket(task: ReduceTask) -> dict:
@@ -124,13 +130,13 @@ def reduce_bucket(task: ReduceTask) -> dict:
     report["dropped_repeated"] = int(repeated.sum())
     results = results.take(~repeated)
     part = np.zeros(len(results.time_s), dtype=np.uint8)
-    if task.rule:
+    if task.rule and task.cut:
         part = assign_parts(
             *(results.groups, results.time_s, results.src, results.src_addresses, results.dst, results.dst_addresses),
-            *(_load_sources(task.sources), task.rule),
+            *(_load_sources(task.sources), task.rule, task.cut),
         )
     counts = np.bincount(part, minlength=DROPPED + 1).tolist()
-    report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out_source": counts[DROPPED]}
+    report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out": counts[DROPPED]}
     report["clamped_rtt"] = clamped_rtts(results.rtt_ms[part != DROPPED])
     index = _write_shards(aside, results, part, task.bucket)
     pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), aside / INDEX_NAME)
@@ -143,21 +149,21 @@ def pieces_written(scratch: Path) -> Counter[str]:
 
 
 def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
-    """Every source address of all inputs, its owner and whether a held-out group used it, in one file for all buckets."""
+    """Every source address of all inputs, its owner and the band of its groups, in one file for all buckets."""
     tables = [pa.ipc.open_file(folder / SOURCES_NAME).read_all() for folder in inputs]
     seen = pa.concat_tables(tables).group_by(_SEEN_SCHEMA.names).aggregate([]).combine_chunks()
     sources = collect_sources(_byte_matrix(seen["key"]), _byte_matrix(seen["address"]), rule)
     columns = {
         "address": _binary(sources.addresses),
         "owner": _binary(sources.owner),
-        "held_out": pa.array(sources.held_out),
+        "band": pa.array(sources.band),
     }
     _write_table(path, pa.table(columns))
 
 
 def _load_sources(path: Path) -> Sources:
     table = pa.ipc.open_file(path).read_all()
-    return Sources(_byte_matrix(table["address"]), _byte_matrix(table["owner"]), table["held_out"].to_numpy())
+    return Sources(_byte_matrix(table["address"]), _byte_matrix(table["owner"]), table["band"].to_numpy())
 
 
 def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
@@ -184,6 +190,7 @@ class _SortedResults:
     src: np.ndarray
     dst: np.ndarray
     rtt_ms: np.ndarray
+    kind: np.ndarray
     packet: np.ndarray
     first_of_line: np.ndarray
     repeated: np.ndarray
@@ -192,7 +199,7 @@ class _SortedResults:
 
     def take(self, chosen: np.ndarray) -> _SortedResults:
         """Those that an (n,) bool chooses."""
-        names = ("probe_id", "msm_id", "time_s", "src", "dst", "rtt_ms", "packet", "first_of_line", "repeated")
+        names = ("probe_id", "msm_id", "time_s", "src", "dst", "rtt_ms", "kind", "packet", "first_of_line", "repeated")
         groups = Groups(self.groups.index[chosen], self.groups.keys)
         return replace(self, groups=groups, **{name: getattr(self, name)[chosen] for name in names})
 
@@ -201,15 +208,17 @@ def _sorted_results(table: pa.Table) -> _SortedResults:
     """Sorts by every column, so that the order in which the pieces came leaves no trace."""
     src, src_addresses = _ranked(table["src"])
     dst, dst_addresses = _ranked(table["dst"])
-    names = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
-    probe_id, msm_id, time_s, rtt_ms, packet, first = (table[name].to_numpy() for name in names)
+    names = ("probe_id", "msm_id", "time_s", "rtt_ms", "kind", "packet", "first_of_line")
+    probe_id, msm_id, time_s, rtt_ms, kind, packet, first = (table[name].to_numpy() for name in names)
     groups = group_measurements(probe_id, src, src_addresses)
     when = groups.index << 32 | time_s
     pair = dst << 32 | src
-    order = np.lexsort((first, rtt_ms.view(np.uint32), packet, pair, msm_id, when))  # as bits, −1 comes after every RTT
+    order = np.lexsort(
+        (first, kind, rtt_ms.view(np.uint32), packet, pair, msm_id, when)
+    )  # as bits, −1 comes after every RTT
     repeated = np.zeros(len(order), dtype=bool)
     repeated[1:] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in (when, msm_id, pair, packet)])
-    columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, packet, first))
+    columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, kind, packet, first))
     return _SortedResults(Groups(groups.index[order], groups.keys), *columns, repeated, src_addresses, dst_addresses)
 
 
@@ -223,7 +232,7 @@ def _write_shards(folder: Path, results: _SortedResults, part: np.ndarray, bucke
         borders = np.flatnonzero(np.diff(held.groups.index, prepend=-1, append=-1))
         with ShardWriter(folder / f"{name}.arrayrecord", name, bucket) as shard:
             for begin, end in pairwise(borders.tolist()):
-                columns = (held.time_s, held.msm_id, held.src, held.dst, held.rtt_ms)
+                columns = (held.time_s, held.msm_id, held.src, held.dst, held.rtt_ms, held.kind)
                 columns = (column[begin:end] for column in columns)
                 shard.write(
                     ProbeRow.from_codes(int(held.probe_id[begin]), *columns, held.src_addresses, held.dst_addresses)

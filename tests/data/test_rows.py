@@ -33,8 +33,8 @@ def table(size, seed=0, probe_id=7):
         "src": pa.array([HOSTS[i] for i in rng.integers(2, size=size)], pa.binary(16)),
         "dst": pa.array([HOSTS[i] for i in dst], pa.binary(16)),
         "ip_version": np.where(dst < 3, 4, 6),
-        "kind": np.random.default_rng(seed).integers(0, 3, size),
         "rtt_ms": np.where(rng.random(size) < 0.2, -1, rng.gamma(2, 30, size)),
+        "kind": rng.integers(0, 3, size),
     }
     return pa.table({name: pa.array(columns[name], MEASUREMENT_SCHEMA.field(name).type) for name in columns})
 

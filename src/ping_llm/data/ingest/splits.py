@@ -15,7 +15,7 @@ from a source in a held-out prefix, those of another group from a source address
 between an endpoint of val and one of test. So the reverse of a pair of s2 to s5 is never in train.
 
 A destination that is also a source stands for its group, so that a pair has two directions. Groups that shared a source
-address count as one endpoint of a pair, and so do groups joined by several such addresses: a pair has no one owner otherwise.
+address, directly or through others, count as one endpoint of a pair: a pair has no one owner otherwise.
 """
 
 from __future__ import annotations
@@ -181,9 +181,7 @@ def assign_parts(
     `src` and `dst` are (n,) indices into addresses. `sources` and `cut` are of the whole dump.
     """
     group = rule.group_bands(groups.keys)[groups.index]
-    src_prefix, src_group = (
-        bands[src] for bands in (rule.prefix_bands(src_addresses), _source_bands(src_addresses, sources))
-    )
+    src_prefix, src_group = rule.prefix_bands(src_addresses)[src], _source_bands(src_addresses, sources)[src]
     dst_prefix, dst_group = rule.prefix_bands(dst_addresses), _source_bands(dst_addresses, sources)
     destination = np.maximum(dst_prefix, dst_group)[dst]
     one, other = (rule.endpoint_hashes(_owners(addresses, sources)) for addresses in (src_addresses, dst_addresses))
@@ -218,7 +216,7 @@ def _least_joined(group: np.ndarray, address: np.ndarray, groups: int, addresses
 
 
 def _owners(addresses: np.ndarray, sources: Sources) -> np.ndarray:
-    """The keys of the endpoints behind (n, 16) addresses: the group that owns an address, else the address itself. (n, 17)."""
+    """(n, 17) keys of the endpoints behind (n, 16) addresses: the group that owns an address, else the address itself."""
     return _find(addresses, sources, sources.owner, address_keys(addresses))
 
 

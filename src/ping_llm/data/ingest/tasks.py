@@ -84,8 +84,8 @@ class ReduceTask:
 
 
 def map_dump(task: MapTask) -> dict:
-    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "times": `count_times` of its measurements, "problem":
-    why not all was read, or None}.
+    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "times": see `count_times`, "problem": why
+    not all was read, or None}.
 
     OSError if the pieces cannot be written: then the task is not done.
     """

@@ -113,6 +113,7 @@ def prepare(
     shards: int = 0,
     executor: str = "local",
     traceroute: Traceroute = "off",
+    time_cut: tuple[str, str] | None = None,
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Turn Atlas dumps into probe rows, ready for training.
@@ -128,13 +129,18 @@ def prepare(
         executor: local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
             slurm/prepare.sbatch calls.
         traceroute: leave traceroutes out, or learn from replies of their targets, or from those of all hops.
+        time_cut: when val and when test begin, ISO 8601 (UTC if it names no zone); if absent, after 75 % and 85 % of all
+            measurements.
         dry_run: print the plan with the estimated sizes and time, and write nothing.
     """
     from ping_llm.data.ingest.prepare import plan_rows, prepare, summary
+    from ping_llm.data.ingest.splits import TimeCut
+    from ping_llm.inference.context import parse_time
 
+    cut = TimeCut(*map(parse_time, time_cut)) if time_cut else None
     if dry_run:
         return print(plan_rows(inputs, workers, packets, shards, executor).describe())
-    chosen = {"executor": executor, "traceroute": traceroute}
+    chosen = {"executor": executor, "traceroute": traceroute, "time_cut": cut}
     print(summary(prepare(inputs, out, workers, packets, split, shards, keep_going, **chosen)))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ping_llm.data.hashing import hash_keys
 from ping_llm.data.ingest.splits import as_text
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
-from ping_llm.data.rows import RowReader
+from ping_llm.data.rows import RowReader, is_part_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,11 @@ class Measurements:
 
     @classmethod
     def from_rows(cls, rows: Path | str, parts: Sequence[str]) -> Measurements:
-        """All measurements of these parts of a folder of rows, part by part; ValueError if one holds none."""
+        """All measurements of these parts of a folder of rows, part by part; ValueError if one holds none.
+
+        The part "val" stands for all of val-s1 … val-s5.
+        """
+        parts = tuple(dict.fromkeys(held for name in parts for held in RowReader(rows, name).parts))
         columns = {name: [] for name in ("src", "dst", "probe_id", "time_s", "rtt_ms", "part")}
         tables, places = [], 0
         for part, name in enumerate(parts):
@@ -53,7 +57,7 @@ class Measurements:
         src, dst, probe_id, time_s, rtt_ms, part = (np.concatenate(column) for column in columns.values())
         addresses, place = _distinct(np.concatenate(tables))
         src_id, dst_id = place[src], place[dst]
-        return cls(src_id, dst_id, _group(probe_id, src_id, addresses), time_s, rtt_ms, part, addresses, tuple(parts))
+        return cls(src_id, dst_id, _group(probe_id, src_id, addresses), time_s, rtt_ms, part, addresses, parts)
 
     @classmethod
     def concatenate(cls, tables: Sequence[Measurements]) -> Measurements:
@@ -83,14 +87,15 @@ class Measurements:
         return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
     def of_part(self, name: str) -> Measurements:
-        """The measurements of one part."""
+        """The measurements of one part; "val" names all of val-s1 … val-s5."""
         return self.take(self.rows_of_part(name))
 
     def rows_of_part(self, name: str) -> np.ndarray:
-        """Places of the measurements of one part."""
-        if name not in self.parts:
+        """Places of the measurements of one part; "val" names all of val-s1 … val-s5."""
+        named = [place for place, part in enumerate(self.parts) if is_part_of(part, name)]
+        if not named:
             raise ValueError(f'no part "{name}" here, only {", ".join(self.parts)}')
-        return np.flatnonzero(self.part == self.parts.index(name))
+        return np.flatnonzero(np.isin(self.part, named))
 
     @cached_property
     def log_ms(self) -> np.ndarray:

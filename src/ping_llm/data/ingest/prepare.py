@@ -82,6 +82,7 @@ def prepare(
     max_clock_skew_s: int = MAX_CLOCK_SKEW_S,
     executor: str | Executor = LOCAL,
     traceroute: Traceroute = "off",
+    time_cut: TimeCut | None = None,
 ) -> dict:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
@@ -89,18 +90,23 @@ def prepare(
     workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
     keep_going: use what can be read of damaged dumps, and name them in the manifest.
     traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
+    time_cut: when val and test begin, instead of where the quantiles of all measurements lie (see splits.py).
     executor: where the tasks run, by a name of executors.py, or an open one whose workers see the same folders.
     A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder.
     """
     out = Path(out)
     if max_clock_skew_s < 0:
         raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
+    if time_cut and split != "pingbench":
+        raise ValueError(f'a time cut goes with the split "pingbench", not "{split}"')
+    if time_cut and time_cut.val_from_s >= time_cut.test_from_s:
+        raise ValueError(f"{time_cut} must name two times, the earlier one first")
     partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
     paths = _find_inputs(inputs, partial)
     plan = _plan(paths, workers, packets, shards, executor)
     dumps = _read_inputs(paths)
     options = {"packets": packets, "split": split, "shards": shards, "max_clock_skew_s": max_clock_skew_s}
-    options["traceroute"] = traceroute
+    options |= {"traceroute": traceroute, "time_cut": time_cut and asdict(time_cut)}
     identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
     if (out / MANIFEST_NAME).exists():
         return _finished(out, identity)
@@ -114,7 +120,7 @@ def prepare(
         ]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
-        cut = rule and _time_cut(map_reports, rule)
+        cut = rule and (time_cut or _time_cut(map_reports, rule))
         reduces = [
             ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule, cut)
             for number in range(plan.buckets)

@@ -66,12 +66,8 @@ class SplitRule:
 
     def describe(self) -> dict:
         """The rule as the manifest gives it."""
-        return {
-            "name": "pingbench",
-            "version": 2,
-            **asdict(self),
-            "hash": "murmur3 finaliser of crc32(salt/field/ + key)",
-        }
+        shares = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"name": "pingbench", "version": 2, **shares, "hash": "murmur3 finaliser of crc32(salt/field/ + key)"}
 
     def hashes(self, field: str, keys: np.ndarray) -> np.ndarray:
         """(n, k) uint8 keys to (n,) uint32, salted with the rule's salt and what the key is."""
@@ -96,8 +92,11 @@ class SplitRule:
         return _bands(mix(mix(one) + mix(other)), self.pair_percent)
 
     def time_cut(self, counts: dict[int, int]) -> TimeCut:
-        """The cuts that leave `time_percent` of all measurements to val and test, from how many there are in each
-        CUT_STEP_S of Unix time. All are train where there are too few moments to cut between."""
+        """The cuts that leave at most `time_percent` of all measurements to val and test.
+
+        `counts`: how many there are in each CUT_STEP_S of Unix time, see `count_times`; not empty. Repeated and dropped
+        measurements count as well. All are train where there are too few moments to cut between.
+        """
         steps = np.array(sorted(counts), dtype=np.int64)
         until = np.cumsum([counts[step] for step in steps.tolist()])  # measurements up to the end of each step
         val, test = (
@@ -114,7 +113,7 @@ def count_times(time_s: np.ndarray) -> dict[int, int]:
 
 
 def _bands(hashes: np.ndarray, percent: tuple[int, int]) -> np.ndarray:
-    """The test share of the hashes lies at the bottom, the val share above it: either may grow and keep what it held."""
+    """The test share lies at the bottom of the hashes and the val share at the top, so either may grow and keep what it held."""
     of_val, of_test = percent
     drawn = hash_below(hashes, 100)
     return np.select([drawn < of_test, drawn >= 100 - of_val], [TEST, VAL], TRAIN).astype(np.uint8)

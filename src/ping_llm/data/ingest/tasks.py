@@ -213,9 +213,8 @@ def _sorted_results(table: pa.Table) -> _SortedResults:
     groups = group_measurements(probe_id, src, src_addresses)
     when = groups.index << 32 | time_s
     pair = dst << 32 | src
-    order = np.lexsort(
-        (first, kind, rtt_ms.view(np.uint32), packet, pair, msm_id, when)
-    )  # as bits, −1 comes after every RTT
+    rtt_bits = rtt_ms.view(np.uint32)  # −1 comes after every RTT
+    order = np.lexsort((first, kind, rtt_bits, packet, pair, msm_id, when))
     repeated = np.zeros(len(order), dtype=bool)
     repeated[1:] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in (when, msm_id, pair, packet)])
     columns = (column[order] for column in (probe_id, msm_id, time_s, src, dst, rtt_ms, kind, packet, first))

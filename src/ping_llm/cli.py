@@ -133,11 +133,13 @@ def prepare(
             measurements.
         dry_run: print the plan with the estimated sizes and time, and write nothing.
     """
-    from ping_llm.data.ingest.prepare import plan_rows, prepare, summary
+    from ping_llm.data.ingest.prepare import check_time_cut, plan_rows, prepare, summary
     from ping_llm.data.ingest.splits import TimeCut
     from ping_llm.inference.context import parse_time
 
     cut = TimeCut(*map(parse_time, time_cut)) if time_cut else None
+    if cut:
+        check_time_cut(cut, split)
     if dry_run:
         return print(plan_rows(inputs, workers, packets, shards, executor).describe())
     chosen = {"executor": executor, "traceroute": traceroute, "time_cut": cut}

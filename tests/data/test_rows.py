@@ -101,6 +101,28 @@ def test_shards_with_the_same_rows_are_the_same_bytes(tmp_path):
     assert shards[0] == shards[1]
 
 
+def write_first_version(folder):
+    """A folder as the first version of the format left it: one part val, records without a kind. Its tables by part."""
+    tables = {"train": table(3000, 1), "val": table(200, 2)}
+    counts, index = {part: len(measurements) for part, measurements in tables.items()}, []
+    for part, measurements in tables.items():
+        with ShardWriter(folder / shard_name(part, 0, 1), part, 0) as shard:
+            row = ProbeRow.from_measurements(measurements)
+            with pa.ipc.open_stream(row.to_bytes()) as reader:
+                batch = reader.read_next_batch()
+            sink = pa.BufferOutputStream()
+            old = batch.drop_columns(["kind"])
+            with pa.ipc.new_stream(sink, old.schema) as writer:
+                writer.write_batch(old)
+            shard.write(SimpleNamespace(**_row_facts(row), to_bytes=sink.getvalue().to_pybytes))
+        index += shard.index
+    pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), folder / INDEX_NAME)
+    manifest = {"format_version": 1, "inputs": [], "options": {}, "parts": counts, "rows": {"train": 1, "val": 1}}
+    manifest |= {"lines": {"read": 3200, "counters": {"kept": 3200}}, "measurements": {"written": 3200}}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return tables
+
+
 def test_missing_rows_and_parts_are_told_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r'no rows in .*; run "ping-llm prepare'):
         RowReader(tmp_path, "train")

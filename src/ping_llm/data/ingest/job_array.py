@@ -96,7 +96,7 @@ def _map_task(values: dict) -> MapTask:
 def _reduce_task(values: dict) -> ReduceTask:
     paths = {name: Path(values[name]) for name in ("sources", "folder")}
     rule = values["rule"] and SplitRule(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in values["rule"].items()}
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values["rule"].items()}
     )
     cut = values["cut"] and TimeCut(**values["cut"])
     return ReduceTask(**values | paths | {"inputs": tuple(map(Path, values["inputs"])), "rule": rule, "cut": cut})

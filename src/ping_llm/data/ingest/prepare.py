@@ -97,10 +97,8 @@ def prepare(
     out = Path(out)
     if max_clock_skew_s < 0:
         raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
-    if time_cut and split != "pingbench":
-        raise ValueError(f'a time cut goes with the split "pingbench", not "{split}"')
-    if time_cut and time_cut.val_from_s >= time_cut.test_from_s:
-        raise ValueError(f"{time_cut} must name two times, the earlier one first")
+    if time_cut:
+        check_time_cut(time_cut, split)
     partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
     paths = _find_inputs(inputs, partial)
     plan = _plan(paths, workers, packets, shards, executor)
@@ -132,6 +130,14 @@ def prepare(
     write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(partial, ignore_errors=True)  # a process of a killed run may live for a second yet, and write there
     return manifest
+
+
+def check_time_cut(time_cut: TimeCut, split: Split) -> None:
+    """ValueError if nothing can be cut there."""
+    if split != "pingbench":
+        raise ValueError(f'a time cut goes with the split "pingbench", not "{split}"')
+    if time_cut.val_from_s >= time_cut.test_from_s:
+        raise ValueError(f"{time_cut} must name two times, the earlier one first")
 
 
 def plan_rows(

@@ -113,7 +113,7 @@ def count_times(time_s: np.ndarray) -> dict[int, int]:
 
 
 def _bands(hashes: np.ndarray, percent: tuple[int, int]) -> np.ndarray:
-    """The test share lies at the bottom of the hashes and the val share at the top, so either may grow and keep what it held."""
+    """The test share is the lowest hashes and the val share the highest, so either may grow and keep what it held."""
     of_val, of_test = percent
     drawn = hash_below(hashes, 100)
     return np.select([drawn < of_test, drawn >= 100 - of_val], [TEST, VAL], TRAIN).astype(np.uint8)

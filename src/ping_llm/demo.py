@@ -29,6 +29,7 @@ LEAST_RATIO = 3
 PARTS = {"seen_pairs": "test-s1", "unseen_pairs": "test-s2", "unseen_sources": "test-s3"}
 _TITLES = {"seen_pairs": "pair seen before", "unseen_pairs": "pair never seen", "unseen_sources": "source never seen"}
 _WITH_CONTEXT = f"model, {CONTEXT_MEASUREMENTS} earlier pings"
+INTERNET = ("--probes", "60", "--targets", "40", "--days", "3")
 _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
 
 
@@ -97,7 +98,7 @@ def demo(
     stages = Stages({"install": install_s})
     dump, rows, run = (str(out / name) for name in ("dump", "rows", "run"))
     with stages.stage("synth"):
-        _command("synth", "--out", dump, "--probes", "60", "--targets", "40", "--days", "3")
+        _command("synth", "--out", dump, *INTERNET)
     with stages.stage("prepare"):
         _command("prepare", dump, "--out", rows)
     with stages.stage("train"):

@@ -1,13 +1,18 @@
+import json
 import pickle
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import make_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ping_llm.cli import main
+from ping_llm.config import Config, ModelConfig
 from ping_llm.data.measurement import MEASUREMENT_SCHEMA, pack_address
+from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -101,26 +106,67 @@ def test_shards_with_the_same_rows_are_the_same_bytes(tmp_path):
     assert shards[0] == shards[1]
 
 
-def write_first_version(folder):
-    """A folder as the first version of the format left it: one part val, records without a kind. Its tables by part."""
+class FirstVersionRow(ProbeRow):
+    """A row whose record has no kinds, as in version 1 of the format."""
+
+    def to_bytes(self):
+        with pa.ipc.open_stream(super().to_bytes()) as reader:
+            batch = reader.read_next_batch()
+        old = pa.RecordBatch.from_arrays(
+            batch.columns[:-1], schema=batch.schema.remove(batch.schema.get_field_index("kind"))
+        )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, old.schema) as writer:
+            writer.write_batch(old)
+        return sink.getvalue().to_pybytes()
+
+
+@pytest.fixture
+def first_version(tmp_path):
+    """A folder as version 1 of the format left it, with the one part val; and its tables by part."""
     tables = {"train": table(3000, 1), "val": table(200, 2)}
-    counts, index = {part: len(measurements) for part, measurements in tables.items()}, []
+    index = []
     for part, measurements in tables.items():
-        with ShardWriter(folder / shard_name(part, 0, 1), part, 0) as shard:
-            row = ProbeRow.from_measurements(measurements)
-            with pa.ipc.open_stream(row.to_bytes()) as reader:
-                batch = reader.read_next_batch()
-            sink = pa.BufferOutputStream()
-            old = batch.drop_columns(["kind"])
-            with pa.ipc.new_stream(sink, old.schema) as writer:
-                writer.write_batch(old)
-            shard.write(SimpleNamespace(**_row_facts(row), to_bytes=sink.getvalue().to_pybytes))
+        with ShardWriter(tmp_path / shard_name(part, 0, 1), part, 0) as shard:
+            shard.write(FirstVersionRow.from_measurements(measurements))
         index += shard.index
-    pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), folder / INDEX_NAME)
-    manifest = {"format_version": 1, "inputs": [], "options": {}, "parts": counts, "rows": {"train": 1, "val": 1}}
-    manifest |= {"lines": {"read": 3200, "counters": {"kept": 3200}}, "measurements": {"written": 3200}}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    return tables
+    pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), tmp_path / INDEX_NAME)
+    parts = {"train": 3000, "val": 200, "test-s1": 0}
+    manifest = {"format_version": 1, "parts": parts, "lines": {"read": 3200, "counters": {"kept": 3200}}}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return tmp_path, tables
+
+
+def test_rows_of_version_1_are_read_as_pings(first_version):
+    folder, tables = first_version
+    for part, measurements in tables.items():
+        (row,) = RowReader(folder, part)
+        assert row.kind.dtype == np.uint8 and not row.kind.any()
+        assert row.to_measurements().drop("kind") == measurements.drop("kind")
+
+
+def test_windows_are_drawn_from_rows_of_version_1_and_they_can_be_inspected(first_version, capsys):
+    folder, _ = first_version
+    config = Config(model=ModelConfig(seq_len=128))
+    for part in ("train", "val"):
+        windows = WindowBlocks(RowReader(folder, part), config, 4, 1)[0]
+        assert windows.shape[-1] == 129 and (windows >= 0).any()
+    assert main(["inspect", str(folder), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["measurements"] == 3200 and summary["parts"]["val"] == 200
+    assert main(["inspect", str(folder)]) == 0
+
+
+def test_val_is_all_parts_of_its_band_in_order(tmp_path):
+    parts = {part: [make_row(40 + i, seed=i)] for i, part in enumerate(("train", "val-s1", "val-s3", "test-s1"))}
+    folder = write_rows(tmp_path, parts, shards=1)
+    reader = RowReader(folder, "val")
+    assert reader.parts == ["val-s1", "val-s3"]
+    assert reader.measurements.tolist() == [len(row) for row in reader] == [41, 42]
+    assert [len(row) for row in RowReader(folder, "val-s3")] == [42]
+    (folder / shard_name("val-s1", 0, 1)).unlink()
+    with pytest.raises(ValueError, match=r"every shard of val-s1 in .* is missing or damaged"):
+        RowReader(folder, "val")
 
 
 def test_missing_rows_and_parts_are_told_with_what_to_do(tmp_path):

@@ -52,7 +52,9 @@ def test_rows_know_pings_from_replies_of_targets_and_of_hops(tmp_path):
     dump = write(tmp_path / "a.json", ndjson(trace(*PATH, timestamp=1_700_000_100), ping(result=[{"rtt": 3.5}])))
     prepare([dump], tmp_path / "rows", workers=1, packets="all", split="none", traceroute="hops")
     table = next(iter(RowReader(tmp_path / "rows", "train"))).to_measurements()
-    kinds = [(KINDS[kind], rtt_ms) for kind, rtt_ms in zip(*(table[n].to_pylist() for n in ("kind", "rtt_ms")), strict=True)]
+    kinds = [
+        (KINDS[kind], rtt_ms) for kind, rtt_ms in zip(*(table[n].to_pylist() for n in ("kind", "rtt_ms")), strict=True)
+    ]
     hops = [("hop", 5.5), ("hop", 6.5), ("target", 19.5), ("target", 20.5)]
     assert kinds[0] == ("ping", 3.5) and sorted(kinds[1:]) == hops
     prepare([dump], tmp_path / "target", workers=1, packets="all", split="none", traceroute="target")

@@ -325,7 +325,8 @@ def read_manifest(folder: Path | str) -> dict:
         raise ValueError(f'{path} is damaged ({error}); run "ping-llm prepare" again') from None
     if manifest.get("format_version") not in READABLE_VERSIONS:
         raise ValueError(
-            f"{path} is of row format {manifest.get('format_version')}, this program reads {READABLE_VERSIONS}; "
+            f"{path} is of row format {manifest.get('format_version')}, this program reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; "
             'run "ping-llm prepare" again'
         )
     return manifest

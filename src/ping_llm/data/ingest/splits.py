@@ -1,7 +1,7 @@
 """Measurements in, the part of each out: train, five parts to choose and tune on, five that are read once, by the report.
 
     train      earlier than every time cut, of endpoints and pairs that nothing below holds out
-    val-s1     the rest, later; test-s1 is later still: one global time cut each, wherever the pair was seen before or not
+    val-s1     the rest, later; test-s1 is later still: one global time cut each, whether the pair was seen before or not
     …-s2       new pair: 4 % (val) and 10 % (test) of the pairs of a source and a destination, with the reverse direction
     …-s3       new source: 3 % and 5 % of groups (a probe, or a source address where the probe is unknown)
     …-s4       new destination: 3 % and 5 % of /24s (IPv4) or /48s (IPv6), and the hosts of the groups held out as sources

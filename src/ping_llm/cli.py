@@ -142,8 +142,13 @@ def prepare(
         check_time_cut(cut, split)
     if dry_run:
         return print(plan_rows(inputs, workers, packets, shards, executor).describe())
-    chosen = {"executor": executor, "traceroute": traceroute, "time_cut": cut}
-    print(summary(prepare(inputs, out, workers, packets, split, shards, keep_going, **chosen)))
+    manifest = prepare(
+        *(inputs, out, workers, packets, split, shards, keep_going),
+        executor=executor,
+        traceroute=traceroute,
+        time_cut=cut,
+    )
+    print(summary(manifest))
 
 
 def inspect(

@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -103,8 +104,13 @@ def prepare(
     paths = _find_inputs(inputs, partial)
     plan = _plan(paths, workers, packets, shards, executor)
     dumps = _read_inputs(paths)
-    options = {"packets": packets, "split": split, "shards": shards, "max_clock_skew_s": max_clock_skew_s}
-    options |= {"traceroute": traceroute, "time_cut": time_cut and asdict(time_cut)}
+    options: dict[str, Any] = {
+        "packets": packets,
+        "split": split,
+        "shards": shards,
+        "max_clock_skew_s": max_clock_skew_s,
+    }
+    options |= {"traceroute": traceroute, "time_cut": asdict(time_cut) if time_cut else None}
     identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
     if (out / MANIFEST_NAME).exists():
         return _finished(out, identity)
@@ -118,7 +124,7 @@ def prepare(
         ]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
-        cut = rule and (time_cut or _time_cut(map_reports, rule))
+        cut = time_cut or _time_cut(map_reports, rule) if rule else None
         reduces = [
             ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule, cut)
             for number in range(plan.buckets)

@@ -95,7 +95,9 @@ def map_dump(task: MapTask) -> dict:
             return report
         shutil.rmtree(task.folder)
     aside = _fresh_folder(task.folder)
-    lines, counters, times, problem = 0, Counter(), Counter(), None
+    lines, problem = 0, None
+    counters: Counter[str] = Counter()
+    times: Counter[int] = Counter()
     seen = _SEEN_SCHEMA.empty_table()
     try:
         for number, (read, table, counts) in enumerate(_parsed(task, aside / "chunk.ndjson")):

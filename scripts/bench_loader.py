@@ -192,7 +192,14 @@ def write_rows(folder: Path, sizes: np.ndarray) -> Path:
             rtt_ms = (5 + 5 * dst) * rng.lognormal(0, 0.1, size)
             rtt_ms[rng.random(size) < 0.05] = -1
             time_s = 1_700_000_000 + np.arange(size) * 6 + rng.integers(0, 5, size)
-            columns = (time_s, 1000 + dst, np.where(dst < 25, 30, 31), dst, rtt_ms.astype(np.float32))
+            columns = (
+                time_s,
+                1000 + dst,
+                np.where(dst < 25, 30, 31),
+                dst,
+                rtt_ms.astype(np.float32),
+                np.zeros(size, np.uint8),
+            )
             shard.write(ProbeRow.from_codes(probe_id, *columns, _ADDRESSES, _ADDRESSES))
     pq.write_table(pa.Table.from_pylist(shard.index, schema=INDEX_SCHEMA), folder / INDEX_NAME)
     manifest = {"format_version": FORMAT_VERSION, "parts": {"train": int(sizes.sum())}}

@@ -48,6 +48,7 @@ def make_row(count: int, seed: int = 0, ipv6_share: float = 0.3, probe_id: int =
         src=ipv6.astype(np.uint8),
         dst=dst,
         rtt_ms=rtt_ms.astype(np.float32),
+        kind=np.zeros(count, dtype=np.uint8),
         src_addresses=src_addresses,
         dst_addresses=dst_addresses,
     )

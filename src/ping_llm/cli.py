@@ -106,12 +106,19 @@ class Prepare:
     executor: str = "local"
     # leave traceroutes out, or learn from replies of their targets, or from those of all hops.
     traceroute: Traceroute = "off"
+    # when val and when test begin, ISO 8601 (UTC if it names no zone); if absent, after 75 % and 85 % of all measurements.
+    time_cut: tuple[str, str] | None = None
     dry_run: Flag = False  # print the plan with the estimated sizes and time, and write nothing.
 
     def run(self) -> None:
-        from ping_llm.data.ingest.prepare import plan_rows, prepare, summary
+        from ping_llm.data.ingest.prepare import check_time_cut, plan_rows, prepare, summary
+        from ping_llm.data.ingest.splits import TimeCut
+        from ping_llm.data.times import parse_time
 
         options = vars(self)
+        if self.time_cut:
+            options["time_cut"] = TimeCut(*map(parse_time, self.time_cut))
+            check_time_cut(options["time_cut"], self.split)
         if options.pop("dry_run"):
             print(plan_rows(self.inputs, self.workers, self.packets, self.shards, self.executor).describe())
         else:

@@ -33,6 +33,7 @@ BATCH = 50
 LEAST_RATIO = 3
 PARTS = {"seen_pairs": "test-s1", "unseen_pairs": "test-s2", "unseen_sources": "test-s3"}
 _TITLES = {"seen_pairs": "pair seen before", "unseen_pairs": "pair never seen", "unseen_sources": "source never seen"}
+INTERNET = ("--probes", "60", "--targets", "40", "--days", "3")
 _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
 
 
@@ -95,7 +96,7 @@ def demo(out: Path = Path("out/demo"), minutes: float = 3.3, steps: int = 1500, 
     budget = ["--train.total-steps", str(steps), "--train.max-minutes", str(minutes)]
     budget += ["--train.eval-queries", "64"]  # a quarter, in evaluations and in the calibration at the end
     for name, *options in (
-        ("synth", "--out", dump, "--probes", "60", "--targets", "40", "--days", "3"),
+        ("synth", "--out", dump, *INTERNET),
         ("prepare", dump, "--out", rows),
         ("train", str(_CONFIG), "--data.rows", rows, "--train.run-dir", run, *budget),
     ):

@@ -54,7 +54,7 @@ def test_rows_that_cannot_be_trained_on(tmp_path, error_of, rows):
     newer = Path(shutil.copytree(rows, tmp_path / "newer"))
     manifest = json.loads((newer / "manifest.json").read_text())
     (newer / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    assert 'is of row format 99, this program reads 1; run "ping-llm prepare" again' in error_of(newer)
+    assert 'is of row format 99, this program reads 1 and 2; run "ping-llm prepare" again' in error_of(newer)
     damaged = Path(shutil.copytree(rows, tmp_path / "damaged"))
     (damaged / "index.parquet").unlink()
     assert 'delete the folder and run "ping-llm prepare" again' in error_of(damaged)

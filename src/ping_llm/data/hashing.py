@@ -39,11 +39,6 @@ def hash_below(hashes: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
     return ((hashes.astype(np.uint64) * np.asarray(limits, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
-def hash_selects(hashes: np.ndarray, percent: int) -> np.ndarray:
-    """True for `percent` of (n,) uint32 hashes."""
-    return hash_below(hashes, 100) < percent
-
-
 def int64_bytes(*columns: np.ndarray) -> np.ndarray:
     """(n,) integer columns side by side as big-endian bytes: (n, 8 · columns) uint8."""
     stacked = np.stack(columns, axis=1).astype(">i8")

@@ -1,7 +1,7 @@
 """The one schema of a measurement: its columns, their units, and the packing of addresses.
 
 A measurement is one packet of one ping: its probe (`probe_id`), measurement id (`msm_id`), time (`time_s`), source (`src`),
-destination (`dst`), and the time until the reply (`rtt_ms`, −1 if none came).
+destination (`dst`), the time until the reply (`rtt_ms`, −1 if none came), and what it is of (`kind`).
 
 Addresses are 16 bytes, most significant first. IPv4 is stored IPv4-mapped (::ffff:a.b.c.d, RFC 4291 §2.5.5.2), so the
 family can be read off the bytes and equal hosts have equal keys.
@@ -21,6 +21,9 @@ FAILED_RTT_MS = -1.0
 ADDRESS_BYTES = 16
 IPV4_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 
+KINDS = ("ping", "target", "hop")
+"""A packet of a ping; the reply of a traceroute's target; the reply of a router on the way."""
+
 MEASUREMENT_SCHEMA = pa.schema(
     [
         ("probe_id", pa.int64()),  # RIPE Atlas prb_id; −1 if unknown: then the source address names the group
@@ -30,6 +33,7 @@ MEASUREMENT_SCHEMA = pa.schema(
         ("dst", pa.binary(ADDRESS_BYTES)),
         ("ip_version", pa.uint8()),  # 4 or 6, of dst
         ("rtt_ms", pa.float32()),  # −1 = failed
+        ("kind", pa.uint8()),  # into KINDS
     ]
 )
 

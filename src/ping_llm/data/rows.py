@@ -3,7 +3,7 @@
 A probe row is one ArrayRecord record: up to 8 MB of one probe's measurements in time order, as one uncompressed Arrow
 IPC stream (ArrayRecord's zstd compresses it). A folder of rows is
 
-    train-00000-of-00004.arrayrecord …   one set of shards a part (train, val, test-s1 … test-s5)
+    train-00000-of-00004.arrayrecord …   one set of shards a part (train, val-s1 … val-s5, test-s1 … test-s5)
     index.parquet                        one line a row: where it lies and what it holds
     manifest.json                        inputs and their hashes, counters, parts, split rule; written last
 """
@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 
 from ping_llm.data.measurement import MEASUREMENT_SCHEMA, binary_column, byte_matrix, is_ipv4
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had one part `val` and no `kind`: all of its measurements count as pings."""
 MAX_ROW_BYTES = 8_000_000
 INDEX_NAME = "index.parquet"
 MANIFEST_NAME = "manifest.json"
@@ -57,6 +59,7 @@ class ProbeRow:
     src: np.ndarray  # (n,) unsigned, into src_addresses
     dst: np.ndarray  # (n,) unsigned, into dst_addresses
     rtt_ms: np.ndarray  # (n,) float32, −1 = failed
+    kind: np.ndarray  # (n,) uint8, into KINDS
     msm_ids: np.ndarray  # (M,) int64
     src_addresses: np.ndarray  # (S, 16) uint8
     dst_addresses: np.ndarray  # (D, 16) uint8
@@ -96,6 +99,7 @@ class ProbeRow:
             "src": _dictionary(binary_column(self.src_addresses), self.src),
             "dst": _dictionary(binary_column(self.dst_addresses), self.dst),
             "rtt_ms": pa.array(self.rtt_ms.astype(np.float32)),
+            "kind": pa.array(self.kind),
         }
         batch = pa.record_batch(columns).replace_schema_metadata(
             {
@@ -125,6 +129,7 @@ class ProbeRow:
             src=src.indices.to_numpy(),
             dst=dst.indices.to_numpy(),
             rtt_ms=batch.column("rtt_ms").to_numpy(),
+            kind=batch.column("kind").to_numpy() if "kind" in batch.schema.names else np.zeros(len(batch), np.uint8),
             msm_ids=msm_id.dictionary.to_numpy(),
             src_addresses=byte_matrix(src.dictionary),
             dst_addresses=byte_matrix(dst.dictionary),
@@ -139,6 +144,7 @@ class ProbeRow:
         src: np.ndarray,
         dst: np.ndarray,
         rtt_ms: np.ndarray,
+        kind: np.ndarray,
         src_addresses: np.ndarray,
         dst_addresses: np.ndarray,
     ) -> ProbeRow:
@@ -154,6 +160,7 @@ class ProbeRow:
             src=src,
             dst=dst,
             rtt_ms=rtt_ms,
+            kind=kind,
             msm_ids=msm_ids,
             src_addresses=src_addresses[src_used],
             dst_addresses=dst_addresses[dst_used],
@@ -161,12 +168,12 @@ class ProbeRow:
 
     def halves(self) -> tuple[ProbeRow, ProbeRow]:
         """The earlier and the later half."""
-        columns = (self.time_s, self.msm_id, self.src, self.dst, self.rtt_ms)
+        columns = (self.time_s, self.msm_id, self.src, self.dst, self.rtt_ms, self.kind)
 
         def part(cut: slice) -> ProbeRow:
-            time_s, msm_id, src, dst, rtt_ms = (column[cut] for column in columns)
+            time_s, msm_id, src, dst, rtt_ms, kind = (column[cut] for column in columns)
             return ProbeRow.from_codes(
-                self.probe_id, time_s, msm_id, src, dst, rtt_ms, self.src_addresses, self.dst_addresses
+                self.probe_id, time_s, msm_id, src, dst, rtt_ms, kind, self.src_addresses, self.dst_addresses
             )
 
         return part(slice(len(self) // 2)), part(slice(len(self) // 2, None))
@@ -182,6 +189,7 @@ class ProbeRow:
             binary_column(self.dst_addresses[self.dst]),
             pa.array(ip_version),
             pa.array(self.rtt_ms),
+            pa.array(self.kind),
         ]
         return pa.Table.from_arrays(columns, schema=MEASUREMENT_SCHEMA)
 
@@ -227,14 +235,16 @@ class ShardWriter:
 class RowReader:
     """Random access to the probe rows of one part of a folder, and what each holds without reading it.
 
+    The part "val" of rows of version 2 is all of val-s1 … val-s5.
     `measurements` and `ipv6_measurements` are (rows,) int64. Picklable; shards are opened on first use in each process.
     """
 
     def __init__(self, folder: Path | str, part: str) -> None:
         self.folder, self.part = Path(folder), part
         self.manifest = read_manifest(self.folder)
+        self.parts = [name for name, count in self.manifest["parts"].items() if count and is_part_of(name, part)]
         try:
-            index = pq.read_table(self.folder / INDEX_NAME, filters=[("part", "=", part)])
+            index = pq.read_table(self.folder / INDEX_NAME, filters=[("part", "in", self.parts or [part])])
         except (OSError, pa.ArrowInvalid):
             raise self._damaged(INDEX_NAME) from None
         if not index.num_rows:
@@ -243,14 +253,17 @@ class RowReader:
                 f'{self.folder} holds no "{part}" rows, only {held or "none at all"}; prepare more measurements, '
                 "with --split pingbench"
             )
-        index = index.sort_by([("shard", "ascending"), ("record", "ascending")])
+        index = index.sort_by([("part", "ascending"), ("shard", "ascending"), ("record", "ascending")])
         self.probe_id, self.measurements, self.ipv6_measurements, self.first_time_s, self.last_time_s = (
             index.column(name).to_numpy()
             for name in ("probe_id", "measurements", "ipv6_measurements", "first_time_s", "last_time_s")
         )
-        self.paths = shard_paths(self.folder, part)
-        if not self.paths:
-            raise self._damaged(f"every shard of {part}")
+        self.paths: list[Path] = []
+        for name in self.parts:  # in ascending order, as in the index
+            shards = shard_paths(self.folder, name)
+            if not shards:
+                raise self._damaged(f"every shard of {name}")
+            self.paths += shards
         self._source: Any = None
 
     def __len__(self) -> int:
@@ -293,9 +306,10 @@ def read_manifest(folder: Path | str) -> dict:
         raise ValueError(f'no rows in {folder}; run "ping-llm prepare INPUT… --out {folder}" first') from None
     except ValueError as error:
         raise ValueError(f'{path} is damaged ({error}); run "ping-llm prepare" again') from None
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in READABLE_VERSIONS:
         raise ValueError(
-            f"{path} is of row format {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
+            f"{path} is of row format {manifest.get('format_version')}, this program reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; "
             'run "ping-llm prepare" again'
         )
     return manifest
@@ -305,6 +319,11 @@ def manifest_sha256(folder: Path | str) -> str:
     """Identifies these rows: the manifest holds the options, and the hashes of the inputs. Empty where there is none."""
     path = Path(folder) / MANIFEST_NAME
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def is_part_of(part: str, family: str) -> bool:
+    """Whether a part is the one named, or one of those of its band: "val" names all of val-s1 … val-s5."""
+    return part == family or part.startswith(f"{family}-s")
 
 
 def shard_name(part: str, shard: int, shards: int) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from ping_llm.data.hashing import hash_keys
 from ping_llm.data.ingest.splits import as_text
 from ping_llm.data.measurement import ADDRESS_BYTES, format_address, is_ipv4
-from ping_llm.data.rows import ProbeRow, RowReader
+from ping_llm.data.rows import ProbeRow, RowReader, is_part_of
 
 Rows = np.ndarray | slice
 """Places, a mask, or a slice."""
@@ -50,7 +50,11 @@ class Measurements(_Columns):
 
     @classmethod
     def from_rows(cls, rows: Path | str, parts: Sequence[str]) -> Measurements:
-        """All measurements of these parts of a folder of rows, part by part; ValueError if one holds none."""
+        """All measurements of these parts of a folder of rows, part by part; ValueError if one holds none.
+
+        The part "val" stands for all of val-s1 … val-s5.
+        """
+        parts = tuple(dict.fromkeys(held for name in parts for held in RowReader(rows, name).parts))
         return cls.concatenate([cls.from_row(row, part) for part in parts for row in RowReader(rows, part)])
 
     @classmethod
@@ -80,14 +84,15 @@ class Measurements(_Columns):
         return cls(src, dst, probe, time_s, rtt_ms, part, addresses, parts)
 
     def of_part(self, name: str) -> Measurements:
-        """The measurements of one part."""
+        """The measurements of one part; "val" names all of val-s1 … val-s5."""
         return self.take(self.rows_of_part(name))
 
     def rows_of_part(self, name: str) -> np.ndarray:
-        """Places of the measurements of one part."""
-        if name not in self.parts:
+        """Places of the measurements of one part; "val" names all of val-s1 … val-s5."""
+        named = [place for place, part in enumerate(self.parts) if is_part_of(part, name)]
+        if not named:
             raise ValueError(f'no part "{name}" here, only {", ".join(self.parts)}')
-        return np.flatnonzero(self.part == self.parts.index(name))
+        return np.flatnonzero(np.isin(self.part, named))
 
     @cached_property
     def log_ms(self) -> np.ndarray:

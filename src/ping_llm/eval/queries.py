@@ -98,8 +98,8 @@ def choose_rows(probe: np.ndarray, rows: np.ndarray, count: int, rng: np.random.
 def draw_val(table: Measurements, count: int, seed: int) -> Queries:
     """Queries of val to choose settings on, given measurements of train and val alone: test parts lie between them in time,
     and their answers must be no part of what a method is fitted on."""
-    known = np.isin(table.part, [table.parts.index(part) for part in ("train", "val")])
-    return SplitQueries.draw(table.take(known), "val", count, seed).mixed()
+    known = np.concatenate([table.rows_of_part(part) for part in ("train", "val")])
+    return SplitQueries.draw(table.take(np.sort(known)), "val", count, seed).mixed()
 
 
 def draw_splits(table: Measurements, splits: Sequence[str], count: int, seed: int) -> list[SplitQueries]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from ping_llm.config import Config
-from ping_llm.data.rows import RowReader, manifest_sha256
+from ping_llm.data.rows import RowReader, manifest_sha256, shard_paths
 from ping_llm.training import schedule
 
 DONE, PREEMPTED = "DONE", "PREEMPTED"  # files in a run folder that say how the last turn of a job ended
@@ -77,8 +77,10 @@ def _shards(rows: Path) -> list[Path]:
     """The files that training reads measurements from; ValueError if one is missing."""
     shards = []
     for part in ("train", "val"):
-        held = RowReader(rows, part).paths
-        if not held or not held[0].stem.endswith(f"-of-{len(held):05d}"):
-            raise ValueError(f"{rows} has lost shards of {part}, {len(held)} are left; run ping-llm prepare again")
-        shards += held
+        reader = RowReader(rows, part)
+        for name in reader.parts:
+            held = shard_paths(rows, name)
+            if not held[0].stem.endswith(f"-of-{len(held):05d}"):
+                raise ValueError(f"{rows} has lost shards of {name}, {len(held)} are left; run ping-llm prepare again")
+        shards += reader.paths
     return shards

@@ -16,7 +16,7 @@ from ping_llm.data.ingest.splits import PARTS
 from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import RowReader
 
-SINCE_PARSED = ("written", "dropped_repeated", "dropped_held_out_source")
+SINCE_PARSED = ("written", "dropped_repeated", "dropped_held_out")
 REAL = SHARED_DATA / "atlas"
 
 
@@ -127,7 +127,7 @@ def test_an_address_of_a_held_out_group_is_dropped_and_counted(tmp_path):
     manifest = prepare([write(tmp_path / "a", ndjson(*lines))], tmp_path / "out", workers=1)
     held = manifest["parts"]["test-s3"] + manifest["parts"]["test-s5"]
     assert 0 < held < 30
-    counted = {"dropped_repeated": 0, "dropped_held_out_source": 200 - held, "clamped_rtt": 0}
+    counted = {"dropped_repeated": 0, "dropped_held_out": 200 - held, "clamped_rtt": 0}
     assert manifest["measurements"] == {"written": held, **counted}
 
 
@@ -230,7 +230,13 @@ def test_a_dump_with_a_problem_is_looked_at_again(tmp_path):
     task = tasks.MapTask(path, "a.json", tmp_path / "input-00000", 2, "one", 86_400)
     assert "is empty" in tasks.map_dump(task)["problem"]
     write(path, ndjson(ping()))
-    assert tasks.map_dump(task) == {"lines": 1, "counters": dict.fromkeys(DROPPED_LINES, 0), "problem": None}
+    report = {
+        "lines": 1,
+        "counters": dict.fromkeys(DROPPED_LINES, 0),
+        "times": {1_700_000_000 // 60: 1},
+        "problem": None,
+    }
+    assert tasks.map_dump(task) == report
 
 
 def test_unfinished_work_on_other_inputs_is_not_used(dumps, tmp_path, monkeypatch):

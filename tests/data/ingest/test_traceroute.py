@@ -14,7 +14,7 @@ from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.prepare import prepare, summary
 from ping_llm.data.ingest.results import DROPPED_LINES
 from ping_llm.data.ingest.traceroute import REPLIES
-from ping_llm.data.measurement import format_address
+from ping_llm.data.measurement import KINDS, format_address
 from ping_llm.data.rows import RowReader
 
 TARGET = "198.51.100.7"
@@ -46,6 +46,25 @@ def test_hops_takes_every_public_reply_and_target_those_of_the_destination_alone
     rows, counters = parse(tmp_path, trace(*PATH), traceroute="target")
     assert replies_of(rows) == [(TARGET, 19.5), (TARGET, 20.5)]
     assert counters == {"reply_used": 2, "reply_absent": 5, "reply_private_address": 3, "reply_not_of_target": 2}
+
+
+def test_rows_know_pings_from_replies_of_targets_and_of_hops(tmp_path):
+    dump = write(tmp_path / "a.json", ndjson(trace(*PATH, timestamp=1_700_000_100), ping(result=[{"rtt": 3.5}])))
+    prepare([dump], tmp_path / "rows", workers=1, packets="all", split="none", traceroute="hops")
+    table = next(iter(RowReader(tmp_path / "rows", "train"))).to_measurements()
+    kinds = [
+        (KINDS[kind], rtt_ms) for kind, rtt_ms in zip(*(table[n].to_pylist() for n in ("kind", "rtt_ms")), strict=True)
+    ]
+    hops = [("hop", 5.5), ("hop", 6.5), ("target", 19.5), ("target", 20.5)]
+    assert kinds[0] == ("ping", 3.5) and sorted(kinds[1:]) == hops
+    prepare([dump], tmp_path / "target", workers=1, packets="all", split="none", traceroute="target")
+    table = next(iter(RowReader(tmp_path / "target", "train"))).to_measurements()
+    assert table["kind"].to_pylist() == [0, 1, 1]
+
+
+def test_a_destination_that_answers_before_the_last_hop_is_a_hop_there(tmp_path):
+    rows, _ = parse(tmp_path, trace([reply(TARGET, 9.5)], [reply(TARGET, 19.5)]))
+    assert [(KINDS[row["kind"]], row["rtt_ms"]) for row in rows] == [("hop", 9.5), ("target", 19.5)]
 
 
 def test_without_the_option_traceroutes_are_counted_and_dropped(tmp_path):

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -28,7 +28,7 @@ from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 from ping_llm.data.ingest.executors import LOCAL, check_executor, open_executor, run_tasks
 from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
 from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
-from ping_llm.data.ingest.splits import PARTS, SplitRule
+from ping_llm.data.ingest.splits import PARTS, SplitRule, TimeCut
 from ping_llm.data.ingest.tasks import (
     ASIDE,
     CHUNK_BYTES,
@@ -79,6 +79,7 @@ def prepare(
     max_clock_skew_s: int = MAX_CLOCK_SKEW_S,
     executor: str | Executor = LOCAL,
     traceroute: Traceroute = "off",
+    time_cut: TimeCut | None = None,
 ) -> dict[str, Any]:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
@@ -86,18 +87,22 @@ def prepare(
     workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
     keep_going: use what can be read of damaged dumps, and name them in the manifest.
     traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
+    time_cut: when val and test begin, instead of where the quantiles of all measurements lie (see splits.py).
     executor: where the tasks run, by a name of executors.py, or an open one whose workers see the same folders.
     A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder.
     """
     out = Path(out)
     if max_clock_skew_s < 0:
         raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
+    if time_cut:
+        check_time_cut(time_cut, split)
     partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
     paths = _find_inputs(inputs, partial)
     plan = _plan(paths, workers, packets, shards, executor)
     dumps = _read_inputs(paths)
     options: dict[str, Any] = {"packets": packets, "split": split, "shards": shards}
     options |= {"max_clock_skew_s": max_clock_skew_s, "traceroute": traceroute}
+    options["time_cut"] = asdict(time_cut) if time_cut else None
     identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
     if (out / MANIFEST_NAME).exists():
         return _finished(out, identity)
@@ -109,17 +114,26 @@ def prepare(
         maps = [MapTask(d.path, d.name, folder, *options_of_map) for d, folder in zip(dumps, folders, strict=True)]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
+        cut = time_cut or _time_cut(map_reports, rule) if rule else None
         reduces = [
-            ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule)
+            ReduceTask(number, tuple(folders), partial / "sources.arrow", partial / f"bucket-{number:05d}", rule, cut)
             for number in range(plan.buckets)
         ]
         with show_progress("group, sort, split", plan.buckets, "buckets") as advance:
             reduce_reports = run_tasks(pool, reduce_bucket, reduces, lambda *_: advance(1))
-    manifest = _manifest(identity, map_reports, reduce_reports, rule)
+    manifest = _manifest(identity, map_reports, reduce_reports, rule, cut)
     manifest |= _publish([task.folder for task in reduces], out)
     write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(partial, ignore_errors=True)  # a process of a killed run may live for a second yet, and write there
     return manifest
+
+
+def check_time_cut(time_cut: TimeCut, split: Split) -> None:
+    """ValueError if nothing can be cut there."""
+    if split != "pingbench":
+        raise ValueError(f'a time cut goes with the split "pingbench", not "{split}"')
+    if time_cut.val_from_s >= time_cut.test_from_s:
+        raise ValueError(f"{time_cut} must name two times, the earlier one first")
 
 
 def plan_rows(
@@ -263,8 +277,16 @@ def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[C
             watcher.join()
 
 
+def _time_cut(maps: Sequence[dict], rule: SplitRule) -> TimeCut | None:
+    """Where train ends and where test begins, over all inputs; None where there are no measurements."""
+    times: Counter[int] = Counter()
+    for report in maps:
+        times.update({int(step): count for step, count in report["times"].items()})  # of a file, its keys are text
+    return rule.time_cut(times) if times else None
+
+
 def _manifest(
-    identity: dict[str, Any], maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None
+    identity: dict[str, Any], maps: Sequence[dict], reduces: Sequence[dict], rule: SplitRule | None, cut: TimeCut | None
 ) -> dict[str, Any]:
     """The manifest but for what is known once the shards stand; ValueError if no measurement is left."""
     counters = {name: sum(report[name] for report in reduces) for name in ("kept", "duplicate")}
@@ -276,7 +298,7 @@ def _manifest(
         became = ", ".join(f"{name} {count:,}" for name, count in counters.items() if count)
         raise ValueError(f"no measurement is left of {read:,} lines ({became}); prepare other dumps")
     measurements = {"written": sum(parts.values())}
-    since_parsed = ("dropped_repeated", "dropped_held_out_source", "clamped_rtt")
+    since_parsed = ("dropped_repeated", "dropped_held_out", "clamped_rtt")
     measurements |= {name: sum(report[name] for report in reduces) for name in since_parsed}
     if identity["options"]["traceroute"] != "off":
         measurements |= {name: sum(report["counters"].get(name, 0) for report in maps) for name in REPLIES}
@@ -290,7 +312,7 @@ def _manifest(
         "lines": {"read": read, "counters": counters},
         "measurements": measurements,
         "parts": parts,
-        "split": rule.describe() if rule else {"name": "none"},
+        "split": rule.describe() | asdict(cut) if rule and cut else {"name": "none"},
     }
 
 

@@ -135,14 +135,19 @@ def result_table(
     dst: np.ndarray,
     rtt_ms: np.ndarray,
     packet: np.ndarray,
+    kind: np.ndarray | int = 0,
 ) -> pa.Table:
-    """n measurements with (n, 16) addresses as a table of RESULT_SCHEMA; `line` (n,) ascends and is their row in fields."""
+    """n measurements with (n, 16) addresses as a table of RESULT_SCHEMA; `line` (n,) ascends and is their row in fields.
+
+    `kind` indexes KINDS.
+    """
     columns = [
         *(fields[name].to_numpy()[line] for name in ("probe_id", "msm_id", "time_s")),
         binary_column(src),
         binary_column(dst),
         np.where(is_ipv4(dst), 4, 6).astype(np.uint8),
         rtt_ms.astype(np.float32),
+        np.broadcast_to(np.asarray(kind, dtype=np.uint8), len(line)),
         packet.astype(np.uint32),
         np.diff(line, prepend=-1) != 0,
     ]

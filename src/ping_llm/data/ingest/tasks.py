@@ -27,7 +27,7 @@ from ping_llm.data.ingest import splits
 from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.choices import Packets, Traceroute
 from ping_llm.data.ingest.results import RESULT_SCHEMA
-from ping_llm.data.ingest.splits import DROPPED, PARTS, Groups, Sources, SplitRule
+from ping_llm.data.ingest.splits import DROPPED, PARTS, Groups, Sources, SplitRule, TimeCut
 from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
 from ping_llm.data.ingest.unpack import DamagedDump, read_chunks
 from ping_llm.data.measurement import ADDRESS_BYTES, binary_column, byte_matrix
@@ -65,10 +65,12 @@ class ReduceTask:
     sources: Path
     folder: Path
     rule: SplitRule | None  # None: everything is train
+    cut: TimeCut | None = None  # of all inputs, with a rule
 
 
 def map_dump(task: MapTask) -> dict:
-    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "problem": why not all was read, or None}.
+    """Lines to pieces; gives {"lines", "counters": of dropped lines and replies, "times": see `count_times`, "problem": why
+    not all was read, or None}.
 
     OSError if the pieces cannot be written: then the task is not done.
     """
@@ -79,12 +81,14 @@ def map_dump(task: MapTask) -> dict:
         shutil.rmtree(task.folder)
     aside = _fresh_folder(task.folder)
     counters: Counter[str] = Counter()
+    times: Counter[int] = Counter()
     lines, problem = 0, None
     seen = _SEEN_SCHEMA.empty_table()
     try:
         for number, (read, table, counts) in enumerate(_parsed(task, aside / "chunk.ndjson")):
             lines += read
             counters.update(counts)
+            times.update(splits.count_times(table["time_s"].to_numpy()))
             if table.num_rows:
                 batches, sources = _bucketed(table, task.buckets)
                 lz4 = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -101,7 +105,8 @@ def map_dump(task: MapTask) -> dict:
             f"{task.name} is no Atlas dump: none of its {lines:,} lines is a JSON result; get it again or leave it out"
         )
     _write_table(aside / SOURCES_NAME, seen)
-    return _finish(aside, task.folder, {"lines": lines, "counters": dict(counters), "problem": problem})
+    report = {"lines": lines, "counters": dict(counters), "times": dict(times), "problem": problem}
+    return _finish(aside, task.folder, report)
 
 
 def reduce_bucket(task: ReduceTask) -> dict:
@@ -115,14 +120,14 @@ def reduce_bucket(task: ReduceTask) -> dict:
     report["dropped_repeated"] = int(repeated.sum())
     results = results.take(~repeated)
     part = np.zeros(len(results["time_s"]), dtype=np.uint8)
-    if task.rule:
+    if task.rule and task.cut:
         sides = (results["src"], results.src_addresses, results["dst"], results.dst_addresses)
         groups = Groups(results["group"], results.group_keys)
         seen = pa.ipc.open_file(task.sources).read_all()
-        sources = Sources(byte_matrix(seen["address"]), byte_matrix(seen["owner"]), seen["held_out"].to_numpy())
-        part = splits.assign_parts(groups, results["time_s"], *sides, sources, task.rule)
+        sources = Sources(byte_matrix(seen["address"]), byte_matrix(seen["owner"]), seen["band"].to_numpy())
+        part = splits.assign_parts(groups, results["time_s"], *sides, sources, task.rule, task.cut)
     counts = np.bincount(part, minlength=DROPPED + 1).tolist()
-    report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out_source": counts[DROPPED]}
+    report |= {"parts": dict(zip(PARTS, counts, strict=False)), "dropped_held_out": counts[DROPPED]}
     report["clamped_rtt"] = clamped_rtts(results["rtt_ms"][part != DROPPED])
     index = _write_shards(aside, results, part, task.bucket)
     pq.write_table(pa.Table.from_pylist(index, INDEX_SCHEMA), aside / INDEX_NAME)
@@ -130,14 +135,14 @@ def reduce_bucket(task: ReduceTask) -> dict:
 
 
 def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
-    """Every source address of all inputs, its owner and whether a held-out group used it, in one file for all buckets."""
+    """Every source address of all inputs, its owner and the band of its groups, in one file for all buckets."""
     tables = [pa.ipc.open_file(folder / SOURCES_NAME).read_all() for folder in inputs]
     seen = pa.concat_tables(tables).group_by(_SEEN_SCHEMA.names).aggregate([]).combine_chunks()
     sources = splits.collect_sources(byte_matrix(seen["key"]), byte_matrix(seen["address"]), rule)
     columns = {
         "address": binary_column(sources.addresses),
         "owner": binary_column(sources.owner),
-        "held_out": pa.array(sources.held_out),
+        "band": pa.array(sources.band),
     }
     _write_table(path, pa.table(columns))
 
@@ -169,7 +174,7 @@ class _Results:
         return replace(self, columns={name: column[chosen] for name, column in self.columns.items()})
 
 
-_COLUMNS = ("probe_id", "msm_id", "time_s", "rtt_ms", "packet", "first_of_line")
+_COLUMNS = ("probe_id", "msm_id", "time_s", "rtt_ms", "kind", "packet", "first_of_line")
 
 
 def _sorted_results(table: pa.Table) -> _Results:
@@ -184,7 +189,7 @@ def _sorted_results(table: pa.Table) -> _Results:
     when, pair = groups.index << 32 | columns["time_s"], dst << 32 | src
     same = (columns["packet"], pair, columns["msm_id"], when)
     # RTTs as bits: −1 comes after every RTT
-    order = np.lexsort((columns["first_of_line"], columns["rtt_ms"].view(np.uint32), *same))
+    order = np.lexsort((columns["first_of_line"], columns["kind"], columns["rtt_ms"].view(np.uint32), *same))
     repeated = np.zeros(len(order), dtype=bool)
     repeated[order[1:]] = np.logical_and.reduce([np.diff(column[order]) == 0 for column in same])
     columns |= {"group": groups.index, "repeated": repeated}
@@ -201,11 +206,11 @@ def _write_shards(folder: Path, results: _Results, part: np.ndarray, bucket: int
         borders = np.flatnonzero(np.diff(held["group"], prepend=-1, append=-1))
         with ShardWriter(folder / f"{name}.arrayrecord", name, bucket) as shard:
             for begin, end in pairwise(borders.tolist()):
-                names = ("time_s", "msm_id", "src", "dst", "rtt_ms")
-                time_s, msm_id, src, dst, rtt_ms = (held[column][begin:end] for column in names)
+                names = ("time_s", "msm_id", "src", "dst", "rtt_ms", "kind")
+                time_s, msm_id, src, dst, rtt_ms, kind = (held[column][begin:end] for column in names)
                 addresses = held.src_addresses, held.dst_addresses
                 probe_id = int(held["probe_id"][begin])
-                shard.write(ProbeRow.from_codes(probe_id, time_s, msm_id, src, dst, rtt_ms, *addresses))
+                shard.write(ProbeRow.from_codes(probe_id, time_s, msm_id, src, dst, rtt_ms, kind, *addresses))
         index += shard.index
     return index
 

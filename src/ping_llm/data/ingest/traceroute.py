@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from ping_llm.data.hashing import hash_below, hash_keys, int64_bytes
 from ping_llm.data.ingest.choices import Packets, Traceroute
 from ping_llm.data.ingest.results import MAX_RTT_MS, MIN_RTT_MS, destination_faults, drop, read_addresses, result_table
+from ping_llm.data.measurement import KINDS
 
 REPLIES = {
     "reply_used": "that became measurements",
@@ -59,9 +60,9 @@ def measure_traceroutes(fields: pa.Table, traceroute: Traceroute, packets: Packe
     )
     src = src.or_else(other_src)
     faults = _reply_faults(entries) | {"reply_bad_address": ~hop.valid, "reply_private_address": ~hop.public}
+    of_target = (hop.packed == dst.packed[entries.line]).all(axis=1) & entries.in_last_hop
     if traceroute == "target":
-        of_target = (hop.packed == dst.packed[entries.line]).all(axis=1)
-        faults["reply_not_of_target"] = ~(of_target & entries.in_last_hop)
+        faults["reply_not_of_target"] = ~of_target
     usable, counters = drop(np.ones(len(entries.line), dtype=bool), faults, REPLIES)
     silent, unused = (
         np.bincount(entries.line[replies], minlength=len(fields)) == 0 for replies in (~faults["reply_absent"], usable)
@@ -82,7 +83,8 @@ def measure_traceroutes(fields: pa.Table, traceroute: Traceroute, packets: Packe
     line = entries.line[taken]
     packet = hash_keys(np.hstack([dst.packed[line], int64_bytes(taken - _first_of_each(entries.line)[taken])]))
     rtt_ms = entries.columns["rtt"].to_numpy(zero_copy_only=False)[taken]
-    table = result_table(fields, line, src.packed[line], hop.packed[taken], rtt_ms, packet)
+    kind = np.where(of_target[taken], KINDS.index("target"), KINDS.index("hop"))
+    table = result_table(fields, line, src.packed[line], hop.packed[taken], rtt_ms, packet, kind)
     return table, dropped | counters | {"reply_used": len(taken)}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ping_llm.data.hashing import hash_keys
 from ping_llm.data.ingest.splits import as_text
-from ping_llm.data.measurement import ADDRESS_BYTES, format_address, is_ipv4
+from ping_llm.data.measurement import ADDRESS_BYTES, KINDS, format_address, is_ipv4
 from ping_llm.data.rows import ProbeRow, RowReader, is_part_of
 
 Rows = np.ndarray | slice
@@ -41,6 +41,7 @@ class Measurements(_Columns):
     probe: np.ndarray  # (n,) int64, the source's group: RIPE Atlas prb_id, else negative and made of its address
     time_s: np.ndarray  # (n,) int64, Unix seconds
     rtt_ms: np.ndarray  # (n,) float32, −1 = failed
+    kind: np.ndarray  # (n,) uint8, into KINDS
     part: np.ndarray  # (n,) int8, into parts
     addresses: np.ndarray  # (a, 16) uint8
     parts: tuple[str, ...]
@@ -67,7 +68,7 @@ class Measurements(_Columns):
             high, low = (hash_keys(addresses, salt).astype(np.int64) for salt in (b"group/high", b"group/low"))
             probe = (-2 - ((high << 30) | (low >> 2)))[src_id]
         part_id = np.zeros(len(row), dtype=np.int8)
-        return cls(src_id, dst_id, probe, row.time_s, row.rtt_ms, part_id, addresses, (part,))
+        return cls(src_id, dst_id, probe, row.time_s, row.rtt_ms, row.kind, part_id, addresses, (part,))
 
     @classmethod
     def concatenate(cls, tables: Sequence[Measurements]) -> Measurements:
@@ -79,9 +80,8 @@ class Measurements(_Columns):
         for start, table in zip(starts[:-1], tables, strict=True):
             part_ids = np.array([parts.index(name) for name in table.parts], dtype=np.int8)
             ids = place[start + table.src_id], place[start + table.dst_id]
-            columns.append((*ids, table.probe, table.time_s, table.rtt_ms, part_ids[table.part]))
-        src, dst, probe, time_s, rtt_ms, part = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return cls(src, dst, probe, time_s, rtt_ms, part, addresses, parts)
+            columns.append((*ids, table.probe, table.time_s, table.rtt_ms, table.kind, part_ids[table.part]))
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)), addresses, parts)
 
     def of_part(self, name: str) -> Measurements:
         """The measurements of one part; "val" names all of val-s1 … val-s5."""
@@ -99,6 +99,23 @@ class Measurements(_Columns):
         """(n,) float64, log of the RTT in ms; NaN where there was no answer."""
         return log_rtt(self.rtt_ms)
 
+    @cached_property
+    def prefix(self) -> np.ndarray:
+        """(a,) which /24 (IPv4) or /48 (IPv6) each address lies in, counted from 0."""
+        return prefix_ids(self.addresses, 24, 48)
+
+    @cached_property
+    def host(self) -> np.ndarray:
+        """(a,) equal for the addresses that one probe used as a source, directly or through shared addresses."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        nodes = len(self.addresses)
+        probes, probe = np.unique(self.probe, return_inverse=True)
+        used = np.unique(np.stack([self.src_id.astype(np.int64), nodes + probe]), axis=1)
+        shape = (nodes + len(probes),) * 2
+        return connected_components(coo_array((np.ones(used.shape[1]), tuple(used)), shape), directed=False)[1][:nodes]
+
 
 @dataclass(frozen=True, eq=False)
 class QueryView(_Columns):
@@ -106,7 +123,6 @@ class QueryView(_Columns):
 
     src_id: np.ndarray  # (q,) int32, into addresses
     dst_id: np.ndarray  # (q,) int32
-    probe: np.ndarray  # (q,) int64
     time_s: np.ndarray  # (q,) int64
     context_dst_id: np.ndarray  # (q, K) int32, −1 = none
     context_time_s: np.ndarray  # (q, K) int64
@@ -142,14 +158,25 @@ class Queries:
         return self.measurements.rtt_ms[self.rows]
 
     @property
+    def src_id(self) -> np.ndarray:
+        """(q,) the sources."""
+        return self.measurements.src_id[self.rows]
+
+    @property
     def dst_id(self) -> np.ndarray:
         """(q,) the destinations."""
         return self.measurements.dst_id[self.rows]
 
     @property
-    def probe(self) -> np.ndarray:
-        """(q,) the group of each query's source."""
-        return self.measurements.probe[self.rows]
+    def prefix(self) -> np.ndarray:
+        """(q,) which /24 (IPv4) or /48 (IPv6) the destinations lie in."""
+        return self.measurements.prefix[self.dst_id]
+
+    @classmethod
+    def concatenate(cls, queries: Sequence[Queries]) -> Queries:
+        """All queries, in order; of one table, with contexts of one width."""
+        rows, context = (np.concatenate([getattr(one, name) for one in queries]) for name in ("rows", "context"))
+        return cls(queries[0].measurements, rows, context)
 
     def given(self, k: int) -> Queries:
         """The same queries, given the first k of their context."""
@@ -171,9 +198,8 @@ class Queries:
         """The queries without their answers."""
         table, given = self.measurements, self.context >= 0
         return QueryView(
-            src_id=table.src_id[self.rows],
+            src_id=self.src_id,
             dst_id=self.dst_id,
-            probe=self.probe,
             time_s=table.time_s[self.rows],
             context_dst_id=np.where(given, table.dst_id[self.context], np.int32(-1)),
             context_time_s=np.where(given, table.time_s[self.context], 0),
@@ -185,13 +211,15 @@ class Queries:
 def earlier_measurements(
     measurements: Measurements, rows: np.ndarray, count: int, other_destinations: bool = False
 ) -> np.ndarray:
-    """(q, count) places of the latest measurements of each row's source before its second, most recent first, −1 = none.
+    """(q, count) places of the latest measurements before each row's second, most recent first, −1 = none.
 
-    With `other_destinations` those of the row's own destination are passed over, in a reach of 8 · count.
+    They are of the row's source address and of its kind. With `other_destinations` those to the destination's /24 or /48,
+    and to other addresses of its host, are passed over, in a reach of 8 · count.
     """
-    order = np.lexsort((measurements.time_s, measurements.probe))
-    probe, time_s = measurements.probe[order], measurements.time_s[order]
-    is_first = np.r_[True, (np.diff(probe) != 0) | (np.diff(time_s) != 0)]  # of its source in its second
+    series = measurements.src_id.astype(np.int64) * len(KINDS) + measurements.kind
+    order = np.lexsort((measurements.time_s, series))
+    ordered, time_s = series[order], measurements.time_s[order]
+    is_first = np.r_[True, (np.diff(ordered) != 0) | (np.diff(time_s) != 0)]  # of its series in its second
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
     found = np.full((len(rows), count), -1, dtype=np.int32)
@@ -199,9 +227,10 @@ def earlier_measurements(
         some = rows[start : start + 20_000]
         back = place[some][:, None] - 1 - np.arange(count * (8 if other_destinations else 1))  # (q, reach)
         earlier = order[np.maximum(back, 0)]
-        usable = (back >= 0) & (measurements.probe[earlier] == measurements.probe[some][:, None])
+        usable = (back >= 0) & (series[earlier] == series[some][:, None])
         if other_destinations:
-            usable &= measurements.dst_id[earlier] != measurements.dst_id[some][:, None]
+            for unit in (measurements.prefix, measurements.host):
+                usable &= unit[measurements.dst_id[earlier]] != unit[measurements.dst_id[some]][:, None]
         found[start : start + len(some)] = first_true(usable, earlier, count)
     return found
 

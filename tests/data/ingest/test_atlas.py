@@ -42,7 +42,7 @@ def test_a_result_becomes_a_measurement_of_the_schema(tmp_path):
     first = table.to_pylist()[0]
     assert (format_address(first.pop("src")), format_address(first.pop("dst"))) == ("192.0.2.1", "198.51.100.7")
     want = {"probe_id": 7, "msm_id": 1001, "time_s": 1_700_000_000, "ip_version": 4, "rtt_ms": 19.5}
-    want |= {"packet": 0, "first_of_line": True}
+    want |= {"kind": 0, "packet": 0, "first_of_line": True}
     assert first == want
 
 

@@ -1,7 +1,10 @@
 """Training measurements in, a factor for each source and destination out, whose product is the RTT or its logarithm.
 
-DMFSGD (Liao et al., 2013): non-negative factors of RTT / p99 by stochastic descent of the absolute error. Biased log
-factorisation: log RTT = mean + biases + product, by Adam on the Huber loss. Both place new sources by their context.
+DMFSGD: Liao, Du, Geurts, Leduc, "DMFSGD: A Decentralized Matrix Factorization Algorithm for Network Distance Prediction",
+IEEE/ACM ToN 21, 2013: factors of RTT / p99, non-negative, by stochastic descent of the regularised absolute error. A host
+has a factor as source and one as destination, and one RTT serves both directions (Algorithm 1). In place of single nodes
+random batches are taken, and the rate falls linearly to 0. Biased log factorisation: log RTT = mean + biases + product, by
+Adam on the Huber loss. Both place new sources by their context.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ HUBER_LOG_MS = 0.5
 
 
 class DMFSGD:
-    """RTT = scale · source factor · destination factor, all non-negative."""
+    """RTT = scale · source factor · destination factor, all non-negative unless wished otherwise."""
 
     def __init__(
         self,
@@ -29,25 +32,18 @@ class DMFSGD:
         reg: float = 1e-2,
         rate: float = 0.02,
         passes: int = 150,
+        non_negative: bool = True,
         seed: int = 0,
     ) -> None:
         self.pairs, self.additive = Pairs.of(train), Additive(train)
-        self.reg, self.rate = reg, rate
-        pairs, rng = self.pairs, np.random.default_rng([seed, rank])
-        rtt_ms = np.exp(pairs.log_ms)
+        self.reg, self.rate, self.least = reg, rate, 0.0 if non_negative else -np.inf
+        source, destination, log_ms = _both_ways(self.pairs)
+        rtt_ms, sizes = np.exp(log_ms), (len(self.pairs.probes), len(self.pairs.dst_ids))
         self.scale_ms = float(np.quantile(rtt_ms, 0.99))
         value = rtt_ms / self.scale_ms
-        start = np.sqrt(value.mean() / rank)
-        self.source = start * rng.uniform(0.5, 1.5, (len(pairs.probes), rank))
-        self.destination = start * rng.uniform(0.5, 1.5, (len(pairs.dst_ids), rank))
-        for turn in range(passes):
-            step = rate * (1 - turn / passes)
-            for batch in batches(len(pairs), rng):
-                s, d = pairs.source[batch], pairs.destination[batch]
-                here, there = self.source[s], self.destination[d]
-                sign = np.sign(value[batch] - (here * there).sum(axis=1))[:, None]
-                _add_at(self.source, s, step * (sign * there - reg * here))
-                _add_at(self.destination, d, step * (sign * here - reg * there))
+        self.source, self.destination = absolute_error_factors(
+            source, destination, value, sizes, rank, reg, rate, passes, self.least, seed
+        )
 
     def __call__(self, view: QueryView) -> np.ndarray:
         pairs, predicted = self.pairs, self.additive(view)
@@ -75,8 +71,43 @@ class DMFSGD:
             step = 10 * self.rate * (1 - turn / passes)
             sign = np.where(told, np.sign(value - np.einsum("qkr,qr->qk", there, factors)), 0.0)
             toward = np.einsum("qk,qkr->qr", sign, there) / count - self.reg * (factors - mean)
-            factors = np.maximum(factors + step * toward, 0.0)
+            factors = np.maximum(factors + step * toward, self.least)
         return factors
+
+
+def absolute_error_factors(
+    source: np.ndarray,
+    destination: np.ndarray,
+    value: np.ndarray,
+    sizes: tuple[int, int],
+    rank: int,
+    reg: float,
+    rate: float,
+    passes: int,
+    least: float = 0.0,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (S, r), (D, r) whose products fit the positive values (P,), of which few exceed 1, in absolute error.
+
+    A symmetric matrix is given by both of its triangles. `least` bounds the factors from below.
+    """
+    rng = np.random.default_rng([seed, rank])
+    start = np.sqrt(value.mean() / rank)
+    factors = [start * rng.uniform(0.5, 1.5, (size, rank)) for size in sizes]
+    for turn in range(passes):
+        step = rate * (1 - turn / passes)
+        for batch in batches(len(value), rng):
+            s, d = source[batch], destination[batch]
+            here, there = factors[0][s], factors[1][d]
+            sign = np.sign(value[batch] - (here * there).sum(axis=1))[:, None]
+            for factor, node, toward in (
+                (factors[0], s, sign * there - reg * here),
+                (factors[1], d, sign * here - reg * there),
+            ):
+                places = node[:, None] * rank + np.arange(rank)
+                np.add.at(factor.reshape(-1), places.ravel(), step * toward.ravel())  # four times as fast as by rows
+                np.maximum(factor, least, out=factor)
+    return factors[0], factors[1]
 
 
 class LogFactors:
@@ -173,10 +204,20 @@ def batches(count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     return iter(np.array_split(rng.permutation(count), min(count, max(1, count // np.clip(count // 64, 1, 4096)))))
 
 
-def _add_at(factors: np.ndarray, node: np.ndarray, step: np.ndarray) -> None:
-    """Adds the steps (b, r) to the factors of their nodes (b,), in place; none becomes negative."""
-    np.add.at(factors, node, step)
-    np.maximum(factors, 0.0, out=factors)
+def _both_ways(pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sources, destinations and log-ms of the pairs, and of reverse pairs of known hosts that were not measured."""
+    host = pairs.destination_of(pairs.src_id)  # the source as a destination, −1 = it never was one
+    source_of = np.full(len(pairs.dst_ids), -1)
+    source_of[host[host >= 0]] = pairs.source[host >= 0]
+    back = source_of[pairs.destination]  # the destination as a source
+    usable = (host >= 0) & (back >= 0)
+    measured = np.isin(back * len(pairs.dst_ids) + host, pairs.source * len(pairs.dst_ids) + pairs.destination)
+    rows = np.flatnonzero(usable & ~measured)
+    return (
+        np.concatenate([pairs.source, back[rows]]),
+        np.concatenate([pairs.destination, host[rows]]),
+        np.concatenate([pairs.log_ms, pairs.log_ms[rows]]),
+    )
 
 
 def learn_dmfsgd(train: Measurements, rank: int, reg: float) -> Learned:

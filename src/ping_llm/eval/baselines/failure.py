@@ -113,7 +113,7 @@ class FailureTreeSettings:
     least_leaf: int = 100
     patience: int = 30
     practice_queries: int = 100_000
-    threads: int = 0  # 0 = all cores
+    threads: int = 1  # the fit takes seconds; on a busy machine threads that wait for each other take minutes; 0 = all
 
 
 class FailureTrees:

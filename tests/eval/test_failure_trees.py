@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from ping_llm.eval.baselines.failure import FailureRates, FailureTrees, FailureTreeSettings
+from ping_llm.eval.baselines.failure import FailureFeatures, FailureRates, FailureTrees, FailureTreeSettings
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements
 
 pytest.importorskip("lightgbm")
@@ -36,7 +36,8 @@ def pings(kind: str) -> tuple[Measurements, np.ndarray]:
     packed[:, 10:12], packed[:, 12], packed[:, 13] = 255, 20, np.arange(SOURCES + DESTINATIONS)
     table = Measurements(
         *(source.astype(np.int32), (SOURCES + destination).astype(np.int32), source.astype(np.int64), time_s),
-        *(rtt_ms.astype(np.float32), part.astype(np.int8), packed, ("train", "val", "test")),
+        *(rtt_ms.astype(np.float32), np.zeros(COUNT, dtype=np.uint8), part.astype(np.int8), packed),
+        ("train", "val", "test"),
     )
     return table, p_fail
 
@@ -50,29 +51,25 @@ def brier(chances: np.ndarray, queries: Queries) -> float:
     return float(np.mean((chances - (queries.rtt_ms < 0)) ** 2))
 
 
-def fitted(method, table: Measurements):
-    method.fit(table.of_part("train"), queries_of(table, "val"))
-    return method
-
-
 @cache
 def trees(kind: str) -> FailureTrees:
-    return fitted(FailureTrees(SMALL), pings(kind)[0])
+    table, _ = pings(kind)
+    return FailureTrees(table.of_part("train"), queries_of(table, "val"), SMALL)
 
 
-@pytest.mark.parametrize("told", [0, 10])
-def test_where_loss_depends_on_the_hour_and_the_destination_trees_beat_smoothed_rates(told):
+@pytest.mark.parametrize("k", [0, 10])
+def test_where_loss_depends_on_the_hour_and_the_destination_trees_beat_smoothed_rates(k):
     table, p_fail = pings("evening")
-    queries = queries_of(table, "test").told(told)
+    queries = queries_of(table, "test").given(k)
     least = brier(p_fail[queries.rows], queries)
     found = brier(trees("evening").p_fail(queries.view()), queries)
-    rates = brier(fitted(FailureRates(), table).p_fail(queries.view()), queries)
+    rates = brier(FailureRates(table.of_part("train"), queries_of(table, "val")).p_fail(queries.view()), queries)
     assert found < least + 0.2 * (rates - least)
 
 
 def test_where_there_is_nothing_to_learn_trees_equal_the_base_rate():
     table, _ = pings("nothing")
-    queries = queries_of(table, "test").told(10)
+    queries = queries_of(table, "test").given(10)
     base = np.full(len(queries), (table.of_part("train").rtt_ms < 0).mean())
     assert brier(trees("nothing").p_fail(queries.view()), queries) == pytest.approx(brier(base, queries), rel=0.01)
 
@@ -87,9 +84,7 @@ def test_a_query_does_not_see_its_own_answer_nor_what_was_measured_later():
     assert len(rows)
     found = []
     for known in (train, turned):
-        method = FailureTrees(SMALL)
-        method.fit(known, queries_of(table, "val"))
-        found.append(method._features(Queries(known, rows, earlier_measurements(known, rows, 30)).view()))
+        found.append(FailureFeatures(known)(Queries(known, rows, earlier_measurements(known, rows, 30)).view()))
     rate = [np.mean(known.rtt_ms < 0) for known in (train, turned)]
     assert rate[0] != rate[1]
     np.testing.assert_array_equal(found[0], found[1])
@@ -97,12 +92,11 @@ def test_a_query_does_not_see_its_own_answer_nor_what_was_measured_later():
 
 def test_an_unfamiliar_source_gets_the_chance_of_the_destination():
     table, _ = pings("evening")
-    queries = queries_of(table, "test").told(0)
+    queries = queries_of(table, "test").given(0)
     view = queries.view()
     new = replace(view, src_id=np.full(len(view), SOURCES - 1, dtype=np.int32))
     train = table.of_part("train")
-    method = FailureTrees(SMALL)
-    method.fit(train.take(train.src_id != SOURCES - 1), queries_of(table, "val"))
+    method = FailureTrees(train.take(train.src_id != SOURCES - 1), queries_of(table, "val"), SMALL)
     chances = method.p_fail(new)
     evening = (view.dst_id - SOURCES) % 3 == 0
     evening &= view.time_s % 86_400 >= 16 * 3600
@@ -113,5 +107,5 @@ def test_an_unfamiliar_source_gets_the_chance_of_the_destination():
 def test_where_all_pings_end_alike_the_rate_is_all_there_is(rtt_ms):
     table, _ = pings("nothing")
     table = replace(table, rtt_ms=np.full(len(table), rtt_ms, dtype=np.float32))
-    chances = fitted(FailureTrees(SMALL), table).p_fail(queries_of(table, "test").view())
+    chances = FailureTrees(table.of_part("train"), queries_of(table, "val"), SMALL).p_fail(queries_of(table, "test").view())
     assert np.all(chances == chances[0]) and abs(chances[0] - (rtt_ms < 0)) < 0.001

@@ -30,7 +30,7 @@ def measured(source, destination, rtt_ms, hosts: int, one_host: bool) -> Measure
     zero = np.zeros(len(source), dtype=np.int64)
     return Measurements(
         *(source.astype(np.int32), destination.astype(np.int32), source.astype(np.int64), zero),
-        *(rtt_ms.astype(np.float32), zero.astype(np.int8), packed, ("train",)),
+        *(rtt_ms.astype(np.float32), zero.astype(np.uint8), zero.astype(np.int8), packed, ("train",)),
     )
 
 

@@ -65,10 +65,10 @@ def _head(results: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "With a query, the latest k measurements of its source address are given, all earlier than the query: to any destination",
-        "(`recent`), or to others than the query's (`other`). Baselines are given no more than fits in the model's prompt. Every",
-        "source weighs the same. CRPS is in log-ms, lower is better. 95 % intervals come from 1,000 draws of sources and of",
-        f"destination prefixes; where there are fewer than {LEAST_CLUSTERS} of either, a number stands without one.",
+        "With a query, the latest k measurements of its source address are given, all earlier than the query: of any",
+        "destination (`recent`), or of others than the query's (`other`). Baselines are given no more than fits in the",
+        "model's prompt. Every source weighs the same. CRPS is in log-ms, lower is better. 95 % intervals come from 1,000",
+        f"draws of sources and destination prefixes; with fewer than {LEAST_CLUSTERS} of either, a number has none.",
     ]
 
 
@@ -95,17 +95,17 @@ def _splits(results: Mapping[str, Any]) -> list[str]:
         "pairs",
     )
     return [
-        "A measurement is eligible if train holds, by address, what the part's name says: s1 the pair, s2 both endpoints, s3 the",
-        "destination alone, s4 the source alone, s5 neither. Prefixes are /24 and /48 of destinations. The last columns say how",
-        "many queries have 10 earlier measurements to be given.",
+        "A measurement is eligible if train holds, by address, what the part's name says: s1 the pair, s2 both endpoints,",
+        "s3 the destination alone, s4 the source alone, s5 neither. Prefixes are /24 and /48 of destinations. The last",
+        "columns say how many queries have 10 earlier measurements to be given.",
         "",
         *_table((*head, "10 recent", "10 other"), rows),
     ]
 
 
 _PRIMARY = (
-    "CRPS of each method ÷ that of its comparator, which is the baseline that was best in the same cell of val. In brackets: ÷",
-    "that of the baseline that turned out best in the cell of test, which nobody could have known.",
+    "CRPS of each method ÷ that of the comparator: the baseline that was best in the same cell of val. In brackets: ÷ that",
+    "of the baseline that turned out best in the cell of test, which nobody could have known.",
 )
 _REPEAT = (
     "The context may hold earlier pings of the very pair: repeating them is hard to beat. CRPS ÷ the comparator's, and in",

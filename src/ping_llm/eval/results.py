@@ -88,7 +88,7 @@ def make_resamples(splits: Sequence[SplitQueries], seed: int) -> Resamples:
 
 
 def source_means(scores: pa.Table) -> dict[str, dict[str, np.ndarray]]:
-    """Of each method its sources (s,) in a long table, ascending, as `source`, and their MEANS; NaN where no query counts."""
+    """Of each method of a long table its sources (s,), ascending, as `source`, and their MEANS; NaN where none counts."""
     columns = ", ".join(f"avg({sql}) AS {name}" for name, sql in MEANS.items())
     query = f"SELECT method, source, {columns} FROM scores GROUP BY method, source ORDER BY method, source"
     with duckdb.connect(config={"threads": 1}) as connection:  # one order of additions: equal scores have equal means
@@ -137,8 +137,8 @@ def summarize_cell(
 ) -> CellScores:
     """Aggregates over the queries that every method answered, which are the first ones of the cell.
 
-    Ratios are of CRPS to the comparator's, and to that of the baseline that turned out best here; of val, where baselines are
-    compared, that is the comparator.
+    Ratios are of CRPS to the comparator's, and to that of the baseline that turned out best here. Without a comparator, in
+    val, that one is it.
     """
     common = min(len(one.rtt_ms) for one in scores.values())
     queries = cell.queries.take(slice(common))
@@ -172,7 +172,7 @@ def summarize_cell(
 def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, str]) -> str | None:
     """The baseline with the least CRPS in the val cell that a cell of test corresponds to; None for a cell of val.
 
-    Where val has no such cell, the least geometric mean over all of its cells of the family, draw and k, or of the draw and k.
+    Where val has no such cell, the least geometric mean over all of its cells of the family, draw and k, or draw and k.
     """
     if cell.split in VAL_SPLITS:
         return None
@@ -188,8 +188,8 @@ def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, st
 
 
 def summaries(cells: Sequence[CellScores]) -> dict[str, dict[str, Any]]:
-    """Of the test cells: "primary", the ten numbers of PRIMARY for pings; "repeat", the cells whose context may hold the pair
-    itself; "target", the ten numbers for the targets of traceroutes. See `summarize`."""
+    """Of the test cells: "primary", the ten numbers of PRIMARY for pings; "repeat", the cells whose context may hold the
+    pair itself; "target", the ten numbers for the targets of traceroutes. See `summarize`."""
     tested = [cell for cell in cells if cell.split not in VAL_SPLITS and cell.answered]
     ten = [cell for cell in tested if (number_of(cell.split), cell.draw, cell.k) in PRIMARY or cell.split == EXTERNAL]
     ten = [cell for cell in ten if (cell.draw, cell.k) in {(draw, k) for _, draw, k in PRIMARY}]

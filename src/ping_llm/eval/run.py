@@ -169,10 +169,7 @@ def _answer_all(
     """
     resamples, done = make_resamples(splits, options.seed), list[CellScores]()
     cells = [cell for split in splits if len(split) for cell in split.cells()]
-    first, baselines = (
-        slice(options.model_queries_per_cell),
-        [name for name, kind in kinds.items() if kind == "baseline"],
-    )
+    first = slice(options.model_queries_per_cell)
     total = sum(len(predictors) * len(c.queries) + len(models) * len(c.queries.take(first)) for c in cells)
     with score_writer(options.folder / TABLE_NAME) as write, show_progress("answer", total, "queries") as advance:
         for number, cell in enumerate(cells):

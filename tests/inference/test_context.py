@@ -127,6 +127,18 @@ def test_all_measurements_that_are_given_probabilities_are_of_the_source_of_the_
     assert MODEL.log_prob(measured, context=[ping(time_s=AT - 9)], one_host=True).shape == (2,)
 
 
+def test_the_context_is_earlier_than_the_first_of_the_measurements_that_are_given_probabilities():
+    with pytest.raises(ValueError, match="not earlier than the query at 2023-11-14T22:13:20Z"):
+        MODEL.log_prob([ping(time_s=AT + 9), ping(time_s=AT)], context=[ping(time_s=AT)])
+
+
+def test_what_is_too_much_to_be_read_is_checked_too():
+    context = [ping(OTHER, AT - 99), *(ping(time_s=AT - 60 + i) for i in range(50))]
+    with pytest.raises(ValueError, match=f"holds a ping of {OTHER}"):
+        in_batch_by_id(context, False)
+    assert in_batch_by_id(context, True) == pytest.approx(in_batch_by_id(context[1:], True), rel=1e-9)
+
+
 def test_measurements_of_one_second_have_the_same_past_and_none_of_each_other():
     rows = [ping(time_s=AT - 9), ping(time_s=AT - 5), ping(time_s=AT), ping(time_s=AT, rtt=5.0), ping(time_s=AT + 1)]
     times = [q.context.time_s.tolist() for q in History(Context.parse(rows), 2).queries(range(5))]

@@ -10,6 +10,6 @@ from ping_llm.eval.metrics import Scores, long_table
 from ping_llm.eval.results import aggregate, source_means
 
 
-def line_of(scores: Scores, probe: np.ndarray) -> dict[str, Any]:
+def line_of(scores: Scores, source: np.ndarray) -> dict[str, Any]:
     """The aggregates of scores whose queries have these sources (q,)."""
-    return aggregate(scores, probe, source_means(long_table({"one": scores}, probe))["one"])
+    return aggregate(scores, source, source_means(long_table({"one": scores}, source))["one"])

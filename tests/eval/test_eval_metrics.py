@@ -12,7 +12,7 @@ from ping_llm.data.measurement import format_address
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements
 from ping_llm.eval.distribution import INNER_LEVELS, LEAST_WIDTH, LEVELS, SUPPORT, QuantileDistributions, pool
 from ping_llm.eval.metrics import Scores, auc, long_table, score, weighted_quantile
-from ping_llm.eval.results import SourceBootstrap, source_means
+from ping_llm.eval.results import source_means
 
 
 def normal_distributions(mean, sd) -> QuantileDistributions:
@@ -137,12 +137,9 @@ def test_each_source_weighs_the_same():
     assert cell["crps_log"] == pytest.approx((0.01 + 0.5 + 0.5) / 3)
     assert cell["within"][10] == pytest.approx(1 / 3)
     assert cell["median_rel_error"] == pytest.approx(0.5, abs=0.01)
-    of_sources = source_means(long_table({"one": plain_scores(error)}, source))["one"]["crps_log"]
-    drawn = SourceBootstrap(np.arange(3), np.array([[3.0, 0.0, 0.0]])).means(np.arange(3), of_sources)
-    assert drawn == pytest.approx([0.01])
     means = source_means(long_table({"one": plain_scores(np.r_[error[:99], np.nan])}, source))["one"]
     np.testing.assert_allclose(means["crps_log"], [0.01, 0.5, np.nan])
-    np.testing.assert_array_equal(means["probe"], [0, 1, 2])
+    np.testing.assert_array_equal(means["source"], [0, 1, 2])
 
 
 @given(st.integers(0, 10**6))
@@ -193,8 +190,8 @@ def test_context_is_the_latest_earlier_measurements_of_the_source(table, other):
     rows = np.arange(0, len(table), 7)
     found = earlier_measurements(table, rows, 6, other_destinations=other)
     for row, context in zip(rows, found, strict=True):
-        same = (table.probe == table.probe[row]) & (table.time_s < table.time_s[row])
-        same &= (table.dst_id != table.dst_id[row]) | (not other)
+        same = (table.src_id == table.src_id[row]) & (table.time_s < table.time_s[row])
+        same &= (table.prefix[table.dst_id] != table.prefix[table.dst_id[row]]) | (not other)
         times = np.sort(table.time_s[same])[::-1][:6]
         known = context[context >= 0]
         np.testing.assert_array_equal(table.time_s[known], times)

@@ -1,4 +1,4 @@
-"""PingBench end to end on a synthetic Internet, and the arithmetic of its headline."""
+"""PingBench end to end on a synthetic Internet, and the arithmetic of its summaries."""
 
 import json
 import sys
@@ -23,13 +23,14 @@ from ping_llm.eval.baselines.history import ROLLING_MEDIAN, PairHistory
 from ping_llm.eval.baselines.neighbours import PROFILE_KNN
 from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN, SOURCE_MEDIAN
 from ping_llm.eval.baselines.stack import Stack
+from ping_llm.eval.bootstrap import Resamples
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
 from ping_llm.eval.metrics import error_quantiles, score, source_weights
 from ping_llm.eval.model import TRUE_DISTRIBUTION
 from ping_llm.eval.options import EvalOptions
-from ping_llm.eval.queries import Cell
-from ping_llm.eval.results import SourceBootstrap, geometric_mean, headline, interval, summarize_cell
+from ping_llm.eval.queries import SPLITS, VAL_SPLITS, Cell
+from ping_llm.eval.results import CellScores, comparator_of, summaries, summarize_cell
 from ping_llm.eval.run import evaluate, leak_problem
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
@@ -100,15 +101,15 @@ def bench(world) -> dict:
 def test_no_method_beats_the_distribution_that_made_the_pings(bench):
     """In each cell the true distribution may be behind by chance only; over all of them, by nothing."""
     assert "stack" in bench["methods"]
-    counted = [cell for cell in bench["cells"] if cell["counts"]]
-    assert len(counted) >= 33
+    counted = [cell for cell in bench["cells"] if cell["answered"] >= 50 and cell["sources"] >= 5]
+    assert len(counted) >= 50
     for cell in counted:
         crps = {name: one["crps_log"] for name, one in cell["methods"].items()}
         assert crps[TRUE_DISTRIBUTION] < 1.1 * min(crps.values()), (cell["split"], cell["draw"], cell["k"])
         nll = {name: one["nll_nats"] for name, one in cell["methods"].items()}
         assert nll[TRUE_DISTRIBUTION] < min(nll.values()) + 0.1
-    line = bench["headline"][TRUE_DISTRIBUTION]
-    assert line["interval"][1] < 1 and line["geometric_mean"] < 0.8
+    line = bench["primary"]["methods"][TRUE_DISTRIBUTION]
+    assert line["geometric_mean"] < 0.8 and max(line["ratio"]) < 1.1
     covered = [cell["methods"][TRUE_DISTRIBUTION]["coverage"]["90"] for cell in counted]
     assert np.mean(covered) == pytest.approx(0.9, abs=0.03)
 
@@ -117,21 +118,31 @@ def test_no_method_beats_the_distribution_that_made_the_pings(bench):
 def test_every_split_is_reported_and_every_answer_kept(world, bench):
     report = (world / "baselines" / "report.md").read_text()
     counts = read_manifest(world / "rows")["parts"]
-    for split in ("test-s1", "test-s2", "test-s3", "test-s4", "test-s5"):
-        assert f"\n## {split}\n" in report
+    for split in (*VAL_SPLITS, *SPLITS):
+        assert (f"\n### {split}, pings\n" in report) == bool(counts[split])
         cells = [cell for cell in bench["cells"] if cell["split"] == split]
-        assert len(cells) == (11 if counts[split] else 0)
+        assert len(cells) == (11 if counts[split] else 0) and {cell["family"] for cell in cells} <= {"ping"}
+        band, number = split.split("-")
         for cell in cells:
             of_cell = (field("split") == split) & (field("draw") == cell["draw"]) & (field("k") == cell["k"])
             table = pq.read_table(world / "baselines" / "queries.parquet", filters=of_cell)
-            assert table.num_rows == bench["splits"][split]["queries"] * len(bench["methods"])
+            assert table.num_rows == bench["splits"][band]["ping"][number]["queries"] * len(bench["methods"])
             assert set(table.column("method").to_pylist()) == set(bench["methods"])
-    assert {"split", "draw", "k", "query", "src_addr", "dst_addr", "event_time", "rtt", "p_fail", "nll_nats"} | {
-        *("crps_log", "pit", "q0.5")
-    } <= set(table.column_names)
-    assert "Fewer than the 300 wanted" in report  # the new sources are few
+    assert {
+        "family",
+        "split",
+        "draw",
+        "k",
+        "query",
+        "src_addr",
+        "dst_addr",
+        "event_time",
+        "rtt",
+        "p_fail",
+        "nll_nats",
+    } | {*("crps_log", "pit", "q0.5")} <= set(table.column_names)
     pictures = {path.name for path in (world / "baselines").glob("*.png")}
-    assert pictures == {"ratio_by_cell.png", "error_cdf.png", "error_by_k.png", "calibration.png"} | (
+    assert pictures == {"primary.png", "ratio_by_cell.png", "error_cdf.png", "error_by_k.png", "calibration.png"} | (
         {"calibration_far.png"} if counts["test-s5"] else set()
     )
     assert json.loads((world / "baselines" / "results.json").read_text())["cells"] == bench["cells"]
@@ -163,6 +174,43 @@ def test_a_model_is_scored_beside_the_baselines(world, run):
     assert "LEAK" not in report and "bits per destination" in report and "std of log p" in report
     names = {path.stem for path in (world / "scored").glob("*.png")}
     assert {"loss_per_field", "densities", "ratio_by_cell"} <= names
+
+
+@pytest.mark.slow
+def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together(world, run, tmp_path):
+    """Baselines here, the model there, and both put together without either: the numbers of one evaluation of both."""
+    options = EvalOptions(
+        *(run, world / "rows"), quick=True, queries=30, model_queries=3, src_known=("all",), device="cpu", seq_len=96
+    )
+
+    def results_of(**changes) -> dict:
+        return evaluate(replace(options, **changes))
+
+    together = results_of(out=tmp_path / "together")
+    results_of(run=None, baselines_only=True, out=tmp_path / "baselines")
+    alone = results_of(model_only=True, out=tmp_path / "model")
+    assert set(alone["methods"]) == {"ping-llm, source all"} and not alone["primary"]["cells"]
+    assert "LEAK" not in (tmp_path / "model" / "report.md").read_text()
+    folders = tmp_path / "baselines", tmp_path / "model"
+    for found in (
+        results_of(run=None, scores=folders, out=tmp_path / "put"),
+        results_of(scores=folders[:1], out=tmp_path / "added"),
+    ):
+        assert set(found["methods"]) == set(together["methods"])
+        assert found["loss_per_field"] == together["loss_per_field"] and found["splits"] == together["splits"]
+        for one, other in zip(found["cells"], together["cells"], strict=True):
+            assert (one["split"], one["comparator"]) == (other["split"], other["comparator"])
+            for method, line in other["methods"].items():
+                for name in ("crps_log", "nll_nats", "fail_brier", "median_rel_error", "crps_ratio"):
+                    np.testing.assert_allclose(one["methods"][method][name] or 0, line[name] or 0, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"gave other contexts .* same --seq-len"):
+        results_of(run=None, scores=folders, out=tmp_path / "x", seq_len=40)
+    with pytest.raises(ValueError, match="answered other queries than these; name rows, --queries and --seed of it"):
+        results_of(run=None, scores=folders, out=tmp_path / "x", seed=1)
+    (tmp_path / "model" / "queries.parquet").unlink()
+    for folder in (tmp_path / "model", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="name a folder that ping-llm eval wrote"):
+            results_of(run=None, scores=(folder,), out=tmp_path / "x")
 
 
 def test_rows_that_the_run_may_have_seen_are_refused(world, run, tmp_path):
@@ -203,7 +251,9 @@ def test_other_rows_are_one_external_split_and_a_leak_is_reported_in_red(world, 
     )
     prepare([str(world / "dump")], tmp_path / "again", workers=1, split="none")
     results = evaluate(replace(options, data=tmp_path / "again", allow_leak=True))
-    assert list(results["splits"]) == ["external"] and results["splits"]["external"]["queries"] == 20
+    assert list(results["splits"]) == ["val", "external"]
+    assert results["splits"]["external"]["ping"]["external"]["queries"] == 20
+    assert {cell["split"] for cell in results["primary"]["cells"]} == {"external"}
     report = (tmp_path / "out" / "report.md").read_text()
     assert "color:red" in report and "LEAK" in report and "\n## external\n" in report
     assert (tmp_path / "out" / "calibration_far.png").exists()
@@ -214,6 +264,7 @@ def test_other_rows_are_one_external_split_and_a_leak_is_reported_in_red(world, 
     [
         ([], "name the run folder of a trained model, or give --baselines-only"),
         (["--baselines-only"], "without a run, give --data ROWS and --out DIR"),
+        (["{out}", "--baselines-only", "--model-only"], "leave nothing to score"),
         (["--baselines-only", "--data", "{rows}", "--out", "{out}", "--queries", "-1"], "queries=-1 must be 0 or more"),
         (["--baselines-only", "--data", "{out}", "--out", "{out}"], 'run "ping-llm prepare'),
         (["--baselines-only", "--data", "{plain}", "--out", "{out}"], "holds no test part"),
@@ -237,31 +288,6 @@ def test_without_lightgbm_what_to_install_is_said(world, tmp_path, capsys, monke
     assert "pip install 'ping-llm[baselines]'" in capsys.readouterr().err
 
 
-def test_bootstrap_of_a_mean_has_the_spread_of_a_mean():
-    """Of 400 standard normal sources the mean spreads by 1 / 20; in strata, by that within them."""
-    rng = np.random.default_rng(0)
-    sources, values = np.arange(400), rng.normal(0, 1, 400)
-    plain = SourceBootstrap.draw(sources, np.zeros(400), np.random.default_rng(1), 4000).means(sources, values)
-    assert plain.mean() == pytest.approx(values.mean(), abs=0.005)
-    assert plain.std() == pytest.approx(values.std() / 20, rel=0.05)
-    low, high = interval(plain)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
-    apart = np.where(sources < 200, 10.0, -10.0)
-    stratified = SourceBootstrap.draw(sources, sources < 200, np.random.default_rng(1), 200).means(sources, apart)
-    assert (stratified == 0).all()
-
-
-def test_bootstrap_compares_within_the_same_sources_and_leaves_out_nan():
-    sources = np.arange(50)
-    bootstrap = SourceBootstrap.draw(sources, np.zeros(50), np.random.default_rng(0), 300)
-    values = np.random.default_rng(1).lognormal(0, 2, 50)
-    np.testing.assert_allclose(bootstrap.means(sources, 0.7 * values) / bootstrap.means(sources, values), 0.7)
-    some = np.where(sources % 2 == 0, 3.0, np.nan)
-    known = bootstrap.means(sources, some)
-    assert set(np.round(known[np.isfinite(known)], 9)) == {3.0}
-    assert bootstrap.means(sources[:3], values[:3]).shape == (300,)
-
-
 def point_distributions(medians: np.ndarray) -> QuantileDistributions:
     """All but a thousandth of each distribution lies evenly within ± 0.5 log-ms of its median."""
     knots = np.log(medians)[:, None] + np.array([-0.5, 0, 0.5])
@@ -270,37 +296,96 @@ def point_distributions(medians: np.ndarray) -> QuantileDistributions:
     return QuantileDistributions(np.concatenate([SUPPORT[0] * ends, knots, SUPPORT[1] * ends], axis=1), levels)
 
 
-def make_cell(split: str, sources: int, each: int = 20) -> Cell:
-    count = sources * each
-    columns = [np.zeros(count, dtype=np.int32)] * 2 + [np.repeat(np.arange(sources), each), np.arange(count)]
+def make_cell(
+    split: str, sources: int, prefixes: int = 40, draw: str = "none", k: int = 0, family: str = "ping"
+) -> Cell:
+    """20 answered queries of each source, to all prefixes in turn."""
+    count = 20 * sources
+    dst = np.arange(count) % prefixes
+    addresses = np.zeros((prefixes, 16), np.uint8)
+    addresses[:, 10:12], addresses[:, 12], addresses[:, 14] = 255, 30, np.arange(prefixes)
     table = Measurements(
-        *columns, np.full(count, 10.0, np.float32), np.zeros(count, np.int8), np.zeros((1, 16), np.uint8), (split,)
+        *(np.repeat(np.arange(sources), 20).astype(np.int32), dst.astype(np.int32), np.zeros(count, np.int64)),
+        *(np.arange(count), np.full(count, 10.0, np.float32), np.zeros(count, np.uint8), np.zeros(count, np.int8)),
+        *(addresses, (split,)),
     )
-    return Cell(split, "none", 0, Queries(table, np.arange(count), np.zeros((count, 0), dtype=np.int32)))
+    return Cell(family, split, draw, k, Queries(table, np.arange(count), np.full((count, k), -1, dtype=np.int32)))
 
 
-def test_headline_by_hand():
-    """One cell with half of the best baseline's CRPS, one with twice it, one with too few sources to count."""
-    kinds = {"good": "baseline", "bad": "baseline", "model": "model"}
+KINDS = {"steady": "baseline", "lucky": "baseline", "model": "model"}
+
+
+def summarized(cell: Cell, lucky: float, model: float, comparator: str | None = None) -> CellScores:
+    """A cell where the CRPS of "lucky" and of the model are so many times that of "steady"."""
+    rtt_ms = cell.queries.rtt_ms
+    steady = score(point_distributions(np.full(len(rtt_ms), 15.0)), np.full(len(rtt_ms), 0.1), rtt_ms)
+    others = {name: replace(steady, crps_log=by * steady.crps_log) for name, by in (("lucky", lucky), ("model", model))}
+    resamples = Resamples(np.arange(100), np.arange(100), draws=100)
+    return summarize_cell(cell, {"steady": steady} | others, KINDS, resamples, comparator, 3.5)
+
+
+def test_the_comparator_is_the_best_baseline_of_val_whatever_test_says():
+    val = summarized(make_cell("val-s2", 30), lucky=2.0, model=0.8)
+    assert (val.comparator, val.best_baseline) == ("steady", "steady")
+    assert val.methods["model"]["crps_ratio"] == pytest.approx(0.8)
+    cell = make_cell("test-s2", 30)
+    comparator = comparator_of(cell, [val], KINDS)
+    test = summarized(cell, lucky=0.5, model=0.8, comparator=comparator)
+    assert (test.comparator, test.best_baseline, test.context_fitted) == ("steady", "lucky", 3.5)
+    line = test.methods["model"]
+    assert (line["crps_ratio"], line["ratio_best"]) == (pytest.approx(0.8), pytest.approx(1.6))
+    np.testing.assert_allclose(line["ratio_interval"], 0.8)  # all queries alike
+    assert comparator_of(make_cell("val-s2", 30), [val], KINDS) is None
+
+
+def test_a_comparator_is_looked_for_in_the_family_if_val_lacks_the_cell_then_anywhere():
+    lucky = [summarized(make_cell(f"val-s{i}", 30), lucky=0.1, model=1) for i in (1, 2)]
+    steady = summarized(make_cell("val-s3", 30), lucky=20, model=1)
+    target = summarized(make_cell("val-s3", 30, family="target"), lucky=3, model=1)
+    done = [*lucky, steady, target]
+    assert comparator_of(make_cell("test-s3", 30), done, KINDS) == "steady"
+    assert comparator_of(make_cell("external", 30), done, KINDS) == "lucky"  # (0.1 · 0.1 · 20)^⅓ < 1
+    assert comparator_of(make_cell("test-s5", 30, family="target"), done, KINDS) == "steady"
+    assert comparator_of(make_cell("test-s5", 30, draw="other", k=5), done, KINDS) is None
+    assert comparator_of(make_cell("test-s5", 30, family="target"), lucky, KINDS) == "lucky"
+
+
+@pytest.mark.parametrize(("sources", "prefixes", "has"), [(30, 30, True), (29, 40, False), (40, 29, False)])
+def test_intervals_need_thirty_sources_and_prefixes(sources, prefixes, has):
+    line = summarized(make_cell("test-s1", sources, prefixes), 2.0, 0.5, "steady").methods["model"]
+    assert (line["ratio_interval"] is not None) == (line["crps_interval"] is not None) == has
+
+
+def test_the_primary_result_is_ten_numbers_of_test_and_their_geometric_mean():
     cells = []
-    for split, sources, factor in (("a", 30, 0.5), ("b", 30, 2.0), ("c", 2, 0.1)):
-        cell = make_cell(split, sources)
-        rtt_ms, p_fail = cell.queries.rtt_ms, np.full(len(cell.queries), 0.1)
-        good = score(point_distributions(np.full(len(rtt_ms), 15.0)), p_fail, rtt_ms)
-        bad = score(point_distributions(np.full(len(rtt_ms), 40.0)), p_fail, rtt_ms)
-        scores = {"good": good, "bad": bad, "model": replace(good, crps_log=factor * good.crps_log)}
-        bootstrap = SourceBootstrap.draw(np.arange(sources), np.zeros(sources), np.random.default_rng(0), 50)
-        cells.append(summarize_cell(cell, scores, kinds, bootstrap))
-        assert cells[-1].best_baseline == "good"
-        assert cells[-1].methods["model"]["crps_ratio"] == pytest.approx(factor)
-        np.testing.assert_allclose(cells[-1].methods["model"]["ratio_interval"], factor)
-    line = headline(cells, kinds)
-    assert set(line) == {"model"}
-    assert line["model"]["geometric_mean"] == pytest.approx(1.0)  # √(0.5 · 2)
-    assert line["model"]["by_draw"] == {cells[0].draw: pytest.approx(1.0)}
-    assert line["model"]["win_rate"] == 0.5
-    assert (line["model"]["cells"], line["model"]["cells_too_small"]) == (2, 1)
-    assert geometric_mean([0.5, 0.5, 4]) == pytest.approx(1)
+    for band in ("val", "test"):
+        for number in range(1, 6):
+            for draw, k in (("none", 0), ("recent", 10), ("other", 10), ("other", 30)):
+                cell = make_cell(f"{band}-s{number}", 40 if number < 5 else 5, draw=draw, k=k)
+                cells.append(summarized(cell, 2.0, 0.5 if k else 2.0, "steady"))
+    cells.append(summarized(make_cell("test-s1", 40, draw="other", k=10, family="target"), 2.0, 0.25, "steady"))
+    found = summaries(cells)
+    primary = found["primary"]
+    assert [(cell["split"], cell["draw"], cell["k"]) for cell in primary["cells"]] == [
+        (f"test-s{number}", *rest) for number in range(1, 6) for rest in (("none", 0), ("other", 10))
+    ]
+    line = primary["methods"]["model"]
+    np.testing.assert_allclose(line["ratio"], [2, 0.5] * 5)
+    assert line["geometric_mean"] == pytest.approx(1) and line["geometric_mean_interval"] is None  # s5 has 5 sources
+    assert [one is None for one in line["interval"]] == [False] * 8 + [True] * 2
+    np.testing.assert_allclose(found["repeat"]["methods"]["model"]["ratio"], [0.5] * 5)
+    assert found["repeat"]["cells"][0]["draw"] == "recent"
+    assert found["target"]["methods"]["model"]["ratio"] == [pytest.approx(0.25)]
+    assert found["target"]["methods"]["model"]["geometric_mean_interval"] is not None
+
+
+def test_a_cell_without_an_answer_has_no_ratio_and_stands_in_no_summary():
+    cell = make_cell("test-s4", 3)
+    failed = replace(cell.queries.measurements, rtt_ms=np.full(60, -1, np.float32))
+    found = summarized(replace(cell, queries=replace(cell.queries, measurements=failed)), 1.0, 1.0, "steady")
+    assert found.answered == 0 and found.best_baseline is None
+    assert found.methods["model"]["crps_ratio"] is None and np.isnan(found.methods["model"]["crps_log"])
+    assert summaries([found])["primary"] == {"cells": [], "methods": {}}
 
 
 def test_errors_are_ranked_with_each_source_weighing_the_same():

@@ -47,8 +47,8 @@ def build_prompt(query: Query, seq_len: int) -> Prompt:
 
 
 def fitting_places(query: Query, seq_len: int) -> np.ndarray:
-    """Places of what fits of a query's context in seq_len tokens, ascending, (n,): some measurements of the same destination,
-    up to half, and the most recent."""
+    """Places of what fits of a query's context in seq_len tokens, ascending, (n,): some measurements of the same
+    destination, up to half, and the most recent."""
     ranked, fitting, too_many = _most_useful_first(query), 0, len(query.context) + 1
     count = len(query.context)  # most often all fit
     while too_many - fitting > 1:

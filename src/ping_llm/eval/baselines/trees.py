@@ -7,6 +7,7 @@ stop where the loss on val is least.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,6 @@ from ping_llm.data.measurement import is_ipv4
 from ping_llm.eval.baselines.base import (
     Baseline,
     Learned,
-    PointMethod,
-    Task,
     bucket_keys,
     bucket_quantiles,
     evidence,
@@ -60,7 +59,7 @@ class TreeSettings:
     practice_queries: int = 40_000
     practice_per_source: int = 150
     patience: int = 30  # trees without a lower loss on val, after which no more are made
-    threads: int = 0  # 0 = all cores
+    threads: int = 1  # on a busy machine threads that wait for each other take minutes; 0 = all cores
 
 
 class Features:
@@ -96,11 +95,10 @@ class LightGBM(Baseline):
     def learn(self) -> dict[str, Any]:
         """Learns from practice queries, stops on val, and collects the levels there."""
         self._features = Features(self.task.train, [self.task.learned(method) for method in METHODS])
-        practice = [self._practised(seed) for seed in range(FOLDS)]
-        of_val = [(*self._features(view), answers) for view, answers in self.task.choice_views]
-        self._boosters = _boost(practice, of_val, self.settings)
-        self._quantiles = remember(self._predict)
         views, answers = zip(*self.task.choice_views, strict=True)
+        of_val = [(*self._features(view), y) for view, y in self.task.choice_views]
+        self._boosters = _boost([self._practised(seed) for seed in range(FOLDS)], of_val, self.settings)
+        self._quantiles = remember(self._predict)
         fallen = np.concatenate([_level_of(self._quantiles(view), y) for view, y in zip(views, answers, strict=True)])
         self._levels = bucket_quantiles(fallen, bucket_keys(np.concatenate(list(map(self.task.evidence, views)))))
         return {"trees": [booster.best_iteration for booster in self._boosters]}
@@ -115,39 +113,31 @@ class LightGBM(Baseline):
         x, base = self._features(view)
         return np.sort(base[:, None] + np.stack([booster.predict(x) for booster in self._boosters], axis=1), axis=1)
 
-    def _practised(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features, bases and answers of one fold."""
+    def _practised(self, seed: int) -> tuple[np.ndarray, ...]:
+        """Features, bases and answers of the practice queries of one fold."""
         rest, queries = _practice(self.task.train, seed, self.settings)
-        return (
-            *Features(rest, [_learn_anew(self.task, one, rest) for one in METHODS])(queries.view()),
-            log_rtt(queries.rtt_ms),
-        )
-
-
-def _learn_anew(task: Task, method: PointMethod, train: Measurements) -> Learned:
-    choice = task.choice(method)
-    return choice.apply(method.learn(train, **choice.setting), method, Pairs.of(train))
+        pairs, learned = Pairs.of(rest), []
+        for method in METHODS:
+            choice = self.task.choice(method)
+            learned.append(choice.apply(method.learn(rest, **choice.setting), method, pairs))
+        return (*Features(rest, learned)(queries.view()), log_rtt(queries.rtt_ms))
 
 
 def _boost(
-    practice: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    of_val: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    settings: TreeSettings,
+    practice: Sequence[tuple[np.ndarray, ...]], of_val: Sequence[tuple[np.ndarray, ...]], settings: TreeSettings
 ) -> list[lightgbm.Booster]:
     """One booster for each of LEVELS, of features, bases and answers."""
     import lightgbm
 
-    (x, y), (val_x, val_y) = (
-        (np.concatenate([x for x, _, _ in cases]), np.concatenate([y - base for _, base, y in cases]))
-        for cases in (practice, of_val)
-    )
+    x, base, y = (np.concatenate(column) for column in zip(*practice, strict=True))
+    val_x, val_base, val_y = (np.concatenate(column) for column in zip(*of_val, strict=True))
     size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
     exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
     parameters = {"objective": "quantile", "verbosity": -1} | size | exact
     boosters = []
     for level in LEVELS:
-        data = lightgbm.Dataset(x, y)
-        held = lightgbm.Dataset(val_x, val_y, reference=data)
+        data = lightgbm.Dataset(x, y - base)
+        held = lightgbm.Dataset(val_x, val_y - val_base, reference=data)
         stop: list[Any] = [lightgbm.early_stopping(settings.patience, verbose=False)]
         boosters.append(
             lightgbm.train(parameters | {"alpha": level}, data, settings.trees, valid_sets=[held], callbacks=stop)

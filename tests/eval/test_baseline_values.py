@@ -147,7 +147,8 @@ def test_a_context_moves_a_known_source_that_has_moved(kind):
 
 def test_prefix_neighbours_answer_a_known_pair_by_its_median_and_weigh_the_rest_by_agreement():
     lines = [(HERE, THERE, 1, 10.0), (HERE, THERE, 2, 30.0), (FAR, THERE, 3, 50.0), (FAR, WIDE, 4, 70.0)]
-    train, view = last_query(*lines, (HERE, THERE, 10, 1.0))
+    mates = [(f"20.0.0.{byte}", THERE, 5, 50.0) for byte in (3, 4, 5)]  # together they would weigh more than the pair
+    train, view = last_query(*lines, *mates, (HERE, THERE, 10, 1.0))
     assert np.exp(PrefixNeighbours(train)(view)) == pytest.approx(np.exp((np.log(10) + np.log(30)) / 2))
     train, view = last_query(*lines, (MATE, THERE, 10, 1.0))  # 4^4 · 2^3 of its /24, 4^4 of FAR, 4^2 of WIDE
     assert np.exp(PrefixNeighbours(train)(view)) == pytest.approx(np.exp((np.log(10) + np.log(30)) / 2))

@@ -1,4 +1,4 @@
-"""The sixteen predictors that a model is compared with: they see the same rows, and choose everything on val."""
+"""The seventeen predictors that a model is compared with: they see the same rows, and choose everything on val."""
 
 from __future__ import annotations
 

@@ -50,11 +50,19 @@ def test_the_macro_mean_weighs_sources_alike_and_ratios_are_of_it():
 
 def test_the_draws_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
-    src, dst, one, *_ = bench(rng, 40, 35, 5, 0.3, 0.3)
-    src, dst = 3 * src + 7, 100 - dst  # ids are any numbers
-    resamples = Resamples(np.r_[src, 1], np.r_[dst, 2], seed=1, draws=5)
-    got = Clusters(src, dst, resamples).log_means(one)
-    for r in range(5):
+    src, dst, one, other, _ = bench(rng, 40, 35, 5, 0.3, 0.3)
+    order = rng.permutation(len(src))
+    src, dst, one, other = 3 * src[order] + 7, 100 - dst[order], one[order], other[order]  # ids are any numbers
+    resamples = Resamples(np.r_[src, 1], np.r_[dst, 2], seed=1, draws=60)
+    clusters = Clusters(src, dst, resamples)
+    both = clusters.log_means(np.c_[one, other])
+    got = clusters.log_means(one)
+    np.testing.assert_allclose(both, np.c_[got, clusters.log_means(other)])
+    assert clusters.ratio(one, other, both[:, 0] - both[:, 1]).interval == pytest.approx(
+        clusters.ratio(one, other).interval
+    )
+    assert clusters.mean(one, got) == clusters.mean(one)
+    for r in range(60):
         means, weights = [], []
         for source in np.unique(src):
             mine = src == source

@@ -230,7 +230,9 @@ def test_bf16_answers_as_fp32_does(model, history, places):
     some = places[::10]
     ends = [history.endpoints(place) for place in some]
     queries = [Query.parse(*end) for end in ends]
-    queries += [Query.parse(*end, Context.of_measurements(history.context(p))) for end, p in _zip(ends, some)]
+    queries += [
+        Query.parse(*end, Context.of_measurements(history.context(p), one_host=True)) for end, p in _zip(ends, some)
+    ]
     fp32, bf16 = (
         next(dataclasses.replace(model, precision=precision).distributions(queries, "all"))
         for precision in ("fp32", "bf16")

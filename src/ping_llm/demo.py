@@ -160,7 +160,7 @@ def predict(model: PingModel, history: History, places: np.ndarray, with_context
     queries = []
     for place in places:
         context = history.context(place) if with_context else None
-        queries.append(Query.parse(*history.endpoints(place), Context.of_measurements(context)))
+        queries.append(Query.parse(*history.endpoints(place), Context.of_measurements(context, one_host=True)))
     batches = [queries[i : i + BATCH] for i in range(0, len(queries), BATCH)]
     return [distribution for batch in batches for distribution in model.rtt_many(batch, src_known="all")]
 

@@ -171,6 +171,43 @@ def test_a_model_is_scored_beside_the_baselines(world, run):
     assert {"loss_per_field", "densities", "ratio_by_cell"} <= names
 
 
+@pytest.mark.slow
+def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together(world, run, tmp_path):
+    """Baselines here, the model there, and both put together without either: the numbers of one evaluation of both."""
+    options = EvalOptions(
+        *(run, world / "rows"), quick=True, queries=30, model_queries=3, src_known=("all",), device="cpu", seq_len=96
+    )
+
+    def results_of(**changes) -> dict:
+        return evaluate(replace(options, **changes))
+
+    together = results_of(out=tmp_path / "together")
+    results_of(run=None, baselines_only=True, out=tmp_path / "baselines")
+    alone = results_of(model_only=True, out=tmp_path / "model")
+    assert set(alone["methods"]) == {"ping-llm, source all"} and not alone["primary"]["cells"]
+    assert "LEAK" not in (tmp_path / "model" / "report.md").read_text()
+    folders = tmp_path / "baselines", tmp_path / "model"
+    for found in (
+        results_of(run=None, scores=folders, out=tmp_path / "put"),
+        results_of(scores=folders[:1], out=tmp_path / "added"),
+    ):
+        assert set(found["methods"]) == set(together["methods"])
+        assert found["loss_per_field"] == together["loss_per_field"] and found["splits"] == together["splits"]
+        for one, other in zip(found["cells"], together["cells"], strict=True):
+            assert (one["split"], one["comparator"]) == (other["split"], other["comparator"])
+            for method, line in other["methods"].items():
+                for name in ("crps_log", "nll_nats", "fail_brier", "median_rel_error", "crps_ratio"):
+                    np.testing.assert_allclose(one["methods"][method][name] or 0, line[name] or 0, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"gave other contexts .* same --seq-len"):
+        results_of(run=None, scores=folders, out=tmp_path / "x", seq_len=40)
+    with pytest.raises(ValueError, match="answered other queries than these; name rows, --queries and --seed of it"):
+        results_of(run=None, scores=folders, out=tmp_path / "x", seed=1)
+    (tmp_path / "model" / "queries.parquet").unlink()
+    for folder in (tmp_path / "model", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="name a folder that ping-llm eval wrote"):
+            results_of(run=None, scores=(folder,), out=tmp_path / "x")
+
+
 def test_rows_that_the_run_may_have_seen_are_refused(world, run, tmp_path):
     other_rows = tmp_path / "again"
     prepare([str(world / "dump")], other_rows, workers=1, split="none")  # the same dump, other rows
@@ -222,6 +259,7 @@ def test_other_rows_are_one_external_split_and_a_leak_is_reported_in_red(world, 
     [
         ([], "name the run folder of a trained model, or give --baselines-only"),
         (["--baselines-only"], "without a run, give --data ROWS and --out DIR"),
+        (["{out}", "--baselines-only", "--model-only"], "leave nothing to score"),
         (["--baselines-only", "--data", "{rows}", "--out", "{out}", "--queries", "-1"], "queries=-1 must be 0 or more"),
         (["--baselines-only", "--data", "{out}", "--out", "{out}"], 'run "ping-llm prepare'),
         (["--baselines-only", "--data", "{plain}", "--out", "{out}"], "holds no test part"),

@@ -160,7 +160,10 @@ def test_a_context_of_its_own_that_does_not_belong_to_a_query_is_an_error_of_tha
     later = [CONTEXT[0] | {"query_id": 0, "event_time": 20_000}]
     foreign = [CONTEXT[1] | {"query_id": 1}]
     rows = answer_table(model, queries, later + foreign).to_pylist()
-    assert "later than the time of the query" in rows[0]["error"] and "holds a ping of 192.0.2.9" in rows[1]["error"]
+    assert (
+        "not earlier than the query at 1970-01-01T02:38:20Z" in rows[0]["error"]
+        and "holds a ping of 192.0.2.9" in rows[1]["error"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_score_reads_dumps_too(run_command, tmp_path):
         ("rtt --src 192.0.2.1 --dst 198.51.100.7 --src-known most", "src_known='most' must be auto, all, none"),
         (
             "rtt --src 192.0.2.1 --dst 198.51.100.7 --context later.csv --at 2025-01-01",
-            "later than the time of the query",
+            "not earlier than the query at 2025-01-01T00:00:00Z",
         ),
         ("rtt --src 192.0.2.9 --dst 198.51.100.7 --context later.csv", "holds a ping of 192.0.2.1, but the query"),
         ("rtt --src 192.0.2.1 --dst 198.51.100.7 --context slow.csv", "context row 1: rtt -7 must be ms"),
@@ -316,6 +316,35 @@ def test_warnings_of_one_kind_are_shown_three_times_and_then_counted(run_command
     assert code == 0 and len(lines) == 4 and all(line.startswith("warning: ") for line in lines)
     assert lines[-1] == "warning: 5 more of the kinds above"
     assert not [h for h in logging.getLogger("ping_llm").handlers if type(h).__name__ == "_WarningLines"]
+
+
+HOSTS = [row | {"src_addr": "2001:db8::1"} for row in CONTEXT[:3]]
+
+
+@pytest.mark.parametrize("command", ["rtt", "rank", "dst"])
+def test_one_host_lets_other_addresses_into_the_context(run_command, tmp_path, command):
+    options = ["--src", SRC, "--context", write(tmp_path / "c.csv", HOSTS), "--src-known", "all", "--json"]
+    options += ["--prefix", "198.51.100.0/30"] if command == "dst" else ["--dst", DST]
+    code, _, err = run_command(command, *options)
+    assert code == 1 and "pass one_host=True (--one-host)" in err and len(messages(err)) == 1
+    code, out, _ = run_command(command, *options, "--one-host")
+    _, without, _ = run_command(command, *options[:2], *options[4:])
+    assert code == 0 and json.loads(out) != json.loads(without)
+
+
+def test_one_host_reaches_batch_and_score(run_command, model, tmp_path):
+    rows, table = [*HOSTS, QUERIES[0]], write(tmp_path / "t.csv", [row | {"query_id": None} for row in HOSTS])
+    queries, output = write(tmp_path / "q.csv", QUERIES), tmp_path / "p.parquet"
+    run_command("batch", "--input", queries, "--context", table, "--output", output, "--one-host")
+    answers, apart = read_table(output), model.rtt_many(QUERIES, context=HOSTS)
+    expected = model.rtt_many(QUERIES, context=HOSTS, one_host=True).column("mean_ms").to_pylist()
+    assert answers.column("mean_ms").to_pylist() == pytest.approx(expected)
+    assert expected != pytest.approx(apart.column("mean_ms").to_pylist())
+    measured = write(tmp_path / "m.csv", [{name: row[name] for name in HOSTS[0]} for row in rows])
+    run_command("score", "--input", measured, "--output", output, "--one-host")
+    expected = model.score(read_table(measured), one_host=True).column("nll_nats").to_pylist()
+    assert read_table(output).column("nll_nats").to_pylist() == pytest.approx(expected)
+    assert expected != pytest.approx(model.score(read_table(measured)).column("nll_nats").to_pylist())
 
 
 def test_an_unordered_context_is_put_in_order_with_a_warning(run_command, tmp_path):

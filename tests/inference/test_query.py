@@ -135,7 +135,7 @@ def test_prefixes_are_encoded_as_fewer_bytes():
         ("192.0.2.0/20", "198.51.100.7", None, CONTEXT, "give one like /16 or /24"),
         ("192.0.2.1", "198.51.100.0/0", None, None, "covers every destination"),
         ("192.0.2.1", "198.51.100.7", "yesterday", None, "'yesterday' is not a time"),
-        ("192.0.2.1", "198.51.100.7", "2025-01-01", CONTEXT, "later than the time of the query"),
+        ("192.0.2.1", "198.51.100.7", "2025-01-01", CONTEXT, "not earlier than the query at 2025-01-01T00:00:00Z"),
         (
             "192.0.2.1",
             "198.51.100.7",

@@ -220,10 +220,10 @@ def test_a_dump_and_its_rows_are_the_same_table(tmp_path):
             lambda m: m.log_prob([{"src_addr": "::1", "dst_addr": "::2", "rtt": 1}], ("time",)),
             "no column event_time; add it",
         ),
-        (lambda m: m.log_prob(MEASUREMENTS[:1], ("time", "rtt"), MEASUREMENTS[1:]), "later than one to score"),
+        (lambda m: m.log_prob(MEASUREMENTS[:1], ("time", "rtt"), MEASUREMENTS[1:]), "not earlier than the query"),
         (
             lambda m: m.log_prob(MEASUREMENTS, context=[{**MEASUREMENTS[0], "src_addr": "192.0.2.9"}]),
-            "here are 192.0.2.1 and 192.0.2.9",
+            "holds a ping of 192.0.2.9, but the query is about 192.0.2.1",
         ),
         (lambda m: m.score(MEASUREMENTS, history=-1), "history=-1 must be"),
         (lambda m: m.score(MEASUREMENTS, anomaly_at=5), "anomaly_at=5 must be"),

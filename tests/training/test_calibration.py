@@ -149,7 +149,7 @@ def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
         assert sum(weights.values()) == pytest.approx(1) and min(weights.values()) > 0
     queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
     assert max(len(query.context) for query in queries) == 10
-    assert all((query.context.time_s <= query.time_s).all() for query in queries if len(query.context))
+    assert all((query.context.time_s < query.time_s).all() for query in queries if len(query.context))
     assert all(query.src.covers(query.context.src).all() for query in queries if len(query.context))
     without = dataclasses.replace(calibration, surprise=())
     distributions = next(PingModel(gpt, torch.device("cpu"), without).distributions(queries[::5]))

@@ -66,7 +66,11 @@ def diagnose(options: EvalOptions) -> list[dict[str, Any]]:
 
 
 def model_extras(
-    model: PingModel, options: EvalOptions, bayes: DestinationBayes, splits: list[SplitQueries], baseline: Baseline
+    model: PingModel,
+    options: EvalOptions,
+    bayes: DestinationBayes,
+    splits: list[SplitQueries],
+    baseline: Baseline | None,
 ) -> dict[str, Any]:
     """loss_per_field by part, order_consistency, destinations by split, and densities of some queries."""
     queries = {split.split: split.other for split in splits if len(split) and split.family == FAMILIES[0]}
@@ -138,18 +142,21 @@ def prefix_ranks_of(rows: list[dict[str, Any]], dst_addr: str) -> dict[int, int]
     return ranks
 
 
-def examples(split: str, queries: Queries, model: PingModel, baseline: Baseline) -> list[dict[str, Any]]:
-    """The first answered queries of a split, given EXAMPLE_K measurements: densities by the model and a baseline."""
+def examples(split: str, queries: Queries, model: PingModel, baseline: Baseline | None) -> list[dict[str, Any]]:
+    """The first answered queries of a split, given EXAMPLE_K measurements: densities by the model, and by a baseline."""
     queries, shown = queries.given(EXAMPLE_K).answered(EXAMPLES_PER_SPLIT), []
     if not len(queries):
         return []
-    simple = baseline.predict(queries.view()).distributions
+    simple = baseline.predict(queries.view()).distributions if baseline else None
     for i, (one, ping) in enumerate(zip(model.rtt_many(model_queries(queries)), records(queries), strict=True)):
-        other = simple.take(slice(i, i + 1))
         inner = np.log([one.quantile(0.01), one.quantile(0.99), ping["rtt"] + 1e-3])
-        inner = np.r_[inner, other.quantile(np.array([0.05, 0.95]))[0]]
+        other = simple.take(slice(i, i + 1)) if simple else None
+        if other:
+            inner = np.r_[inner, other.quantile(np.array([0.05, 0.95]))[0]]
         edges = np.linspace(inner.min() - _MARGIN, inner.max() + _MARGIN, _BINS + 1)
-        cdfs = {"model": one.cdf(np.exp(edges)), baseline.name: other.cdf(edges[None])[0]}
+        cdfs = {"model": one.cdf(np.exp(edges))}
+        if baseline and other:
+            cdfs[baseline.name] = other.cdf(edges[None])[0]
         shown.append(
             {
                 "split": split,

@@ -62,6 +62,12 @@ class EvalOptions(PartOptions):
     """Fewer queries and smaller trees."""
     baselines_only: FlagCreatePairsOff[bool] = False
     """Score the baselines alone; needs no run."""
+    model_only: FlagCreatePairsOff[bool] = False
+    """Score the model alone: baselines are added later with --scores, on another machine if need be."""
+    scores: tuple[Path, ...] = ()
+    """Folders of earlier evaluations of the same queries: the methods that they hold are not computed again."""
+    seq_len: int = 0
+    """Tokens that a query and its context must fit in, for all methods; 0 = as many as the model reads."""
     model_queries: int = 0
     """Of each cell, the first so many are put to the model, at most; 0 = all, or 75 with --quick. The report is over the
     queries that all methods answered."""
@@ -90,11 +96,13 @@ class EvalOptions(PartOptions):
 
     def check(self) -> None:
         """ValueError says what is missing or wrong."""
-        if self.run is None and not self.baselines_only:
+        if self.run is None and not self.baselines_only and not self.scores:
             raise ValueError("name the run folder of a trained model, or give --baselines-only")
+        if self.baselines_only and self.model_only:
+            raise ValueError("--baselines-only and --model-only leave nothing to score; give one of them")
         if self.run is None and (self.data is None or self.out is None):
             raise ValueError("without a run, give --data ROWS and --out DIR")
-        for name in ("queries", "model_queries", "seed"):
+        for name in ("queries", "model_queries", "seed", "seq_len"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.live == ():

@@ -152,7 +152,7 @@ def summarize_cell(
     clusters = Clusters(queries.src_id[answered], queries.prefix[answered], resamples)
     crps = {name: one.crps_log[answered] for name, one in scores.items()}
     baselines = [name for name, kind in kinds.items() if kind == "baseline"]
-    best = min(baselines, key=lambda name: lines[name]["crps_log"]) if len(answered) else None
+    best = min(baselines, key=lambda name: lines[name]["crps_log"]) if len(answered) and baselines else None
     comparator = comparator or best
     log_draws = dict[str, np.ndarray]()
     if clusters.has_interval:
@@ -191,13 +191,13 @@ def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, st
     def log_crps(name: str) -> float:
         return float(np.mean([np.log(one.methods[name]["crps_log"]) for one in cells]))
 
-    return min(baselines, key=log_crps) if cells else None
+    return min(baselines, key=log_crps) if cells and baselines else None
 
 
 def summaries(cells: Sequence[CellScores]) -> dict[str, dict[str, Any]]:
     """Of the test cells: "primary", the ten numbers of PRIMARY for pings; "repeat", the cells whose context may hold the
     pair itself; "target", the ten numbers for the targets of traceroutes. See `summarize`."""
-    tested = [cell for cell in cells if cell.split not in VAL_SPLITS and cell.answered]
+    tested = [cell for cell in cells if cell.split not in VAL_SPLITS and cell.best_baseline is not None]
     ten = [cell for cell in tested if (number_of(cell.split), cell.draw, cell.k) in PRIMARY or cell.split == EXTERNAL]
     ten = [cell for cell in ten if (cell.draw, cell.k) in {(draw, k) for _, draw, k in PRIMARY}]
     pings, targets = ([cell for cell in ten if cell.family == family] for family in FAMILIES)

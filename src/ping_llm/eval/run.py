@@ -16,9 +16,10 @@ from ping_llm.data.synthetic.truth import Truth
 from ping_llm.eval.baselines import TreeSettings, all_baselines
 from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes
+from ping_llm.eval.borrowed import RESULTS_NAME, TABLE_NAME, BorrowedScores
 from ping_llm.eval.columns import Measurements
 from ping_llm.eval.diagnose import model_extras
-from ping_llm.eval.metrics import score
+from ping_llm.eval.metrics import Scores, score
 from ping_llm.eval.model import ModelMethod, TrueDistribution, fitted
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.plots import plot_results
@@ -38,7 +39,6 @@ from ping_llm.system.files import file_sha256, write_atomically
 from ping_llm.system.progress import show_progress
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
-RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
 QUICK_TREES = TreeSettings(trees=100, leaves=31, rate=0.1, least_leaf=50, practice_queries=10_000)
 FORMAT_VERSION = 2
 
@@ -50,43 +50,53 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     ModuleNotFoundError without LightGBM.
     """
     options.check()
-    import lightgbm  # noqa: F401  what is missing is said before anything is done
+    borrowed = [BorrowedScores.load(folder) for folder in options.scores]
+    held = {name: one for folder in borrowed for name, one in folder.methods.items()}
+    baselines: list[Baseline] = []
+    if not options.model_only and not any(one["kind"] == "baseline" for one in held.values()):
+        import lightgbm  # noqa: F401  what is missing is said before anything is done
 
+        baselines = all_baselines(QUICK_TREES if options.quick else None)
     models, leak, train_rows = _open_run(options)
     train, splits = _load_queries(options, train_rows)
     val = mixed_queries([split for split in splits if split.is_val])
-    baselines = all_baselines(QUICK_TREES if options.quick else None)
     with show_progress("fit the baselines", len(baselines), "baselines") as advance:
         for baseline in baselines:
             baseline.fit(train, val)
             advance(1)
     truth = [TrueDistribution(Truth.load(options.truth))] if options.truth else []
-    kinds = {one.name: "baseline" for one in baselines} | {one.name: "truth" for one in truth}
-    kinds |= {one.name: "model" for one in models}
-    choices = {one.name: one.choices for one in baselines}
+    methods = {one.name: {"kind": "baseline", "choices": one.choices} for one in baselines} | held
+    methods |= {one.name: {"kind": "truth", "choices": {}} for one in truth}
+    methods |= {one.name: {"kind": "model", "choices": {}} for one in models}
     described: dict[str, dict[str, dict[str, Any]]] = {}
     for one in splits:
         band, _, number = one.split.rpartition("-")
         described.setdefault(band or EXTERNAL, {}).setdefault(one.family, {})[number] = one.describe()
     options.folder.mkdir(parents=True, exist_ok=True)
-    cells = _answer_all(options, splits, [*baselines, *truth], models, kinds)
+    kinds = {name: one["kind"] for name, one in methods.items()}
+    cells = _answer_all(options, splits, [*baselines, *truth], models, borrowed, kinds)
     results = {
         "format_version": FORMAT_VERSION,
         "data": str(options.rows),
-        "run": str(options.run) if models else None,
+        "run": str(options.run)
+        if models
+        else next((one.results["run"] for one in borrowed if one.results["run"]), None),
         "train_rows": str(train_rows),
         "quick": options.quick,
         "seed": options.seed,
-        "leak": leak,
-        "model_queries_per_cell": options.model_queries_per_cell if models else 0,
+        "leak": leak or next((one.results["leak"] for one in borrowed if one.results["leak"]), ""),
+        "model_queries_per_cell": options.model_queries_per_cell if "model" in kinds.values() else 0,
         "splits": described,
-        "methods": {name: {"kind": kind, "choices": choices.get(name, {})} for name, kind in kinds.items()},
+        "methods": methods,
         "cells": [cell.to_json() for cell in cells],
         **summaries(cells),
     }
+    for folder in borrowed:
+        results |= folder.extras
     if models:
         tested = [split for split in splits if not split.is_val]
-        results |= model_extras(models[0].model, options, DestinationBayes(train, val), tested, baselines[-1])
+        bayes, beside = DestinationBayes(train, val), baselines[-1] if baselines else None
+        results |= model_extras(models[0].model, options, bayes, tested, beside)
     text = json.dumps(results, default=lambda value: value.tolist())
     results = json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are null
     write_atomically(options.folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
@@ -96,7 +106,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
 
 def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
     """The model under each of `src_known`, why it may know the answers, and the rows that baselines learn from."""
-    if options.baselines_only:
+    if options.run is None or options.baselines_only:
         return [], "", options.train_rows or options.rows
     _, config, state = load_model(options.trained)
     run = options.trained if load_config(options.trained) else options.trained.parent.parent  # one checkpoint was named
@@ -161,20 +171,24 @@ def _answer_all(
     splits: Sequence[SplitQueries],
     predictors: Sequence[Baseline | TrueDistribution],
     models: Sequence[ModelMethod],
+    borrowed: Sequence[BorrowedScores],
     kinds: Mapping[str, str],
 ) -> list[CellScores]:
     """The scores of every cell, those of val first; those of each query are on the disk.
 
-    Models answer the first queries of a cell. Baselines are given what of a context fits in a prompt of the model.
+    Models answer the first queries of a cell. All methods are given what of a context fits in a prompt of the model.
     """
+    seq_len = options.seq_len or min((model.model.seq_len for model in models), default=0)
     resamples, done = make_resamples(splits, options.seed), list[CellScores]()
     cells = [cell for split in splits if len(split) for cell in split.cells()]
     first = slice(options.model_queries_per_cell)
     total = sum(len(predictors) * len(c.queries) + len(models) * len(c.queries.take(first)) for c in cells)
     with score_writer(options.folder / TABLE_NAME) as write, show_progress("answer", total, "queries") as advance:
         for number, cell in enumerate(cells):
-            queries = fitted(cell.queries, models[0].model.seq_len) if models else cell.queries
-            cell, view, scores = replace(cell, queries=queries), queries.view(), {}
+            queries = fitted(cell.queries, seq_len) if seq_len else cell.queries
+            cell, view, scores = replace(cell, queries=queries), queries.view(), dict[str, Scores]()
+            for folder in borrowed:
+                scores |= folder.scores(cell)
             rng = np.random.default_rng([options.seed, number, 0xE7A1])
             for predictor in predictors:
                 prediction = predictor.predict(view)

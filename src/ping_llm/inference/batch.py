@@ -33,20 +33,24 @@ def answer_table(
     context: object = None,
     src_known: SrcKnown = "auto",
     advance: Callable[[float], None] = lambda rows: None,
+    *,
+    one_host: bool = False,
 ) -> pa.Table:
     """The distribution of the result of each query, in the order of the queries.
 
     `queries` is what `as_table` takes: columns src_addr and dst_addr (an address, a prefix, or null for any), optionally
     query_id, event_time, and rtt (ms, −1 = failed), by which the answer is scored. `context` has src_addr, dst_addr, rtt
     and, optionally, event_time and query_id: a row with a query_id is context of that query, and one without is context
-    of every query of its source, if it is earlier. Columns out: query_id (the number of the row, if none was given),
-    ANSWER_COLUMNS; SCORE_COLUMNS, if there is an rtt; and error, if some row is bad. `advance` is called with rows done.
+    of every query of its source, if it is from an earlier second. With `one_host` all sources of the context are addresses
+    of one host: a row without a query_id is context of every later query that names a source. Columns out: query_id (the
+    number of the row, if none was given), ANSWER_COLUMNS; SCORE_COLUMNS, if there is an rtt; and error, if some row is bad.
+    `advance` is called with rows done.
     """
     given = as_table(queries)
     table = QueryTable.parse(given)
     known_lengths(src_known, Endpoint.parse("::1"))  # what is invalid for every source is not the error of a row
     named = "query_id" in given.column_names
-    contexts = None if context is None else ContextTable.parse(as_table(context), table.rows if named else ())
+    contexts = None if context is None else ContextTable.parse(as_table(context), table.rows if named else (), one_host)
     most = reader.seq_len // LEAST_TOKENS + 1
     columns = np.full((given.num_rows, len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
     order, used = table.order(), contexts is None

@@ -47,7 +47,10 @@ class Situation:
     at: str = ""
     """Time of the ping, ISO 8601 (UTC if it names no zone). If absent, any time, and those of the context are left out."""
     context: Path | None = None
-    """Earlier measurements of the source (.parquet, .csv, .json, .jsonl): src_addr, dst_addr, rtt, event_time."""
+    """Earlier measurements of the source (.parquet, .csv, .json, .jsonl): src_addr, dst_addr, rtt, event_time. Earlier
+    is from a second before --at."""
+    one_host: Flag = False
+    """The context may hold other sources than --src: all are addresses of one host."""
     src_known: str = "auto"
     """How much of the source is known: all, none, a prefix length, or auto: several, weighted by how well each
     explains the context."""
@@ -56,7 +59,8 @@ class Situation:
         """The same, as the methods of PingModel take it."""
         from ping_llm.inference.files import read_context
 
-        return {"at": self.at or None, "context": read_context(self.context), "src_known": self.src_known}
+        given = {"at": self.at or None, "context": read_context(self.context), "src_known": self.src_known}
+        return given | {"one_host": self.one_host}
 
 
 Model = tyro.conf.OmitArgPrefixes[ModelOptions]
@@ -97,7 +101,7 @@ def rtt(
     from ping_llm.inference.query import Query
 
     given = known.read()
-    context = Context.parse(given["context"])
+    context = Context.parse(given["context"], known.one_host)
     queries = [Query.parse(src or None, to, given["at"], context) for to in destinations or [None]]
     time_s = parse_time(known.at) if known.at else None
     true = Truth.load(truth).rtt_distribution(src, destinations[0], time_s) if truth and destinations[0] else None
@@ -117,7 +121,14 @@ def rtt(
         plot_rtt(shown, plot, f"{src or 'anywhere'} → {to}" + (f" at {known.at}" if known.at else ""), true)
 
 
-def batch(model: Model, input: Path, output: Path, context: Path | None = None, src_known: str = "auto") -> int:
+def batch(
+    model: Model,
+    input: Path,
+    output: Path,
+    context: Path | None = None,
+    one_host: Flag = False,
+    src_known: str = "auto",
+) -> int:
     """Answer a table of queries, row for row. Exit code 3 if some rows could not be answered; these say why.
 
     Args:
@@ -125,7 +136,9 @@ def batch(model: Model, input: Path, output: Path, context: Path | None = None, 
             address, a prefix, or nothing for any; if wanted query_id, event_time, and rtt (ms, −1 = failed) to score by.
         output: answers, in the order of the queries (by the suffix; - is standard output).
         context: earlier measurements: src_addr, dst_addr, rtt, event_time, query_id. Without query_id, a row is context of
-            every later query of its source.
+            every query of its source from a later second.
+        one_host: all sources of the context are addresses of one host: without query_id, a row is context of every query
+            from a later second that names a source.
         src_known: how much of the sources is known: all, none, a prefix length, or auto.
     """
     from ping_llm.inference.batch import answer_table
@@ -136,7 +149,7 @@ def batch(model: Model, input: Path, output: Path, context: Path | None = None, 
     queries, suffix = read_input(input)
     earlier, reader = read_context(context), model.load()
     with show_progress("answer", queries.num_rows, "queries") as advance:
-        answers = answer_table(reader, queries, earlier, src_known, advance)
+        answers = answer_table(reader, queries, earlier, src_known, advance, one_host=one_host)
     write_table(answers, output, suffix)
     bad = answers.num_rows - answers.column("error").null_count if "error" in answers.column_names else 0
     if bad:
@@ -249,6 +262,7 @@ def score(
     input: Path,
     output: Path | None = None,
     history: int = 10,
+    one_host: Flag = False,
     anomaly_at: float | None = None,
     src_known: str = "auto",
     top: int = 10,
@@ -260,7 +274,8 @@ def score(
         input: measurements: a table (.parquet, .csv, .json, .jsonl; - is standard input) of src_addr, dst_addr, rtt,
             event_time; or an Atlas dump, a folder of dumps, or of rows.
         output: write all of them, scored, to this file (.parquet, .csv, .json, .jsonl; - is standard output).
-        history: earlier measurements of the same source that are its context.
+        history: measurements of the same source, from earlier seconds, that are the context of each.
+        one_host: all sources are addresses of one host, and count as one.
         anomaly_at: mark those whose p-value is at most this.
         src_known: how much of the sources is known: all, none, a prefix length, or auto.
         top: the most surprising ones are shown, so many.
@@ -274,7 +289,8 @@ def score(
     if top < 1:
         raise ValueError(f"--top {top} must be at least 1")
     table = read_measurements(input)
-    scored = model.load().score(table, history=history, src_known=src_known, anomaly_at=anomaly_at)
+    reader = model.load()
+    scored = reader.score(table, history, src_known, anomaly_at, one_host=one_host)
     if output is not None:
         return write_table(scored, output)
     total = {"measurements": scored.num_rows, "mean_nll_nats": pc.mean(scored.column("nll_nats")).as_py()}

@@ -23,39 +23,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Columns of measurements; as the context of a query, of one source and in time order where times are known."""
+    """Columns of measurements; as the context of a query, of one source and in time order where times are known.
+
+    With `one_host` all its sources are addresses of one host, and count as one source.
+    """
 
     src: np.ndarray  # (n, 16) uint8
     dst: np.ndarray  # (n, 16) uint8
     rtt_ms: np.ndarray  # (n,) float64, −1 = failed
     time_s: np.ndarray | None  # (n,) int64
+    one_host: bool = False
 
     def __len__(self) -> int:
         return len(self.rtt_ms)
 
     @classmethod
-    def parse(cls, measurements: object) -> Context:
+    def parse(cls, measurements: object, one_host: bool = False) -> Context:
         """The context that a table (see `columns_of`) holds; None holds none.
 
         Measurements out of time order are put in order, with a warning.
         """
-        context = columns_of([] if measurements is None else measurements, "the context", "context row")
+        context = columns_of([] if measurements is None else measurements, "the context", "context row", one_host)
         order = context.time_order()
         warn_of_order([order])
         return context.take(order)
 
     @classmethod
-    def of_measurements(cls, table: pa.Table | None) -> Context:
+    def of_measurements(cls, table: pa.Table | None, one_host: bool = False) -> Context:
         """Takes a table of MEASUREMENT_SCHEMA, in time order."""
         if table is None:
-            return cls.parse(None)
+            return cls.parse(None, one_host)
         src, dst = (byte_matrix(table.column(name)) for name in ("src", "dst"))
-        return cls(src, dst, table.column("rtt_ms").to_numpy().astype(np.float64), table.column("time_s").to_numpy())
+        rtt_ms, time_s = (table.column(name).to_numpy() for name in ("rtt_ms", "time_s"))
+        return cls(src, dst, rtt_ms.astype(np.float64), time_s, one_host)
 
     def take(self, rows: np.ndarray | slice) -> Context:
         """The measurements at `rows`, in that order."""
         time_s = None if self.time_s is None else self.time_s[rows]
-        return Context(self.src[rows], self.dst[rows], self.rtt_ms[rows], time_s)
+        return Context(self.src[rows], self.dst[rows], self.rtt_ms[rows], time_s, self.one_host)
 
     def time_order(self) -> np.ndarray:
         """The rows in time order, those of the same second and those without times in the order given, (n,)."""
@@ -68,7 +73,7 @@ def warn_of_order(orders: Sequence[np.ndarray]) -> None:
         log.warning("the context is not in the order of event_time; it was put in order")
 
 
-def columns_of(measurements: object, what: str = "the table", row_name: str = "row") -> Context:
+def columns_of(measurements: object, what: str = "the table", row_name: str = "row", one_host: bool = False) -> Context:
     """The columns of a table (see `as_table`), in its order: src_addr, dst_addr, rtt (ms, −1 = failed), maybe event_time.
 
     They may be of several sources. ValueError names the column of `what`, or the row, as `row_name`, that is wrong.
@@ -76,7 +81,7 @@ def columns_of(measurements: object, what: str = "the table", row_name: str = "r
     table = as_table(measurements)
     if not table.num_rows:
         nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
-        return Context(nothing, nothing, np.zeros(0), None)
+        return Context(nothing, nothing, np.zeros(0), None, one_host)
     parsers: dict[str, Callable[[Any], Any]] = {"src_addr": _packed, "dst_addr": _packed, "rtt": _result_ms}
     for name in parsers:
         if name not in table.column_names:
@@ -89,7 +94,7 @@ def columns_of(measurements: object, what: str = "the table", row_name: str = "r
             raise ValueError(f"{row_name} {row + 1}: {error}")
         columns.append(np.array(values))
     src, dst, rtt_ms, *time_s = columns
-    return Context(src, dst, rtt_ms.astype(np.float64), time_s[0].astype(np.int64) if time_s else None)
+    return Context(src, dst, rtt_ms.astype(np.float64), time_s[0].astype(np.int64) if time_s else None, one_host)
 
 
 def parse_column(column: pa.ChunkedArray | pa.Array, parse: Callable[[Any], Any]) -> tuple[list[Any], Errors]:

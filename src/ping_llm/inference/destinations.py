@@ -61,11 +61,13 @@ def destinations(
     top: int = 10,
     src_known: SrcKnown = "auto",
     expansions: int = EXPANSIONS,
+    *,
+    one_host: bool = False,
 ) -> FoundAddresses:
     """The `top` likeliest destinations of pings from `src`: P(dst | src), or given an RTT of `rtt` or within `rtt_max` ms.
 
     With `prefix` only those in it, with their probabilities within it. After so many `expansions` of prefixes the
-    answer is what was found, and not proven. `at`, `context` and `src_known`: see `PingModel.rtt`.
+    answer is what was found, and not proven. `at`, `context`, `src_known` and `one_host`: see `PingModel.rtt`.
     """
     _check_numbers(rtt, rtt_max, top, expansions)
     if not src:
@@ -79,7 +81,7 @@ def destinations(
             f"no address of {', '.join(families)} lies in {prefix}; leave out families, or add {inside.family}"
         )
     roles = [role for family, role in zip(FAMILIES, DST_ROLES, strict=True) if family in families]
-    query = Query.parse(src, None, at, Context.parse(context))
+    query = Query.parse(src, None, at, Context.parse(context, one_host))
     variants, search = _search(reader, query, rtt, inside, roles, src_known, expansions)
     if rtt_max is None:
         return _likeliest(search, top, "dst_addr")
@@ -98,10 +100,13 @@ def complete(
     top: int = 10,
     src_known: SrcKnown = "auto",
     expansions: int = EXPANSIONS,
+    *,
+    one_host: bool = False,
 ) -> FoundAddresses:
     """The `top` likeliest whole addresses of a partial one, and the probability of each within it.
 
-    `role` says which address of a ping it is, dst or src; the other address, the RTT (ms) and the time may be given.
+    `role` says which address of a ping it is, dst or src; the other address, the RTT (ms) and the time may be given,
+    and `context`, `src_known` and `one_host`: see `PingModel.rtt`.
     """
     _check_numbers(rtt, None, top, expansions)
     if role not in ("dst", "src"):
@@ -117,7 +122,7 @@ def complete(
             raise ValueError("a context is of one source; give that source")
         query = Query(None, None, None if at is None else parse_time(at), Context.parse(None))
     else:
-        query = Query.parse(src, dst, at, Context.parse(context))
+        query = Query.parse(src, dst, at, Context.parse(context, one_host))
     _, search = _search(reader, query, rtt, inside, roles, src_known, expansions)
     return _likeliest(search, top, f"{role}_addr")
 

@@ -54,19 +54,28 @@ class PingModel(Reader):
         at: Time = None,
         context: Records | None = None,
         src_known: SrcKnown = "auto",
+        *,
+        one_host: bool = False,
     ) -> RTTDistribution:
         """The distribution of the result of a ping from `src` to `dst`, each an address, a prefix, or None for any.
 
         `at` is a time (ISO 8601, UTC unless it says otherwise; a datetime; Unix seconds) or None for any time.
         `context` holds earlier measurements of the same source: columns src_addr, dst_addr, rtt (ms, −1 = failed) and,
-        optionally, event_time. Of what does not fit the sequence the most recent, and those of the same destination, stay.
+        optionally, event_time. Earlier is from a second before `at`, where both times are known; ValueError otherwise. With
+        `one_host` its sources may differ from `src`: all are addresses of one host, of any family. Of what does not fit the
+        sequence the most recent, and those of the same destination, stay.
         `src_known` is how much of the source is known: all, none, a prefix length, or auto: the mixture of the answers
         under several lengths, weighted by how likely each makes the context (see `src_weights` of the answer).
         """
-        return next(self.distributions([Query.parse(src, dst, at, Context.parse(context))], src_known))[0]
+        return next(self.distributions([Query.parse(src, dst, at, Context.parse(context, one_host))], src_known))[0]
 
     def rtt_many(
-        self, queries: Sequence[Query] | Records, src_known: SrcKnown = "auto", context: Records | None = None
+        self,
+        queries: Sequence[Query] | Records,
+        src_known: SrcKnown = "auto",
+        context: Records | None = None,
+        *,
+        one_host: bool = False,
     ) -> list[RTTDistribution] | pa.Table:
         """The distribution of each query's result; queries that share a context read it once.
 
@@ -75,7 +84,7 @@ class PingModel(Reader):
         """
         listed = [query for query in queries if isinstance(query, Query)] if isinstance(queries, Sequence) else None
         if listed is None or len(listed) < len(queries):
-            return batch.answer_table(self, queries, context, src_known)
-        if context is not None:
-            raise ValueError("a Query holds its own context; pass a table of queries, or no context")
+            return batch.answer_table(self, queries, context, src_known, one_host=one_host)
+        if context is not None or one_host:
+            raise ValueError("a Query holds its own context; pass a table of queries, or neither context nor one_host")
         return [one for some in self.distributions(listed, src_known) for one in some]

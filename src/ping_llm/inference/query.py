@@ -142,15 +142,7 @@ class Query:
                 f"beside a context the source must be an address or a prefix of whole bytes, not {source}: "
                 f"give one like /{8 * source.known_bytes} or /{8 * source.known_bytes + 8}"
             )
-        same_family = is_ipv4(context.src) == (source.width == 4)  # a host may have an address of each family
-        other = same_family & ~source.covers(context.src)
-        if other.any():
-            raise ValueError(
-                f"the context holds a ping of {format_address(context.src[other.argmax()].tobytes())}, but the query is "
-                f"about {source}; leave in the pings of that source only"
-            )
-        if time_s is not None and context.time_s is not None and (context.time_s > time_s).any():
-            raise ValueError("the context holds measurements later than the time of the query; leave those out")
+        check_context(context, source, time_s)
         return cls(source, destination, time_s, context)
 
     @property
@@ -165,6 +157,29 @@ class Query:
             return
         for known_bytes in known_lengths(src_known, self.src):
             yield dataclasses.replace(self, src=self.src.cut(known_bytes))
+
+
+def check_context(context: Context, source: Endpoint, time_s: int | None) -> None:
+    """ValueError unless every row is a ping of the source, or the context of one host, and from a second before `time_s`.
+
+    Where a time is not known, it is not checked.
+    """
+    foreign = np.zeros(len(context), bool) if context.one_host else ~source.covers(context.src)
+    if foreign.any():
+        raise ValueError(
+            f"the context holds a ping of {format_address(context.src[foreign.argmax()].tobytes())}, but the query is "
+            f"about {source}; leave that out, or pass one_host=True (--one-host) if both are addresses of one host"
+        )
+    if time_s is None or context.time_s is None or not len(context) or context.time_s.max() < time_s:
+        return
+    latest, queried = (
+        dt.datetime.fromtimestamp(int(second), dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        for second in (context.time_s.max(), time_s)
+    )
+    raise ValueError(
+        f"the context holds a measurement of {latest}, which is not earlier than the query at {queried}; leave out "
+        "measurements at or after the second of the query"
+    )
 
 
 def known_lengths(src_known: SrcKnown, src: Endpoint) -> list[int]:

@@ -50,8 +50,10 @@ def rank(
     at: Time = None,
     context: Records | None = None,
     src_known: SrcKnown = "auto",
+    *,
+    one_host: bool = False,
 ) -> Ranking:
-    """Which of the candidates, addresses or prefixes, is nearest to `src`; `at`, `context`, `src_known`: see `PingModel`.
+    """Which of the candidates, addresses or prefixes, is nearest to `src`; the rest of what is given: see `PingModel.rtt`.
 
     ValueError where there is no candidate, one is no address or one is named twice.
     """
@@ -59,7 +61,7 @@ def rank(
         raise ValueError(f"candidates={candidates!r} must be a list of addresses")
     if not len(candidates):
         raise ValueError("no candidates to rank; give at least one address")
-    earlier = Context.parse(context)
+    earlier = Context.parse(context, one_host)
     queries = [Query.parse(src, candidate, at, earlier) for candidate in candidates]
     named = [query.dst for query in queries]
     for place, endpoint in enumerate(named):

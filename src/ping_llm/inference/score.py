@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data import tokenization as tk
-from ping_llm.data.measurement import format_address, is_ipv4
+from ping_llm.data.measurement import is_ipv4
 from ping_llm.inference.context import Context, Records, as_table, columns_of
 from ping_llm.inference.distribution import RTTDistribution, code_widths
 from ping_llm.inference.engine import Reader, line_log_prob
 from ping_llm.inference.mixture import distributions
-from ping_llm.inference.query import SrcKnown
+from ping_llm.inference.query import Endpoint, SrcKnown, check_context
 from ping_llm.inference.table import History
 from ping_llm.system.progress import show_progress
 
@@ -31,18 +31,23 @@ _BATCH = 256  # measurements whose distributions are computed together
 
 
 def log_prob(
-    reader: Reader, measurements: Records, order: Sequence[str] = ORDER, context: Records | None = None
+    reader: Reader,
+    measurements: Records,
+    order: Sequence[str] = ORDER,
+    context: Records | None = None,
+    *,
+    one_host: bool = False,
 ) -> np.ndarray:
     """Log-probability in nats of what the fields of each measurement say, each given the ones before it in `order`; (n,).
 
     `order` holds some of src, dst, rtt and time, once each; time needs the column event_time. The RTT is one of 65,536
-    codes, or failure. `context` holds earlier measurements of the one source of all measurements; of what does not fit,
-    the most recent stay.
+    codes, or failure. `context` holds measurements of the one source of all measurements, from seconds before them all;
+    of what does not fit, the most recent stay. With `one_host` all sources are addresses of one host.
     """
     if isinstance(order, str) or not order or not set(order) <= set(_FIELDS) or len(set(order)) != len(order):
         raise ValueError(f"order={order!r} must hold some of {', '.join(_FIELDS)}, each at most once")
     measured = columns_of(measurements, "the table of measurements")
-    earlier = columns_of(context or [], "the context", "context row")
+    earlier = columns_of([] if context is None else context, "the context", "context row", one_host)
     if not len(measured):
         return np.zeros(0)
     if "time" in order and measured.time_s is None:
@@ -83,21 +88,23 @@ def score(
     history: int = HISTORY,
     src_known: SrcKnown = "auto",
     anomaly_at: float | None = None,
+    *,
+    one_host: bool = False,
 ) -> pa.Table:
     """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
 
-    The context of each are the `history` measurements of the same source before it, by event_time or, without that column,
-    in the order of the table. `nll_nats` is −log of the density per log-ms times P(answer), or −log p_fail; `pit` is null
-    for a failure. `p_value` is the share of results at least as surprising: under the model's own distribution (see
-    `own_p_values`), read against what that was on val, if the model is calibrated. With `anomaly_at`, `anomaly` says
-    p_value ≤ anomaly_at.
+    The context of each are the last `history` measurements of the same source from earlier seconds or, without the column
+    event_time, from the rows before it; with `one_host` all sources are addresses of one host, and count as one.
+    `nll_nats` is −log of the density per log-ms times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is
+    the share of results at least as surprising: under the model's own distribution (see `own_p_values`), read against what
+    that was on val, if the model is calibrated. With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
     """
     if history < 0:
         raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
     if anomaly_at is not None and not 0 < anomaly_at < 1:
         raise ValueError(f"anomaly_at={anomaly_at} must be a p-value between 0 and 1")
     table = as_table(measurements)
-    past = History(columns_of(table, "the table of measurements"), history)
+    past = History(columns_of(table, "the table of measurements", one_host=one_host), history)
     own, nll, pit = (np.empty(table.num_rows) for _ in range(3))
     with show_progress("score", table.num_rows, "measurements") as advance:
         for first in range(0, table.num_rows, _BATCH):
@@ -151,18 +158,10 @@ def calibrated_p_values(own: np.ndarray, surprise: Sequence[float]) -> np.ndarra
 
 
 def _check_context(earlier: Context, measured: Context) -> None:
-    """ValueError unless the context is of the one source of all measurements, and not later than any."""
-    both = np.concatenate([earlier.src, measured.src])
-    for family in (True, False):  # a host may have an address of each family
-        sources = np.unique(both[is_ipv4(both) == family], axis=0)
-        if len(sources) > 1:
-            one, other = (format_address(address.tobytes()) for address in sources[:2])
-            raise ValueError(
-                f"a context is of the one source of all measurements, but here are {one} and {other}; score each "
-                "source with its own"
-            )
-    if earlier.time_s is not None and measured.time_s is not None and earlier.time_s.max() > measured.time_s.min():
-        raise ValueError("the context holds measurements later than one to score; leave those out")
+    """ValueError unless the context is of the one source of all measurements, or of one host, and earlier than each."""
+    time_s = None if measured.time_s is None else int(measured.time_s.min())
+    for source in np.unique(measured.src, axis=0):
+        check_context(earlier, Endpoint.whole(source.tobytes()), time_s)
 
 
 def _encode(
@@ -174,8 +173,8 @@ def _encode(
     # A time is encoded as the delta to the last one of the context: each stands behind that, in a window of its own.
     before = earlier.take(np.full(n, -1)) if timed_context else measured
     names = ("src", "dst", "rtt_ms", "time_s") if timed else ("src", "dst", "rtt_ms")
-    columns = [np.concatenate([getattr(part, name) for part in (before, measured)]) for name in names]
-    both = Context(*columns, *[None] * (4 - len(names))).take(np.arange(2 * n).reshape(2, n).T.ravel())
+    src, dst, rtt_ms, *time_s = (np.concatenate([getattr(part, name) for part in (before, measured)]) for name in names)
+    both = Context(src, dst, rtt_ms, time_s[0] if timed else None).take(np.arange(2 * n).reshape(2, n).T.ravel())
     keys = np.array([order.index(name) if name in order else 9 + column for name, column in _FIELDS.items()])
     tokens, starts = _tokens(both, np.tile([timed_context, timed], n), keys, np.arange(2 * n) // 2)
     length = {name: 1 + np.where(is_ipv4(getattr(measured, name)), 4, 16) for name in ("src", "dst")}

@@ -21,7 +21,7 @@ from ping_llm.inference.context import (
     parse_column,
     warn_of_order,
 )
-from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_lengths
+from ping_llm.inference.query import Endpoint, Query, SrcKnown, check_context, known_lengths
 
 # Words of a column name that are taken for a slip, where the column itself is missing.
 _HINTS = {
@@ -31,6 +31,7 @@ _HINTS = {
     "rtt": ("rtt", "latency"),
     "query_id": ("query",),
 }
+_ONE_HOST = b""  # stands for every source of a context of one host
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 _Name = TypeVar("_Name", str, bytes)
 
@@ -50,32 +51,39 @@ def check_columns(table: pa.Table, what: str, needed: Sequence[str] = ("src_addr
 
 
 class History:
-    """Measurements of many sources; of each, the last `length` of the same source before it.
+    """Measurements of many sources; of each, the last `length` earlier ones of the same source.
 
-    Before is by time, of the same second by the order given, or by that order where no times are known.
+    Those of the same second are not earlier. Where no times are known, those that stand before it are. Measurements of
+    one host (see `Context`) are of one source.
     """
 
     def __init__(self, measured: Context, length: int) -> None:
         count = len(measured)
-        _, src = np.unique(measured.src.view(f"V{ADDRESS_BYTES}").ravel(), return_inverse=True)
-        src = src.ravel()  # (n,) number of the source
-        time_s = np.zeros(count) if measured.time_s is None else measured.time_s
+        src = np.zeros(count, dtype=np.int64)  # (n,) number of the source
+        if not measured.one_host:
+            src = np.unique(measured.src.view(f"V{ADDRESS_BYTES}").ravel(), return_inverse=True)[1].ravel()
+        time_s = np.arange(count) if measured.time_s is None else measured.time_s
         self.measured = measured
-        self.order = np.lexsort((time_s, src))  # (n,) rows by source, then time; lexsort keeps the order of equals
-        place = np.empty(count, dtype=np.int64)
-        place[self.order] = np.arange(count)
-        first = np.searchsorted(src[self.order], src)  # (n,) place of the first of the same source
-        self._place, self._first = place, np.maximum(first, place - length)
+        self.order = np.lexsort((time_s, src))  # (n,) rows by source, then time
+        src, time_s = src[self.order], time_s[self.order]
+        places = np.arange(count)
+        same_second = np.append(False, (np.diff(src) == 0) & (np.diff(time_s) == 0))[:count]
+        end = np.maximum.accumulate(
+            np.where(same_second, 0, places)
+        )  # (n,) of the earlier ones: the first of its second
+        self._first, self._end = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)  # by row
+        self._first[self.order] = np.maximum(np.searchsorted(src, src), end - length)
+        self._end[self.order] = end
 
     def queries(self, rows: Iterable[int]) -> list[Query]:
-        """The queries for the results of the measurements `rows`, each with those before it as context, the latest last."""
+        """The queries for the results of the measurements `rows`, each with the earlier ones as context, the latest last."""
         measured = self.measured
         return [
             Query(
                 Endpoint.whole(measured.src[row].tobytes()),
                 Endpoint.whole(measured.dst[row].tobytes()),
                 None if measured.time_s is None else int(measured.time_s[row]),
-                measured.take(self.order[self._first[row] : self._place[row]]),
+                measured.take(self.order[self._first[row] : self._end[row]]),
             )
             for row in rows
         ]
@@ -156,24 +164,30 @@ class QueryTable:
 
 @dataclass(frozen=True, eq=False)
 class ContextTable:
-    """Measurements as context: those of one query, and those of every later query of their source."""
+    """Measurements as context: those of one query, and those of every later query of their source.
+
+    Where all are of one host (see `Context`), those are of every later query that names a source.
+    """
 
     measurements: Context  # in time order
     of_id: dict[str, np.ndarray]  # query_id → places of its measurements, ascending
-    of_src: dict[bytes, np.ndarray]  # packed source → places of the measurements for all, ascending
+    of_src: dict[
+        bytes, np.ndarray
+    ]  # packed source → places of the measurements for all, ascending; one host: all under b""
 
     @classmethod
-    def parse(cls, table: pa.Table, queries: Sequence[QueryRow]) -> ContextTable:
+    def parse(cls, table: pa.Table, queries: Sequence[QueryRow], one_host: bool = False) -> ContextTable:
         """ValueError names the row that is wrong; `queries` are those with a query_id."""
         check_columns(table, "the context", ("src_addr", "dst_addr", "rtt"))
         column = table.column("query_id") if "query_id" in table.column_names else pa.nulls(table.num_rows)
         given, _ = parse_column(column, _text)
         if any(given) and not queries:
             raise ValueError("the context has a query_id, but the queries have none; give both or neither one")
-        measurements = columns_of(table, "the context", "context row")
+        measurements = columns_of(table, "the context", "context row", one_host)
         order = measurements.time_order()
         measurements, own = measurements.take(order), [given[row] or None for row in order]
-        src = [None if name else address.tobytes() for name, address in zip(own, measurements.src, strict=True)]
+        sources = [_ONE_HOST if one_host else address.tobytes() for address in measurements.src]
+        src = [None if name else source for name, source in zip(own, sources, strict=True)]
         of_id, of_src = _places(own), _places(src)
         warn_of_order([order[rows] for rows in (*of_id.values(), *of_src.values())])
         if unknown := of_id.keys() - {query.query_id for query in queries}:
@@ -183,8 +197,14 @@ class ContextTable:
 
     def rows(self, query: QueryRow, most: int) -> np.ndarray:
         """Places of the context of a query in time order, (m,): of what may be given, the `most` recent measurements,
-        and of its destination the `most` recent; more can never fit."""
-        rows = np.concatenate([self.of_id.get(query.query_id or "", _NO_ROWS), self._earlier(query.src, query.time_s)])
+        and of its destination the `most` recent; more can never fit.
+
+        ValueError if one of those of its query_id is of another source, or not earlier.
+        """
+        own = self.of_id.get(query.query_id or "", _NO_ROWS)
+        if query.src:
+            check_context(self.measurements.take(own), Endpoint.parse(query.src), query.time_s)
+        rows = np.concatenate([own, self._earlier(query.src, query.time_s)])
         rows.sort(kind="stable")
         if len(rows) <= most or not query.dst:
             return rows[-most:]
@@ -197,7 +217,9 @@ class ContextTable:
         if not src:
             return _NO_ROWS
         endpoint, times = Endpoint.parse(src), self.measurements.time_s
-        if endpoint.is_prefix:
+        if self.measurements.one_host:
+            rows = self.of_src.get(_ONE_HOST, _NO_ROWS)
+        elif endpoint.is_prefix:
             covered = endpoint.covers(np.frombuffer(b"".join(self.of_src), np.uint8).reshape(-1, ADDRESS_BYTES))
             rows = np.sort(np.concatenate([_NO_ROWS, *compress(self.of_src.values(), covered)]))
         else:

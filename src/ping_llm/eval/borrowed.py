@@ -1,0 +1,84 @@
+"""The folder of an earlier evaluation and a cell in, the scores that its methods had there out.
+
+So baselines are fitted once for many models, and a model can answer on a machine of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
+from ping_llm.eval.queries import Cell
+
+RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
+_SCORES = ("p_fail", "nll_nats", "crps_log", "pit")
+_QUANTILES = [f"q{level:g}" for level in QUANTILE_LEVELS]
+_EXTRAS = ("loss_per_field", "order_consistency", "destinations", "examples")  # that results of a model hold
+
+
+@dataclass(frozen=True)
+class BorrowedScores:
+    """What an evaluation found."""
+
+    folder: Path
+    results: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> BorrowedScores:
+        """ValueError if the folder holds no whole evaluation."""
+        try:
+            results = json.loads((folder / RESULTS_NAME).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{folder} holds no evaluation ({error}); name a folder that ping-llm eval wrote"
+            ) from None
+        if not (folder / TABLE_NAME).is_file() or "methods" not in results:
+            raise ValueError(f"{folder} holds no whole evaluation; name a folder that ping-llm eval wrote")
+        return cls(folder, results)
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Kind and choices of each method."""
+        return self.results["methods"]
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What it says of a model besides its scores."""
+        return {name: self.results[name] for name in _EXTRAS if name in self.results}
+
+    def scores(self, cell: Cell) -> dict[str, Scores]:
+        """Of each method, over the first queries of the cell; ValueError unless queries and contexts are the same."""
+        wanted = [("family", cell.family), ("split", cell.split), ("draw", cell.draw), ("k", cell.k)]
+        table = pq.read_table(self.folder / TABLE_NAME, filters=[(name, "=", value) for name, value in wanted])
+        here = next((one for one in self.results["cells"] if all(one[name] == value for name, value in wanted)), None)
+        queries, of_method = cell.queries, {}
+        given = (queries.context >= 0).sum(axis=1).mean()
+        if here is not None and abs(here["context_fitted"] - given) > 1e-9:
+            raise ValueError(
+                f"{self.folder} gave other contexts ({here['context_fitted']:.2f} measurements on average in {cell.split} "
+                f"{cell.draw} {cell.k}, here {given:.2f}); evaluate both with the same --seq-len"
+            )
+        for method in self.methods:
+            lines = table.filter(pc.field("method") == method).sort_by("query")
+            count = lines.num_rows
+            time_s = lines.column("event_time").cast("int64").to_numpy()
+            rows = queries.rows[:count]
+            same = len(rows) == count > 0 and (time_s == queries.measurements.time_s[rows]).all()
+            columns = {
+                name: lines.column(name).to_numpy().astype(np.float64) for name in ("rtt", *_SCORES, *_QUANTILES)
+            }
+            if not same or (columns["rtt"] != queries.rtt_ms[:count]).any():
+                raise ValueError(
+                    f"{self.folder} answered other queries than these; name rows, --queries and --seed of it"
+                )
+            p_fail, nll_nats, crps_log, pit = (columns[name] for name in _SCORES)
+            quantiles = np.stack([columns[name] for name in _QUANTILES], axis=1)
+            of_method[method] = Scores(queries.rtt_ms[:count], p_fail, nll_nats, crps_log, pit, quantiles)
+        return of_method

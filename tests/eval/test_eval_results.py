@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ping_llm.eval.bootstrap import Resamples
+from ping_llm.eval.bootstrap import Clusters, Resamples, geometric_mean
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
 from ping_llm.eval.metrics import Scores, error_quantiles, score, source_weights
@@ -147,6 +147,22 @@ def test_failed_queries_are_left_out_of_a_cells_sources_prefixes_and_crps():
     line = found.methods["model"]
     assert (line["crps_ratio"], line["ratio_interval"]) == (1, None)
     assert line["crps_log"] == pytest.approx(np.nanmean(scores_of(cell)["model"].crps_log))
+
+
+def test_intervals_of_a_cell_are_those_of_each_method_alone():
+    cell, rng = make_cell("test-s1", 40), np.random.default_rng(0)
+    queries, resamples = cell.queries, Resamples(np.arange(100), np.arange(100), draws=100)
+    scores = {name: replace(one, crps_log=rng.lognormal(0, 1, 800)) for name, one in scores_of(cell).items()}
+    found = summarize_cell(cell, scores, KINDS, resamples, "lucky")
+    clusters = Clusters(queries.src_id, queries.prefix, resamples)
+    for name, one in scores.items():
+        line, ratio = found.methods[name], clusters.ratio(one.crps_log, scores["lucky"].crps_log)
+        assert line["ratio_interval"] == pytest.approx(ratio.interval) and line["crps_ratio"] == ratio.value
+        assert line["crps_interval"] == pytest.approx(clusters.mean(one.crps_log).interval)
+    mean = summaries([found])["primary"]["methods"]["model"]["geometric_mean_interval"]
+    draws = clusters.log_means(scores["model"].crps_log) - clusters.log_means(scores["lucky"].crps_log)
+    ratio = clusters.ratio(scores["model"].crps_log, scores["lucky"].crps_log)
+    assert mean == pytest.approx(geometric_mean([ratio], [draws], 40).interval)
 
 
 def test_a_ratio_is_of_macro_means_by_hand():

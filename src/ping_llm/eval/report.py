@@ -118,7 +118,7 @@ def _summary(results: Mapping[str, Any], name: str, what: Sequence[str]) -> list
     """One of the summaries of results: a line for each cell, a column for each method that is no baseline."""
     summary, kinds = results[name], {name: one["kind"] for name, one in results["methods"].items()}
     if not summary["cells"]:
-        return ["No cell of it holds an answered query."]
+        return ["No cell of it holds an answered query and a baseline to compare with."]
     shown = [method for method in summary["methods"] if kinds[method] != "baseline"] or ["stack"]
     shown = [method for method in shown if method in summary["methods"]]
     rows = []

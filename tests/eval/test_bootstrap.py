@@ -95,6 +95,17 @@ def test_equal_scores_have_ratio_one_and_a_better_method_wins():
     assert clusters.ratio(one * 1.01, one).interval[1] > 1
 
 
+def test_a_draw_that_holds_no_query_of_a_cell_is_left_out():
+    """All but one source have queries to prefix 0 alone, which one draw in three lacks, and that one is often not drawn."""
+    src, dst = np.r_[np.arange(40), np.full(35, 40)], np.r_[np.zeros(40, dtype=int), np.arange(1, 36)]
+    one, other = np.random.default_rng(0).lognormal(0, 1, (2, 75))
+    clusters = Clusters(src, dst, Resamples(src, dst))
+    draws = clusters.log_means(one) - clusters.log_means(other)
+    assert 50 < np.isnan(draws).sum() < 300
+    assert np.isfinite(clusters.ratio(one, other).interval).all()
+    assert np.isfinite(geometric_mean([clusters.ratio(one, other)], [draws], 36).interval).all()
+
+
 def test_cells_that_share_their_queries_do_not_count_as_independent():
     rng = np.random.default_rng(0)
     src, dst, one, other, _ = bench(rng, 60, 60, 30, 0.3, 0.3)

@@ -27,10 +27,10 @@ class Estimate:
 
     @classmethod
     def of_draws(cls, value: float, log_draws: np.ndarray, degrees_of_freedom: float) -> Estimate:
-        """With the spread of the logarithm over the draws (R,)."""
+        """With the spread of the logarithm over the draws (R,), without those that are NaN."""
         from scipy.stats import t
 
-        factor = float(np.exp(t.ppf(0.975, degrees_of_freedom) * log_draws.std()))
+        factor = float(np.exp(t.ppf(0.975, degrees_of_freedom) * np.nanstd(log_draws)))
         return cls(value, (value / factor, value * factor))
 
 
@@ -91,7 +91,7 @@ class Clusters:
     def log_means(self, scores: np.ndarray) -> np.ndarray:
         """(R,) log of the macro mean of (q,) scores in each draw, or (R, m) of (q, m) scores of m methods at once.
 
-        A source none of whose prefixes was drawn is left out of the draw.
+        A source none of whose prefixes was drawn is left out of the draw; NaN is a draw that leaves none.
         """
         order = np.argsort(self._source, kind="stable")
         source, prefix, scores = self._source[order], self._prefix[order], scores[order]
@@ -104,7 +104,8 @@ class Clusters:
             weight = of_prefixes[some][:, prefix]  # (r, q)
             size = np.add.reduceat(weight, starts, axis=1)  # (r, s)
             drawn = of_sources[some] * (size > 0)
-            weight *= (drawn / np.maximum(size, 1) / drawn.sum(axis=1, keepdims=True))[:, source]
+            with np.errstate(invalid="ignore"):
+                weight *= (drawn / np.maximum(size, 1) / drawn.sum(axis=1, keepdims=True))[:, source]
             means.append(weight @ scores)
         return np.log(np.concatenate(means))
 

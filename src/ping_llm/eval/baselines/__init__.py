@@ -21,5 +21,5 @@ def all_baselines(trees: TreeSettings | None = None) -> list[Baseline]:
     learned = (VIVALDI_2D, VIVALDI_8D, DMFSGD_METHOD, LOG_FACTORS, PROFILE_KNN, PREFIX_KNN)
     points = {method: PointBaseline(method) for method in (*simple, *learned)}
     pair_history, lightgbm = PairHistory(), LightGBM(trees)
-    stack = Stack([pair_history, points[DMFSGD_METHOD], points[PROFILE_KNN], lightgbm])
-    return [*(points[one] for one in simple), pair_history, *(points[one] for one in learned), lightgbm, stack]
+    members = [*(points[one] for one in simple), pair_history, *(points[one] for one in learned), lightgbm]
+    return [*members, Stack(members)]

@@ -1,8 +1,7 @@
 """A method that predicts one RTT in, a baseline that predicts a whole distribution out.
 
-Nothing but the train part is learned from. What `val` decides are settings and residuals, and for both the method is
-learned anew from train without some sources, destinations and pairs (`hide`), so that the queries of `val` are of every
-kind that the test parts hold: a method that remembers pairs must not be chosen, or trusted, for what it remembers.
+What is learned is learned from the train part alone. What is chosen, settings, residuals and weights, is chosen on the
+queries of `val`: train holds none of them, and they are of every kind that the test parts hold.
 """
 
 from __future__ import annotations
@@ -11,23 +10,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from itertools import product
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ping_llm.eval.baselines.failure import FailureRates
-from ping_llm.eval.baselines.pairs import Pairs, find, hide
+from ping_llm.eval.baselines.failure import FailureChoice
+from ping_llm.eval.baselines.pairs import Pairs, find
 from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions
 from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
 
-FOLDS = 2
-CHOICE_QUERIES = 2_000  # that a setting is chosen on; residuals are collected on all of `val`
+CHOICE_QUERIES = 4_000  # that a setting is chosen on; residuals are collected on all of `val`
+LEAST_OF_KIND = 30  # a kind with fewer queries has no say in settings
 LEAST_RESIDUALS = 100  # a bucket with fewer residuals is answered from a coarser one
 Learned = Callable[[QueryView], np.ndarray]
 """A point method after learning: (q,) log-ms."""
+
+USES_OF_CONTEXT = ({"moves_known": 0.0}, {"moves_known": 0.5}, {"moves_known": 1.0})
+"""How far a known source's prediction goes from what was learned of it to what its context makes of it."""
+
+KINDS = 10  # of `evidence` on the pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,68 +44,107 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class PointMethod:
-    """How to learn a point method from measurements, and the settings to choose among."""
+    """How to learn a point method from measurements; the settings to choose among, and for each kind of query the uses."""
 
     name: str
-    learn: Callable[..., Learned]  # learn(train, **setting)
+    learn: Callable[..., Callable[..., np.ndarray]]  # learn(train, **setting)(view, **use)
     settings: tuple[dict[str, Any], ...] = ({},)
+    uses: tuple[dict[str, Any], ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting of a point method, and for each kind of query which of its uses."""
+
+    setting: dict[str, Any]
+    uses: tuple[int, ...]
+
+    def apply(self, learned: Callable[..., np.ndarray], method: PointMethod, pairs: Pairs) -> Learned:
+        """What was learned with the setting, used as chosen; `pairs` say of which kind a query is."""
+
+        def predict(view: QueryView) -> np.ndarray:
+            used = np.array(self.uses)[evidence(pairs, view)[:, 0]]
+            predicted = np.empty(len(view))
+            for use in np.unique(used):
+                rows = np.flatnonzero(used == use)
+                predicted[rows] = learned(view.take(rows), **method.uses[use])
+            return predicted
+
+        return predict
+
+    def describe(self, method: PointMethod) -> dict[str, Any]:
+        """The setting, and by name of what may be used otherwise its value for each kind."""
+        return self.setting | {name: [method.uses[use][name] for use in self.uses] for name in method.uses[0]}
 
 
 class Task:
-    """Train and val with all that baselines share: folds, failure rates, what was learned and predicted already."""
+    """Train and val with all that baselines share: pairs, chances of failure, what was learned and predicted already."""
 
     def __init__(self, train: Measurements, val: Queries) -> None:
-        if not len(val):
-            raise ValueError("no queries of val to choose settings on; prepare more measurements")
-        self.val, self.answered_val = val, val.answered()
-        self.learned_from = {None: train} | {fold: hide(train, fold) for fold in range(FOLDS)}
-        self._pairs = {fold: Pairs.of(table) for fold, table in self.learned_from.items()}
-        self.p_fail = remember(FailureRates(train, val).p_fail)
-        self._choose, self._learn = cache(self._choose_setting), cache(self._learn_anew)
+        if not len(val.answered()):
+            raise ValueError("no answered queries of val to choose settings on; prepare more measurements")
+        self.train, self.val, self.answered_val = train, val, val.answered()
+        self.pairs, self.failure = Pairs.of(train), FailureChoice(train, val)
+        self.p_fail = remember(self.failure.p_fail)
+        self._choose, self._used = cache(self._choose_setting), cache(self._use)
 
     @cached_property
     def val_views(self) -> list[tuple[QueryView, np.ndarray]]:
         """The answered queries of val given 0, 1, 2 … measurements, each beside its answers in log-ms."""
         return [(view, log_rtt(self.answered_val.rtt_ms)) for view in self.answered_val.views(COUNTS)]
 
-    def learned(self, method: PointMethod, fold: int | None = None) -> Learned:
-        """The method with the setting chosen for it, learned from the train part or from a fold of it."""
-        return self._learn(method, self._choose(method), fold)
+    @cached_property
+    def choice_views(self) -> list[tuple[QueryView, np.ndarray]]:
+        """Some of these queries, given 0, 5 and 30."""
+        some = self.answered_val.take(slice(None, None, max(1, len(self.answered_val) // CHOICE_QUERIES)))
+        return [(view, log_rtt(some.rtt_ms)) for view in some.views(CHOICE_CONTEXTS)]
 
-    def setting(self, method: PointMethod) -> dict[str, Any]:
-        """Of the method's settings the one with the least error on val, each kind of query weighing the same."""
-        return method.settings[self._choose(method)]
+    def learned(self, method: PointMethod) -> Learned:
+        """The method with the setting and uses chosen for it."""
+        return self._used(method)
 
-    def evidence(self, view: QueryView, fold: int | None = None) -> np.ndarray:
-        """`evidence` for what was learned from the train part or from a fold of it."""
-        return evidence(self._pairs[fold], view)
+    def choice(self, method: PointMethod) -> Choice:
+        """What has the least error on val, each kind of query weighing the same."""
+        return self._choose(method)[0]
 
-    def _choose_setting(self, method: PointMethod) -> int:
-        if len(method.settings) == 1:
-            return 0
-        chosen = self.answered_val.take(slice(None, None, max(1, len(self.answered_val) // CHOICE_QUERIES)))
-        views, answers, errors = chosen.views(CHOICE_CONTEXTS), log_rtt(chosen.rtt_ms), []
-        kinds = np.concatenate([self.evidence(view, 0)[:, 0] for view in views])
-        _, kind, count = np.unique(kinds, return_inverse=True, return_counts=True)
-        for number in range(len(method.settings)):
-            error = np.concatenate([np.abs(self._learn(method, number, 0)(view) - answers) for view in views])
-            mean = np.bincount(kind, error) / count
-            errors.append(np.log(mean[count >= min(30, count.max())] + 1e-4).mean())
-        return int(np.argmin(errors))
+    def evidence(self, view: QueryView) -> np.ndarray:
+        """`evidence` of queries, given what train holds."""
+        return evidence(self.pairs, view)
 
-    def _learn_anew(self, method: PointMethod, setting: int, fold: int | None) -> Learned:
-        return remember(method.learn(self.learned_from[fold], **method.settings[setting]))
+    def _use(self, method: PointMethod) -> Learned:
+        choice, learned = self._choose(method)
+        return remember(choice.apply(learned, method, self.pairs))
+
+    def _choose_setting(self, method: PointMethod) -> tuple[Choice, Callable[..., np.ndarray]]:
+        """The choice, and what was learned with its setting."""
+        if len(method.settings) == len(method.uses) == 1:
+            return Choice(method.settings[0], (0,) * KINDS), method.learn(self.train, **method.settings[0])
+        kind = np.concatenate([self.evidence(view)[:, 0] for view, _ in self.choice_views])
+        count, found = np.bincount(kind, minlength=KINDS), []
+        many = count >= min(LEAST_OF_KIND, count.max())
+        for setting in method.settings:
+            learned, errors = method.learn(self.train, **setting), []
+            for use in method.uses:
+                error = np.concatenate([np.abs(learned(view, **use) - answers) for view, answers in self.choice_views])
+                errors.append(np.log(np.bincount(kind, error, KINDS)[many] / count[many] + 1e-4))  # (kinds,)
+            uses = np.full(KINDS, np.argmin(np.mean(errors, axis=1)))  # of kinds with few queries
+            uses[many] = np.argmin(errors, axis=0)
+            found.append((np.min(errors, axis=0).mean(), Choice(setting, tuple(uses.tolist())), learned))
+        return min(found, key=itemgetter(0))[1:]
 
 
 task_of = lru_cache(maxsize=1)(Task)
 """The task of these very objects, shared by all baselines that are fitted on them."""
 
 
-def remember(learned: Learned) -> Learned:
-    """The same predictions, made once for each view however many baselines build on them."""
-    made: WeakKeyDictionary[QueryView, np.ndarray] = WeakKeyDictionary()
+T = TypeVar("T")
 
-    def predict(view: QueryView) -> np.ndarray:
+
+def remember(learned: Callable[[QueryView], T]) -> Callable[[QueryView], T]:
+    """The same predictions, made once for each view however many baselines build on them."""
+    made: WeakKeyDictionary[QueryView, T] = WeakKeyDictionary()
+
+    def predict(view: QueryView) -> T:
         if view not in made:
             made[view] = learned(view)
         return made[view]
@@ -118,8 +161,8 @@ def evidence(pairs: Pairs, view: QueryView) -> np.ndarray:
     """
     answered = view.context_rtt_ms >= 0
     in_context = ((view.context_dst_id == view.dst_id[:, None]) & answered).any(axis=1)
-    source, destination = find(pairs.probes, view.probe) >= 0, find(pairs.dst_ids, view.dst_id) >= 0
-    kind = np.select([pairs.has_pair(view), source & destination, destination, source], [0, 1, 2, 3], 4)
+    source, destination = find(pairs.src_ids, view.src_id) >= 0, find(pairs.dst_ids, view.dst_id) >= 0
+    kind = np.select([pairs.at(view) >= 0, source & destination, destination, source], [0, 1, 2, 3], 4)
     return np.stack([2 * kind + in_context, np.digitize(answered.sum(axis=1), (1, 3, 8))], axis=1)
 
 
@@ -158,12 +201,13 @@ class Baseline(ABC):
     name: str
     choices: dict[str, Any]
     task: Task
+    distributions: Callable[[QueryView], QuantileDistributions]
 
     def fit(self, train: Measurements, val: Queries) -> None:
         """Learns, and chooses; nothing is done again for the same objects."""
         task = task_of(train, val)
         if getattr(self, "task", None) is not task:
-            self.task = task
+            self.task, self.distributions = task, remember(self.predict_distributions)
             self.choices = self.learn()
 
     def predict(self, view: QueryView) -> Prediction:
@@ -175,8 +219,8 @@ class Baseline(ABC):
         """Learns from the task; gives what was chosen."""
 
     @abstractmethod
-    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
-        """Of queries, by what was learned from the train part, or from a fold of it."""
+    def predict_distributions(self, view: QueryView) -> QuantileDistributions:
+        """Of queries; `distributions` makes them once for each view."""
 
 
 class PointBaseline(Baseline):
@@ -186,21 +230,19 @@ class PointBaseline(Baseline):
         self.method, self.name = method, method.name
 
     def learn(self) -> dict[str, Any]:
-        """Chooses the setting, and collects the errors on val of what was learned from each fold."""
-        cases = [
-            (self.task.learned(self.method, fold)(view), answers, self.task.evidence(view, fold))
-            for fold, (view, answers) in product(range(FOLDS), self.task.val_views)
-        ]
-        predicted, actual, kinds = (np.concatenate(column) for column in zip(*cases, strict=True))
+        """Chooses the setting, and collects the errors on val."""
+        learned, views = self.task.learned(self.method), self.task.val_views
+        predicted = np.concatenate([learned(view) for view, _ in views])
+        actual = np.concatenate([answers for _, answers in views])
+        kinds = np.concatenate([self.task.evidence(view) for view, _ in views])
         self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
         self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
-        self.task.learned(self.method)
-        return self.task.setting(self.method)
+        return self.task.choice(self.method).describe(self.method)
 
-    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
+    def predict_distributions(self, view: QueryView) -> QuantileDistributions:
         """The residuals around the predictions."""
-        predicted = self.task.learned(self.method, fold)(view)
-        residuals = self._residuals(self._keys(predicted, self.task.evidence(view, fold)))
+        predicted = self.task.learned(self.method)(view)
+        residuals = self._residuals(self._keys(predicted, self.task.evidence(view)))
         return QuantileDistributions.from_quantiles(predicted[:, None] + residuals)
 
     def _keys(self, predicted: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from ping_llm.eval.baselines.pairs import find, hide, pair_keys
+from ping_llm.eval.baselines.pairs import find, pair_keys
 from ping_llm.eval.baselines.simple import Additive, chunks
 from ping_llm.eval.columns import Measurements, Queries, log_rtt
 
@@ -30,23 +30,19 @@ class DestinationBayes:
     name = "destination_bayes"
 
     def __init__(self, train: Measurements, val: Queries) -> None:
-        """Chooses, by the log-probability of val's destinations, how much is smoothed and kept for unseen ones.
-
-        What is chosen for is train without some sources, destinations and pairs, as the test parts have them.
-        """
-        self._count(hide(train, 0))
+        """Chooses, by the log-probability of val's destinations, how much is smoothed and kept for unseen ones."""
+        self._count(train)
         self._unseen = float(((find(self.destinations, val.dst_id) < 0).sum() + 1) / (len(val) + 2))
         chosen = val.take(slice(None, None, max(1, len(val) // 1000)))
         right, each = find(self.destinations, chosen.dst_id), np.arange(len(chosen))  # −1 is the last column
         strengths = list(product(STRENGTHS, STRENGTHS))
-        found = (self.log_probability(chosen.probe, chosen.rtt_ms, *one)[each, right].mean() for one in strengths)
+        found = (self.log_probability(chosen.src_id, chosen.rtt_ms, *one)[each, right].mean() for one in strengths)
         _, self._strengths = max(zip(found, strengths, strict=True))
-        self._count(train)
 
     def _count(self, train: Measurements) -> None:
         self._additive = Additive(train)
         self.destinations, destination = np.unique(train.dst_id, return_inverse=True)
-        self._probes, source = np.unique(train.probe, return_inverse=True)
+        self._sources, source = np.unique(train.src_id, return_inverse=True)
         self._keys, pair, self._pair_count = np.unique(
             pair_keys(source, destination), return_inverse=True, return_counts=True
         )
@@ -55,13 +51,13 @@ class DestinationBayes:
         failed, bins = train.rtt_ms < 0, _bins(train.rtt_ms)
         self._fail_rate = (np.bincount(destination, failed) + failed.mean()) / (pings + 1)
         self._result_keys, self._result_count = np.unique(pair * BINS + bins, return_counts=True)
-        residual = (train.log_ms - self._expected(source, destination))[~failed]
+        residual = (train.log_ms - self._expected(train.src_id, destination))[~failed]
         counts = np.bincount(np.digitize(residual, RESIDUAL_EDGES), minlength=len(RESIDUAL_EDGES) + 1)
         self._residual = (counts + 0.1) / (counts + 0.1).sum()
         self._any_result = (np.bincount(bins, minlength=BINS) + 0.1) / (len(train) + 0.1 * BINS)
 
     def log_probability(
-        self, probe: np.ndarray, rtt_ms: np.ndarray, popularity: float = 0, result: float = 0
+        self, src_id: np.ndarray, rtt_ms: np.ndarray, popularity: float = 0, result: float = 0
     ) -> np.ndarray:
         """(q, D + 1) natural log; the last column is of all destinations that train does not hold.
 
@@ -70,14 +66,14 @@ class DestinationBayes:
         if not popularity:
             popularity, result = self._strengths
         every, parts = np.arange(len(self.destinations)), []
-        for rows in chunks(len(probe), ARRAYS * len(every)):
-            source, bins = find(self._probes, probe[rows])[:, None], _bins(rtt_ms[rows])[:, None]  # (q, 1)
+        for rows in chunks(len(src_id), ARRAYS * len(every)):
+            source, bins = find(self._sources, src_id[rows])[:, None], _bins(rtt_ms[rows])[:, None]  # (q, 1)
             pair = find(self._keys, pair_keys(source, every))  # (q, D), −1 = not measured
             of_pair = np.where(pair >= 0, self._pair_count[pair], 0)
             of_source = np.where(source >= 0, self._source_count[source], 0)
             pinged = (of_pair + popularity * self._popularity) / (of_source + popularity)
             at = find(self._result_keys, np.where(pair >= 0, pair * BINS + bins, -1))
-            residual = np.nan_to_num(log_rtt(rtt_ms[rows]))[:, None] - self._expected(source, every)
+            residual = np.nan_to_num(log_rtt(rtt_ms[rows]))[:, None] - self._expected(src_id[rows][:, None], every)
             answered = (1 - self._fail_rate) * self._residual[np.digitize(residual, RESIDUAL_EDGES)]
             prior = np.where(bins == FAILED, self._fail_rate, answered)
             results = (np.where(at >= 0, self._result_count[at], 0) + result * prior) / (of_pair + result)
@@ -85,11 +81,9 @@ class DestinationBayes:
             parts.append(np.log(joint / joint.sum(axis=1, keepdims=True)))
         return np.concatenate(parts)
 
-    def _expected(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-        """Additive log-ms of sources, −1 = not seen, and destinations; shapes broadcast."""
-        at = np.where(source >= 0, find(self._additive.pairs.probes, self._probes[source]), -1)
-        bias = np.where(at >= 0, self._additive.source_bias[at], 0.0)
-        return bias + self._additive.without_source(self.destinations[destination])
+    def _expected(self, src_id: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """Additive log-ms of sources and destinations; shapes broadcast."""
+        return self._additive.bias_of(src_id) + self._additive.without_source(self.destinations[destination])
 
 
 def prefix_ranks(mass: np.ndarray, of_known: np.ndarray, of_queried: np.ndarray) -> np.ndarray:

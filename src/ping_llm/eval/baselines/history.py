@@ -1,7 +1,8 @@
 """Earlier RTTs of the same pair in, the next one out: last seen, moving averages, a rolling median, and a distribution.
 
-The history of a pair is what train holds of it followed by what of the context is later. A pair without one is answered
-from the source's history with the destination's /24 (or /48), then /16 (or /32), then by additive biases.
+The history of a pair is what train holds of it from before the query's second, followed by what of the context is later. A
+pair without one is answered from what its source's /24 (or /48) saw of the destination, then from the histories of either
+with the destination's /24 (/48), then of the source with its /16 (/32), then by additive biases.
 """
 
 from __future__ import annotations
@@ -14,55 +15,52 @@ from typing import Any
 import numpy as np
 
 from ping_llm.eval.baselines.base import Baseline, Learned, PointBaseline, PointMethod
-from ping_llm.eval.baselines.pairs import find, pair_keys
+from ping_llm.eval.baselines.pairs import Past, pair_keys
 from ping_llm.eval.baselines.simple import Additive, row_medians
 from ping_llm.eval.columns import Measurements, QueryView, first_true, prefix_ids
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions, pool
 
-MEMORY = 100  # measurements of a pair that are kept
-PREFIX_BITS = ((32, 128), (24, 48), (16, 32))  # IPv4 and IPv6 bits of the destination that must agree, finest first
-NO_HISTORY = len(PREFIX_BITS)
+MEMORY = 100  # measurements of train that a history goes back
+EXACT, NARROW, WIDE = (32, 128), (24, 48), (16, 32)  # IPv4 and IPv6 bits of an address that must agree
+LEVELS = ((EXACT, EXACT), (NARROW, EXACT), (EXACT, NARROW), (NARROW, NARROW), (EXACT, WIDE))
+"""Of source and destination, finest first."""
+
+NO_HISTORY = len(LEVELS)
 
 
 class Series:
-    """The latest answered RTTs of each source to each destination prefix, and what a query's history is."""
+    """The answered RTTs of each source prefix to each destination prefix, and what a query's history is."""
 
-    def __init__(self, train: Measurements, bits: tuple[int, int]) -> None:
+    def __init__(self, train: Measurements, source_bits: tuple[int, int], destination_bits: tuple[int, int]) -> None:
         rows = np.flatnonzero(train.rtt_ms >= 0)
-        self._prefix = prefix_ids(train.addresses, *bits)  # (a,)
-        self._probes = np.unique(train.probe[rows])
-        key = self._key(train.probe[rows], train.dst_id[rows])
-        order = np.lexsort((train.time_s[rows], key))
-        self._keys, start, self._count = np.unique(key[order], return_index=True, return_counts=True)
-        self._newest = start + self._count - 1
-        self._log_ms, self._time_s = train.log_ms[rows][order], train.time_s[rows][order]
+        self._source, self._prefix = (prefix_ids(train.addresses, *bits) for bits in (source_bits, destination_bits))
+        self._past = Past(self._key(train.src_id[rows], train.dst_id[rows]), train.time_s[rows])
+        self._log_ms = np.append(train.log_ms[rows][self._past.order], np.nan)
 
     def history(self, view: QueryView, length: int) -> np.ndarray:
         """(q, length) log-ms of each query's history, most recent first, NaN = no more."""
-        at = find(self._keys, self._key(view.probe, view.dst_id))
-        known, newest = at >= 0, self._newest[at]
-        back = np.arange(min(length, MEMORY))
-        held = known[:, None] & (back < self._count[at][:, None])
-        trained = np.where(held, self._log_ms[np.maximum(newest[:, None] - back, 0)], np.nan)
-        last_s = np.where(known, self._time_s[newest], np.iinfo(np.int64).min)
+        start, stop = self._past.before(self._key(view.src_id, view.dst_id), view.time_s)
+        back = stop[:, None] - 1 - np.arange(min(length, MEMORY))
+        trained = self._log_ms[np.where(back >= start[:, None], back, -1)]
+        last_s = self._past.last_s(start, stop)
         same = (view.context_dst_id >= 0) & (self._prefix[view.context_dst_id] == self._prefix[view.dst_id][:, None])
         given = np.where(same & (view.context_time_s > last_s[:, None]), view.context_log_ms, np.nan)
         both = np.concatenate([given, trained], axis=1)
         return first_true(~np.isnan(both), both, length, np.nan)
 
-    def _key(self, probe: np.ndarray, dst_id: np.ndarray) -> np.ndarray:
-        return pair_keys(find(self._probes, probe), self._prefix[dst_id])  # a source not seen has no series of its own
+    def _key(self, src_id: np.ndarray, dst_id: np.ndarray) -> np.ndarray:
+        return pair_keys(self._source[src_id], self._prefix[dst_id])
 
 
 class Backoff:
-    """The history of the finest prefix that has one, and the additive prediction where none has."""
+    """The history of the finest level that has one, and the additive prediction where none has."""
 
-    def __init__(self, train: Measurements, levels: int = len(PREFIX_BITS)) -> None:
-        self._series = [Series(train, bits) for bits in PREFIX_BITS[:levels]]
+    def __init__(self, train: Measurements, levels: int = len(LEVELS)) -> None:
+        self._series = [Series(train, *bits) for bits in LEVELS[:levels]]
         self.additive = Additive(train)
 
     def history(self, view: QueryView, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(q, length) log-ms, most recent first, and (q,) which of PREFIX_BITS it is of, or NO_HISTORY."""
+        """(q, length) log-ms, most recent first, and (q,) which of LEVELS it is of, or NO_HISTORY."""
         history, level = np.full((len(view), length), np.nan), np.full(len(view), NO_HISTORY)
         for i, series in enumerate(self._series):
             rows = np.flatnonzero(level == NO_HISTORY)
@@ -104,7 +102,7 @@ EMA_FAST, EMA_SLOW = (
 ROLLING_MEDIAN = PointMethod("rolling_median_10", partial(learn_history, length=10, summary=_MEDIAN))
 BACKOFF_MEDIAN = PointMethod(
     "backoff_median",
-    partial(learn_history, summary=_MEDIAN, levels=len(PREFIX_BITS)),
+    partial(learn_history, summary=_MEDIAN, levels=len(LEVELS)),
     ({"length": 5}, {"length": 10}, {"length": 50}),
 )
 
@@ -123,24 +121,22 @@ class PairHistory(Baseline):
     def learn(self) -> dict[str, Any]:
         """Chooses, by CRPS on val, how many values of history to use and what they weigh."""
         self._around = PointBaseline(BACKOFF_MEDIAN)
-        self._around.fit(self.task.learned_from[None], self.task.val)
-        self._backoffs = {fold: Backoff(table) for fold, table in self.task.learned_from.items()}
-        stride = slice(None, None, max(1, len(self.task.val_views[0][0]) // 1000))
-        views = [(view.take(stride), answer[stride]) for view, answer in self.task.val_views[::2]]
+        self._around.fit(self.task.train, self.task.val)
+        self._backoff = Backoff(self.task.train)
         crps = {
-            choice: sum(self._pooled(view, 0, *choice).crps(y).mean() for view, y in views)
+            choice: sum(self._pooled(view, *choice).crps(y).mean() for view, y in self.task.choice_views)
             for choice in product(self.LENGTHS, self.STRENGTHS)
         }
         length, strength = min(crps, key=crps.__getitem__)
         return {"history": length, "strength": strength, "median_of": self._around.choices["length"]}
 
-    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
+    def predict_distributions(self, view: QueryView) -> QuantileDistributions:
         """With the history and strength that were chosen."""
-        return self._pooled(view, fold, self.choices["history"], self.choices["strength"])
+        return self._pooled(view, self.choices["history"], self.choices["strength"])
 
-    def _pooled(self, view: QueryView, fold: int | None, length: int, strength: float) -> QuantileDistributions:
-        around = self._around.distributions(view, fold)
-        history, level = self._backoffs[fold].history(view, length)
+    def _pooled(self, view: QueryView, length: int, strength: float) -> QuantileDistributions:
+        around = self._around.distributions(view)
+        history, level = self._backoff.history(view, length)
         if not (level == 0).any():
             return around
         count = (~np.isnan(history)).sum(axis=1)

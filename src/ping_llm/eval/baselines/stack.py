@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from ping_llm.eval.baselines.base import Baseline, Buckets, bucket_keys
-from ping_llm.eval.columns import QueryView
+from ping_llm.eval.columns import QueryView, place_in_group
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions, pool
 
 LEAST_QUERIES = 300  # a kind of query with fewer answers on val takes the weights of a coarser kind
-CHUNK = 2_000  # queries whose matrices are made at once
-STEPS = 2_000  # of the descent to the best weights
+MOST_QUERIES = 1_000  # of one kind, that its weights are fitted on
+LEAST_WEIGHT = 0.01  # members of less are dropped, so that not all have to be evaluated
+CHUNK = 500  # queries whose matrices are made at once
 
 
 class Stack(Baseline):
-    """The linear pool of other baselines; `choices` holds the weights over all queries of val."""
+    """The linear pool of all other baselines; `choices` holds the weights over all queries of val."""
 
     name = "stack"
 
@@ -29,21 +31,28 @@ class Stack(Baseline):
         self.members = members
 
     def learn(self) -> dict[str, Any]:
-        """Fits the members, and the weights on what they predict after learning from fold 0."""
+        """Fits the members, and for each kind of query the weights of least CRPS on val."""
         for member in self.members:
-            member.fit(self.task.learned_from[None], self.task.val)
-        views = self.task.val_views
-        predicted = (([member.distributions(view, 0) for member in self.members], y) for view, y in views)
-        matrices = np.concatenate([crps_matrices(members, y) for members, y in predicted])
-        keys = bucket_keys(np.concatenate([self.task.evidence(view, 0) for view, _ in views]))
-        self._weights = Buckets(keys, LEAST_QUERIES, lambda rows: best_weights(matrices[rows].mean(axis=0)))
-        weights = best_weights(matrices.mean(axis=0)).tolist()
-        return {member.name: round(weight, 3) for member, weight in zip(self.members, weights, strict=True)}
+            member.fit(self.task.train, self.task.val)
+        views = [(view, y, self.task.evidence(view)) for view, y in self.task.choice_views]
+        rng, matrices, kinds = np.random.default_rng(0), [], []
+        for view, y, kind in views:
+            shuffled = rng.permutation(len(view))
+            some = np.sort(shuffled[place_in_group(bucket_keys(kind)[0][shuffled]) < MOST_QUERIES])
+            members = [member.distributions(view).take(some) for member in self.members]
+            matrices.append(crps_matrices(members, y[some]))
+            kinds.append(kind[some])
+        matrix = np.concatenate(matrices)
+        keys = bucket_keys(np.concatenate(kinds))
+        self._weights = Buckets(keys, LEAST_QUERIES, lambda rows: best_weights(matrix[rows].mean(axis=0)))
+        weights = self._weights(keys).mean(axis=0).tolist()
+        return {member.name: round(one, 3) for member, one in zip(self.members, weights, strict=True) if one}
 
-    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
-        """The pool of what the members predict."""
-        members = [member.distributions(view, fold) for member in self.members]
-        return pool(members, self._weights(bucket_keys(self.task.evidence(view, fold))))
+    def predict_distributions(self, view: QueryView) -> QuantileDistributions:
+        """The pool of what the members predict that weigh anything here."""
+        weights = self._weights(bucket_keys(self.task.evidence(view)))
+        used = np.flatnonzero(weights.any(axis=0)).tolist()
+        return pool([self.members[i].distributions(view) for i in used], weights[:, used])
 
 
 def crps_matrices(members: list[QuantileDistributions], log_ms: np.ndarray) -> np.ndarray:
@@ -54,21 +63,29 @@ def crps_matrices(members: list[QuantileDistributions], log_ms: np.ndarray) -> n
         chunk = [member.take(part) for member in members]
         y = np.clip(log_ms[part], *SUPPORT)[:, None]
         knots = np.sort(np.concatenate([*(member.values for member in chunk), y], axis=1), axis=1)  # (q, M)
-        cdf = np.stack([member.cdf(knots) for member in chunk])  # (m, q, M)
-        after = knots[:, :-1] >= y  # a segment lies on one side of y
-        left, right, width = cdf[:, :, :-1] - after, cdf[:, :, 1:] - after, np.diff(knots)
-        diagonal = np.einsum("iqs,jqs,qs->qij", left, left, width) + np.einsum("iqs,jqs,qs->qij", right, right, width)
-        crossed = np.einsum("iqs,jqs,qs->qij", left, right, width)
+        cdf = np.stack([member.cdf(knots) for member in chunk], axis=1)  # (q, m, M)
+        after, width = knots[:, None, :-1] >= y[:, :, None], np.diff(knots)[:, None]  # a segment lies on one side of y
+        left, right = cdf[:, :, :-1] - after, cdf[:, :, 1:] - after
+        crossed = (left * width) @ right.transpose(0, 2, 1)
+        diagonal = (left * width) @ left.transpose(0, 2, 1) + (right * width) @ right.transpose(0, 2, 1)
         parts.append((2 * diagonal + crossed + crossed.transpose(0, 2, 1)) / 6)
     return np.concatenate(parts)
 
 
 def best_weights(matrix: np.ndarray) -> np.ndarray:
-    """(m,) the w ≥ 0 with sum 1 that has the least wᵀ A w, by exponentiated gradients."""
-    weights = np.full(len(matrix), 1 / len(matrix))
-    rate = 1 / max(np.abs(matrix).max(), 1e-12)
-    for _ in range(STEPS):
-        gradient = matrix @ weights
-        weights *= np.exp(-rate * (gradient - gradient.min()))
-        weights /= weights.sum()
-    return weights
+    """(m,) the w ≥ 0 with sum 1 that has the least wᵀ A w; none is below LEAST_WEIGHT but 0.
+
+    The cone w ≥ 0 is searched for the least wᵀ A w + (sum − 1)², which has the same direction.
+    """
+    used = np.arange(len(matrix))
+    scale = np.trace(matrix) / len(matrix) or 1.0
+    while True:
+        part = matrix[np.ix_(used, used)] / scale
+        root = np.linalg.cholesky(part + 1e-9 * np.eye(len(used)))
+        found, _ = nnls(np.vstack([root.T, np.ones(len(used))]), np.r_[np.zeros(len(used)), 1.0])
+        found /= found.sum()
+        if (found >= LEAST_WEIGHT).all():
+            weights = np.zeros(len(matrix))
+            weights[used] = found
+            return weights
+        used = used[found >= LEAST_WEIGHT]

@@ -1,19 +1,28 @@
 """Features of queries in, quantiles of log-RTT by gradient-boosted trees (LightGBM) out.
 
-The trees learn from practice queries: of the last stretch of train, after learning from the rest without some sources,
-destinations and pairs, so that they see how far each feature is to be trusted where a pair is new.
+The trees learn from practice queries, cross-fitted inside train: of the last stretch of train, after learning from the rest
+without some sources, prefixes and pairs, so that they see how far each feature is to be trusted where a pair is new. They
+stop where the loss on val is least.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.eval.baselines.base import FOLDS, Baseline, Learned, bucket_keys, bucket_quantiles, evidence, remember
+from ping_llm.eval.baselines.base import (
+    Baseline,
+    Learned,
+    PointMethod,
+    Task,
+    bucket_keys,
+    bucket_quantiles,
+    evidence,
+    remember,
+)
 from ping_llm.eval.baselines.coordinates import VIVALDI_2D, VIVALDI_8D
 from ping_llm.eval.baselines.factors import DMFSGD_METHOD, LOG_FACTORS
 from ping_llm.eval.baselines.history import Backoff
@@ -24,6 +33,9 @@ from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_meas
 from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions, interpolate_rows
 from ping_llm.eval.queries import COUNTS
 
+if TYPE_CHECKING:
+    import lightgbm
+
 LEVELS = np.array([0.02, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.98])
 METHODS = (
     *(ADDITIVE, VIVALDI_2D, VIVALDI_8D, DMFSGD_METHOD, LOG_FACTORS, PROFILE_KNN, PREFIX_KNN),
@@ -31,6 +43,7 @@ METHODS = (
 )
 """Whose predictions are features."""
 
+FOLDS = 2  # of practice queries, each with other units hidden
 HISTORY = 20  # values of a pair that are looked at
 LATE_PERCENT = 25  # of the time span of each source, from which practice queries are drawn
 LEAST_TAIL = 0.01  # log-ms from the median to an outer quantile, for the slope of the tail beyond
@@ -40,21 +53,21 @@ LEAST_TAIL = 0.01  # log-ms from the median to an outer quantile, for the slope 
 class TreeSettings:
     """How many trees of which size learn from how many practice queries."""
 
-    trees: int = 500
+    trees: int = 500  # at most
     leaves: int = 255
     rate: float = 0.05
     least_leaf: int = 100
     practice_queries: int = 40_000
     practice_per_source: int = 150
+    patience: int = 30  # trees without a lower loss on val, after which no more are made
     threads: int = 0  # 0 = all cores
 
 
 class Features:
-    """What the trees see, from methods learned on one table."""
+    """What the trees see, from what METHODS learned from one table."""
 
-    def __init__(self, train: Measurements, settings: dict[str, dict[str, Any]]) -> None:
-        self.pairs, self._backoff = Pairs.of(train), Backoff(train)
-        self._learned = [method.learn(train, **settings[method.name]) for method in METHODS]
+    def __init__(self, train: Measurements, learned: list[Learned]) -> None:
+        self.pairs, self._backoff, self._learned = Pairs.of(train), Backoff(train), learned
 
     def __call__(self, view: QueryView) -> tuple[np.ndarray, np.ndarray]:
         """(q, F) float32 features, NaN = unknown, and (q,) the log-ms that the trees' output is added to."""
@@ -72,35 +85,8 @@ class Features:
         return np.concatenate(columns, axis=1).astype(np.float32), base
 
 
-class TreeQuantiles:
-    """One booster a quantile; they predict the rest over the base of `Features`."""
-
-    def __init__(self, train: Measurements, chosen: dict[str, dict[str, Any]], settings: TreeSettings) -> None:
-        import lightgbm
-
-        learned = []
-        for seed in range(FOLDS):
-            earlier, queries = _practice(train, seed, settings)
-            x, base = Features(earlier, chosen)(queries.view())
-            learned.append((x, log_rtt(queries.rtt_ms) - base))
-        x, y = (np.concatenate(column) for column in zip(*learned, strict=True))
-        size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
-        exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
-        parameters = {"objective": "quantile", "verbosity": -1} | size | exact
-        self._boosters = [
-            lightgbm.train(parameters | {"alpha": level}, lightgbm.Dataset(x, y), settings.trees) for level in LEVELS
-        ]
-        self._features = Features(train, chosen)
-
-    def quantiles(self, view: QueryView, trees: int) -> np.ndarray:
-        """(q, 9) log-ms at LEVELS, in order."""
-        x, base = self._features(view)
-        rest = [booster.predict(x, num_iteration=trees) for booster in self._boosters]
-        return np.sort(base[:, None] + np.stack(rest, axis=1), axis=1)
-
-
 class LightGBM(Baseline):
-    """Tree quantiles whose levels are corrected by where the answers of val fell between them."""
+    """One booster a quantile, over the base of `Features`; levels corrected by where the answers of val fell between."""
 
     name = "lightgbm"
 
@@ -108,31 +94,71 @@ class LightGBM(Baseline):
         self.settings = settings or TreeSettings()
 
     def learn(self) -> dict[str, Any]:
-        """Chooses the number of trees by the pinball loss on val, and collects the levels; from fold 0 alone."""
-        chosen = {method.name: self.task.setting(method) for method in METHODS}
-        fold = TreeQuantiles(self.task.learned_from[0], chosen, self.settings)
-        views, answers = zip(*self.task.val_views, strict=True)
-        counts = sorted({max(1, self.settings.trees * share // 10) for share in (1, 2, 5, 10)})
-        predicted = {trees: [fold.quantiles(view, trees) for view in views] for trees in counts}
-        losses = {trees: np.mean(list(map(_pinball, of_views, answers))) for trees, of_views in predicted.items()}
-        trees = min(losses, key=losses.__getitem__)
-        fallen = np.concatenate(list(map(_level_of, predicted[trees], answers)))
-        self._levels = bucket_quantiles(fallen, bucket_keys(np.concatenate([self.task.evidence(v, 0) for v in views])))
-        model = TreeQuantiles(self.task.learned_from[None], chosen, replace(self.settings, trees=trees))
-        found = (remember(partial(one.quantiles, trees=trees)) for one in (model, fold))
-        self._quantiles: dict[int | None, Learned] = dict(zip((None, 0), found, strict=True))
-        return {"trees": trees, "trained_trees": self.settings.trees}
+        """Learns from practice queries, stops on val, and collects the levels there."""
+        self._features = Features(self.task.train, [self.task.learned(method) for method in METHODS])
+        practice = [self._practised(seed) for seed in range(FOLDS)]
+        of_val = [(*self._features(view), answers) for view, answers in self.task.choice_views]
+        self._boosters = _boost(practice, of_val, self.settings)
+        self._quantiles = remember(self._predict)
+        views, answers = zip(*self.task.choice_views, strict=True)
+        fallen = np.concatenate([_level_of(self._quantiles(view), y) for view, y in zip(views, answers, strict=True)])
+        self._levels = bucket_quantiles(fallen, bucket_keys(np.concatenate(list(map(self.task.evidence, views)))))
+        return {"trees": [booster.best_iteration for booster in self._boosters]}
 
-    def distributions(self, view: QueryView, fold: int | None = None) -> QuantileDistributions:
-        """The quantiles at corrected levels; of the folds there is the first alone."""
-        levels = self._levels(bucket_keys(self.task.evidence(view, fold)))
-        return QuantileDistributions.from_quantiles(_value_at(self._quantiles[fold](view), levels))
+    def predict_distributions(self, view: QueryView) -> QuantileDistributions:
+        """The quantiles at corrected levels."""
+        levels = self._levels(bucket_keys(self.task.evidence(view)))
+        return QuantileDistributions.from_quantiles(_value_at(self._quantiles(view), levels))
+
+    def _predict(self, view: QueryView) -> np.ndarray:
+        """(q, 9) log-ms at LEVELS, in order."""
+        x, base = self._features(view)
+        return np.sort(base[:, None] + np.stack([booster.predict(x) for booster in self._boosters], axis=1), axis=1)
+
+    def _practised(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features, bases and answers of one fold."""
+        rest, queries = _practice(self.task.train, seed, self.settings)
+        return (
+            *Features(rest, [_learn_anew(self.task, one, rest) for one in METHODS])(queries.view()),
+            log_rtt(queries.rtt_ms),
+        )
+
+
+def _learn_anew(task: Task, method: PointMethod, train: Measurements) -> Learned:
+    choice = task.choice(method)
+    return choice.apply(method.learn(train, **choice.setting), method, Pairs.of(train))
+
+
+def _boost(
+    practice: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    of_val: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    settings: TreeSettings,
+) -> list[lightgbm.Booster]:
+    """One booster for each of LEVELS, of features, bases and answers."""
+    import lightgbm
+
+    (x, y), (val_x, val_y) = (
+        (np.concatenate([x for x, _, _ in cases]), np.concatenate([y - base for _, base, y in cases]))
+        for cases in (practice, of_val)
+    )
+    size = {"num_leaves": settings.leaves, "min_data_in_leaf": settings.least_leaf, "learning_rate": settings.rate}
+    exact = {"deterministic": True, "force_col_wise": True, "seed": 0, "num_threads": settings.threads}
+    parameters = {"objective": "quantile", "verbosity": -1} | size | exact
+    boosters = []
+    for level in LEVELS:
+        data = lightgbm.Dataset(x, y)
+        held = lightgbm.Dataset(val_x, val_y, reference=data)
+        stop: list[Any] = [lightgbm.early_stopping(settings.patience, verbose=False)]
+        boosters.append(
+            lightgbm.train(parameters | {"alpha": level}, data, settings.trees, valid_sets=[held], callbacks=stop)
+        )
+    return boosters
 
 
 def _practice(train: Measurements, seed: int, settings: TreeSettings) -> tuple[Measurements, Queries]:
-    """Earlier measurements, some sources, destinations and pairs hidden, and later answered queries, given 0 … 30."""
+    """Earlier measurements, some sources, prefixes and pairs hidden, and later answered queries, given 0 … 30."""
     rng = np.random.default_rng([seed, 0x7EE5])
-    _, source, count = np.unique(train.probe, return_inverse=True, return_counts=True)
+    _, source, count = np.unique(train.src_id, return_inverse=True, return_counts=True)
     by_source, starts = train.time_s[np.argsort(source, kind="stable")], np.cumsum(count) - count
     first, last = np.minimum.reduceat(by_source, starts), np.maximum.reduceat(by_source, starts)
     late = 100 * (train.time_s - first[source]) > (100 - LATE_PERCENT) * (last - first)[source]
@@ -174,11 +200,6 @@ def _spread(history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = (~np.isnan(step)).sum(axis=1)
     mean = np.nansum(step, axis=1) / np.maximum(count, 1)
     return np.where(count > 0, wide, np.nan), np.where(count > 0, mean, np.nan)
-
-
-def _pinball(quantiles: np.ndarray, answers: np.ndarray) -> float:
-    over = answers[:, None] - quantiles
-    return float(np.maximum(LEVELS * over, (LEVELS - 1) * over).mean())
 
 
 def _knots(quantiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -107,5 +107,7 @@ def test_an_unfamiliar_source_gets_the_chance_of_the_destination():
 def test_where_all_pings_end_alike_the_rate_is_all_there_is(rtt_ms):
     table, _ = pings("nothing")
     table = replace(table, rtt_ms=np.full(len(table), rtt_ms, dtype=np.float32))
-    chances = FailureTrees(table.of_part("train"), queries_of(table, "val"), SMALL).p_fail(queries_of(table, "test").view())
+    chances = FailureTrees(table.of_part("train"), queries_of(table, "val"), SMALL).p_fail(
+        queries_of(table, "test").view()
+    )
     assert np.all(chances == chances[0]) and abs(chances[0] - (rtt_ms < 0)) < 0.001

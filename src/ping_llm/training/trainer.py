@@ -135,7 +135,7 @@ class Training:
             where = f"{ranks.device.type} in {self.objective.precision}"
             where += f", {ranks.world} processes" if ranks.world > 1 else ""
             log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
-            if config.train.compile:
+            if self.objective.compiled:
                 log.note("compiling the model: the first step takes a minute or more, the next time less")
             self._loop(batches, log, saver, stop)
         return self.state.step > begun

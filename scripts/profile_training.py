@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from ping_llm.config import Config, DataConfig
+from ping_llm.data.pipeline import block_steps
 from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
@@ -53,7 +54,7 @@ class Effort:
 
     rounds: int = 5  # in which what is compared takes turns; the median counts
     steps: int = 5  # of each in a round
-    blocks: int = 3  # of the loader, each of data.windows_per_read steps
+    blocks: int = 3  # of the loader, each of block_steps(data.windows_per_read) steps
     saves: int = 2
 
 
@@ -307,7 +308,7 @@ def profile_loader(config: Config, device: torch.device, effort: Effort) -> dict
     """
     training, tokens = new_training(config, device), synthetic_tokens(config, device)
     data = dataclasses.replace(config.data, prefetch=1, workers=min(config.data.workers, max(0, cores() - 1)))
-    config, steps = dataclasses.replace(config, data=data), effort.blocks * data.windows_per_read
+    config, steps = dataclasses.replace(config, data=data), effort.blocks * block_steps(data.windows_per_read)
     _seconds(training, tokens, _WARM_UP_STEPS)
     before_s = _seconds(training, tokens, effort.steps) / effort.steps
     with closing(training.feed.batches(config, 0, device, 0, 1)) as batches:
@@ -335,7 +336,7 @@ def profile_loader(config: Config, device: torch.device, effort: Effort) -> dict
 
 def _made_ahead(data: DataConfig) -> int:
     """Batches that the loader may hold: a block that is read, and two in each process."""
-    return (1 + 2 * max(1, data.workers)) * data.windows_per_read
+    return (1 + 2 * max(1, data.workers)) * block_steps(data.windows_per_read)
 
 
 def attention_ratios(config: Config, device: torch.device, effort: Effort) -> dict[str, float | None]:

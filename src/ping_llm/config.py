@@ -84,10 +84,10 @@ class DataConfig(Section):
     partial_time: Share = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
     windows_per_read: Count = 16
-    """Batches made together; a large probe row, once read, gives one window to each of them."""
+    """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)
     """Loader processes; 0 loads in a thread of the training process. Does not change the batches."""
-    prefetch: Count = field(default=4, metadata=RESUMABLE)
+    prefetch: Count = field(default=2, metadata=RESUMABLE)
     """Blocks of batches made ahead."""
 
     def __post_init__(self) -> None:

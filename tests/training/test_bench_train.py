@@ -88,7 +88,7 @@ def test_a_machine_without_a_compiler_takes_eager_steps(monkeypatch):
     def forward(tokens):
         raise TorchDynamoException("no compiler\nhere")
 
-    monkeypatch.setattr(torch, "compile", lambda model: forward)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: forward)
     monkeypatch.setattr(profiling, "top_kernels", lambda *_: {})
     report = profiling.profile_training(profiling.with_train(CONFIG, compile=True), CPU, ONCE, matmul_flops=1e15)
     assert report["steps"] == "eager" and report["compiled_to_eager"] is None

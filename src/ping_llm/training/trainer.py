@@ -142,7 +142,7 @@ class Training:
 
     def _loop(self, batches: Iterator[Tensor], log: RunLog | SilentLog, saver: Saver, stop: threading.Event) -> None:
         """Fetch, forward and backward, step; then what is due."""
-        train, state, speed = self.config.train, self.state, Speed(self.config, self.ranks)
+        train, state, speed = self.config.train, self.state, Speed(self.config, self.ranks, self.objective.compiled)
         if state.step == 0:
             log.write(0, time_s=0.0, tokens=0, **self._evaluate())
         progress, stopped, clock = state.progress(train), False, state.elapsed_s

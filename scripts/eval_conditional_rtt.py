@@ -1,6 +1,6 @@
 """Prints how good a model's RTT distribution is given both addresses and the time, or less.
 
-python scripts/eval_conditional_rtt.py RUN --data ROWS [--part test-s1] [--queries 200] [--json FILE]
+python scripts/eval_conditional_rtt.py RUN --data ROWS [--part val-s1] [--queries 200] [--json FILE]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prints how good a model is given only a prefix of the destination, and how it completes the prefix.
 
-python scripts/eval_partial_ip.py RUN --data ROWS [--part test-s1] [--queries 200] [--top 10] [--json FILE]
+python scripts/eval_partial_ip.py RUN --data ROWS [--part val-s1] [--queries 200] [--top 10] [--json FILE]
 """
 
 from __future__ import annotations

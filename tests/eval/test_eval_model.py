@@ -8,9 +8,10 @@ from ping_llm.config import ModelConfig
 from ping_llm.data.measurement import format_address, pack_address
 from ping_llm.eval.columns import Measurements
 from ping_llm.eval.metrics import QUANTILE_LEVELS
-from ping_llm.eval.model import ModelMethod
-from ping_llm.eval.queries import SplitQueries
+from ping_llm.eval.model import ModelMethod, fitted, model_queries
+from ping_llm.eval.queries import Seen, SplitQueries, learned_from
 from ping_llm.inference.model import PingModel
+from ping_llm.inference.prompt import build_prompt
 from ping_llm.model.gpt import GPT
 
 
@@ -34,17 +35,32 @@ def queries():
     rtt_ms = np.where(rng.random(count) < 0.2, -1, rng.lognormal(3, 1, count)).astype(np.float32)
     time_s = 1_700_000_000 + np.sort(rng.integers(0, 10_000, count))
     part = np.where(np.arange(count) < 60, 0, 1).astype(np.int8)
-    columns = (src.astype(np.int32), dst.astype(np.int32), src.astype(np.int64), time_s, rtt_ms, part)
-    table = Measurements(*columns, addresses, ("train", "test-s1"))
-    return SplitQueries.draw(table, "test-s1", 24, seed=1).recent.given(5)
+    columns = (src.astype(np.int32), dst.astype(np.int32), src.astype(np.int64), time_s, rtt_ms)
+    table = Measurements(*columns, np.zeros(count, np.uint8), part, addresses, ("train", "external"))
+    return SplitQueries.draw(table, Seen(learned_from(table)), "ping", "external", 24, seed=1).recent
+
+
+def test_what_fits_is_what_the_prompt_of_the_model_holds(queries):
+    """In 128 tokens a query of many IPv6 pings has no room for all of them; of one it is known which stay."""
+    kept = fitted(queries, 128)
+    assert (kept.context >= 0).sum() < (queries.context >= 0).sum()
+    for i, query in enumerate(model_queries(queries)):
+        prompt = build_prompt(query, 128)
+        given = kept.context[i][kept.context[i] >= 0]
+        assert len(given) == prompt.context_measurements
+        assert np.isin(given, queries.context[i]).all() and (np.diff(given) < 0).all()
+        again = build_prompt(model_queries(kept.take(slice(i, i + 1)))[0], 128)
+        assert again.tokens.tolist() == prompt.tokens.tolist()
+    assert fitted(queries, 4096).context.tolist() == queries.context.tolist()
 
 
 @pytest.mark.parametrize("src_known", ["all", "none", "auto"])
 def test_scores_are_those_of_single_answers(model, queries, src_known):
+    queries = queries.given(5)
     scores = ModelMethod(model, src_known).scores(queries, np.random.default_rng(0))
     table = queries.measurements
     text = [format_address(address.tobytes()) for address in table.addresses]
-    assert (np.diff(queries.probe) < 0).any() and (queries.rtt_ms < 0).any()  # they are put in order, and back
+    assert (np.diff(queries.src_id) < 0).any() and (queries.rtt_ms < 0).any()  # they are put in order, and back
     for i, row in enumerate(queries.rows):
         context = [
             {"src_addr": text[table.src_id[j]], "dst_addr": text[table.dst_id[j]], "event_time": int(table.time_s[j])}

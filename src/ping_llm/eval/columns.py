@@ -81,7 +81,8 @@ class Measurements(_Columns):
             part_ids = np.array([parts.index(name) for name in table.parts], dtype=np.int8)
             ids = place[start + table.src_id], place[start + table.dst_id]
             columns.append((*ids, table.probe, table.time_s, table.rtt_ms, table.kind, part_ids[table.part]))
-        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)), addresses, parts)
+        src, dst, probe, time_s, rtt_ms, kind, part = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return cls(src, dst, probe, time_s, rtt_ms, kind, part, addresses, parts)
 
     def of_part(self, name: str) -> Measurements:
         """The measurements of one part; "val" names all of val-s1 … val-s5."""

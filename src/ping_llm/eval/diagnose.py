@@ -18,7 +18,7 @@ from ping_llm.eval.baselines.pairs import find
 from ping_llm.eval.columns import Queries, prefix_ids
 from ping_llm.eval.model import model_queries, open_queries, records
 from ping_llm.eval.options import DIAGNOSE_QUERIES, EvalOptions
-from ping_llm.eval.queries import SplitQueries, draw_val
+from ping_llm.eval.queries import FAMILIES, SplitQueries, draw_val, learned_from, mixed_queries
 from ping_llm.eval.tokens import colored, part_windows, score_tokens
 from ping_llm.inference.model import PingModel
 
@@ -56,7 +56,7 @@ def diagnose(options: EvalOptions) -> list[dict[str, Any]]:
         means = found["mean_log_prob"] | {"std": found["std_nats"]}
         return [{"order": order, "mean_log_prob_nats": mean} for order, mean in means.items()]
     table = split.recent.measurements
-    bayes = DestinationBayes(table.of_part("train"), draw_val(table, 2000, options.seed))
+    bayes = DestinationBayes(learned_from(table), mixed_queries(draw_val(table, 2000, options.seed)))
     found, lines = destination_scores(model, bayes, split.recent.answered(count)), []
     for method in ("model", bayes.name):
         rates = found[method]["hit_rate"]
@@ -69,7 +69,7 @@ def model_extras(
     model: PingModel, options: EvalOptions, bayes: DestinationBayes, splits: list[SplitQueries], baseline: Baseline
 ) -> dict[str, Any]:
     """loss_per_field by part, order_consistency, destinations by split, and densities of some queries."""
-    queries = {split.split: split.other for split in splits if len(split)}
+    queries = {split.split: split.other for split in splits if len(split) and split.family == FAMILIES[0]}
     wanted = (QUICK_MEASUREMENTS, QUICK_DESTINATIONS) if options.quick else (MEASUREMENTS, DESTINATIONS)
     measurements, destinations = (max(1, int(count / len(queries))) for count in wanted)
     windows, counts = QUICK_WINDOWS if options.quick else WINDOWS, read_manifest(options.rows)["parts"]
@@ -101,7 +101,7 @@ def destination_scores(model: PingModel, bayes: DestinationBayes, queries: Queri
     of_ping = [model_ranks(model, ping) for ping in pings]
     ranks = {bits: np.array([of_one[bits] for of_one in of_ping]) for bits in PREFIXES}
 
-    bayes_log_p = bayes.log_probability(queries.probe, queries.rtt_ms)
+    bayes_log_p = bayes.log_probability(queries.src_id, queries.rtt_ms)
     at = find(bayes.destinations, dst_id)  # −1 is the last column: all others together
     unseen_bits = np.where(at < 0, np.where(is_ipv4(addresses[dst_id]), *_UNSEEN_BITS), 0.0)
     bayes_bits = -bayes_log_p[np.arange(len(at)), at] / np.log(2) + unseen_bits

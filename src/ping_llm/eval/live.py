@@ -58,6 +58,6 @@ def compare_live(options: EvalOptions) -> list[dict[str, Any]]:
         came = {"measured_ms": answers[len(answers) // 2] if answers else None, "told": len(context)}
         lines.append({"host": host, "address": address} | expected | came)
         context = sorted(context + measured, key=lambda one: one["event_time"])
-        while len(hosts) > 1 and time.time() < context[-1]["event_time"]:
-            time.sleep(0.2)  # the next query is of a time that is not before its context
+        while len(hosts) > 1 and int(time.time()) <= context[-1]["event_time"]:
+            time.sleep(0.2)  # a context is of earlier seconds than the query
     return lines

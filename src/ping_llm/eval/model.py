@@ -15,14 +15,18 @@ from ping_llm.eval.columns import Measurements, Queries, QueryView, address_text
 from ping_llm.eval.distribution import LEAST_CHANCE, QuantileDistributions, between_ends
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.options import EvalOptions, PartOptions
-from ping_llm.eval.queries import SplitQueries
+from ping_llm.eval.queries import FAMILIES, Seen, SplitQueries, learned_from
 from ping_llm.inference.context import Context
 from ping_llm.inference.model import PingModel
+from ping_llm.inference.prompt import fitting_places
 from ping_llm.inference.query import Endpoint, Query
 
 TRUE_DISTRIBUTION = "true distribution"
 LARGEST_NLL = 100.0  # nats; a result that a model holds for impossible costs no more, so that a mean stays finite
 LEAST_MASS = 1e-5  # of a value of byte 1 that is looked into: scores do not feel the rest, and the model answers faster
+
+MEASUREMENT_TOKENS = (19, 43)  # of a measurement between IPv4 addresses, and between any, at most
+EXTRA_TOKENS = 8  # that the first time of a prompt and its opening take more
 
 _TRUE_LEVELS = np.r_[0, 10.0 ** np.arange(-7, -2), np.linspace(0.005, 0.995, 397), 1 - 10.0 ** np.arange(-3, -8, -1), 1]
 
@@ -48,7 +52,9 @@ class ModelMethod:
         self, queries: Queries, rng: np.random.Generator, advance: Callable[[float], None] = lambda n: None
     ) -> Scores:
         """The scores of q queries."""
-        order = np.lexsort((queries.measurements.time_s[queries.rows], queries.probe))  # neighbours share their context
+        order = np.lexsort(
+            (queries.measurements.time_s[queries.rows], queries.src_id)
+        )  # neighbours share their context
         sorted_ = queries.take(order)
         found = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
         found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))
@@ -86,11 +92,24 @@ def model_queries(queries: Queries) -> list[Query]:
     for row, places in zip(queries.rows, queries.context, strict=True):
         given = places[places >= 0][::-1]
         columns = (table.addresses[table.src_id[given]], table.addresses[table.dst_id[given]])
-        # A probe may have had several addresses: what is given of it all counts as its context.
         context = Context(*columns, table.rtt_ms[given].astype(np.float64), table.time_s[given] if len(given) else None)
         src, dst = (Endpoint(table.addresses[i].tobytes(), width[i]) for i in (table.src_id[row], table.dst_id[row]))
         taken.append(Query(src, dst, int(table.time_s[row]), context))
     return taken
+
+
+def fitted(queries: Queries, seq_len: int) -> Queries:
+    """The queries with what of their contexts fits in a prompt of so many tokens, all of the source known."""
+    context = queries.context.copy()
+    table, count = queries.measurements, (context >= 0).sum(axis=1)
+    either = is_ipv4(table.addresses)[queries.src_id] & is_ipv4(table.addresses)[queries.dst_id]
+    long = np.flatnonzero((count + 1) * np.where(either, *MEASUREMENT_TOKENS) + EXTRA_TOKENS > seq_len)
+    for row, query in zip(long, model_queries(queries.take(long)), strict=True):
+        newest_first = count[row] - 1 - fitting_places(query, seq_len)
+        dropped = np.setdiff1d(np.arange(count[row]), newest_first)
+        kept = np.delete(context[row], dropped)
+        context[row] = np.pad(kept, (0, len(dropped)), constant_values=-1)
+    return replace(queries, context=context)
 
 
 def records(queries: Queries) -> list[dict[str, Any]]:
@@ -105,7 +124,8 @@ def open_queries(options: PartOptions, count: int) -> tuple[PingModel, SplitQuer
     """A model, and at most `count` queries of one part of a folder of rows; ValueError if either is missing."""
     model, parts = PingModel.load(options.trained, options.device), dict.fromkeys(("train", "val", options.part))
     table = Measurements.from_rows(options.rows, tuple(parts))
-    return model, SplitQueries.draw(table, options.part, options.queries or count, options.seed)
+    seen, count = Seen(learned_from(table)), options.queries or count
+    return model, SplitQueries.draw(table, seen, FAMILIES[0], options.part, count, options.seed)
 
 
 @dataclass(frozen=True)

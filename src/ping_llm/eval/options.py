@@ -23,7 +23,7 @@ class PartOptions:
     data: Path | None = None
     """Folder of rows; those that the run learned from, if absent. PingBench queries the test parts of these, but all
     of another folder, as one split."""
-    part: str = "test-s1"
+    part: str = "val-s1"
     """Of the rows, for a look at one part."""
     queries: int = 0
     """At most. Of a split, 0 = 20,000, or 2,000 with --quick. In a look at one part, measurements, or windows of tokens;

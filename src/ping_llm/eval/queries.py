@@ -43,11 +43,6 @@ class Cell:
     queries: Queries
 
     @property
-    def band(self) -> str:
-        """val, test or external."""
-        return self.split.partition("-")[0]
-
-    @property
     def key(self) -> tuple[str, str, str, int]:
         """What a cell of val and one of test have in common: family, s1 … s5 or external, draw, k."""
         return self.family, self.split.rpartition("-")[2], self.draw, self.k
@@ -92,6 +87,11 @@ class SplitQueries:
     recent: Queries
     other: Queries
     facts: dict[str, Any]  # counts for the report, see `describe`
+
+    @property
+    def is_val(self) -> bool:
+        """Whether methods may be fitted on, and chosen by, these queries."""
+        return self.split in VAL_SPLITS
 
     @classmethod
     def draw(cls, table: Measurements, seen: Seen, family: str, split: str, count: int, seed: int) -> SplitQueries:
@@ -172,6 +172,11 @@ def draw_val(table: Measurements, count: int, seed: int) -> list[SplitQueries]:
     known = np.concatenate([table.rows_of_part(part) for part in ("train", "val")])
     table = table.take(np.sort(known))
     return draw_splits(table, [split for split in VAL_SPLITS if split in table.parts], count, seed)
+
+
+def mixed_queries(splits: Sequence[SplitQueries]) -> Queries:
+    """The queries of all splits, see `SplitQueries.mixed`; of one table."""
+    return Queries.concatenate([split.mixed() for split in splits])
 
 
 def _pair(src_id: np.ndarray, dst_id: np.ndarray) -> np.ndarray:

@@ -10,20 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from ping_llm.data.rows import FORMAT_VERSION as ROWS_VERSION
 from ping_llm.data.rows import MANIFEST_NAME, manifest_sha256, read_manifest
 from ping_llm.data.synthetic.truth import Truth
 from ping_llm.eval.baselines import TreeSettings, all_baselines
 from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes
-from ping_llm.eval.columns import Measurements, Queries
+from ping_llm.eval.columns import Measurements
 from ping_llm.eval.diagnose import model_extras
 from ping_llm.eval.metrics import score
-from ping_llm.eval.model import ModelMethod, TrueDistribution
+from ping_llm.eval.model import ModelMethod, TrueDistribution, fitted
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.plots import plot_results
-from ping_llm.eval.queries import EXTERNAL, SPLITS, SplitQueries, draw_splits, draw_val
+from ping_llm.eval.queries import (
+    EXTERNAL,
+    SPLITS,
+    VAL_SPLITS,
+    Cell,
+    SplitQueries,
+    draw_splits,
+    draw_val,
+    learned_from,
+    mixed_queries,
+)
 from ping_llm.eval.report import write_report
-from ping_llm.eval.results import CellScores, headline, make_bootstrap, score_writer, summarize_cell
+from ping_llm.eval.results import CellScores, make_resamples, primary, repeat, score_writer, summarize_cell, target
 from ping_llm.model.checkpoint import load_config, load_model
 from ping_llm.system.files import file_sha256, write_atomically
 from ping_llm.system.progress import show_progress
@@ -31,7 +42,7 @@ from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
 QUICK_TREES = TreeSettings(trees=100, leaves=31, rate=0.1, least_leaf=50, practice_queries=10_000)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:
@@ -44,7 +55,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     import lightgbm  # noqa: F401  what is missing is said before anything is done
 
     models, leak, train_rows = _open_run(options)
-    train, val, splits = _load_queries(options, train_rows)
+    train, splits = _load_queries(options, train_rows)
+    val = mixed_queries([split for split in splits if split.is_val])
     baselines = all_baselines(QUICK_TREES if options.quick else None)
     with show_progress("fit the baselines", len(baselines), "baselines") as advance:
         for baseline in baselines:
@@ -54,9 +66,10 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     kinds = {one.name: "baseline" for one in baselines} | {one.name: "truth" for one in truth}
     kinds |= {one.name: "model" for one in models}
     choices = {one.name: one.choices for one in baselines}
-    described: dict[str, Any] = {one.split: one.describe() for one in splits}
-    if EXTERNAL not in described:
-        described |= dict.fromkeys(split for split in SPLITS if split not in described)
+    described: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in splits:
+        band, _, number = one.split.rpartition("-")
+        described.setdefault(band or EXTERNAL, {}).setdefault(one.family, {})[number] = one.describe()
     options.folder.mkdir(parents=True, exist_ok=True)
     cells = _answer_all(options, splits, [*baselines, *truth], models, kinds)
     results = {
@@ -71,10 +84,13 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "splits": described,
         "methods": {name: {"kind": kind, "choices": choices.get(name, {})} for name, kind in kinds.items()},
         "cells": [{key: one for key, one in vars(cell).items() if key != "ratio_replicates"} for cell in cells],
-        "headline": headline(cells, kinds),
+        "primary": primary(cells, kinds),
+        "repeat": repeat(cells, kinds),
+        "target": target(cells, kinds),
     }
     if models:
-        results |= model_extras(models[0].model, options, DestinationBayes(train, val), splits, baselines[-1])
+        tested = [split for split in splits if not split.is_val]
+        results |= model_extras(models[0].model, options, DestinationBayes(train, val), tested, baselines[-1])
     text = json.dumps(results, default=lambda value: value.tolist())
     results = json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are null
     write_atomically(options.folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
@@ -101,6 +117,24 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
     return ModelMethod.load(options), problem, train_rows
 
 
+def comparator_of(cell: Cell, done: Sequence[CellScores], baselines: Sequence[str]) -> str | None:
+    """The baseline with the least CRPS on the val cell that a cell of test corresponds to; None for a cell of val.
+
+    Where val has no such cell, the least geometric mean over all of its cells of the family, draw and k, or of the draw and k.
+    """
+    if cell.split in VAL_SPLITS:
+        return None
+    val = [one for one in done if one.split in VAL_SPLITS and (one.draw, one.k) == (cell.draw, cell.k) and one.answered]
+    family = [one for one in val if one.family == cell.family]
+    same = [one for one in family if one.split.rpartition("-")[2] == cell.key[1]]
+    cells = same or family or val
+
+    def log_crps(name: str) -> float:
+        return float(np.mean([np.log(one.methods[name]["crps_log"]) for one in cells]))
+
+    return min(baselines, key=log_crps) if cells else None
+
+
 def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> str:
     """What speaks against querying `data`; empty if nothing does.
 
@@ -119,13 +153,17 @@ def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) ->
     return f"{run} may have learned from {data}: both were made of {shared[0]}{more}" if shared else ""
 
 
-def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements, Queries, list[SplitQueries]]:
-    """What is learned from, queries of val, and those of the splits: test parts, or all of the data as one split where
-    `train_rows` is another folder."""
+def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements, list[SplitQueries]]:
+    """What baselines learn from, and the queries of val, then those of the test parts, or of all of the data as one split
+    where `train_rows` is another folder."""
     data, count, seed = options.rows, options.queries_per_split, options.seed
-    counts, splits = read_manifest(data)["parts"], [EXTERNAL]
+    for rows in {data, train_rows}:
+        if read_manifest(rows)["format_version"] < ROWS_VERSION:
+            older = "are rows of an older format, whose train part shows endpoints of the test parts"
+            raise ValueError(f"{rows} {older}; prepare them again")
+    held = [part for part, measurements in read_manifest(data)["parts"].items() if measurements]
     if data.resolve() == train_rows.resolve():
-        splits = [split for split in SPLITS if counts.get(split)]
+        splits = [split for split in SPLITS if split in held]
         if not splits:
             raise ValueError(
                 f"{data} holds no test part; prepare it with --split pingbench, or name with --train-rows the rows that "
@@ -133,10 +171,11 @@ def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements,
             )
         table = Measurements.from_rows(data, ("train", "val", *splits))
     else:
-        other = Measurements.from_rows(data, [part for part, held in counts.items() if held])
+        splits = [EXTERNAL]
+        other = Measurements.from_rows(data, held)
         other = replace(other, part=np.zeros_like(other.part), parts=(EXTERNAL,))
         table = Measurements.concatenate([Measurements.from_rows(train_rows, ("train", "val")), other])
-    return table.of_part("train"), draw_val(table, count, seed), draw_splits(table, splits, count, seed)
+    return learned_from(table), [*draw_val(table, count, seed), *draw_splits(table, splits, count, seed)]
 
 
 def _answer_all(
@@ -146,21 +185,30 @@ def _answer_all(
     models: Sequence[ModelMethod],
     kinds: Mapping[str, str],
 ) -> list[CellScores]:
-    """The scores of every cell; those of each query are on the disk. Models answer the first queries of a cell."""
-    bootstrap, done = make_bootstrap(splits, options.seed), []
-    cells = [cell for split in splits for cell in split.cells()]
-    first = slice(options.model_queries_per_cell)
+    """The scores of every cell, those of val first; those of each query are on the disk.
+
+    Models answer the first queries of a cell. Baselines are given what of a context fits in a prompt of the model.
+    """
+    resamples, done = make_resamples(splits, options.seed), list[CellScores]()
+    cells = [cell for split in splits if len(split) for cell in split.cells()]
+    first, baselines = (
+        slice(options.model_queries_per_cell),
+        [name for name, kind in kinds.items() if kind == "baseline"],
+    )
     total = sum(len(predictors) * len(c.queries) + len(models) * len(c.queries.take(first)) for c in cells)
     with score_writer(options.folder / TABLE_NAME) as write, show_progress("answer", total, "queries") as advance:
         for number, cell in enumerate(cells):
-            rng, view = np.random.default_rng([options.seed, number, 0xE7A1]), cell.queries.view()
-            scores = {}
+            queries = fitted(cell.queries, models[0].model.seq_len) if models else cell.queries
+            cell, view, scores = replace(cell, queries=queries), queries.view(), {}
+            rng = np.random.default_rng([options.seed, number, 0xE7A1])
             for predictor in predictors:
                 prediction = predictor.predict(view)
-                scores[predictor.name] = score(prediction.distributions, prediction.p_fail, cell.queries.rtt_ms)
+                scores[predictor.name] = score(prediction.distributions, prediction.p_fail, queries.rtt_ms)
                 advance(len(view))
             for model in models:
-                scores[model.name] = model.scores(cell.queries.take(first), rng, advance)
+                scores[model.name] = model.scores(queries.take(first), rng, advance)
             write(cell, scores)
-            done.append(summarize_cell(cell, scores, kinds, bootstrap))
+            context_fitted = float((queries.context >= 0).sum(axis=1).mean())
+            comparator = comparator_of(cell, done, baselines)
+            done.append(summarize_cell(cell, scores, kinds, resamples, comparator, context_fitted))
     return done

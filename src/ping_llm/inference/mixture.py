@@ -22,7 +22,7 @@ from ping_llm.inference.engine import (
     read_contexts,
     result_distributions,
 )
-from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, build_prompt, fitting_context, opening
+from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, build_prompt, fitting_places, opening
 from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_name
 
 CHUNK = 64  # queries answered together: their distributions take 33 MB
@@ -108,7 +108,7 @@ def _variants(reader: Reader, query: Query, src_known: SrcKnown) -> list[Query]:
     variants = list(query.variants(src_known))
     if len(variants) == 1 or not len(query.context):
         return variants
-    context, _, _ = fitting_context(variants[-1], reader.seq_len)
+    context = query.context.take(fitting_places(variants[-1], reader.seq_len))
     return [dataclasses.replace(variant, context=context) for variant in variants]
 
 

@@ -38,28 +38,25 @@ class Prompt:
 
 
 def build_prompt(query: Query, seq_len: int) -> Prompt:
-    """Context and query as tokens; of a context that does not fit in seq_len tokens, see `fitting_context`."""
-    context, tokens, starts = fitting_context(query, seq_len)
+    """Context and query as tokens; of a context that does not fit in seq_len tokens, see `fitting_places`."""
+    places = fitting_places(query, seq_len)
+    tokens, starts = _encode(query, query.context.take(places))
     after_result = 1 if query.src is None else 2 if query.dst is None else 0  # tokens of the address that is not given
     tokens = tokens[: len(tokens) - 1 - after_result]  # FAILED stands where the result comes
-    return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(context))
+    return Prompt(tokens.astype(np.int64), int(starts[-2]), _also_legal(query), len(places))
 
 
-def fitting_context(query: Query, seq_len: int) -> tuple[Context, np.ndarray, np.ndarray]:
-    """The context of a query, or what of it fits in seq_len tokens: some measurements of the same destination, up to half,
-    and the most recent. Also the tokens of context and query, and where each measurement starts."""
-    most = seq_len - 1  # FAILED gives way to RTT_START and byte 1
-    context, (tokens, starts) = query.context, _encode(query, query.context)
-    if len(tokens) <= most or not len(context):
-        return context, tokens, starts
-    ranked = _most_useful_first(query)
-    fitting, too_many = 0, len(context)  # measurements; all do not fit, none may have to
+def fitting_places(query: Query, seq_len: int) -> np.ndarray:
+    """Places of what fits of a query's context in seq_len tokens, ascending, (n,): some measurements of the same destination,
+    up to half, and the most recent."""
+    ranked, fitting, too_many = _most_useful_first(query), 0, len(query.context) + 1
+    count = len(query.context)  # most often all fit
     while too_many - fitting > 1:
+        tokens, _ = _encode(query, query.context.take(np.sort(ranked[:count])))
+        fits = len(tokens) <= seq_len - 1  # FAILED gives way to RTT_START and byte 1
+        fitting, too_many = (count, too_many) if fits else (fitting, count)
         count = (fitting + too_many) // 2
-        tokens, _ = _encode(query, context.take(np.sort(ranked[:count])))
-        fitting, too_many = (count, too_many) if len(tokens) <= most else (fitting, count)
-    context = context.take(np.sort(ranked[:fitting]))
-    return context, *_encode(query, context)
+    return np.sort(ranked[:fitting])
 
 
 def _most_useful_first(query: Query) -> np.ndarray:

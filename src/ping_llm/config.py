@@ -169,7 +169,7 @@ class TrainConfig(Section):
     target_tokens: Whole = 0
     """Tokens trained on, padding not counted. 0 = no limit."""
     max_minutes: Amount = 0.0
-    """Minutes of training steps, evaluations and saves not counted. 0 = no limit."""
+    """Minutes of training steps; compilation, evaluations and saves are not counted. 0 = no limit."""
     batch_size: Count = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)

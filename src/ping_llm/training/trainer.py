@@ -158,10 +158,11 @@ class Training:
             self.apply_gradients(grad_norm, lr_scale, progress)
             state.count(self.config, int(sum(counts)), elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
-            step_s = time.perf_counter() - started
-            clock, progress = clock + step_s, state.progress(train)
-            if speed.compiling:
+            step_s, progress = time.perf_counter() - started, state.progress(train)
+            if speed.compiling:  # which is no training: the rates rise over minutes of steps
                 log.note(f"compiled: the first step took {step_s:.0f} s")
+            else:
+                clock += step_s
             speed.add(step_s, wait_s, sum(counts))
             log.show_progress(state.step, progress)
 

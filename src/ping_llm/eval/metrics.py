@@ -62,22 +62,22 @@ def score(distributions: QuantileDistributions, p_fail: np.ndarray, rtt_ms: np.n
     )
 
 
-def long_table(scores: Mapping[str, Scores], probe: np.ndarray) -> pa.Table:
-    """A line for each method and query, of a source `probe` (q,); NaN is null."""
+def long_table(scores: Mapping[str, Scores], source: np.ndarray) -> pa.Table:
+    """A line for each method and query, of a source (q,); NaN is null."""
     tables = []
     for method, of_method in scores.items():
         count = len(of_method.rtt_ms)
-        table = pa.table({"query": np.arange(count, dtype=np.int32), "probe": probe[:count]})
+        table = pa.table({"query": np.arange(count, dtype=np.int32), "source": source[:count]})
         for name, values in ({"method": pa.repeat(method, count)} | of_method.columns()).items():
             table = table.append_column(name, pa.array(values, from_pandas=True))
         tables.append(table)
     return pa.concat_tables(tables)
 
 
-def source_weights(probe: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+def source_weights(source: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """(q,) weights under which each source that has a counted query weighs 1; queries not counted weigh 0."""
-    counted = np.ones(len(probe), dtype=bool) if counted is None else counted
-    _, index = np.unique(probe, return_inverse=True)
+    counted = np.ones(len(source), dtype=bool) if counted is None else counted
+    _, index = np.unique(source, return_inverse=True)
     return np.where(counted, 1 / np.maximum(np.bincount(index, weights=counted), 1)[index], 0.0)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ping_llm.eval.metrics import ERROR_LEVELS, PIT_BINS
-from ping_llm.eval.queries import DRAWS, NO_DRAW
+from ping_llm.eval.queries import DRAWS, FAMILIES, NO_DRAW, VAL_SPLITS
 from ping_llm.eval.report import cell_name, subject
 from ping_llm.system.axes import label_log_ticks
 
@@ -34,6 +34,7 @@ _TITLES = {
 def plot_results(results: Mapping[str, Any], out: Path) -> list[Path]:
     """Draws what there is to draw as PNGs into a folder; gives their paths."""
     figures = {
+        "primary": _primary(results),
         "ratio_by_cell": _ratios(results),
         "error_cdf": _error_cdfs(results),
         "error_by_k": _errors_by_k(results),
@@ -71,13 +72,18 @@ def _shown(results: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(models, _MODEL_COLORS, strict=False)) | others
 
 
+def _tested(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells of pings that nothing was fitted on."""
+    return [cell for cell in results["cells"] if cell["family"] == FAMILIES[0] and cell["split"] not in VAL_SPLITS]
+
+
 def _cells(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """One of each split: those given SHOWN_K pings to other destinations."""
-    return [cell for cell in results["cells"] if (cell["k"], cell["draw"]) == (SHOWN_K, "other")]
+    return [cell for cell in _tested(results) if (cell["k"], cell["draw"]) == (SHOWN_K, "other")]
 
 
 def _splits(results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(cell["split"] for cell in results["cells"]))
+    return list(dict.fromkeys(cell["split"] for cell in _tested(results)))
 
 
 def _title(split: str) -> str:
@@ -99,28 +105,55 @@ def _finish(figure: Figure, axes: np.ndarray, x: str = "", y: str = "", columns:
 
 
 def _ratios(results: Mapping[str, Any]) -> Figure | None:
-    """Split × cell: the CRPS ratio of the model, or without one of the stack, to the best baseline."""
+    """Split × cell: the CRPS ratio of the model, or without one of the stack, to the comparator."""
     name = subject(results) or ("stack" if "stack" in results["methods"] else None)
     if name is None:
         return None
-    splits, columns = _splits(results), list(dict.fromkeys(map(cell_name, results["cells"])))
+    splits, columns = _splits(results), list(dict.fromkeys(map(cell_name, _tested(results))))
+    if not splits:
+        return None
     figure, ((axis,),) = _panels(1, 1, 2.6 + 0.78 * len(columns), 1.7 + 0.55 * len(splits))
     log_ratio = np.full((len(splits), len(columns)), np.nan)
-    for cell in results["cells"]:
+    for cell in _tested(results):
         line, (row, column) = cell["methods"][name], (splits.index(cell["split"]), columns.index(cell_name(cell)))
         if line["crps_ratio"]:
             log_ratio[row, column] = np.log2(line["crps_ratio"])
-            text = f"{line['crps_ratio']:.2f}" + ("*" if cell["counts"] and line["ratio_interval"][1] < 1 else "")
+            text = f"{line['crps_ratio']:.2f}" + (
+                "*" if line["ratio_interval"] and line["ratio_interval"][1] < 1 else ""
+            )
             color = "white" if abs(log_ratio[row, column]) > 0.65 else "black"
             axis.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     axis.spines[:].set_visible(True)
     image = axis.imshow(log_ratio, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=30, ha="right")
     axis.set_yticks(range(len(splits)), map(_title, splits), fontsize=9)
-    axis.set_title(f"CRPS of {name} ÷ best baseline of the cell; * = surely below 1", fontsize=11, loc="left")
+    axis.set_title(f"CRPS of {name} ÷ the baseline that was best on val; * = surely below 1", fontsize=11, loc="left")
     bar = figure.colorbar(image, ticks=[-1, -0.5, 0, 0.5, 1], pad=0.01)
     bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
     return figure
+
+
+def _primary(results: Mapping[str, Any]) -> Figure | None:
+    """The ten numbers, with their intervals, of each method that is no baseline."""
+    summary = results["primary"]
+    kinds = {name: one["kind"] for name, one in results["methods"].items()}
+    shown = {name: color for name, color in _shown(results).items() if kinds[name] != "baseline"}
+    if not shown or not summary["cells"]:
+        return None
+    names = [f"{_title(cell['split'])}, {cell_name(cell)}" for cell in summary["cells"]]
+    figure, ((axis,),) = _panels(1, 1, 8.4, 1.6 + 0.42 * len(names))
+    for number, (name, color) in enumerate(shown.items()):
+        ratios, place = summary["methods"][name], np.arange(len(names)) + 0.18 * (number - (len(shown) - 1) / 2)
+        for y, interval in zip(place, ratios["interval"], strict=True):
+            if interval:
+                axis.plot(interval, [y, y], color=color, linewidth=1.4, alpha=0.7)
+        axis.plot(ratios["ratio"], place, "o", color=color, markersize=5, label=name)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xscale="log", ylim=(len(names) - 0.5, -0.5), title="CRPS ÷ that of the baseline that was best on val")
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    label_log_ticks(axis.xaxis, *axis.get_xlim())
+    axis.grid(alpha=0.25, axis="x")
+    return _finish(figure, np.array([[axis]]))
 
 
 def _error_cdfs(results: Mapping[str, Any]) -> Figure | None:
@@ -139,12 +172,14 @@ def _error_cdfs(results: Mapping[str, Any]) -> Figure | None:
     return _finish(figure, axes, y="share of queries below")
 
 
-def _errors_by_k(results: Mapping[str, Any]) -> Figure:
+def _errors_by_k(results: Mapping[str, Any]) -> Figure | None:
     splits = _splits(results)
+    if not splits:
+        return None
     figure, axes = _panels(2 * len(splits), len(splits), 3.4, 2.9)
     for split, both in zip(splits, axes.T, strict=True):
         for axis, draw in zip(both, DRAWS, strict=True):
-            cells = [one for one in results["cells"] if one["split"] == split and one["draw"] in (NO_DRAW, draw)]
+            cells = [one for one in _tested(results) if one["split"] == split and one["draw"] in (NO_DRAW, draw)]
             for name, color in _shown(results).items():
                 errors = [100 * (cell["methods"][name]["median_rel_error"] or np.nan) for cell in cells]
                 axis.plot(range(len(cells)), errors, "o-", color=color, markersize=3.5, linewidth=1.6, label=name)

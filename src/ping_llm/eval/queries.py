@@ -42,11 +42,6 @@ class Cell:
     k: int
     queries: Queries
 
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What a cell of val and one of test have in common: family, s1 … s5 or external, draw, k."""
-        return self.family, self.split.rpartition("-")[2], self.draw, self.k
-
 
 class Seen:
     """Which addresses (a,) train holds as source and as destination, and which pairs; hops do not count."""
@@ -64,7 +59,7 @@ class Seen:
     def eligible(self, part: Measurements, split: str) -> np.ndarray:
         """(n,) bool: the measurements of a part that are what its name says; ValueError where rows break their rule."""
         source, destination = self.source[part.src_id], self.destination[part.dst_id]
-        pair, number = self.pair(part.src_id, part.dst_id), split.rpartition("-")[2]
+        pair, number = self.pair(part.src_id, part.dst_id), number_of(split)
         broken = {
             "s1": part.time_s <= self.last_s,
             "s2": pair,
@@ -158,6 +153,11 @@ def draw_splits(table: Measurements, splits: Sequence[str], count: int, seed: in
     if not any(len(split) for split in drawn):
         raise ValueError(f"there is not one query in {', '.join(splits)}; prepare more measurements")
     return drawn
+
+
+def number_of(split: str) -> str:
+    """s1 … s5, or external."""
+    return split.rpartition("-")[2]
 
 
 def learned_from(table: Measurements) -> Measurements:

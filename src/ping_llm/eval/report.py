@@ -7,22 +7,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ping_llm.eval.queries import DRAWS, NO_DRAW
+from ping_llm.eval.bootstrap import LEAST_CLUSTERS
+from ping_llm.eval.queries import VAL_SPLITS
 from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
 DETAIL_KS = (0, 5, 30)
-FEW = 20_000
 _EMPTY = "–"
+_FAMILY = {"ping": "pings", "target": "targets of traceroutes"}
 
 
 def write_report(results: Mapping[str, Any], out: Path, pictures: Sequence[Path] = ()) -> None:
     """Writes report.md into a folder."""
-    sections = {"Headline": _headline(results)}
-    sections |= {name: _split(results, name, split) for name, split in results["splits"].items()}
+    sections = {
+        "What is queried": _splits(results),
+        "Primary result": _summary(results, "primary", _PRIMARY),
+        "The repeat task": _summary(results, "repeat", _REPEAT),
+        "Targets of traceroutes": _summary(results, "target", _TARGET),
+    }
+    tested = [split for split in dict.fromkeys(cell["split"] for cell in results["cells"]) if split not in VAL_SPLITS]
+    sections |= {split: _split(results, split) for split in tested}
     sections |= {
         "Failures": _failures(results),
         "What the model says of other fields": _other_fields(results),
+        "Val, which methods were fitted on": _val(results),
         "Settings chosen on val": _choices(results),
         "Pictures": [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures],
     }
@@ -57,58 +65,112 @@ def _head(results: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "With a query, k earlier measurements of its source are given: the most `recent`, or those of `other` destinations.",
-        "Every source weighs the same. CRPS is in log-ms, lower is better; 95 % intervals come from 1,000 draws of sources.",
+        "With a query, the latest k measurements of its source address are given, all earlier than the query: to any destination",
+        "(`recent`), or to others than the query's (`other`). Baselines are given no more than fits in the model's prompt. Every",
+        "source weighs the same. CRPS is in log-ms, lower is better. 95 % intervals come from 1,000 draws of sources and of",
+        f"destination prefixes; where there are fewer than {LEAST_CLUSTERS} of either, a number stands without one.",
     ]
 
 
-def _headline(results: Mapping[str, Any]) -> list[str]:
+def _splits(results: Mapping[str, Any]) -> list[str]:
+    """How many measurements, queries, sources, prefixes and pairs each number rests on."""
     rows = []
-    for name, line in results["headline"].items():
-        cells = f"{line['cells']}" + (f" (+ {line['cells_too_small']} too small)" if line["cells_too_small"] else "")
-        ratio = _within(line["geometric_mean"], line["interval"])
-        by_draw = (_number(line["by_draw"].get(draw)) for draw in (NO_DRAW, *DRAWS))
-        rows.append((name, ratio, *by_draw, f"{line['win_rate']:.0%}", cells))
-    if not rows and subject(results):
-        return ["No cell has enough answers and sources to count; evaluate more queries of each."]
-    if not rows:
-        return ["No model was evaluated; the tables show what it would have to beat."]
-    head = ("", "CRPS ratio to the best baseline of each cell, geometric mean", "k = 0", *DRAWS, "cells won", "cells")
-    return _table(head, rows)
+    for band, families in results["splits"].items():
+        for family, splits in families.items():
+            for number, one in splits.items():
+                counts = (f"{one[name]:,}" for name in ("queries", "sources", "prefixes", "pairs"))
+                context = (_percent(one["full_context_share"][draw]["10"], 0) for draw in ("recent", "other"))
+                part = number if band == number else f"{band}-{number}"
+                eligible = f"{one['eligible']:,}", _percent(one["new_source_share"], 0)
+                rows.append((_FAMILY[family], part, f"{one['measurements']:,}", *eligible, *counts, *context))
+    head = (
+        "",
+        "part",
+        "measurements",
+        "eligible",
+        "of new source addresses",
+        "queries",
+        "sources",
+        "prefixes",
+        "pairs",
+    )
+    return [
+        "A measurement is eligible if train holds, by address, what the part's name says: s1 the pair, s2 both endpoints, s3 the",
+        "destination alone, s4 the source alone, s5 neither. Prefixes are /24 and /48 of destinations. The last columns say how",
+        "many queries have 10 earlier measurements to be given.",
+        "",
+        *_table((*head, "10 recent", "10 other"), rows),
+    ]
 
 
-def _split(results: Mapping[str, Any], name: str, split: Mapping[str, Any] | None) -> list[str]:
-    cells = [cell for cell in results["cells"] if cell["split"] == name]
-    if split is None or not split["queries"] or not cells:
-        return ["No measurements, so no queries."]
-    drawn = f"{split['queries']:,} queries of {split['sources']:,} sources"
-    lines = [f"{drawn}, from {split['measurements']:,} measurements."]
-    if split["queries"] < min(FEW, split["wanted"]):
-        lines.append(f"Fewer than the {split['wanted']:,} wanted: there are no more, at most 50 a source.")
-    small = [cell_name(cell) for cell in cells if not cell["counts"]]
-    if small:
-        which = "all cells" if len(small) == len(cells) else ", ".join(small)
-        lines.append(f"Too few answers or sources to count in the headline: {which}.")
-    full = {draw: f"{shares['30']:.0%}" for draw, shares in split["full_context_share"].items()}
-    shares = f"{full['recent']} (recent) and {full['other']} (other)"
-    lines.append(f"30 earlier measurements were there for {shares} of them.")
-    head = ("CRPS, log-ms", *map(cell_name, cells))
+_PRIMARY = (
+    "CRPS of each method ÷ that of its comparator, which is the baseline that was best in the same cell of val. In brackets: ÷",
+    "that of the baseline that turned out best in the cell of test, which nobody could have known.",
+)
+_REPEAT = (
+    "The context may hold earlier pings of the very pair: repeating them is hard to beat. CRPS ÷ the comparator's, and in",
+    "brackets ÷ the best baseline's.",
+)
+_TARGET = ("The same ten numbers for replies of the targets of traceroutes, given earlier ones.",)
+
+
+def _summary(results: Mapping[str, Any], name: str, what: Sequence[str]) -> list[str]:
+    """One of the summaries of results: a line for each cell, a column for each method that is no baseline."""
+    summary, kinds = results[name], {name: one["kind"] for name, one in results["methods"].items()}
+    if not summary["cells"]:
+        return []
+    shown = [method for method in summary["methods"] if kinds[method] != "baseline"] or ["stack"]
+    shown = [method for method in shown if method in summary["methods"]]
+    rows = []
+    for place, cell in enumerate(summary["cells"]):
+        found = (summary["methods"][method] for method in shown)
+        numbers = (
+            f"{_within(one['ratio'][place], one['interval'][place])} [{_number(one['ratio_best'][place])}]"
+            for one in found
+        )
+        basis = f"{cell['answered']:,} of {cell['sources']} sources to {cell['prefixes']} prefixes"
+        rows.append((cell["split"], cell_name(cell), cell["comparator"], basis, *numbers))
+    means = (summary["methods"][method] for method in shown)
+    mean = (f"**{_within(one['geometric_mean'], one['geometric_mean_interval'])}**" for one in means)
+    rows.append(("**geometric mean**", "", "", "", *mean))
+    lines = list(what) if subject(results) else [*what, "No model was evaluated."]
+    return [*lines, "", *_table(("part", "given", "comparator", "answers", *shown), rows)]
+
+
+def _split(results: Mapping[str, Any], name: str) -> list[str]:
+    lines = []
+    for family, title in _FAMILY.items():
+        cells = [cell for cell in results["cells"] if (cell["split"], cell["family"]) == (name, family)]
+        if cells:
+            lines += [f"### {name}, {title}", "", *_crps(cells), "", *_details(results, cells), ""]
+    return lines
+
+
+def _val(results: Mapping[str, Any]) -> list[str]:
+    cells = [cell for cell in results["cells"] if cell["split"] in VAL_SPLITS]
+    lines = ["<details><summary>CRPS on val</summary>", ""]
+    for split, family in dict.fromkeys((cell["split"], cell["family"]) for cell in cells):
+        of_split = [cell for cell in cells if (cell["split"], cell["family"]) == (split, family)]
+        lines += [f"### {split}, {_FAMILY[family]}", "", *_crps(of_split), ""]
+    return [*lines, "</details>"] if cells else []
+
+
+def _crps(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each method; the comparator of a cell is bold."""
     rows = []
     for name in cells[0]["methods"]:
-        crps = ((_number(cell["methods"][name]["crps_log"]), name == cell["best_baseline"]) for cell in cells)
+        crps = ((_number(cell["methods"][name]["crps_log"]), name == cell["comparator"]) for cell in cells)
         rows.append((name, *(f"**{text}**" if best else text for text, best in crps)))
-    if model := subject(results):
-        ratios = ((cell["methods"][model]["crps_ratio"], cell["methods"][model]["ratio_interval"]) for cell in cells)
-        rows.append(("**ratio to the best baseline**", *(_within(*ratio) for ratio in ratios)))
-    return [*lines, "", *_table(head, rows), "", *_details(results, cells)]
+    rows.append(("measurements given", *(_number(cell["context_fitted"]) for cell in cells)))
+    return _table(("CRPS, log-ms", *map(cell_name, cells)), rows)
 
 
-def _within(value: float | None, interval: Sequence[float | None]) -> str:
-    return f"{_number(value)} ({_number(interval[0])}–{_number(interval[1])})"
+def _within(value: float | None, interval: Sequence[float | None] | None) -> str:
+    return f"{_number(value)} ({_number(interval[0])}–{_number(interval[1])})" if interval else _number(value)
 
 
 def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of some cells: the best baseline, and every method that is none."""
+    """Of some cells: the comparator, and every method that is no baseline."""
     rows = []
     for cell, name, line in _shown_lines(results, cells):
         shares = [line["median_rel_error"], line["p90_rel_error"], *line["within"].values()]
@@ -121,21 +183,24 @@ def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> 
 
 def _failures(results: Mapping[str, Any]) -> list[str]:
     rows = []
-    for cell, name, line in _shown_lines(results, [cell for cell in results["cells"] if cell["draw"] != "other"]):
-        label = "baselines (smoothed rates)" if name == cell["best_baseline"] else name
+    tested = [cell for cell in results["cells"] if cell["draw"] != "other" and cell["split"] not in VAL_SPLITS]
+    for cell, name, line in _shown_lines(results, tested):
+        label = "baselines" if name == cell["comparator"] else name
         scores = (_number(line[key]) for key in ("fail_brier", "fail_log_loss", "fail_auc"))
-        rows.append((cell["split"], cell_name(cell), label, _percent(line["fail_rate"]), *scores))
-    return _table(("split", "", "method", "base rate", "Brier", "log-loss", "AUC"), rows)
+        part = cell["split"] if cell["family"] == "ping" else f"{cell['split']}, {cell['family']}"
+        rows.append((part, cell_name(cell), label, _percent(line["fail_rate"]), *scores))
+    return _table(("part", "", "method", "base rate", "Brier", "log-loss", "AUC"), rows)
 
 
 def _shown_lines(
     results: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]
 ) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
-    """Of cells with DETAIL_KS: the cell, the best baseline and every method that is none, and its line."""
+    """Of cells with DETAIL_KS: the cell, its comparator and every method that is no baseline, and the line of each."""
     others = [name for name, one in results["methods"].items() if one["kind"] != "baseline"]
     for cell in cells:
-        for name in (cell["best_baseline"], *others) if cell["k"] in DETAIL_KS else ():
-            yield cell, name, cell["methods"][name]
+        for name in (cell["comparator"], *others) if cell["k"] in DETAIL_KS else ():
+            if name is not None:
+                yield cell, name, cell["methods"][name]
 
 
 def _other_fields(results: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The scores of the queries of a cell in; its line of results, its part of the long table, and the headline out.
+"""The scores of the queries of a cell in; its line of results, its part of the long table, and the summaries out.
 
 Every aggregate is weighted so that each source counts the same, however many queries it has. DuckDB makes the means of each
-source out of the long table; the means over sources, and the bootstrap, are made of these.
+source out of the long table; the means over sources are made of these.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ping_llm.eval.bootstrap import Clusters, Estimate, Resamples, geometric_mean
 from ping_llm.eval.columns import address_texts
 from ping_llm.eval.metrics import (
     PIT_BINS,
@@ -29,15 +30,15 @@ from ping_llm.eval.metrics import (
     source_weights,
     weighted_quantile,
 )
-from ping_llm.eval.queries import Cell, SplitQueries
+from ping_llm.eval.queries import EXTERNAL, FAMILIES, NO_DRAW, VAL_SPLITS, Cell, SplitQueries, number_of
 from ping_llm.system.files import move_atomically
 
 INTERVALS = {50: ("q0.25", "q0.75"), 80: ("q0.1", "q0.9"), 90: ("q0.05", "q0.95")}
 """Of each central interval in percent, its quantiles."""
 
 WITHIN_PERCENT = (10, 25)
-LEAST_ANSWERED, LEAST_SOURCES = 50, 5  # a cell with fewer is reported, but does not count in the headline
-REPLICATES = 1000
+PRIMARY = tuple((f"s{number}", draw, k) for number in range(1, 6) for draw, k in ((NO_DRAW, 0), ("other", 10)))
+"""The ten numbers of the primary result: split, draw, k."""
 
 MEANS = {name: name for name in ("nll_nats", "rtt_nll_nats", "rtt_bits", "crps_log", "fail_log_loss")}
 MEANS |= {f"within_{percent}": f"(relative_error <= {percent / 100})::INT" for percent in WITHIN_PERCENT}
@@ -47,11 +48,10 @@ for _percent, (_low, _high) in INTERVALS.items():
 MEANS |= {"fail_rate": "(rtt < 0)::INT", "fail_brier": "(p_fail - (rtt < 0)::INT) ** 2"}
 """SQL of what is averaged over the queries of a source, null for those that do not count."""
 
-_NEW_SOURCES = ("test-s3", "test-s5")
 _FLOATS = ("p_fail", "nll_nats", "crps_log", "pit", *(f"q{level:g}" for level in QUANTILE_LEVELS))
 SCHEMA = pa.schema(
-    [("split", pa.string()), ("draw", pa.string()), ("k", pa.int8()), ("query", pa.int32())]
-    + [("src_addr", pa.string()), ("dst_addr", pa.string()), ("probe", pa.int64())]
+    [("family", pa.string()), ("split", pa.string()), ("draw", pa.string()), ("k", pa.int8()), ("query", pa.int32())]
+    + [("src_addr", pa.string()), ("dst_addr", pa.string())]
     + [("event_time", pa.timestamp("s", "UTC")), ("rtt", pa.float32()), ("method", pa.string())]
     + [(name, pa.float32()) for name in _FLOATS]
 )
@@ -62,63 +62,35 @@ SCHEMA = pa.schema(
 class CellScores:
     """Every method in one cell, over the queries that all of them answered."""
 
+    family: str
     split: str
     draw: str
     k: int
-    best_baseline: str
-    counts: bool  # there are enough answers and sources to say something
+    answered: int
+    sources: int  # of answered queries, as are prefixes
+    prefixes: int
+    context_fitted: float  # measurements that a query was given, on average
+    comparator: str | None  # the baseline that the ratios are to: of val the best one here
+    best_baseline: str | None  # with the least CRPS in this cell, seen afterwards; None without an answer
     methods: dict[str, dict[str, Any]]  # see `aggregate` and `summarize_cell`
-    ratio_replicates: dict[str, np.ndarray]  # (R,) of each method's CRPS to that of the best baseline
+    log_draws: dict[str, np.ndarray]  # (R,) of each method's CRPS, where there is an interval
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the draws."""
+        return {name: value for name, value in vars(self).items() if name != "log_draws"}
 
 
-@dataclass(frozen=True, eq=False)
-class SourceBootstrap:
-    """How often each replicate drew each of S sources: a cluster bootstrap of the mean over sources.
-
-    One draw serves every cell and method, so that what is compared in a draw is of the same sources.
-    """
-
-    sources: np.ndarray  # (S,) ascending
-    counts: np.ndarray  # (R, S)
-
-    @classmethod
-    def draw(
-        cls, sources: np.ndarray, stratum: np.ndarray, rng: np.random.Generator, replicates: int = REPLICATES
-    ) -> SourceBootstrap:
-        """With replacement, as many as there are in each stratum (S,): sources held out and others are drawn apart."""
-        counts = np.zeros((replicates, len(sources)))
-        for value in np.unique(stratum):
-            inside = np.flatnonzero(stratum == value)
-            counts[:, inside] = rng.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), replicates)
-        return cls(sources, counts)
-
-    def means(self, sources: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """(R,) mean over the drawn ones of some sources (s,) of their values (s,); NaN values are left out."""
-        known = ~np.isnan(values)
-        counts = self.counts[:, np.searchsorted(self.sources, sources[known])]
-        with np.errstate(invalid="ignore"):
-            return counts @ values[known] / counts.sum(axis=1)
-
-
-def interval(replicates: np.ndarray) -> tuple[float, float]:
-    """The bounds of 95 % of the replicates; a replicate that drew no source of a cell, NaN, is left out."""
-    known = replicates[np.isfinite(replicates)]
-    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (np.nan, np.nan)
-    return float(low), float(high)
-
-
-def make_bootstrap(splits: Sequence[SplitQueries], seed: int) -> SourceBootstrap:
-    """The draws of the sources of all splits; new sources are drawn apart from the others."""
-    sources = np.unique(np.concatenate([split.recent.probe for split in splits]))
-    new = [split.recent.probe for split in splits if split.split in _NEW_SOURCES]
-    stratum = np.isin(sources, np.concatenate(new)) if new else np.zeros(len(sources), dtype=bool)
-    return SourceBootstrap.draw(sources, stratum, np.random.default_rng([seed, 0xB007]))
+def make_resamples(splits: Sequence[SplitQueries], seed: int) -> Resamples:
+    """The draws of the sources and the prefixes of all splits."""
+    columns = [(split.recent.src_id, split.recent.prefix) for split in splits]
+    sources, prefixes = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Resamples(sources, prefixes, seed)
 
 
 def source_means(scores: pa.Table) -> dict[str, dict[str, np.ndarray]]:
-    """Of each method in a long table its sources (s,), ascending, as `probe`, and their MEANS; NaN where no query counts."""
+    """Of each method its sources (s,) in a long table, ascending, as `source`, and their MEANS; NaN where no query counts."""
     columns = ", ".join(f"avg({sql}) AS {name}" for name, sql in MEANS.items())
-    query = f"SELECT method, probe, {columns} FROM scores GROUP BY method, probe ORDER BY method, probe"
+    query = f"SELECT method, source, {columns} FROM scores GROUP BY method, source ORDER BY method, source"
     with duckdb.connect(config={"threads": 1}) as connection:  # one order of additions: equal scores have equal means
         found = connection.register("scores", scores).execute(query).fetchnumpy()
     methods = found.pop("method")
@@ -126,10 +98,10 @@ def source_means(scores: pa.Table) -> dict[str, dict[str, np.ndarray]]:
     return {str(one): {name: v[methods == one] for name, v in columns_of.items()} for one in np.unique(methods)}
 
 
-def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def aggregate(scores: Scores, source: np.ndarray, means: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One method's line of a report, from q scores, their sources (q,), and the means of each source."""
     columns, answered = scores.columns(), scores.rtt_ms >= 0
-    weights, answers = source_weights(probe), source_weights(probe, answered)
+    weights, answers = source_weights(source), source_weights(source, answered)
     error, mean = columns["relative_error"], {}
     for name in MEANS:
         known = means[name][~np.isnan(means[name])]
@@ -137,9 +109,9 @@ def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]
     bins = np.clip((np.nan_to_num(scores.pit) * PIT_BINS).astype(int), 0, PIT_BINS - 1)
     histogram = np.bincount(bins, answers, PIT_BINS)
     return {
-        "queries": len(probe),
+        "queries": len(source),
         "answered": int(answered.sum()),
-        "sources": len(means["probe"]),
+        "sources": len(means["source"]),
         # NLL of results, failures among them; of RTTs given an answer: density per log-ms, bits of the 16-bit code, log-ms
         **{name: mean[name] for name in ("nll_nats", "rtt_nll_nats", "rtt_bits", "crps_log")},
         "median_rel_error": weighted_quantile(error, answers, 0.5),
@@ -156,54 +128,95 @@ def aggregate(scores: Scores, probe: np.ndarray, means: Mapping[str, np.ndarray]
 
 
 def summarize_cell(
-    cell: Cell, scores: Mapping[str, Scores], kinds: Mapping[str, str], bootstrap: SourceBootstrap
+    cell: Cell,
+    scores: Mapping[str, Scores],
+    kinds: Mapping[str, str],
+    resamples: Resamples,
+    comparator: str | None = None,
+    context_fitted: float = 0.0,
 ) -> CellScores:
-    """Aggregates over the queries that every method answered, which are the first ones of the cell."""
+    """Aggregates over the queries that every method answered, which are the first ones of the cell.
+
+    Ratios are of CRPS to the comparator's, and to that of the baseline that turned out best here; of val, where baselines are
+    compared, that is the comparator.
+    """
     common = min(len(one.rtt_ms) for one in scores.values())
-    probe = cell.queries.probe[:common]
+    queries = cell.queries.take(slice(common))
     scores = {name: Scores(*(column[:common] for column in vars(one).values())) for name, one in scores.items()}
-    means = source_means(long_table(scores, probe))
-    lines = {name: aggregate(one, probe, means[name]) for name, one in scores.items()}
-    best = min((name for name, kind in kinds.items() if kind == "baseline"), key=lambda name: lines[name]["crps_log"])
-    drawn = {
-        name: {of: bootstrap.means(one["probe"], one[of]) for of in ("crps_log", "nll_nats")}
-        for name, one in means.items()
-    }
-    ratios = {name: one["crps_log"] / drawn[best]["crps_log"] for name, one in drawn.items()}
-    for name, replicates in drawn.items():
-        lines[name] |= {
-            "crps_interval": interval(replicates["crps_log"]),
-            "nll_interval": interval(replicates["nll_nats"]),
-            "crps_ratio": lines[name]["crps_log"] / lines[best]["crps_log"],
-            "ratio_interval": interval(ratios[name]),
+    means = source_means(long_table(scores, queries.src_id))
+    lines = {name: aggregate(one, queries.src_id, means[name]) for name, one in scores.items()}
+    answered = np.flatnonzero(queries.rtt_ms >= 0)
+    clusters = Clusters(queries.src_id[answered], queries.prefix[answered], resamples)
+    crps = {name: one.crps_log[answered] for name, one in scores.items()}
+    baselines = [name for name, kind in kinds.items() if kind == "baseline"]
+    best = min(baselines, key=lambda name: lines[name]["crps_log"]) if len(answered) else None
+    comparator = comparator or best
+    for name, line in lines.items():
+        if best is None or comparator is None:
+            line |= dict.fromkeys(("crps_interval", "crps_ratio", "ratio_interval", "ratio_best"))
+            continue
+        ratio = clusters.ratio(crps[name], crps[comparator])
+        line |= {
+            "crps_interval": clusters.mean(crps[name]).interval,
+            "crps_ratio": ratio.value,
+            "ratio_interval": ratio.interval,
+            "ratio_best": line["crps_log"] / lines[best]["crps_log"],
         }
-    enough = lines[best]["answered"] >= LEAST_ANSWERED and lines[best]["sources"] >= LEAST_SOURCES
-    return CellScores(cell.split, cell.draw, cell.k, best, enough, lines, ratios)
+    return CellScores(
+        *(cell.family, cell.split, cell.draw, cell.k, len(answered), len(clusters.sources), len(clusters.prefixes)),
+        *(context_fitted, comparator, best, lines),
+        {name: clusters.log_means(one) for name, one in crps.items()} if clusters.has_interval else {},
+    )
 
 
-def headline(cells: Sequence[CellScores], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """For each method that is no baseline: the geometric mean of its CRPS ratios to each cell's best baseline, and how
-    many cells it wins: where the upper bound of the ratio's interval is below 1. Draws are reported apart: with pings of
-    the same pair in the context the task is another."""
-    counted = [cell for cell in cells if cell.counts]
-    draws, lines = np.array([cell.draw for cell in counted]), {}
-    for name in (name for name, kind in kinds.items() if kind != "baseline" and counted):
-        ratios = np.array([cell.methods[name]["crps_ratio"] for cell in counted])
-        replicates = np.array([cell.ratio_replicates[name] for cell in counted])  # (cells, R)
-        lines[name] = {
-            "geometric_mean": geometric_mean(ratios),
-            "by_draw": {str(draw): geometric_mean(ratios[draws == draw]) for draw in np.unique(draws)},
-            "interval": interval(np.exp(np.mean(np.log(replicates), axis=0))),
-            "win_rate": float(np.mean([cell.methods[name]["ratio_interval"][1] < 1 for cell in counted])),
-            "cells": len(counted),
-            "cells_too_small": len(cells) - len(counted),
+def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, str]) -> str | None:
+    """The baseline with the least CRPS in the val cell that a cell of test corresponds to; None for a cell of val.
+
+    Where val has no such cell, the least geometric mean over all of its cells of the family, draw and k, or of the draw and k.
+    """
+    if cell.split in VAL_SPLITS:
+        return None
+    val = [one for one in done if one.split in VAL_SPLITS and (one.draw, one.k) == (cell.draw, cell.k) and one.answered]
+    family = [one for one in val if one.family == cell.family]
+    cells = [one for one in family if number_of(one.split) == number_of(cell.split)] or family or val
+    baselines = [name for name, kind in kinds.items() if kind == "baseline"]
+
+    def log_crps(name: str) -> float:
+        return float(np.mean([np.log(one.methods[name]["crps_log"]) for one in cells]))
+
+    return min(baselines, key=log_crps) if cells else None
+
+
+def summaries(cells: Sequence[CellScores]) -> dict[str, dict[str, Any]]:
+    """Of the test cells: "primary", the ten numbers of PRIMARY for pings; "repeat", the cells whose context may hold the pair
+    itself; "target", the ten numbers for the targets of traceroutes. See `summarize`."""
+    tested = [cell for cell in cells if cell.split not in VAL_SPLITS and cell.answered]
+    ten = [cell for cell in tested if (number_of(cell.split), cell.draw, cell.k) in PRIMARY or cell.split == EXTERNAL]
+    ten = [cell for cell in ten if (cell.draw, cell.k) in {(draw, k) for _, draw, k in PRIMARY}]
+    pings, targets = ([cell for cell in ten if cell.family == family] for family in FAMILIES)
+    repeat = [cell for cell in tested if cell.draw == "recent" and cell.family == FAMILIES[0]]
+    return {"primary": summarize(pings), "repeat": summarize(repeat), "target": summarize(targets)}
+
+
+def summarize(cells: Sequence[CellScores]) -> dict[str, Any]:
+    """The cells, and of each method its CRPS ratios to their comparators and to their best baselines, (C,), with intervals,
+    and the geometric mean of the former, whose draws are the same in all cells."""
+    names = ("family", "split", "draw", "k", "comparator", "best_baseline", "answered", "sources", "prefixes")
+    found: dict[str, Any] = {"cells": [{name: getattr(cell, name) for name in names} for cell in cells], "methods": {}}
+    least = min((min(cell.sources, cell.prefixes) for cell in cells), default=0)
+    for method in cells[0].methods if cells else ():
+        lines = [cell.methods[method] for cell in cells]
+        ratios = [Estimate(line["crps_ratio"], line["ratio_interval"]) for line in lines]
+        draws = [cell.log_draws[method] - cell.log_draws[cell.comparator or ""] for cell in cells if cell.log_draws]
+        mean = geometric_mean(ratios, draws, least)
+        found["methods"][method] = {
+            "ratio": [one.value for one in ratios],
+            "interval": [one.interval for one in ratios],
+            "ratio_best": [line["ratio_best"] for line in lines],
+            "geometric_mean": mean.value,
+            "geometric_mean_interval": mean.interval,
         }
-    return lines
-
-
-def geometric_mean(ratios: Sequence[float] | np.ndarray) -> float:
-    """exp of the mean logarithm."""
-    return float(np.exp(np.mean(np.log(ratios))))
+    return found
 
 
 @contextmanager
@@ -220,9 +233,9 @@ def score_writer(path: Path) -> Iterator[Callable[[Cell, Mapping[str, Scores]], 
 
 def _with_queries(cell: Cell, scores: Mapping[str, Scores]) -> pa.Table:
     """The scores of a cell in the columns of SCHEMA."""
-    lines, table = long_table(scores, cell.queries.probe), cell.queries.measurements
+    lines, table = long_table(scores, cell.queries.src_id), cell.queries.measurements
     rows = cell.queries.rows[lines["query"].to_numpy()]
-    columns = {name: pa.repeat(getattr(cell, name), len(rows)) for name in ("split", "draw", "k")}
+    columns = {name: pa.repeat(getattr(cell, name), len(rows)) for name in ("family", "split", "draw", "k")}
     columns |= {"event_time": pa.array(table.time_s[rows])} | dict(zip(lines.column_names, lines.columns, strict=True))
     for name, ids in (("src_addr", table.src_id), ("dst_addr", table.dst_id)):
         columns[name] = pa.array(address_texts(table.addresses, ids[rows]))

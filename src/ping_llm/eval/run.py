@@ -25,8 +25,6 @@ from ping_llm.eval.plots import plot_results
 from ping_llm.eval.queries import (
     EXTERNAL,
     SPLITS,
-    VAL_SPLITS,
-    Cell,
     SplitQueries,
     draw_splits,
     draw_val,
@@ -34,7 +32,7 @@ from ping_llm.eval.queries import (
     mixed_queries,
 )
 from ping_llm.eval.report import write_report
-from ping_llm.eval.results import CellScores, make_resamples, primary, repeat, score_writer, summarize_cell, target
+from ping_llm.eval.results import CellScores, comparator_of, make_resamples, score_writer, summaries, summarize_cell
 from ping_llm.model.checkpoint import load_config, load_model
 from ping_llm.system.files import file_sha256, write_atomically
 from ping_llm.system.progress import show_progress
@@ -83,10 +81,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "model_queries_per_cell": options.model_queries_per_cell if models else 0,
         "splits": described,
         "methods": {name: {"kind": kind, "choices": choices.get(name, {})} for name, kind in kinds.items()},
-        "cells": [{key: one for key, one in vars(cell).items() if key != "ratio_replicates"} for cell in cells],
-        "primary": primary(cells, kinds),
-        "repeat": repeat(cells, kinds),
-        "target": target(cells, kinds),
+        "cells": [cell.to_json() for cell in cells],
+        **summaries(cells),
     }
     if models:
         tested = [split for split in splits if not split.is_val]
@@ -115,24 +111,6 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
     if not (train_rows / MANIFEST_NAME).is_file():
         raise ValueError(f"the rows {train_rows}, that {run} learned from, are gone; name them with --train-rows")
     return ModelMethod.load(options), problem, train_rows
-
-
-def comparator_of(cell: Cell, done: Sequence[CellScores], baselines: Sequence[str]) -> str | None:
-    """The baseline with the least CRPS on the val cell that a cell of test corresponds to; None for a cell of val.
-
-    Where val has no such cell, the least geometric mean over all of its cells of the family, draw and k, or of the draw and k.
-    """
-    if cell.split in VAL_SPLITS:
-        return None
-    val = [one for one in done if one.split in VAL_SPLITS and (one.draw, one.k) == (cell.draw, cell.k) and one.answered]
-    family = [one for one in val if one.family == cell.family]
-    same = [one for one in family if one.split.rpartition("-")[2] == cell.key[1]]
-    cells = same or family or val
-
-    def log_crps(name: str) -> float:
-        return float(np.mean([np.log(one.methods[name]["crps_log"]) for one in cells]))
-
-    return min(baselines, key=log_crps) if cells else None
 
 
 def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> str:
@@ -209,6 +187,6 @@ def _answer_all(
                 scores[model.name] = model.scores(queries.take(first), rng, advance)
             write(cell, scores)
             context_fitted = float((queries.context >= 0).sum(axis=1).mean())
-            comparator = comparator_of(cell, done, baselines)
+            comparator = comparator_of(cell, done, kinds)
             done.append(summarize_cell(cell, scores, kinds, resamples, comparator, context_fitted))
     return done

@@ -25,7 +25,7 @@ import numpy as np
 
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.measurement import pack_address
-from ping_llm.data.pipeline import WindowBlocks, keep_buffers
+from ping_llm.data.pipeline import WindowBlocks, block_steps, keep_buffers
 from ping_llm.data.rows import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -116,7 +116,7 @@ def tokens_per_s(config: Config, workers: int, seconds: float) -> float:
     from ping_llm.system.hardware import pick_device
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
-    steps = config.data.windows_per_read
+    steps = block_steps(config.data.windows_per_read)
     with closing(training_batches(config, 0, pick_device("auto"))) as batches:
         for _ in range(2 * workers * steps):  # until every process is at work
             next(batches)

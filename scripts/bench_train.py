@@ -2,8 +2,9 @@
 
     python scripts/bench_train.py [--rows DIR] [--cases NAME…] [--quick] [--json FILE]
 
-On a GPU: small with 32 and 64 windows of 1,024 tokens, and full with as many as fit; else tiny, which --quick cuts to one
-layer and 4 windows: that shows that everything runs, not how fast. The keys at the top of the JSON are of small-64, or tiny:
+On a GPU: small with 64 windows of 1,024 tokens, full with as many as fit, and steps of other forms against that of small;
+else tiny, which --quick cuts to one layer and 4 windows: that shows that everything runs, not how fast. The keys at the top
+of the JSON are of small-64, or tiny:
 
 tokens_per_s       on batches that lie on the device, padding counted
 mfu                6 FLOPs a multiplied weight plus attention, over the data sheet's bf16 peak; where there is none, over
@@ -28,7 +29,8 @@ from ping_llm.config import Config, load_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 CASES = {"small-32": 32, "small-64": 64, "full": None, "tiny": None}  # windows in a step; None = as the file says
 HEADLINES = ("small-64", "tiny")
-LARGEST = "full"  # is tried with more and more windows
+LARGEST = "full"  # with as many windows as fit
+VARIANTS = "variants"  # no case of its own: the step of the headline case in other forms
 HEADLINE = ("tokens_per_s", "mfu", "optimizer_share", "data_wait_share", "peak_memory_gb")
 ROWS = {  # of the table: what is printed, where it stands in a case, how
     "tokens/s": ("tokens_per_s", "{:,.0f}"),
@@ -52,7 +54,7 @@ ROWS = {  # of the table: what is printed, where it stands in a case, how
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help="folder that `ping-llm prepare` wrote; synthetic rows if absent")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="NAME", help="only these")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, VARIANTS], metavar="NAME", help="only these")
     parser.add_argument("--quick", action="store_true", help="the headline case with fewer steps; on a CPU cut down")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well, after each case")
     options = parser.parse_args()
@@ -66,6 +68,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, scratch: Path) -> dict:
     """All numbers; prints them and writes them as they come."""
     from profile_training import Effort, attention_ratios, matmul_peak
+    from train_variants import variant_ratios
 
     from ping_llm.system.hardware import machine_facts, pick_device
 
@@ -80,7 +83,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
     print(f"one {product['dtype']} product of {product['size']}³: {product['flops'] / 1e12:.2f} TFLOP/s", flush=True)
     rows, no_rows = (options.rows, None) if options.rows else make_rows(scratch, options.quick)
     report["cases"] = []
-    for name in names:
+    for name in (name for name in names if name != VARIANTS):
         config = config_of(name)
         if options.quick and not on_gpu:
             config = cut_down(config)
@@ -91,11 +94,17 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict:
         print_case(case)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1))
+    if VARIANTS in names:
+        config = config_of("small-64" if on_gpu else "tiny")
+        report["variants"] = variant_ratios(
+            cut_down(config) if options.quick and not on_gpu else config, device, effort
+        )
+        print_variants(report["variants"])
     if on_gpu:
         report["sdpa_to_default"] = attention_ratios(config_of("small-64"), device, effort)
         print("SDPA ÷ its default choice:", json.dumps(report["sdpa_to_default"]))
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
     return report
 
 
@@ -103,7 +112,7 @@ def usual_cases(on_gpu: bool, quick: bool) -> list[str]:
     """What is measured if nobody chooses."""
     if not on_gpu:
         return ["tiny"]
-    return ["small-64"] if quick else ["small-32", "small-64", "full"]
+    return ["small-64"] if quick else ["small-64", LARGEST, VARIANTS]
 
 
 def config_of(name: str) -> Config:
@@ -128,34 +137,33 @@ def measure_case(
 
     started = time.perf_counter()
     if name == LARGEST and device.type == "cuda":
-        eager = largest_batch(config, device)
-        sizes = [2 * eager, eager] if eager else [8, 4, 2, 1]  # compiled steps take less memory
-    else:
-        sizes = [config.train.batch_size]
-    for size in sizes:
-        config, case = with_train(config, batch_size=size), None
+        config = with_train(config, batch_size=largest_batch(config.model, device))
+        effort = dataclasses.replace(effort, rounds=3, steps=3, blocks=0, saves=0)
+    while True:
         try:
-            case = profile_training(config, device, effort, matmul_flops)
+            training, case = profile_training(config, device, effort, matmul_flops)
+            break
         except torch.OutOfMemoryError:
-            if size == sizes[-1]:
+            if config.train.batch_size == 1 or name != LARGEST:
                 raise
         free_memory()
-        if case is not None:
-            break
-    config = with_train(config, compile=case["steps"] == "compiled")
-    case["loader"] = fed(config, rows, device, effort) if rows else {"skipped": no_rows}
+        config = with_train(config, batch_size=config.train.batch_size // 2)
+    if effort.blocks:
+        case["loader"] = fed(training, rows, effort) if rows else {"skipped": no_rows}
+    else:
+        case["loader"] = {"skipped": f"they are measured with {HEADLINES[0]}"}
     case["data_wait_share"] = case["loader"].get("data_wait_share")
+    del training
     free_memory()
     return {"name": name, "seconds": time.perf_counter() - started} | case
 
 
-def fed(config: Config, rows: Path, device, effort) -> dict:
+def fed(training, rows: Path, effort) -> dict:
     """The loader's numbers, or why there are none."""
     from profile_training import profile_loader
 
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=rows))
     try:
-        return profile_loader(config, device, effort)
+        return profile_loader(training, rows, effort)
     except ModuleNotFoundError as error:
         return {"skipped": f"no module {error.name} here"}
 
@@ -189,6 +197,15 @@ def print_case(case: dict) -> None:
         for kernel in case["profile"]["top"]
     ]
     print("\n" + markdown_table(("by its own time", "share", "calls a step"), top) + "\n", flush=True)
+
+
+def print_variants(found: dict) -> None:
+    """A table of what a step takes in other forms."""
+    from profile_training import markdown_table
+
+    title = f"{found['layers']} layers, {found['batch_size']} windows; a step in another form ÷ as it is"
+    rows = [(name, "–" if ratio is None else f"{ratio:.3f}") for name, ratio in found["ratios"].items()]
+    print("\n" + markdown_table((title, ""), rows) + "\n", flush=True)
 
 
 def cell(case: dict, place: str, form: str) -> str:

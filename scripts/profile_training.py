@@ -27,12 +27,14 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from ping_llm.config import Config, DataConfig
+from ping_llm.config import Config, DataConfig, ModelConfig
+from ping_llm.data.pipeline import block_steps
+from ping_llm.launch.plan import SPARE_SHARE, activation_bytes, fixed_bytes
 from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.objective import Objective
+from ping_llm.training.objective import Objective, resolve_compile
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.run_state import RunState
 from ping_llm.training.saver import Saver
@@ -53,12 +55,14 @@ class Effort:
 
     rounds: int = 5  # in which what is compared takes turns; the median counts
     steps: int = 5  # of each in a round
-    blocks: int = 3  # of the loader, each of data.windows_per_read steps
+    blocks: int = 3  # of the loader, each of block_steps(data.windows_per_read) steps
     saves: int = 2
 
 
-def profile_training(config: Config, device: torch.device, effort: Effort, matmul_flops: float) -> dict[str, Any]:
-    """All that is measured of one config on synthetic batches; torch.OutOfMemoryError if its batch does not fit.
+def profile_training(
+    config: Config, device: torch.device, effort: Effort, matmul_flops: float
+) -> tuple[Training, dict[str, Any]]:
+    """A run and all that is measured of it on synthetic batches; torch.OutOfMemoryError if its batch does not fit.
 
     `matmul_flops` are the FLOP/s of one large product, the peak that can be reached. Tokens count padding too.
     """
@@ -67,7 +71,8 @@ def profile_training(config: Config, device: torch.device, effort: Effort, matmu
     timed = {name: run for name, run in (("eager", eager), ("compiled", compiled)) if run is not None}
     steps = {name: lambda run=run: take_step(run, tokens) for name, run in timed.items()}
     seconds = compare(steps, device, effort.rounds, effort.steps)
-    chosen = "compiled" if "compiled" in timed and (config.train.compile or "eager" not in timed) else "eager"
+    wanted = resolve_compile(config.train.compile, device)
+    chosen = "compiled" if "compiled" in timed and (wanted or "eager" not in timed) else "eager"
     training, step_s = timed[chosen], seconds[chosen]
     places = config.train.batch_size * config.model.seq_len
     flops = places * flops_per_token(config.model) / step_s
@@ -85,14 +90,16 @@ def profile_training(config: Config, device: torch.device, effort: Effort, matmu
         "peak_memory_gb": _peak_memory(training, tokens),
     }
     report |= optimizer_times(training, tokens, step_s, effort)
-    report |= {"save": save_times(training, tokens, effort)}
-    return report | {"profile": top_kernels(lambda: take_step(training, tokens), device, step_s)}
+    report |= {"save": save_times(training, tokens, effort) if effort.saves else {}}
+    report |= {"profile": top_kernels(lambda: take_step(training, tokens), device, step_s)}
+    return training, report
 
 
 def new_training(config: Config, device: torch.device) -> Training:
     """A run at its start that has no folder and no data of its own."""
     ranks = Ranks(device)
-    model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(device)
+    with device:  # a large model takes long to be drawn on the CPU
+        model = GPT(config.model, generator=torch.Generator(device).manual_seed(config.seed)).to(device)
     optimizer, objective = Optimizer(model, config.optim, ranks), Objective(config, model, ranks)
     state, windows = RunState.new("bench", objective.precision), torch.empty(0, config.model.seq_len + 1)
     return Training(config, Feed.of_rows(), ranks, state, model, optimizer, objective, windows, None)
@@ -155,30 +162,16 @@ def matmul_peak(device: torch.device, rounds: int = 5) -> dict[str, Any]:
     return {"flops": 2 * size**3 / min(tries), "size": size, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def largest_batch(config: Config, device: torch.device, first: int = 8) -> int:
-    """The largest of `first`, 2·`first`, 4·`first` … windows whose eager step fits into the memory; 0 if none does."""
-    batch_size, fits = first, 0
-    while _fits(with_train(config, batch_size=batch_size, compile=False), device):
-        batch_size, fits = 2 * batch_size, batch_size
-    return fits
+def largest_batch(model: ModelConfig, device: torch.device) -> int:
+    """Windows of a compiled step that should fit into the memory of a GPU: a power of two; at least 1."""
+    memory = torch.cuda.get_device_properties(device).total_memory * (1 - SPARE_SHARE)
+    fits = max(1, int((memory - fixed_bytes(model)) / activation_bytes(model)))
+    return 1 << (fits.bit_length() - 1)
 
 
 def with_train(config: Config, **values: Any) -> Config:
     """The config with other values in [train]."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
-
-
-def _fits(config: Config, device: torch.device) -> bool:
-    try:
-        training, tokens = new_training(config, device), synthetic_tokens(config, device)
-        for _ in range(2):  # the first has no gradients of an earlier one beside it
-            take_step(training, tokens)
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
-    training = tokens = None
-    free_memory()
-    return fits
 
 
 def _objectives(training: Training, tokens: Tensor) -> tuple[Training | None, Training | None, dict[str, Any]]:
@@ -300,14 +293,16 @@ def save_times(training: Training, tokens: Tensor, effort: Effort) -> dict[str, 
     return dict(zip(("share", "held_ms", "steps_beside", "step_beside_to_alone"), medians, strict=True))
 
 
-def profile_loader(config: Config, device: torch.device, effort: Effort) -> dict[str, Any]:
+def profile_loader(training: Training, rows: Path, effort: Effort) -> dict[str, Any]:
     """Steps on batches of the loader over steps on one synthetic batch, and the share of their time spent waiting.
 
     All that was made ahead is thrown away first, so that no step lives on it.
     """
-    training, tokens = new_training(config, device), synthetic_tokens(config, device)
-    data = dataclasses.replace(config.data, prefetch=1, workers=min(config.data.workers, max(0, cores() - 1)))
-    config, steps = dataclasses.replace(config, data=data), effort.blocks * data.windows_per_read
+    config, device = training.config, training.ranks.device
+    tokens = synthetic_tokens(config, device)
+    workers = min(config.data.workers, max(0, cores() - 1))
+    data = dataclasses.replace(config.data, rows=rows, prefetch=1, workers=workers)
+    config, steps = dataclasses.replace(config, data=data), effort.blocks * block_steps(data.windows_per_read)
     _seconds(training, tokens, _WARM_UP_STEPS)
     before_s = _seconds(training, tokens, effort.steps) / effort.steps
     with closing(training.feed.batches(config, 0, device, 0, 1)) as batches:
@@ -335,7 +330,7 @@ def profile_loader(config: Config, device: torch.device, effort: Effort) -> dict
 
 def _made_ahead(data: DataConfig) -> int:
     """Batches that the loader may hold: a block that is read, and two in each process."""
-    return (1 + 2 * max(1, data.workers)) * data.windows_per_read
+    return (1 + 2 * max(1, data.workers)) * block_steps(data.windows_per_read)
 
 
 def attention_ratios(config: Config, device: torch.device, effort: Effort) -> dict[str, float | None]:

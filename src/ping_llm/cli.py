@@ -220,6 +220,8 @@ def train(argv: list[str]) -> None:
     # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ping-llm" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    # Memory is taken in pieces that can grow: batches of several shapes leave no gaps.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from ping_llm.training.trainer import train
 
     train(config)

@@ -84,10 +84,10 @@ class DataConfig(Section):
     partial_time: Share = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
     windows_per_read: Count = 16
-    """Batches made together; a large probe row, once read, gives one window to each of them."""
+    """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)
     """Loader processes; 0 loads in a thread of the training process. Does not change the batches."""
-    prefetch: Count = field(default=4, metadata=RESUMABLE)
+    prefetch: Count = field(default=2, metadata=RESUMABLE)
     """Blocks of batches made ahead."""
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class TrainConfig(Section):
     target_tokens: Whole = 0
     """Tokens trained on, padding not counted. 0 = no limit."""
     max_minutes: Amount = 0.0
-    """Minutes of training steps, evaluations and saves not counted. 0 = no limit."""
+    """Minutes of training steps; compilation, evaluations and saves are not counted. 0 = no limit."""
     batch_size: Count = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)
@@ -179,8 +179,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the forward pass; auto = bf16 where the device multiplies it natively. Logits and loss are always fp32. fp16, for
     GPUs without bf16, scales the loss so that small gradients do not vanish."""
-    compile: bool = field(default=False, metadata=RESUMABLE)
-    """torch.compile the model."""
+    compile: Literal["auto", True, False] = field(default="auto", metadata=RESUMABLE)
+    """torch.compile the model; auto = on a GPU, where steps become much faster and take less memory."""
     checkpoint_every: Count = field(default=500, metadata=RESUMABLE)
     """Steps between checkpoints, which a thread writes while training goes on; the last step is always saved."""
     keep_checkpoints: Count = field(default=2, metadata=RESUMABLE)

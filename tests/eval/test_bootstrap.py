@@ -50,11 +50,19 @@ def test_the_macro_mean_weighs_sources_alike_and_ratios_are_of_it():
 
 def test_the_draws_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
-    src, dst, one, *_ = bench(rng, 40, 35, 5, 0.3, 0.3)
-    src, dst = 3 * src + 7, 100 - dst  # ids are any numbers
-    resamples = Resamples(np.r_[src, 1], np.r_[dst, 2], seed=1, draws=5)
-    got = Clusters(src, dst, resamples).log_means(one)
-    for r in range(5):
+    src, dst, one, other, _ = bench(rng, 40, 35, 5, 0.3, 0.3)
+    order = rng.permutation(len(src))
+    src, dst, one, other = 3 * src[order] + 7, 100 - dst[order], one[order], other[order]  # ids are any numbers
+    resamples = Resamples(np.r_[src, 1], np.r_[dst, 2], seed=1, draws=60)
+    clusters = Clusters(src, dst, resamples)
+    both = clusters.log_means(np.c_[one, other])
+    got = clusters.log_means(one)
+    np.testing.assert_allclose(both, np.c_[got, clusters.log_means(other)])
+    assert clusters.ratio(one, other, both[:, 0] - both[:, 1]).interval == pytest.approx(
+        clusters.ratio(one, other).interval
+    )
+    assert clusters.mean(one, got) == clusters.mean(one)
+    for r in range(60):
         means, weights = [], []
         for source in np.unique(src):
             mine = src == source
@@ -85,6 +93,17 @@ def test_equal_scores_have_ratio_one_and_a_better_method_wins():
     assert (same.value, same.interval) == (1, (1, 1))
     assert clusters.ratio(one * rng.uniform(0.3, 0.8, len(one)), one).interval[1] < 1
     assert clusters.ratio(one * 1.01, one).interval[1] > 1
+
+
+def test_a_draw_that_holds_no_query_of_a_cell_is_left_out():
+    """All but one source have queries to prefix 0 alone, which one draw in three lacks, and that one is often not drawn."""
+    src, dst = np.r_[np.arange(40), np.full(35, 40)], np.r_[np.zeros(40, dtype=int), np.arange(1, 36)]
+    one, other = np.random.default_rng(0).lognormal(0, 1, (2, 75))
+    clusters = Clusters(src, dst, Resamples(src, dst))
+    draws = clusters.log_means(one) - clusters.log_means(other)
+    assert 50 < np.isnan(draws).sum() < 300
+    assert np.isfinite(clusters.ratio(one, other).interval).all()
+    assert np.isfinite(geometric_mean([clusters.ratio(one, other)], [draws], 36).interval).all()
 
 
 def test_cells_that_share_their_queries_do_not_count_as_independent():

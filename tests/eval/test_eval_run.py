@@ -23,14 +23,9 @@ from ping_llm.eval.baselines.history import ROLLING_MEDIAN, PairHistory
 from ping_llm.eval.baselines.neighbours import PROFILE_KNN
 from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN, SOURCE_MEDIAN
 from ping_llm.eval.baselines.stack import Stack
-from ping_llm.eval.bootstrap import Resamples
-from ping_llm.eval.columns import Measurements, Queries
-from ping_llm.eval.distribution import SUPPORT, QuantileDistributions
-from ping_llm.eval.metrics import error_quantiles, score, source_weights
 from ping_llm.eval.model import TRUE_DISTRIBUTION
 from ping_llm.eval.options import EvalOptions
-from ping_llm.eval.queries import SPLITS, VAL_SPLITS, Cell
-from ping_llm.eval.results import CellScores, comparator_of, summaries, summarize_cell
+from ping_llm.eval.queries import SPLITS, VAL_SPLITS
 from ping_llm.eval.run import evaluate, leak_problem
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
@@ -286,113 +281,3 @@ def test_without_lightgbm_what_to_install_is_said(world, tmp_path, capsys, monke
     argv = ["eval", "--baselines-only", "--data", str(world / "rows"), "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 1
     assert "pip install 'ping-llm[baselines]'" in capsys.readouterr().err
-
-
-def point_distributions(medians: np.ndarray) -> QuantileDistributions:
-    """All but a thousandth of each distribution lies evenly within ± 0.5 log-ms of its median."""
-    knots = np.log(medians)[:, None] + np.array([-0.5, 0, 0.5])
-    ends = np.ones((len(medians), 1))
-    levels = np.array([0, 0.0005, 0.5, 0.9995, 1])
-    return QuantileDistributions(np.concatenate([SUPPORT[0] * ends, knots, SUPPORT[1] * ends], axis=1), levels)
-
-
-def make_cell(
-    split: str, sources: int, prefixes: int = 40, draw: str = "none", k: int = 0, family: str = "ping"
-) -> Cell:
-    """20 answered queries of each source, to all prefixes in turn."""
-    count = 20 * sources
-    dst = np.arange(count) % prefixes
-    addresses = np.zeros((prefixes, 16), np.uint8)
-    addresses[:, 10:12], addresses[:, 12], addresses[:, 14] = 255, 30, np.arange(prefixes)
-    table = Measurements(
-        *(np.repeat(np.arange(sources), 20).astype(np.int32), dst.astype(np.int32), np.zeros(count, np.int64)),
-        *(np.arange(count), np.full(count, 10.0, np.float32), np.zeros(count, np.uint8), np.zeros(count, np.int8)),
-        *(addresses, (split,)),
-    )
-    return Cell(family, split, draw, k, Queries(table, np.arange(count), np.full((count, k), -1, dtype=np.int32)))
-
-
-KINDS = {"steady": "baseline", "lucky": "baseline", "model": "model"}
-
-
-def summarized(cell: Cell, lucky: float, model: float, comparator: str | None = None) -> CellScores:
-    """A cell where the CRPS of "lucky" and of the model are so many times that of "steady"."""
-    rtt_ms = cell.queries.rtt_ms
-    steady = score(point_distributions(np.full(len(rtt_ms), 15.0)), np.full(len(rtt_ms), 0.1), rtt_ms)
-    others = {name: replace(steady, crps_log=by * steady.crps_log) for name, by in (("lucky", lucky), ("model", model))}
-    resamples = Resamples(np.arange(100), np.arange(100), draws=100)
-    return summarize_cell(cell, {"steady": steady} | others, KINDS, resamples, comparator, 3.5)
-
-
-def test_the_comparator_is_the_best_baseline_of_val_whatever_test_says():
-    val = summarized(make_cell("val-s2", 30), lucky=2.0, model=0.8)
-    assert (val.comparator, val.best_baseline) == ("steady", "steady")
-    assert val.methods["model"]["crps_ratio"] == pytest.approx(0.8)
-    cell = make_cell("test-s2", 30)
-    comparator = comparator_of(cell, [val], KINDS)
-    test = summarized(cell, lucky=0.5, model=0.8, comparator=comparator)
-    assert (test.comparator, test.best_baseline, test.context_fitted) == ("steady", "lucky", 3.5)
-    line = test.methods["model"]
-    assert (line["crps_ratio"], line["ratio_best"]) == (pytest.approx(0.8), pytest.approx(1.6))
-    np.testing.assert_allclose(line["ratio_interval"], 0.8)  # all queries alike
-    assert comparator_of(make_cell("val-s2", 30), [val], KINDS) is None
-
-
-def test_a_comparator_is_looked_for_in_the_family_if_val_lacks_the_cell_then_anywhere():
-    lucky = [summarized(make_cell(f"val-s{i}", 30), lucky=0.1, model=1) for i in (1, 2)]
-    steady = summarized(make_cell("val-s3", 30), lucky=20, model=1)
-    target = summarized(make_cell("val-s3", 30, family="target"), lucky=3, model=1)
-    done = [*lucky, steady, target]
-    assert comparator_of(make_cell("test-s3", 30), done, KINDS) == "steady"
-    assert comparator_of(make_cell("external", 30), done, KINDS) == "lucky"  # (0.1 · 0.1 · 20)^⅓ < 1
-    assert comparator_of(make_cell("test-s5", 30, family="target"), done, KINDS) == "steady"
-    assert comparator_of(make_cell("test-s5", 30, draw="other", k=5), done, KINDS) is None
-    assert comparator_of(make_cell("test-s5", 30, family="target"), lucky, KINDS) == "lucky"
-
-
-@pytest.mark.parametrize(("sources", "prefixes", "has"), [(30, 30, True), (29, 40, False), (40, 29, False)])
-def test_intervals_need_thirty_sources_and_prefixes(sources, prefixes, has):
-    line = summarized(make_cell("test-s1", sources, prefixes), 2.0, 0.5, "steady").methods["model"]
-    assert (line["ratio_interval"] is not None) == (line["crps_interval"] is not None) == has
-
-
-def test_the_primary_result_is_ten_numbers_of_test_and_their_geometric_mean():
-    cells = []
-    for band in ("val", "test"):
-        for number in range(1, 6):
-            for draw, k in (("none", 0), ("recent", 10), ("other", 10), ("other", 30)):
-                cell = make_cell(f"{band}-s{number}", 40 if number < 5 else 5, draw=draw, k=k)
-                cells.append(summarized(cell, 2.0, 0.5 if k else 2.0, "steady"))
-    cells.append(summarized(make_cell("test-s1", 40, draw="other", k=10, family="target"), 2.0, 0.25, "steady"))
-    found = summaries(cells)
-    primary = found["primary"]
-    assert [(cell["split"], cell["draw"], cell["k"]) for cell in primary["cells"]] == [
-        (f"test-s{number}", *rest) for number in range(1, 6) for rest in (("none", 0), ("other", 10))
-    ]
-    line = primary["methods"]["model"]
-    np.testing.assert_allclose(line["ratio"], [2, 0.5] * 5)
-    assert line["geometric_mean"] == pytest.approx(1) and line["geometric_mean_interval"] is None  # s5 has 5 sources
-    assert [one is None for one in line["interval"]] == [False] * 8 + [True] * 2
-    np.testing.assert_allclose(found["repeat"]["methods"]["model"]["ratio"], [0.5] * 5)
-    assert found["repeat"]["cells"][0]["draw"] == "recent"
-    assert found["target"]["methods"]["model"]["ratio"] == [pytest.approx(0.25)]
-    assert found["target"]["methods"]["model"]["geometric_mean_interval"] is not None
-
-
-def test_a_cell_without_an_answer_has_no_ratio_and_stands_in_no_summary():
-    cell = make_cell("test-s4", 3)
-    failed = replace(cell.queries.measurements, rtt_ms=np.full(60, -1, np.float32))
-    found = summarized(replace(cell, queries=replace(cell.queries, measurements=failed)), 1.0, 1.0, "steady")
-    assert found.answered == 0 and found.best_baseline is None
-    assert found.methods["model"]["crps_ratio"] is None and np.isnan(found.methods["model"]["crps_log"])
-    assert summaries([found])["primary"] == {"cells": [], "methods": {}}
-
-
-def test_errors_are_ranked_with_each_source_weighing_the_same():
-    """One source with one query of error 0.9, another with nine of error 0: half of the weight each."""
-    rtt_ms = np.full(10, 10.0, dtype=np.float32)
-    scores = score(point_distributions(np.r_[19.0, np.full(9, 10.0)]), np.zeros(10), rtt_ms)
-    weights = source_weights(np.r_[0, np.ones(9)])
-    quantiles = error_quantiles(scores.columns()["relative_error"], weights)
-    np.testing.assert_allclose(quantiles[:25], 0, atol=1e-6)  # up to half
-    np.testing.assert_allclose(quantiles[25:], 0.9, atol=1e-6)

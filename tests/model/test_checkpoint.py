@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ping_llm.config import Config, ModelConfig
+from ping_llm.config import Config, ModelConfig, config_to_dict
 from ping_llm.model import checkpoint
 from ping_llm.model.gpt import GPT
 
@@ -143,7 +144,7 @@ def test_a_newer_format_is_one_clear_error(tmp_path, name):
     save_step(tmp_path, 1)
     path = tmp_path / name
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(ValueError, match="is of format 99, this program reads 1; update ping-llm"):
+    with pytest.raises(ValueError, match="is of format 99, this program reads 2; update ping-llm"):
         checkpoint.load_model(tmp_path)
 
 
@@ -166,3 +167,26 @@ def test_a_counter_that_was_tampered_with_is_damage(tmp_path):
     path = tmp_path / "checkpoints/step-00000002/state.json"
     path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
     assert checkpoint.load_latest(tmp_path).step == 1
+
+
+def test_a_checkpoint_with_three_matrices_for_queries_keys_and_values_is_read(tmp_path):
+    """As format 1 had them; the optimiser's state has kept its names."""
+    folder = save_step(tmp_path, 1)
+    expected = checkpoint.load_latest(tmp_path)
+    weights = dict(expected.model)
+    fused = weights.pop("blocks.0.attention.qkv.weight")
+    for number, part in enumerate("qkv"):
+        weights[f"blocks.0.attention.{part}.weight"] = fused[32 * number : 32 * (number + 1)].clone()
+    state = {"step": 1, "val_loss": None}
+    checkpoint.save(tmp_path, 1, weights, expected.optimizer, state)
+    for path, values in ((folder / "state.json", {}), (tmp_path / "config.json", {"config": config_to_dict(CONFIG)})):
+        values = values or json.loads(path.read_text())
+        values.pop("state_sha256", None)  # the first checkpoints had none
+        path.write_text(json.dumps(values | {"format_version": 1}))
+    assert load_file(folder / "model.safetensors").keys() == weights.keys()
+    old, (model, _, _) = checkpoint.load_latest(tmp_path), checkpoint.load_model(tmp_path)
+    for found in (old.model, model.state_dict()):
+        assert found.keys() == expected.model.keys()
+        assert all(torch.equal(found[name], expected.model[name]) for name in found)
+    tokens = torch.arange(11, 61)[None]
+    assert torch.equal(model(tokens), GPT(CONFIG.model, generator=torch.Generator().manual_seed(1))(tokens))

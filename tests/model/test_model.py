@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from paths import CONFIGS
+from reference_gpt import plain_logits
 
 from ping_llm.config import ModelConfig, load_config
 from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count, sibling_mask
@@ -54,7 +55,7 @@ def test_initial_weights_follow_the_table():
     model = GPT(ModelConfig(n_layer=2, n_embd=192, n_head=3, seq_len=64), generator=torch.Generator().manual_seed(0))
     for block in model.blocks:
         assert not block.attention.out.weight.any() and not block.mlp.down.weight.any()
-        for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
+        for linear in (block.attention.qkv, block.mlp.up):
             assert linear.weight.std().item() == pytest.approx(192**-0.5, rel=0.02)
             assert linear.weight.abs().max() <= (3 / 192) ** 0.5
     assert model.embedding.weight.std().item() == pytest.approx(1, rel=0.02)
@@ -89,6 +90,29 @@ def test_bf16_logits_are_near_fp32(model):
     with torch.autocast("cpu", torch.bfloat16):
         low = model(tokens)
     assert (low - model(tokens)).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_logits_and_gradients_are_those_of_the_plain_transformer(model, precision, tolerance):
+    tokens, slope = random_tokens(2, 64), torch.randn(2, 64, 267, generator=torch.Generator().manual_seed(2))
+    expected = plain_logits(model, tokens)
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()), slope)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        logits = model(tokens)
+    gradients = torch.autograd.grad(logits, list(model.parameters()), slope)
+    assert (logits - expected).norm() < tolerance * expected.norm()
+    for name, ours, plain in zip(dict(model.named_parameters()), gradients, expected_gradients, strict=True):
+        assert ours.dtype == torch.float32  # sums over many tokens, which bf16 would not hold
+        assert (ours - plain).norm() < 3 * tolerance * plain.norm(), name
+
+
+def test_the_residual_stream_is_of_the_precision_of_the_products(model):
+    seen = []
+    with model.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype)):
+        for enabled in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model(random_tokens(1, 8))
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 @torch.no_grad()

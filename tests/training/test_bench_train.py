@@ -7,17 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from paths import SCRIPTS
+from paths import CONFIGS, SCRIPTS
 from torch._dynamo.exc import TorchDynamoException
 
-from ping_llm.config import Config, ModelConfig, TrainConfig
+from ping_llm.config import Config, ModelConfig, TrainConfig, load_config
 from ping_llm.model.gpt import flops_per_token
 
 sys.path.append(str(SCRIPTS))  # as for the script itself
 import profile_training as profiling
+import train_variants
 
 SCRIPT = SCRIPTS / "bench_train.py"
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ def script():
 @pytest.mark.slow
 def test_a_quick_run_without_a_gpu_reports_everything(script, tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT, "--quick", "--json", tmp_path / "bench.json"]
+    command = [sys.executable, SCRIPT, "--quick", "--cases", "tiny", "variants", "--json", tmp_path / "bench.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench.json").read_text())
@@ -54,6 +56,7 @@ def test_a_quick_run_without_a_gpu_reports_everything(script, tmp_path):
     assert 0.1 < case["peak_memory_gb"] < 20
     assert case["not_compiled"] or (case["compile_s"] > 0 and case["compiled_to_eager"] > 0)
     assert case["muon_to_torch"] > 0 and case["loader"]["fed_to_synthetic"] > 0 and case["save"]["held_ms"] > 0
+    assert report["variants"]["ratios"]["as it is"] == 1
     shares = [kernel["share"] for kernel in case["profile"]["top"]]
     assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0.3 < sum(shares) <= 1
 
@@ -74,23 +77,46 @@ def test_what_is_compared_takes_turns():
     assert calls == ["a", "a", "b", "b"] * 3 and set(seconds) == {"a", "b"}
 
 
-def test_the_largest_batch_is_the_last_before_memory_runs_out(monkeypatch):
-    def step(training, tokens):
-        if len(tokens) > 40:
-            raise torch.OutOfMemoryError
+def test_the_largest_batch_is_the_power_of_two_that_the_plan_fits_into_the_memory(monkeypatch):
+    """full: 11.5 GB whatever the batch, and 1.44 GB a window of a compiled step."""
+    model = load_config(CONFIGS / "full.toml").model
+    for memory_gb, windows in ((80, 32), (62, 31), (12, 1)):
+        found = SimpleNamespace(total_memory=memory_gb * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=found: found)
+        assert profiling.largest_batch(model, CPU) == 1 << (windows.bit_length() - 1)
 
-    monkeypatch.setattr(profiling, "take_step", step)
-    assert profiling.largest_batch(CONFIG, CPU) == 32
-    assert profiling.largest_batch(CONFIG, CPU, first=64) == 0
+
+def test_every_variant_is_a_step_that_learns_the_same(monkeypatch):
+    """But for the form of its heads, each has the gradients of the step as it is."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    config, tokens, norms = CONFIG, profiling.synthetic_tokens(CONFIG, CPU), {}
+    forms = {"as it is": train_variants.Variant()} | train_variants.variants(config, CPU)
+    for name, variant in forms.items():
+        training = profiling.new_training(variant.config(config), CPU)
+        with torch.no_grad():
+            for number, weight in enumerate(training.model.parameters()):
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+        with variant.replaced():
+            training.objective.backward(tokens)
+        norms[name] = training.gradient_norm()
+    assert norms.pop("heads of 32") != pytest.approx(norms["as it is"], rel=1e-4)
+    assert len(norms) == 6 and all(norm == pytest.approx(norms["as it is"], rel=1e-4) for norm in norms.values())
+
+
+def test_variants_are_timed_against_the_step_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    found = train_variants.variant_ratios(CONFIG, CPU, ONCE)
+    assert found["ratios"]["as it is"] == 1 and len(found["ratios"]) == 7 and found["layers"] == 2
+    assert all(ratio > 0 for ratio in found["ratios"].values())
 
 
 def test_a_machine_without_a_compiler_takes_eager_steps(monkeypatch):
     def forward(tokens):
         raise TorchDynamoException("no compiler\nhere")
 
-    monkeypatch.setattr(torch, "compile", lambda model: forward)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: forward)
     monkeypatch.setattr(profiling, "top_kernels", lambda *_: {})
-    report = profiling.profile_training(profiling.with_train(CONFIG, compile=True), CPU, ONCE, matmul_flops=1e15)
+    _, report = profiling.profile_training(profiling.with_train(CONFIG, compile=True), CPU, ONCE, matmul_flops=1e15)
     assert report["steps"] == "eager" and report["compiled_to_eager"] is None
     assert report["not_compiled"] == "no compiler" and report["tokens_per_s"] > 0
 
@@ -122,7 +148,8 @@ def test_a_machine_without_a_loader_says_what_is_missing(script, monkeypatch, tm
         raise ModuleNotFoundError(name="grain")
 
     monkeypatch.setattr(profiling, "profile_loader", without_grain)
-    assert script.fed(CONFIG, tmp_path, CPU, ONCE) == {"skipped": "no module grain here"}
+    training = profiling.new_training(CONFIG, CPU)
+    assert script.fed(training, tmp_path, ONCE) == {"skipped": "no module grain here"}
 
 
 def test_what_was_not_measured_is_a_dash(script):

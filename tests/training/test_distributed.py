@@ -29,7 +29,7 @@ from ping_llm.config import Config, DataConfig, load_config
 from ping_llm.model.checkpoint import load_latest
 from ping_llm.model.gpt import GPT
 from ping_llm.training.distributed import processes
-from ping_llm.training.muon import Muon
+from ping_llm.training.muon import Matrix, Muon
 from ping_llm.training.objective import Objective
 from ping_llm.training.trainer import train
 from ping_llm.training.validation import ValQueries
@@ -64,7 +64,7 @@ def muon_steps() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     matrices = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     with processes("cpu") as ranks:
-        muon = Muon({str(i): matrix for i, matrix in enumerate(matrices)}, initial_lr=0.02, ranks=ranks)
+        muon = Muon({str(i): Matrix(matrix) for i, matrix in enumerate(matrices)}, initial_lr=0.02, ranks=ranks)
         muon.dtype = torch.float32
         for _ in range(3):
             for matrix in matrices:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.model.gpt import GPT
-from ping_llm.training.muon import Muon, orthogonalize
+from ping_llm.training.muon import Matrix, Muon, orthogonalize
 from ping_llm.training.optimizer import Optimizer
 
 TINY = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
@@ -29,7 +29,7 @@ def test_muon_equals_torch_muon_over_several_steps(dtype, tolerance):
     ours = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     start = [parameter.detach().clone() for parameter in ours]
-    muon = Muon({str(i): parameter for i, parameter in enumerate(ours)}, initial_lr=0.02)
+    muon = Muon({str(i): Matrix(parameter) for i, parameter in enumerate(ours)}, initial_lr=0.02)
     muon.dtype = dtype
     oracle = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1)  # iterates in bf16
     for step in range(5):
@@ -60,7 +60,7 @@ def test_a_matrix_without_gradient_does_not_disturb_its_batch():
 def test_weight_decay_is_decoupled_and_scaled_by_the_rate():
     weight = nn.Parameter(normal(8, 8, seed=0))
     before = weight.detach().clone()
-    muon = Muon({"weight": weight}, initial_lr=0.5)
+    muon = Muon({"weight": Matrix(weight)}, initial_lr=0.5)
     weight.grad = torch.zeros_like(weight)
     muon.step(momentum=0.9, weight_decay=0.1)
     torch.testing.assert_close(weight.detach(), before * 0.95)
@@ -85,6 +85,24 @@ def test_one_scale_sets_all_rates():
     optimizer.set_lrs(0.25)  # of the peak, not of the last rate
     rates = [optimizer.muon.lr, *(group["lr"] for group in optimizer.adamw.param_groups)]
     assert rates == pytest.approx([0.25 * rate for rate in optimizer.initial_lrs.values()])
+
+
+def test_queries_keys_and_values_are_orthogonalized_each_by_itself():
+    model, start = GPT(TINY), GPT(TINY)
+    start.load_state_dict(model.state_dict())
+    optimizer = Optimizer(model, OptimConfig())
+    optimizer.muon.dtype = torch.float32
+    give_gradients(model.parameters(), 3)
+    optimizer.step(0.9, 0.1)
+    for block, before in zip(model.blocks, start.blocks, strict=True):
+        parts = zip(
+            *(weight.chunk(3) for weight in (block.attention.qkv.weight, before.attention.qkv.weight)), strict=True
+        )
+        for (after, weight), gradient in zip(parts, block.attention.qkv.weight.grad.chunk(3), strict=True):
+            step = orthogonalize(gradient[None], torch.float32)[0]  # of whatever scale the gradient is
+            torch.testing.assert_close(after, weight * (1 - 0.02 * 0.1) - 0.02 * step)
+    names = {name for name in optimizer.state_dict() if name.startswith("muon.blocks.0.attention")}
+    assert names == {f"muon.blocks.0.attention.{part}.weight.momentum" for part in ("q", "k", "v", "out")}
 
 
 def test_a_restored_optimizer_takes_the_same_steps():
@@ -112,7 +130,7 @@ def test_muon_step_by_hand():
     """One matrix: a Nesterov average, orthogonalised, times lr and √(rows / columns); the weight decays before."""
     weight, first, second = (normal(12, 4, seed=seed) for seed in range(3))
     parameter = nn.Parameter(weight.clone())
-    muon = Muon({"weight": parameter}, initial_lr=0.5)
+    muon = Muon({"weight": Matrix(parameter)}, initial_lr=0.5)
     muon.dtype = torch.float32
     average, expected = torch.zeros(12, 4), weight
     for gradient in (first, second):

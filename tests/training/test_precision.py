@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,23 @@ def test_a_run_in_fp16_finds_its_loss_scale_and_keeps_it_when_it_continues(tmp_p
     assert [line["step"] for line in lines[1:] if line["grad_norm"] is None] == list(range(1, state.skipped_steps + 1))
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 1
     assert load_latest(tmp_path).state["loss_scale"] == state.loss_scale == run(config).loss_scale
+
+
+def test_the_minutes_of_a_run_do_not_count_the_step_that_compiles(tmp_path, monkeypatch):
+    """Else the rates of a short run would never rise."""
+
+    def compiled(model, **_):
+        def forward(tokens):
+            if torch.is_grad_enabled() and not calls:
+                calls.append(time.sleep(2))
+            return model(tokens)
+
+        calls = []
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    state = run(make_config(tmp_path, compile=True, total_steps=3))
+    assert state.elapsed_s < 2 and metrics(tmp_path)[-1]["time_s"] < 2
 
 
 @pytest.mark.slow

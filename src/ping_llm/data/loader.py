@@ -18,7 +18,7 @@ def training_batches(
     """Endless batches from `start_step` on: (batch_size / world, seq_len + 1) int64 on the device, padding −1."""
     rows = RowReader(config.data.rows, "train")
     blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read, rank, world)
-    first_block, skipped = divmod(start_step, config.data.windows_per_read)
+    first_block, skipped = divmod(start_step, blocks.steps)
     iterator = block_iterator(blocks, first_block, config.data.workers, config.data.prefetch)
     try:
         steps = to_device(next(iterator), device)[skipped:]

@@ -1,10 +1,11 @@
 """Probe rows in, blocks of token windows out: the grain graph. Element i is a pure function of (seed, i).
 
-A step takes `batch_size` windows: element i is window i mod batch_size of step i div batch_size. `windows_per_read`
-consecutive steps are a block, the unit of work of a loader process. Reading a large row costs more than drawing many
-windows from it, so a large row that is read gives one window to every step of a block; small rows are read anew for each
-window. Rows are visited by additive recurrences over their weights: whatever the weights, every stretch of the run covers
-all rows as evenly as the numbers allow.
+A step takes `batch_size` windows: element i is window i mod batch_size of step i div batch_size. `block_steps` consecutive
+steps are a block, the unit of work of a loader process. Reading a large row costs more than drawing many windows from it,
+so a large row that is read gives `windows_per_read` windows, all at one place of the batch and ROWS_IN_TURN steps apart:
+neighbouring steps learn from different rows. Small rows are read anew for each window. Rows are visited by additive
+recurrences over their weights: whatever the weights, every stretch of the run covers all rows as evenly as the numbers
+allow.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from ping_llm.system.processes import end_with_parent
 LARGE_ROW_MEASUREMENTS = (
     10_000  # about 0.1 MB, which takes as long to read as a window takes to draw and encode: 0.1 ms
 )
+ROWS_IN_TURN = (
+    4  # at one place of the batch; a block takes as many times the memory, and a run begins with a whole block
+)
 _STREAMS = {"train": 0, "val": 1}
 # Steps of the two recurrences, irrational and unrelated: were they related, the rows that one reaches in a block could
 # depend on where the other stands.
@@ -36,8 +40,13 @@ _WINDOW_STEP = 2**0.5 - 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, 1 << 25  # of malloc.h; the most that every glibc takes
 
 
+def block_steps(windows_per_read: int) -> int:
+    """Steps in a block; rows that give one window each need no turns."""
+    return windows_per_read * ROWS_IN_TURN if windows_per_read > 1 else 1
+
+
 class WindowBlocks:
-    """Random access to blocks: self[b] is (windows_per_read, batch, seq_len + 1) int16, PADDING where a row ran out.
+    """Random access to blocks: self[b] is (steps, batch, seq_len + 1) int16, PADDING where a row ran out.
 
     `batch` is this rank's share of the batch: every world-th window, beginning with window `rank`.
     """
@@ -49,7 +58,8 @@ class WindowBlocks:
             raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {world} processes")
         self.rows, self.data, self.tokens = rows, config.data, config.model.seq_len + 1
         self.seed = (config.seed, _STREAMS.get(rows.part, 2))
-        self.batch_size, self.windows_per_read, self.rank, self.world = batch_size, windows_per_read, rank, world
+        self.batch_size, self.steps, self.rank, self.world = batch_size, block_steps(windows_per_read), rank, world
+        self.rows_in_turn = self.steps // windows_per_read
         weights = windows_per_row(rows.measurements, rows.ipv6_measurements, self.tokens)
         large = rows.measurements >= LARGE_ROW_MEASUREMENTS
         self.order = np.argsort(~large, kind="stable")  # large rows first
@@ -62,7 +72,7 @@ class WindowBlocks:
 
     def __getitem__(self, block: int) -> np.ndarray:
         mine = range(self.rank, self.batch_size, self.world)
-        out = np.empty((self.windows_per_read, len(mine), self.tokens), dtype=np.int16)
+        out = np.empty((self.steps, len(mine), self.tokens), dtype=np.int16)
         for column, place in enumerate(mine):
             out[:, column] = encode_windows(self.draw(block, place), self.tokens)
         return out
@@ -72,19 +82,20 @@ class WindowBlocks:
         numbers = self.row_numbers(block, place)
         rows = {number: self.rows[number] for number in set(numbers)}
         drawn = []
-        for step, number in enumerate(numbers, block * self.windows_per_read):
+        for step, number in enumerate(numbers, block * self.steps):
             rng = np.random.default_rng((*self.seed, step * self.batch_size + place))
             drawn.append((rows[number], sample_window(rows[number], self.data, self.tokens, rng)))
         return drawn
 
     def row_numbers(self, block: int, place: int) -> list[int]:
-        """Which rows the windows at `place` of the batches of a block are of: one large row, or small ones."""
-        at = (self.phase[0] + (block * self.batch_size + place) * _BLOCK_STEP) % 1.0
-        if at < self.large_share:
-            return self._rows_at(np.full(self.windows_per_read, at))
-        steps = block * self.windows_per_read + np.arange(self.windows_per_read)
-        at = (self.phase[1] + (steps * self.batch_size + place) * _WINDOW_STEP) % 1.0
-        return self._rows_at(self.large_share + at * (1.0 - self.large_share))
+        """Which rows the windows at `place` of the batches of a block are of: large ones in turn, or small ones."""
+        turns = np.arange(self.rows_in_turn)
+        reads = (block * self.rows_in_turn + turns) * self.batch_size + place
+        steps = block * self.steps + np.arange(self.steps)
+        large = np.tile((self.phase[0] + reads * _BLOCK_STEP) % 1.0, self.steps // len(turns))  # (steps,)
+        small = (self.phase[1] + (steps * self.batch_size + place) * _WINDOW_STEP) % 1.0
+        share = self.large_share
+        return self._rows_at(np.where(large < share, large, share + small * (1.0 - share)))
 
     def _rows_at(self, at: np.ndarray) -> list[int]:
         """The rows that lie at shares (n,), from 0 to 1, of all weights."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 DRAWS = 1000
+_DRAWS_AT_ONCE = 50  # bounds the memory at some tens of MB
 LEAST_CLUSTERS = 30  # sources, and prefixes, that an interval needs: with fewer, a number stands without one
 
 
@@ -27,10 +27,10 @@ class Estimate:
 
     @classmethod
     def of_draws(cls, value: float, log_draws: np.ndarray, degrees_of_freedom: float) -> Estimate:
-        """With the spread of the logarithm over the draws (R,)."""
+        """With the spread of the logarithm over the draws (R,), without those that are NaN."""
         from scipy.stats import t
 
-        factor = float(np.exp(t.ppf(0.975, degrees_of_freedom) * log_draws.std()))
+        factor = float(np.exp(t.ppf(0.975, degrees_of_freedom) * np.nanstd(log_draws)))
         return cls(value, (value / factor, value * factor))
 
 
@@ -70,42 +70,44 @@ class Clusters:
         """The mean over sources of the mean (q,) score of each."""
         return float((np.bincount(self._source, scores) / self._size).mean())
 
-    def mean(self, scores: np.ndarray) -> Estimate:
-        """The macro mean of (q,) positive scores, with its interval."""
+    def mean(self, scores: np.ndarray, log_draws: np.ndarray | None = None) -> Estimate:
+        """The macro mean of (q,) positive scores, with its interval; `log_draws` (R,) are its `log_means`, if at hand."""
         value = self.macro_mean(scores)
         if not self.has_interval:
             return Estimate(value)
-        return Estimate.of_draws(value, self.log_means(scores), self._degrees_of_freedom(scores / value - 1))
+        draws = self.log_means(scores) if log_draws is None else log_draws
+        return Estimate.of_draws(value, draws, self._degrees_of_freedom(scores / value - 1))
 
-    def ratio(self, one: np.ndarray, other: np.ndarray) -> Estimate:
-        """The macro mean of (q,) scores of one method over that of another, with its interval."""
+    def ratio(self, one: np.ndarray, other: np.ndarray, log_draws: np.ndarray | None = None) -> Estimate:
+        """The macro mean of (q,) scores of one method over that of another, with its interval; `log_draws` (R,) are the
+        differences of their `log_means`, if at hand."""
         means = self.macro_mean(one), self.macro_mean(other)
         value = means[0] / means[1]
         if not self.has_interval:
             return Estimate(value)
-        draws = self.log_means(one) - self.log_means(other)
+        draws = self.log_means(one) - self.log_means(other) if log_draws is None else log_draws
         return Estimate.of_draws(value, draws, self._degrees_of_freedom(one / means[0] - other / means[1]))
 
     def log_means(self, scores: np.ndarray) -> np.ndarray:
-        """(R,) log of the macro mean of (q,) scores in each draw."""
-        sums = self._drawn_prefixes @ self._by_cell(scores)  # (R, s)
-        with np.errstate(invalid="ignore"):
-            means = np.where(self._drawn_sizes > 0, sums / self._drawn_sizes, 0.0)
-        weight = self._resamples.of_sources(self.sources) * (self._drawn_sizes > 0)
-        return np.log((weight * means).sum(axis=1) / weight.sum(axis=1))
+        """(R,) log of the macro mean of (q,) scores in each draw, or (R, m) of (q, m) scores of m methods at once.
 
-    @cached_property
-    def _drawn_prefixes(self) -> np.ndarray:
-        return self._resamples.of_prefixes(self.prefixes)  # (R, p)
-
-    @cached_property
-    def _drawn_sizes(self) -> np.ndarray:
-        return self._drawn_prefixes @ self._by_cell(np.ones(len(self._source)))  # (R, s)
-
-    def _by_cell(self, values: np.ndarray) -> np.ndarray:
-        """(p, s) sums of (q,) values."""
-        shape = len(self.prefixes), len(self.sources)
-        return np.bincount(self._prefix * shape[1] + self._source, values, shape[0] * shape[1]).reshape(shape)
+        A source none of whose prefixes was drawn is left out of the draw; NaN is a draw that leaves none.
+        """
+        order = np.argsort(self._source, kind="stable")
+        source, prefix, scores = self._source[order], self._prefix[order], scores[order]
+        starts = np.searchsorted(source, np.arange(len(self.sources)))
+        of_sources = self._resamples.of_sources(self.sources)  # (R, s)
+        of_prefixes = self._resamples.of_prefixes(self.prefixes)  # (R, p)
+        means = []
+        for start in range(0, len(of_sources), _DRAWS_AT_ONCE):
+            some = slice(start, start + _DRAWS_AT_ONCE)
+            weight = of_prefixes[some][:, prefix]  # (r, q)
+            size = np.add.reduceat(weight, starts, axis=1)  # (r, s)
+            drawn = of_sources[some] * (size > 0)
+            with np.errstate(invalid="ignore"):
+                weight *= (drawn / np.maximum(size, 1) / drawn.sum(axis=1, keepdims=True))[:, source]
+            means.append(weight @ scores)
+        return np.log(np.concatenate(means))
 
     def _degrees_of_freedom(self, influence: np.ndarray) -> float:
         """Satterthwaite's, of the variances of sources and of prefixes; `influence` (q,) is how a query moves the logarithm.

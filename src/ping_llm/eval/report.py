@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm.eval.bootstrap import LEAST_CLUSTERS
-from ping_llm.eval.queries import VAL_SPLITS
+from ping_llm.eval.queries import EXTERNAL, NO_DRAW, SPLITS, VAL_SPLITS
 from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
@@ -118,7 +118,7 @@ def _summary(results: Mapping[str, Any], name: str, what: Sequence[str]) -> list
     """One of the summaries of results: a line for each cell, a column for each method that is no baseline."""
     summary, kinds = results[name], {name: one["kind"] for name, one in results["methods"].items()}
     if not summary["cells"]:
-        return []
+        return ["No cell of it holds an answered query and a baseline to compare with."]
     shown = [method for method in summary["methods"] if kinds[method] != "baseline"] or ["stack"]
     shown = [method for method in shown if method in summary["methods"]]
     rows = []
@@ -132,9 +132,34 @@ def _summary(results: Mapping[str, Any], name: str, what: Sequence[str]) -> list
         rows.append((cell["split"], cell_name(cell), cell["comparator"], basis, *numbers))
     means = (summary["methods"][method] for method in shown)
     mean = (f"**{_within(one['geometric_mean'], one['geometric_mean_interval'])}**" for one in means)
-    rows.append(("**geometric mean**", "", "", "", *mean))
-    lines = list(what) if subject(results) else [*what, "No model was evaluated."]
+    missing = _missing(summary["cells"]) if name != "repeat" else []
+    of = f"of {len(summary['cells'])} cells" + (f" of {len(missing) + len(summary['cells'])}" if missing else "")
+    rows.append(("**geometric mean**", of, "", "", *mean))
+    lines = list(what) if set(shown) - {"stack"} else [*what, "No model was evaluated."]
+    lines += [f"No answered query: {', '.join(missing)}."] if missing else []
+    if any(None in summary["methods"][method]["interval"] for method in shown):
+        lines.append(
+            f"(—): no interval, for fewer than {LEAST_CLUSTERS} sources or prefixes in the cell, or in one of all."
+        )
     return [*lines, "", *_table(("part", "given", "comparator", "answers", *shown), rows)]
+
+
+def _missing(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of the ten cells of the primary result that are not there; none of other rows, which have no splits."""
+    if any(cell["split"] == EXTERNAL for cell in cells):
+        return []
+    found = {(cell["split"], cell["draw"], cell["k"]) for cell in cells}
+    contexts = ((NO_DRAW, 0), ("other", 10))
+    wanted = [(split, draw, k) for draw, k in contexts for split in SPLITS]
+    return [
+        f"{split} {cell_name({'draw': draw, 'k': k})}" for split, draw, k in wanted if (split, draw, k) not in found
+    ]
+
+
+_DETAILS = (
+    "The comparator and every method that is no baseline, on queries that got an answer: NLL; relative errors",
+    "of the median, and how many are small; how often the central 50, 80 and 90 % of the distribution hold the RTT.",
+)
 
 
 def _split(results: Mapping[str, Any], name: str) -> list[str]:
@@ -142,7 +167,8 @@ def _split(results: Mapping[str, Any], name: str) -> list[str]:
     for family, title in _FAMILY.items():
         cells = [cell for cell in results["cells"] if (cell["split"], cell["family"]) == (name, family)]
         if cells:
-            lines += [f"### {name}, {title}", "", *_crps(cells), "", *_details(results, cells), ""]
+            lines += [f"### {name}, {title}", "", "CRPS of every method in every cell; the comparator's is bold.", ""]
+            lines += [*_crps(cells), "", *_DETAILS, "", *_details(results, cells), ""]
     return lines
 
 
@@ -166,7 +192,8 @@ def _crps(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _within(value: float | None, interval: Sequence[float | None] | None) -> str:
-    return f"{_number(value)} ({_number(interval[0])}–{_number(interval[1])})" if interval else _number(value)
+    bounds = f"{_number(interval[0])}–{_number(interval[1])}" if interval else "—"
+    return f"{_number(value)} ({bounds})"
 
 
 def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -182,14 +209,21 @@ def _details(results: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> 
 
 
 def _failures(results: Mapping[str, Any]) -> list[str]:
-    rows = []
-    tested = [cell for cell in results["cells"] if cell["draw"] != "other" and cell["split"] not in VAL_SPLITS]
-    for cell, name, line in _shown_lines(results, tested):
-        label = "baselines" if name == cell["comparator"] else name
-        scores = (_number(line[key]) for key in ("fail_brier", "fail_log_loss", "fail_auc"))
+    """One line for all baselines of a cell that have the same chances of failure, as those with smoothed rates have."""
+    keys, rows = ("fail_rate", "fail_brier", "fail_log_loss", "fail_auc"), []
+    kinds = {name: one["kind"] for name, one in results["methods"].items()}
+    for cell in results["cells"]:
+        if cell["draw"] == "other" or cell["split"] in VAL_SPLITS or cell["k"] not in DETAIL_KS:
+            continue
+        names = dict[tuple[Any, ...], list[str]]()
+        for name, line in cell["methods"].items():
+            names.setdefault((kinds[name], *(line[key] for key in keys)), []).append(name)
         part = cell["split"] if cell["family"] == "ping" else f"{cell['split']}, {cell['family']}"
-        rows.append((part, cell_name(cell), label, _percent(line["fail_rate"]), *scores))
-    return _table(("part", "", "method", "base rate", "Brier", "log-loss", "AUC"), rows)
+        for (_, rate, *scores), same in names.items():
+            label = same[0] if len(same) == 1 else f"{same[0]} and {len(same) - 1} more"
+            rows.append((part, cell_name(cell), label, _percent(rate), *map(_number, scores)))
+    lines = ["How well the chance that a query gets no answer is known; of Brier and log-loss less is better.", ""]
+    return [*lines, *_table(("part", "", "method", "base rate", "Brier", "log-loss", "AUC"), rows)]
 
 
 def _shown_lines(

@@ -143,29 +143,36 @@ def summarize_cell(
     common = min(len(one.rtt_ms) for one in scores.values())
     queries = cell.queries.take(slice(common))
     scores = {name: Scores(*(column[:common] for column in vars(one).values())) for name, one in scores.items()}
+    answered = np.flatnonzero(queries.rtt_ms >= 0)
+    for name, one in scores.items():
+        assert np.array_equal(one.rtt_ms, queries.rtt_ms), f"the answers of {name} are not those of the queries"
+        assert np.array_equal(np.flatnonzero(np.isfinite(one.crps_log)), answered), f"{name} has no CRPS of some answer"
     means = source_means(long_table(scores, queries.src_id))
     lines = {name: aggregate(one, queries.src_id, means[name]) for name, one in scores.items()}
-    answered = np.flatnonzero(queries.rtt_ms >= 0)
     clusters = Clusters(queries.src_id[answered], queries.prefix[answered], resamples)
     crps = {name: one.crps_log[answered] for name, one in scores.items()}
     baselines = [name for name, kind in kinds.items() if kind == "baseline"]
     best = min(baselines, key=lambda name: lines[name]["crps_log"]) if len(answered) and baselines else None
     comparator = comparator or best
+    log_draws = dict[str, np.ndarray]()
+    if clusters.has_interval:
+        log_draws = dict(zip(crps, clusters.log_means(np.stack(list(crps.values()), axis=1)).T, strict=True))
     for name, line in lines.items():
         if best is None or comparator is None:
             line |= dict.fromkeys(("crps_interval", "crps_ratio", "ratio_interval", "ratio_best"))
             continue
-        ratio = clusters.ratio(crps[name], crps[comparator])
+        draws = log_draws.get(name)
+        log_ratio = None if draws is None else draws - log_draws[comparator]
+        ratio = clusters.ratio(crps[name], crps[comparator], log_ratio)
         line |= {
-            "crps_interval": clusters.mean(crps[name]).interval,
+            "crps_interval": clusters.mean(crps[name], draws).interval,
             "crps_ratio": ratio.value,
             "ratio_interval": ratio.interval,
             "ratio_best": line["crps_log"] / lines[best]["crps_log"],
         }
     return CellScores(
         *(cell.family, cell.split, cell.draw, cell.k, len(answered), len(clusters.sources), len(clusters.prefixes)),
-        *(context_fitted, comparator, best, lines),
-        {name: clusters.log_means(one) for name, one in crps.items()} if clusters.has_interval else {},
+        *(context_fitted, comparator, best, lines, log_draws),
     )
 
 

@@ -13,9 +13,9 @@ from ping_llm.system.hardware import named_peak_flops
 PRICES = Path(__file__).with_name("prices.toml")
 ASSUMED_MFU = 0.40
 """Share of the peak that training is taken to reach. Assumed: nothing of this project has been measured on a GPU."""
-ACTIVATION_BYTES = 42
-"""Of each token, block and channel, kept for the backward pass: 22 of attention and its norms, 20 of the MLP. Counted by
-hand for bf16 with fused attention; not measured."""
+EAGER_ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES = 48, 38
+"""Of each token, block and channel, kept for the backward pass in bf16 with fused attention. Counted in the tensors that a
+forward pass keeps, by a test on a CPU."""
 SPARE_SHARE = 0.08  # of a GPU's memory: its driver, fragments, buffers of the exchange of gradients
 
 
@@ -80,7 +80,8 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     dollars = hours * gpus * gpu.dollars_per_hour
     windows = config.train.batch_size // gpus  # of a step, for each GPU
     micro_batch = windows // config.train.grad_accum
-    fixed_gb, window_gb = fixed_bytes(config.model) / 1e9, activation_bytes(config.model) / 1e9
+    compiled = config.train.compile is not False
+    fixed_gb, window_gb = fixed_bytes(config.model) / 1e9, activation_bytes(config.model, compiled) / 1e9
     largest = max(0, int((gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb) / window_gb))
     if micro_batch <= largest:
         advice = "the batch fits"
@@ -98,7 +99,8 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
         f"hours           {hours:>16,.1f}",
         f"dollars         {dollars:>16,.0f}   at {gpu.dollars_per_hour:.2f} a GPU and hour",
         f"GB a GPU        {fixed_gb + activations_gb:>16.1f}   of {gpu.memory_gb:g}: "
-        f"{fixed_gb:.1f} weights and optimiser, {activations_gb:.1f} a micro-batch of {micro_batch}",
+        f"{fixed_gb:.1f} weights and optimiser, {activations_gb:.1f} a micro-batch of {micro_batch}, "
+        f"{'compiled' if compiled else 'eager'}",
         f"largest batch   {largest:>16,}   windows a GPU and micro-batch; {advice}",
     ]
     return CostPlan(steps, tokens, tokens_per_s, hours, dollars, micro_batch, largest, lines)
@@ -113,7 +115,8 @@ def fixed_bytes(model: ModelConfig) -> int:
     return 10 * (matrices + vocabulary) + 4 * matrices + 8 * vocabulary + 8 * stack
 
 
-def activation_bytes(model: ModelConfig) -> int:
+def activation_bytes(model: ModelConfig, compiled: bool = True) -> int:
     """Bytes that one window of a micro-batch takes until its backward pass."""
-    blocks = ACTIVATION_BYTES * model.n_layer * model.n_embd
+    each = COMPILED_ACTIVATION_BYTES if compiled else EAGER_ACTIVATION_BYTES
+    blocks = each * model.n_layer * model.n_embd
     return model.seq_len * (blocks + 10 * VOCAB_SIZE)  # logits in bf16 and fp32, and their gradient

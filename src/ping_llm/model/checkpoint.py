@@ -33,7 +33,7 @@ from ping_llm.config import Config, config_from_dict, config_to_dict
 from ping_llm.model.gpt import GPT
 from ping_llm.system.files import sync, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had three matrices for queries, keys and values; it is still read
 CONFIG_NAME = "config.json"
 STATE_NAME = "state.json"
 MODEL_NAME = "model.safetensors"
@@ -120,7 +120,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     if not folders:
         return None
     folder, state = _first_whole(folders, (MODEL_NAME, OPTIMIZER_NAME))
-    return Checkpoint(state["step"], load_file(folder / MODEL_NAME), load_file(folder / OPTIMIZER_NAME), state)
+    return Checkpoint(state["step"], _read_weights(folder), load_file(folder / OPTIMIZER_NAME), state)
 
 
 def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Config, dict[str, Any]]:
@@ -134,7 +134,7 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> tuple
     with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
         model = GPT(config.model)
     try:
-        model.load_state_dict(load_file(folder / MODEL_NAME), assign=True)
+        model.load_state_dict(_read_weights(folder), assign=True)
     except RuntimeError:  # its message has a line for each tensor
         raise ValueError(f"{folder} does not fit the model of {run_dir / CONFIG_NAME}; restore that file") from None
     return model.to(device).eval(), config, state
@@ -186,6 +186,15 @@ def _verified_state(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     except (KeyError, TypeError):
         raise _Damaged(f"{STATE_NAME} is incomplete") from None
     return state
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint under today's names."""
+    weights = load_file(folder / MODEL_NAME)
+    for name in [name for name in weights if name.endswith(".attention.q.weight")]:
+        prefix = name.removesuffix("q.weight")
+        weights[f"{prefix}qkv.weight"] = torch.cat([weights.pop(f"{prefix}{part}.weight") for part in "qkv"])
+    return weights
 
 
 def _read_json(path: Path) -> dict[str, Any]:

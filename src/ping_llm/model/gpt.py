@@ -55,8 +55,8 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds keys and values of new tokens, (B, H, T, K), to one layer; returns all of the layer's, (B, H, S, K)."""
         if layer == len(self.keys):
-            self.keys.append(keys)
-            self.values.append(values)
+            self.keys.append(keys.contiguous())  # else all that the layer computed beside them would stay in memory
+            self.values.append(values.contiguous())
         else:
             self.keys[layer] = torch.cat([self.keys[layer], keys], dim=2)
             self.values[layer] = torch.cat([self.values[layer], values], dim=2)
@@ -75,12 +75,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
-        self.q, self.k, self.v, self.out = (nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(4))
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: all queries, all keys, all values
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
         B, T, D = x.shape
         H = self.n_head
-        q, k, v = (linear(x).view(B, T, H, D // H) for linear in (self.q, self.k, self.v))  # (B, T, H, K)
+        q, k, v = (part.view(B, T, H, D // H) for part in self.qkv(x).chunk(3, dim=-1))  # (B, T, H, K)
         q, k = _rms_norm(_rotate(q, rotation)), _rms_norm(_rotate(k, rotation))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, K)
         if cache is not None:
@@ -98,7 +99,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        h = F.relu(self.up(x))
+        return self.down(h * h)  # under autocast `square` would be a power, in fp32
 
 
 class Block(nn.Module):
@@ -124,6 +126,10 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, rows, bias=False)
+        self.rotation: Tensor  # (seq_len, K); no weight, so it is not saved, and it is made even where weights are not
+        self.register_buffer(
+            "rotation", _rotation(torch.arange(config.seq_len, device="cpu"), config), persistent=False
+        )
         self.init_weights(generator)
 
     @torch.no_grad()
@@ -133,7 +139,7 @@ class GPT(nn.Module):
         | weight                  | distribution            | why                                                   |
         |-------------------------|-------------------------|-------------------------------------------------------|
         | embedding               | normal, deviation 1     | normalised right after, so only its direction counts  |
-        | attention q, k, v       | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
+        | attention qkv           | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
         | MLP up                  | uniform, deviation D^−½ | the same                                              |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
         | head                    | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
@@ -142,7 +148,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
         for block in cast(Iterable[Block], self.blocks):
-            for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
+            for linear in (block.attention.qkv, block.mlp.up):
                 nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.zeros_(linear.weight)
@@ -153,16 +159,16 @@ class GPT(nn.Module):
         """Logits of the token after each given one, (B, T, V) fp32.
 
         `tokens` is (B, T) int, −1 = padding, which stands at the right of a prompt. With `cache` the tokens continue
-        the cached ones and are appended to them. `positions` is (B, T); they count on from the cached tokens by default.
+        the cached ones and are appended to them. `positions` is (B, T); they count on from the cached tokens by default,
+        and only padding may stand at seq_len or beyond.
         `mask` is bool, broadcastable to (B, 1, T, S): True where a token may see a key; causal by default. Whatever the
         mask says, padding in the cache is never seen by a later pass, and a token always sees itself.
         """
         T = tokens.shape[1]
         cached = cache.size if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
-            if cache is not None and cached:
-                positions = positions + cache.lengths()[:, None]
+        if positions is None and cached:
+            assert cache is not None
+            positions = torch.arange(T, device=tokens.device) + cache.lengths()[:, None]
         if cache is not None:
             cache.valid = tokens >= 0 if cache.valid is None else torch.cat([cache.valid, tokens >= 0], dim=1)
         if mask is not None or cached:
@@ -172,10 +178,21 @@ class GPT(nn.Module):
             if cache is not None and cache.valid is not None:
                 mask = mask & cache.valid[:, None, None, :]
             mask = mask | (keys == queries)  # (B or 1, 1, T, S); a row that sees nothing would be NaN, and spread
-        x = _rms_norm(self.embedding(tokens.clamp(min=0)))  # (B, T, D)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype  # in which a linear layer answers to x
-        rotation = _rotation(positions, self.config, dtype)
+        dtype = self.embedding.weight.dtype
+        if torch.is_autocast_enabled(
+            tokens.device.type
+        ):  # the residual stream is of the type in which linear layers answer
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        table = _rms_norm(
+            self.embedding.weight
+        )  # rather than each token; its gradients are summed up before they are cast
+        x = F.embedding(tokens.clamp(min=0), table).to(dtype)  # (B, T, D)
+        last = self.config.seq_len - 1
+        angles = (
+            self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
+        )  # (B or none, T, K)
+        cos, sin = angles.to(dtype)[..., None, :].chunk(2, dim=-1)
+        rotation = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # of a head, and of its swapped halves
         for block in self.blocks:
             x = block(x, rotation, cache, mask)
         logits = self.head(_rms_norm(x))[..., :VOCAB_SIZE].float()  # (B, T, V)
@@ -208,16 +225,16 @@ def _rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:]).to(x.dtype)  # autocast of some devices would answer in fp32
 
 
-def _rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors of a head and of its swapped halves, (B or 1, T, 1, K); angles are fp32, for bf16 cannot count to T."""
+def _rotation(positions: Tensor, config: ModelConfig) -> Tensor:
+    """Cosines, then sines of positions (T,): (T, K) fp32, for bf16 cannot count to T."""
     K = config.n_embd // config.n_head
     exponents = torch.arange(0, K, 2, dtype=torch.float32, device=positions.device) / K
-    angles = positions[..., None, None].float() * config.rope_base**-exponents  # (B or 1, T, 1, K/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+    angles = positions[:, None].float() * config.rope_base**-exponents  # (T, K/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (i, i + K/2) of each head by the angle of its position; x is (B, T, H, K)."""
+    """Turns the pairs (i, i + K/2) of each head, (B, T, H, K), by the angle of its position."""
     own, swapped = rotation
-    return torch.addcmul(x * own, x.roll(x.shape[-1] // 2, dims=-1), swapped)
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * own, torch.cat([second, first], dim=-1), swapped)

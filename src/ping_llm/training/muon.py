@@ -8,6 +8,7 @@ processes of a run share them; the momenta, which are cheap, are the same in eac
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -33,6 +34,24 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Rows of a parameter that are a matrix of their own: queries, keys and values lie in one parameter."""
+
+    parameter: nn.Parameter
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def weight(self) -> Tensor:
+        """(A, B), a view."""
+        return self.parameter.detach()[self.rows]
+
+    @property
+    def gradient(self) -> Tensor:
+        """(A, B), a view."""
+        return cast(Tensor, self.parameter.grad)[self.rows]
+
+
 class Muon:
     """Muon over named matrices, batched by shape.
 
@@ -44,26 +63,26 @@ class Muon:
     result to the others.
     """
 
-    def __init__(self, matrices: dict[str, nn.Parameter], initial_lr: float, ranks: Ranks | None = None) -> None:
+    def __init__(self, matrices: dict[str, Matrix], initial_lr: float, ranks: Ranks | None = None) -> None:
         self.lr = initial_lr
         self.names: dict[torch.Size, list[str]] = defaultdict(list)
         for name, matrix in matrices.items():
-            assert matrix.ndim == 2, f"{name} is of shape {tuple(matrix.shape)}"
-            self.names[matrix.shape].append(name)
+            assert matrix.weight.ndim == 2, f"{name} is of shape {tuple(matrix.weight.shape)}"
+            self.names[matrix.weight.shape].append(name)
         self.matrices = matrices
         self.momenta = {  # shape → (n, A, B)
-            shape: torch.stack([torch.zeros_like(matrices[name]) for name in names])
+            shape: torch.stack([torch.zeros_like(matrices[name].weight) for name in names])
             for shape, names in self.names.items()
         }
-        self.ranks = ranks or Ranks(next(iter(matrices.values())).device)
+        self.ranks = ranks or Ranks(next(iter(matrices.values())).weight.device)
         self.dtype = torch.bfloat16 if native_bf16(self.ranks.device) else torch.float32  # the iteration bears either
 
     @torch.no_grad()
     def step(self, momentum: float, weight_decay: float) -> None:
         """Applies the gradients of the matrices; `weight_decay` is decoupled, times the rate."""
         for shape, names in self.names.items():
-            matrices: list[Tensor] = [self.matrices[name] for name in names]
-            gradients = torch.stack([cast(Tensor, matrix.grad) for matrix in matrices])  # (n, A, B)
+            weights = [self.matrices[name].weight for name in names]
+            gradients = torch.stack([self.matrices[name].gradient for name in names])  # (n, A, B)
             average = self.momenta[shape].lerp_(gradients, 1 - momentum)
             ahead = gradients.lerp_(average, momentum)  # Nesterov
             share = -(-len(ahead) // self.ranks.world)
@@ -71,8 +90,8 @@ class Muon:
             filled = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # equal shares, for the exchange
             update = self.ranks.gather(orthogonalize(filled, self.dtype))[: len(ahead)].float()
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_mul_(matrices, 1 - self.lr * weight_decay)
-            torch._foreach_add_(matrices, list(update.unbind()), alpha=-self.lr * scale)
+            torch._foreach_mul_(weights, 1 - self.lr * weight_decay)
+            torch._foreach_add_(weights, list(update.unbind()), alpha=-self.lr * scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The momentum of each matrix under its name; views."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import FIELDS, Config
@@ -17,12 +19,31 @@ from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, f
 from ping_llm.system.hardware import native_bf16
 from ping_llm.training.distributed import Ranks
 
+HOPPER_ATTENTION = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """fp32, bf16 or fp16; `auto` is bf16 where the device multiplies it natively."""
     return name if name != "auto" else "bf16" if native_bf16(device) else "fp32"
+
+
+def resolve_compile(choice: str | bool, device: torch.device) -> bool:
+    """Whether the model is compiled; `auto` is on a GPU: on a CPU it takes a minute and gains nothing."""
+    return device.type == "cuda" if isinstance(choice, str) else choice
+
+
+def attention_order(device: torch.device) -> AbstractContextManager[object]:
+    """The implementations of attention in the order in which they are tried, as a context: on a Hopper cuDNN's is the
+    fastest, but it is not what torch takes by itself."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return nullcontext()
+    return sdpa_kernel(list(HOPPER_ATTENTION), set_priority=True)
 
 
 class Objective:
@@ -43,11 +64,16 @@ class Objective:
         self.parallel: DistributedDataParallel | None = None
         if ranks.world > 1:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-            # The gradients are views of the buffers that are sent: they are not copied.
-            self.parallel = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+            # The gradients are views of the buffers that are sent: they are not copied. The model's buffers never change.
+            self.parallel = DistributedDataParallel(
+                model, device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         self.forward: Callable[[Tensor], Tensor] = self.parallel or model
-        if config.train.compile:
-            self.forward = torch.compile(self.forward)
+        self.forward_alone: Callable[[Tensor], Tensor] = model  # without an exchange: processes may have unequal work
+        self.compiled = resolve_compile(config.train.compile, self.device)
+        if self.compiled:  # every pass is of the same shape
+            self.forward = torch.compile(self.forward, dynamic=False)
+            self.forward_alone = torch.compile(model, dynamic=False) if self.parallel else self.forward
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward pass, as a context."""
@@ -60,7 +86,7 @@ class Objective:
 
     def sums(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
         """Sum of the cross-entropy of each field in nats, (5,), of this process."""
-        with self.autocast():
+        with self.autocast(), attention_order(self.device):
             logits = forward(inputs)  # (B, T, V) fp32
         return field_losses(logits, targets, fields)[0]
 
@@ -89,17 +115,17 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> dict[str, float]:
-        """Nats per target, overall and per field, and bits per result, over windows (n, T+1), shared by the processes.
-
-        The model is not compiled here: without gradients, and for a last batch that is smaller, it would be anew.
-        """
+        """Nats per target, overall and per field, and bits per result, over windows (n, T+1), shared by the processes."""
         totals = torch.zeros(2 * len(FIELDS) + 1, dtype=torch.float64, device=self.device)
         for part in windows[self.ranks.rank :: self.ranks.world].split(self.micro_batch):
             if not len(part):
                 continue  # fewer windows than processes
-            tokens = part.to(self.device)
+            missing = (
+                self.micro_batch - len(part) if self.compiled else 0
+            )  # of another shape it would be compiled again
+            tokens = F.pad(part, (0, 0, 0, missing), value=-1).to(self.device)
             targets, fields = self.targets(tokens)
-            sums = self.sums(self.model, tokens[:, :-1].clamp(min=0), targets, fields)
+            sums = self.sums(self.forward_alone, tokens[:, :-1].clamp(min=0), targets, fields)
             counts = field_masks(targets, fields).sum(dim=(1, 2))
             totals += torch.cat([sums, counts, count_results(targets, fields)[None]])
         sums, counts, results = self.ranks.sum(totals).split([len(FIELDS), len(FIELDS), 1])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ping_llm.config import OptimConfig
 from ping_llm.model.gpt import GPT
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.muon import Muon
+from ping_llm.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
 
@@ -22,7 +24,9 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None) -> None:
-        matrices = dict(model.blocks.named_parameters(prefix="blocks"))
+        matrices = {
+            name: matrix for block in model.blocks.named_parameters("blocks") for name, matrix in _matrices(*block)
+        }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
         self.muon = Muon(matrices, config.muon_lr, ranks)
         groups = [
@@ -32,7 +36,10 @@ class Optimizer:
         betas = config.adam_beta1, config.adam_beta2
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.initial_lrs = {"matrices": config.muon_lr} | {g["name"]: g["lr"] for g in self.adamw.param_groups}
-        grouped = [*matrices.values(), *(p for g in self.adamw.param_groups for p in g["params"])]
+        grouped = [
+            *dict.fromkeys(matrix.parameter for matrix in matrices.values()),
+            *(p for g in self.adamw.param_groups for p in g["params"]),
+        ]
         assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), f"{len(grouped)} parameters in groups"
 
     def set_lrs(self, scale: float) -> None:
@@ -64,3 +71,13 @@ class Optimizer:
                 for key, value in state.items()
                 if key.startswith(prefix)
             }
+
+
+def _matrices(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Matrix]]:
+    """The matrices that Muon makes orthogonal, each by itself: those of queries, keys and values are three."""
+    if not name.endswith(".qkv.weight"):
+        yield name, Matrix(parameter)
+        return
+    width = parameter.shape[1]
+    for number, part in enumerate("qkv"):
+        yield name.replace(".qkv.", f".{part}."), Matrix(parameter, slice(number * width, (number + 1) * width))

@@ -17,7 +17,7 @@ from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.metrics import MACHINE_NAME
-from ping_llm.training.objective import resolve_precision
+from ping_llm.training.objective import resolve_compile, resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
 ROWS_MANIFEST_NAME = "rows_manifest.json"  # of what a run learns from: evaluations use none of these measurements
@@ -82,7 +82,7 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
     facts = machine_facts(ranks.device) | {
         "processes": ranks.world,
         "precision": resolve_precision(config.train.precision, ranks.device),
-        "compiled": config.train.compile,
+        "compiled": resolve_compile(config.train.compile, ranks.device),
         "parameters": parameter_count(config.model),
     }
     try:

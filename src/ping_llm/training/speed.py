@@ -13,11 +13,11 @@ from ping_llm.training.distributed import Ranks
 class Speed:
     """Sums of times and tokens since the last line of the log; a first step that compiles is left out."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, compiling: bool) -> None:
         self.device, self.peak = ranks.device, peak_flops(ranks.device)
         self.places = config.train.batch_size * config.model.seq_len  # of a step; padding takes some of them
         self.step_flops = self.places * flops_per_token(config.model) / ranks.world
-        self.compiling = config.train.compile
+        self.compiling = compiling
         self.sums, self.steps = np.zeros(3), 0
         self.held_s = 0.0  # by saves, which no step counts
 

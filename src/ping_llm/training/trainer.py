@@ -135,14 +135,14 @@ class Training:
             where = f"{ranks.device.type} in {self.objective.precision}"
             where += f", {ranks.world} processes" if ranks.world > 1 else ""
             log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
-            if config.train.compile:
+            if self.objective.compiled:
                 log.note("compiling the model: the first step takes a minute or more, the next time less")
             self._loop(batches, log, saver, stop)
         return self.state.step > begun
 
     def _loop(self, batches: Iterator[Tensor], log: RunLog | SilentLog, saver: Saver, stop: threading.Event) -> None:
         """Fetch, forward and backward, step; then what is due."""
-        train, state, speed = self.config.train, self.state, Speed(self.config, self.ranks)
+        train, state, speed = self.config.train, self.state, Speed(self.config, self.ranks, self.objective.compiled)
         if state.step == 0:
             log.write(0, time_s=0.0, tokens=0, **self._evaluate())
         progress, stopped, clock = state.progress(train), False, state.elapsed_s
@@ -158,10 +158,11 @@ class Training:
             self.apply_gradients(grad_norm, lr_scale, progress)
             state.count(self.config, int(sum(counts)), elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
-            step_s = time.perf_counter() - started
-            clock, progress = clock + step_s, state.progress(train)
-            if speed.compiling:
+            step_s, progress = time.perf_counter() - started, state.progress(train)
+            if speed.compiling:  # which is no training: the rates rise over minutes of steps
                 log.note(f"compiled: the first step took {step_s:.0f} s")
+            else:
+                clock += step_s
             speed.add(step_s, wait_s, sum(counts))
             log.show_progress(state.step, progress)
 

@@ -1,0 +1,120 @@
+"""Claims about the compiled model, from its graphs alone: nothing here needs a compiler or a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from training_runs import MODEL, make_config, make_windows
+
+from ping_llm.config import ModelConfig
+from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
+from ping_llm.model.gpt import GPT
+from ping_llm.training import objective
+from ping_llm.training.distributed import Ranks
+from ping_llm.training.objective import HOPPER_ATTENTION, Objective, attention_order, resolve_compile
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_auto_compiles_on_a_gpu_only():
+    devices = CPU, torch.device("cuda")
+    assert [[resolve_compile(choice, device) for device in devices] for choice in ("auto", True, False)] == [
+        [False, True],
+        [True, True],
+        [False, False],
+    ]
+
+
+def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypatch):
+    """Micro-batches of 4 windows; 10 windows of val end in a part of 2."""
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiler(model, backend=counter, **options))
+    monkeypatch.setattr(objective, "attention_order", lambda _: sdpa_kernel(list(HOPPER_ATTENTION), set_priority=True))
+    model = GPT(MODEL)
+    config = make_config(Path("unused"), compile=True, grad_accum=2, precision="bf16")
+    compiled = Objective(config, model, Ranks(CPU))
+    for seed in range(2):
+        values = compiled.evaluate(make_windows(10, seed))
+        compiled.backward(make_windows(8, seed))
+    assert counter.frame_count == 2 and not counters["graph_break"]
+    eager = Objective(make_config(Path("unused"), precision="bf16"), model, Ranks(CPU))
+    assert eager.evaluate(make_windows(10, 1)) == pytest.approx(values, rel=1e-5, nan_ok=True)
+
+
+def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monkeypatch):
+    before = torch._C._get_sdp_priority_order()
+    for capability, expected in (
+        ((8, 0), before),
+        ((10, 0), before),
+        ((9, 0), [int(each) for each in HOPPER_ATTENTION]),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        with attention_order(torch.device("cuda")):
+            assert torch._C._get_sdp_priority_order()[:4] == expected[:4]
+    assert torch._C._get_sdp_priority_order() == before and HOPPER_ATTENTION[0] is SDPBackend.CUDNN_ATTENTION
+    with attention_order(CPU):
+        assert torch._C._get_sdp_priority_order() == before
+
+
+def config_of(layers: int) -> ModelConfig:
+    return ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64)
+
+
+def eager_bytes(layers: int, windows: int) -> int:
+    """Of the tensors that a forward pass keeps for the backward pass, each once."""
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        return kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+
+    model, tokens = GPT(config_of(layers)), torch.zeros(windows, 64, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def compiled_bytes(layers: int, windows: int) -> int:
+    """Of what the backward graph takes in."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    taken = []
+
+    def backward(graph, inputs):
+        taken.extend(each.numel() * each.element_size() for each in inputs if isinstance(each, torch.Tensor))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    model = torch.compile(GPT(config_of(layers)), backend=backend, dynamic=False)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="ignore"):
+        model(torch.zeros(windows, 64, dtype=torch.int64)).sum().backward()
+    return sum(taken)
+
+
+@pytest.mark.parametrize(
+    ("count", "planned"), [(eager_bytes, EAGER_ACTIVATION_BYTES), (compiled_bytes, COMPILED_ACTIVATION_BYTES)]
+)
+def test_a_block_keeps_as_many_bytes_of_each_token_and_channel_as_the_plan_counts(count, planned):
+    """What another block adds for two more windows of 64 tokens of 64 channels; on a CPU, where the norms of eager steps
+    keep fp32 copies as they do under CUDA's autocast."""
+    added = (count(3, 4) - count(2, 4)) - (count(3, 2) - count(2, 2))
+    assert added / (2 * 64 * 64) == pytest.approx(planned, abs=0.75)

@@ -111,6 +111,10 @@ def block_iterator(
     Closed, or at the latest when the program ends, it ends its processes and frees the memory that they shared.
     """
     import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own, which older versions of absl refuse before that
 
     dataset = grain.MapDataset.source(blocks)[first_block:]
     read_options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)

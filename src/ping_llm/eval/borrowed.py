@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -68,7 +69,7 @@ class BorrowedScores:
         for method in self.methods:
             lines = table.filter(pc.field("method") == method).sort_by("query")
             count = lines.num_rows
-            time_s = lines.column("event_time").cast("int64").to_numpy()
+            time_s = lines.column("event_time").cast(pa.timestamp("s", "UTC")).cast("int64").to_numpy()
             rows = queries.rows[:count]
             same = len(rows) == count > 0 and (time_s == queries.measurements.time_s[rows]).all()
             columns = {

@@ -9,6 +9,7 @@ from typing import Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional
 
+COUNTS = (0, 1, 2, 5, 10, 30)  # how many measurements are given with a query
 QUERIES_PER_SPLIT = 20_000
 QUICK_QUERIES, QUICK_MODEL_QUERIES = 2_000, 75
 DIAGNOSE_QUERIES = {"destinations": 50, "tokens": 64, "order": 500}
@@ -66,6 +67,10 @@ class EvalOptions(PartOptions):
     """Score the model alone: baselines are added later with --scores, on another machine if need be."""
     scores: tuple[Path, ...] = ()
     """Folders of earlier evaluations of the same queries: the methods that they hold are not computed again."""
+    counts: tuple[int, ...] = COUNTS
+    """How many earlier measurements are given with a query; each, but 0, in both draws."""
+    val_only: FlagCreatePairsOff[bool] = False
+    """Leave the test parts alone: to choose among models by val."""
     seq_len: int = 0
     """Tokens that a query and its context must fit in, for all methods; 0 = as many as the model reads."""
     model_queries: int = 0
@@ -105,6 +110,8 @@ class EvalOptions(PartOptions):
         for name in ("queries", "model_queries", "seed", "seq_len"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not self.counts or not set(self.counts) <= set(COUNTS):
+            raise ValueError(f"--counts must be some of {', '.join(map(str, COUNTS))}")
         if self.live == ():
             raise ValueError("--live needs hosts to ping, for example --live 193.0.14.129 --src ADDRESS")
         if self.live and not self.src:

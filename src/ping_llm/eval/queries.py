@@ -19,11 +19,11 @@ import numpy as np
 
 from ping_llm.data.measurement import KINDS
 from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, place_in_group
+from ping_llm.eval.options import COUNTS
 
 FAMILIES = ("ping", "target")
 """Pings, and replies of the targets of traceroutes: two families of queries, which are reported apart."""
 
-COUNTS = (0, 1, 2, 5, 10, 30)  # how many measurements are given with a query
 CHOICE_CONTEXTS = (0, 5, 30)  # of these, those that settings are chosen on
 DRAWS = ("recent", "other")
 NO_DRAW = "none"  # the draw of queries without context: it is the same in both

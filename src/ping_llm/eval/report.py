@@ -264,6 +264,7 @@ def _other_fields(results: Mapping[str, Any]) -> list[str]:
 
 def _choices(results: Mapping[str, Any]) -> list[str]:
     chosen = {name: one["choices"] for name, one in results["methods"].items() if one["choices"]}
+    chosen |= {"failures, of all baselines": results["failures"]} if results["failures"] else {}
     return [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in values.items()) for name, values in chosen.items()]
 
 

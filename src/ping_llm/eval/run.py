@@ -66,6 +66,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
             advance(1)
     truth = [TrueDistribution(Truth.load(options.truth))] if options.truth else []
     methods = {one.name: {"kind": "baseline", "choices": one.choices} for one in baselines} | held
+    failures = baselines[-1].task.failure.choices if baselines else next((f.results["failures"] for f in borrowed), {})
     methods |= {one.name: {"kind": "truth", "choices": {}} for one in truth}
     methods |= {one.name: {"kind": "model", "choices": {}} for one in models}
     described: dict[str, dict[str, dict[str, Any]]] = {}
@@ -88,13 +89,14 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "model_queries_per_cell": options.model_queries_per_cell if "model" in kinds.values() else 0,
         "splits": described,
         "methods": methods,
+        "failures": failures,
         "cells": [cell.to_json() for cell in cells],
         **summaries(cells),
     }
     for folder in borrowed:
         results |= folder.extras
     if models:
-        tested = [split for split in splits if not split.is_val]
+        tested = [split for split in splits if split.is_val == options.val_only]
         bayes, beside = DestinationBayes(train, val), baselines[-1] if baselines else None
         results |= model_extras(models[0].model, options, bayes, tested, beside)
     text = json.dumps(results, default=lambda value: value.tolist())
@@ -149,6 +151,9 @@ def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements,
         if read_manifest(rows)["format_version"] < ROWS_VERSION:
             older = "are rows of an older format, whose train part shows endpoints of the test parts"
             raise ValueError(f"{rows} {older}; prepare them again")
+    if options.val_only:
+        table = Measurements.from_rows(train_rows, ("train", "val"))
+        return learned_from(table), draw_val(table, count, seed)
     held = [part for part, measurements in read_manifest(data)["parts"].items() if measurements]
     if data.resolve() == train_rows.resolve():
         splits = [split for split in SPLITS if split in held]
@@ -180,7 +185,7 @@ def _answer_all(
     """
     seq_len = options.seq_len or min((model.model.seq_len for model in models), default=0)
     resamples, done = make_resamples(splits, options.seed), list[CellScores]()
-    cells = [cell for split in splits if len(split) for cell in split.cells()]
+    cells = [cell for split in splits if len(split) for cell in split.cells() if cell.k in options.counts]
     first = slice(options.model_queries_per_cell)
     total = sum(len(predictors) * len(c.queries) + len(models) * len(c.queries.take(first)) for c in cells)
     with score_writer(options.folder / TABLE_NAME) as write, show_progress("answer", total, "queries") as advance:

@@ -195,8 +195,9 @@ def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, st
 
 
 def summaries(cells: Sequence[CellScores]) -> dict[str, dict[str, Any]]:
-    """Of the test cells, or of val where there are no others: "primary", the ten numbers of PRIMARY for pings; "repeat", the cells whose context may hold the
-    pair itself; "target", the ten numbers for the targets of traceroutes. See `summarize`."""
+    """Of the test cells, or of val where there are no others: "primary", the ten numbers of PRIMARY for pings; "repeat", the
+    cells whose context may hold the pair itself; "target", the ten numbers for the targets of traceroutes. See `summarize`.
+    """
     tested = [cell for cell in cells if cell.split not in VAL_SPLITS] or cells
     tested = [cell for cell in tested if cell.best_baseline is not None]
     ten = [cell for cell in tested if (number_of(cell.split), cell.draw, cell.k) in PRIMARY or cell.split == EXTERNAL]

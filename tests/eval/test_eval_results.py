@@ -67,6 +67,20 @@ def test_the_comparator_is_the_best_baseline_of_val_whatever_test_says():
     assert comparator_of(make_cell("val-s2", 30), [val], KINDS) is None
 
 
+def test_the_comparator_is_chosen_on_all_queries_of_val_however_few_a_model_answered():
+    """ "lucky" is ahead in the first 40 queries alone, which are all that the model answered."""
+    cell = make_cell("val-s2", 30)
+    rtt_ms = cell.queries.rtt_ms
+    steady = score(point_distributions(np.full(len(rtt_ms), 15.0)), np.full(len(rtt_ms), 0.1), rtt_ms)
+    by = np.where(np.arange(len(rtt_ms)) < 40, 0.5, 3.0)
+    few = Scores(*(column[:40] for column in vars(steady).values()))
+    scores = {"steady": steady, "lucky": replace(steady, crps_log=by * steady.crps_log), "model": few}
+    val = summarize_cell(cell, scores, KINDS, Resamples(np.arange(100), np.arange(100), draws=100))
+    assert (val.answered, val.best_baseline, val.comparator) == (40, "lucky", "steady")
+    assert val.baseline_crps["lucky"] == pytest.approx(val.baseline_crps["steady"] * (2 * 0.5 + 28 * 3) / 30)
+    assert comparator_of(make_cell("test-s2", 30), [val], KINDS) == "steady"
+
+
 def test_a_comparator_is_looked_for_in_the_family_if_val_lacks_the_cell_then_anywhere():
     lucky = [summarized(make_cell(f"val-s{i}", 30), lucky=0.1, model=1) for i in (1, 2)]
     steady = summarized(make_cell("val-s3", 30), lucky=20, model=1)
@@ -189,6 +203,7 @@ def report_of(tmp_path: Path, cells: list[CellScores], kinds: dict[str, str]) ->
         **dict.fromkeys(("run", "leak", "quick", "model_queries_per_cell", "seed"), 0),
         "splits": {},
         "cells": [cell.to_json() for cell in cells],
+        "failures": {},
         "methods": {name: {"kind": kind, "choices": {}} for name, kind in kinds.items()},
         **summaries(cells),
     }

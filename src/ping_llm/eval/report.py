@@ -105,7 +105,7 @@ def _splits(results: Mapping[str, Any]) -> list[str]:
 
 _PRIMARY = (
     "CRPS of each method ÷ that of the comparator: the baseline that was best in the same cell of val. In brackets: ÷ that",
-    "of the baseline that turned out best in the cell of test, which nobody could have known.",
+    "of the baseline that turned out best in this cell, which nobody could have known.",
 )
 _REPEAT = (
     "The context may hold earlier pings of the very pair: repeating them is hard to beat. CRPS ÷ the comparator's, and in",
@@ -150,7 +150,8 @@ def _missing(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     found = {(cell["split"], cell["draw"], cell["k"]) for cell in cells}
     contexts = ((NO_DRAW, 0), ("other", 10))
-    wanted = [(split, draw, k) for draw, k in contexts for split in SPLITS]
+    splits = VAL_SPLITS if cells[0]["split"] in VAL_SPLITS else SPLITS
+    wanted = [(split, draw, k) for draw, k in contexts for split in splits]
     return [
         f"{split} {cell_name({'draw': draw, 'k': k})}" for split, draw, k in wanted if (split, draw, k) not in found
     ]

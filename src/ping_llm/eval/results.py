@@ -73,6 +73,7 @@ class CellScores:
     comparator: str | None  # the baseline that the ratios are to: of val the best one here
     best_baseline: str | None  # with the least CRPS in this cell, seen afterwards; None without an answer
     methods: dict[str, dict[str, Any]]  # see `aggregate` and `summarize_cell`
+    baseline_crps: dict[str, float]  # over all queries that every baseline answered, however few a model did
     log_draws: dict[str, np.ndarray]  # (R,) of each method's CRPS, where there is an interval
 
     def to_json(self) -> dict[str, Any]:
@@ -138,8 +139,10 @@ def summarize_cell(
     """Aggregates over the queries that every method answered, which are the first ones of the cell.
 
     Ratios are of CRPS to the comparator's, and to that of the baseline that turned out best here. Without a comparator, in
-    val, that one is it.
+    val, it is the baseline with the least CRPS over all queries that the baselines answered.
     """
+    baselines = [name for name, kind in kinds.items() if kind == "baseline"]
+    of_baselines = _macro_crps(cell, {name: scores[name] for name in baselines}, resamples)
     common = min(len(one.rtt_ms) for one in scores.values())
     queries = cell.queries.take(slice(common))
     scores = {name: Scores(*(column[:common] for column in vars(one).values())) for name, one in scores.items()}
@@ -151,9 +154,8 @@ def summarize_cell(
     lines = {name: aggregate(one, queries.src_id, means[name]) for name, one in scores.items()}
     clusters = Clusters(queries.src_id[answered], queries.prefix[answered], resamples)
     crps = {name: one.crps_log[answered] for name, one in scores.items()}
-    baselines = [name for name, kind in kinds.items() if kind == "baseline"]
     best = min(baselines, key=lambda name: lines[name]["crps_log"]) if len(answered) and baselines else None
-    comparator = comparator or best
+    comparator = comparator or min(of_baselines, key=of_baselines.__getitem__, default=None)
     log_draws = dict[str, np.ndarray]()
     if clusters.has_interval:
         log_draws = dict(zip(crps, clusters.log_means(np.stack(list(crps.values()), axis=1)).T, strict=True))
@@ -172,8 +174,18 @@ def summarize_cell(
         }
     return CellScores(
         *(cell.family, cell.split, cell.draw, cell.k, len(answered), len(clusters.sources), len(clusters.prefixes)),
-        *(context_fitted, comparator, best, lines, log_draws),
+        *(context_fitted, comparator, best, lines, of_baselines, log_draws),
     )
+
+
+def _macro_crps(cell: Cell, scores: Mapping[str, Scores], resamples: Resamples) -> dict[str, float]:
+    """The CRPS of each method over the queries that all of these answered; none without an answer."""
+    common = min((len(one.rtt_ms) for one in scores.values()), default=0)
+    queries = cell.queries.take(slice(common)).answered()
+    if not len(queries):
+        return {}
+    answered, clusters = cell.queries.rtt_ms[:common] >= 0, Clusters(queries.src_id, queries.prefix, resamples)
+    return {name: clusters.macro_mean(one.crps_log[:common][answered]) for name, one in scores.items()}
 
 
 def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, str]) -> str | None:
@@ -183,13 +195,14 @@ def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, st
     """
     if cell.split in VAL_SPLITS:
         return None
-    val = [one for one in done if one.split in VAL_SPLITS and (one.draw, one.k) == (cell.draw, cell.k) and one.answered]
+    val = [one for one in done if one.split in VAL_SPLITS and (one.draw, one.k) == (cell.draw, cell.k)]
+    val = [one for one in val if one.baseline_crps]
     family = [one for one in val if one.family == cell.family]
     cells = [one for one in family if number_of(one.split) == number_of(cell.split)] or family or val
     baselines = [name for name, kind in kinds.items() if kind == "baseline"]
 
     def log_crps(name: str) -> float:
-        return float(np.mean([np.log(one.methods[name]["crps_log"]) for one in cells]))
+        return float(np.mean([np.log(one.baseline_crps[name]) for one in cells]))
 
     return min(baselines, key=log_crps) if cells and baselines else None
 

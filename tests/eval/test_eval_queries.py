@@ -166,16 +166,21 @@ def test_a_query_is_what_the_name_of_its_split_says_by_address(split, pairs, eli
 @pytest.mark.parametrize(
     ("split", "src", "dst", "time_s"),
     [
-        ("test-s1", 1, 1, 2),  # in the last second of train
-        ("test-s2", 1, 1, 9),  # a pair of train
-        ("val-s3", 2, 1, 9),  # a source of train
-        ("test-s4", 9, 2, 9),  # a destination of train
-        ("test-s5", 2, 9, 9),
-        ("test-s5", 9, 2, 9),
+        ("test-s1", "192.0.2.1", "198.51.100.1", 2),  # in the last second of train
+        ("test-s2", "192.0.2.1", "198.51.100.1", 9),  # a pair of train
+        ("test-s2", "198.51.100.1", "192.0.2.1", 9),  # its reverse
+        ("val-s3", "192.0.2.2", "198.51.100.1", 9),  # a source of train
+        ("val-s3", "198.51.100.2", "198.51.100.1", 9),  # a source that is a destination in train
+        ("test-s4", "192.0.2.9", "198.51.100.2", 9),  # a destination of train
+        ("test-s4", "192.0.2.9", "192.0.2.1", 9),  # a destination that is a source in train
+        ("test-s5", "192.0.2.2", "198.51.100.9", 9),
+        ("test-s5", "192.0.2.9", "198.51.100.2", 9),
+        ("test-s5", "192.0.2.9", "192.0.2.2", 9),
+        ("test-s5", "198.51.100.2", "198.51.100.9", 9),
     ],
 )
 def test_rows_that_break_their_rule_are_refused(split, src, dst, time_s):
-    table = make_measurements(*TRAIN, (split, f"192.0.2.{src}", f"198.51.100.{dst}", time_s))
+    table = make_measurements(*TRAIN, (split, src, dst, time_s))
     with pytest.raises(ValueError, match=f"train holds endpoints or times of {split}: these rows are damaged"):
         draw_splits(table, (split,), 10, 0)
 

@@ -59,13 +59,13 @@ class Seen:
     def eligible(self, part: Measurements, split: str) -> np.ndarray:
         """(n,) bool: the measurements of a part that are what its name says; ValueError where rows break their rule."""
         source, destination = self.source[part.src_id], self.destination[part.dst_id]
-        pair, number = self.pair(part.src_id, part.dst_id), number_of(split)
-        broken = {
+        pair, number, anywhere = self.pair(part.src_id, part.dst_id), number_of(split), self.source | self.destination
+        broken = {  # as either endpoint, and in either direction
             "s1": part.time_s <= self.last_s,
-            "s2": pair,
-            "s3": source,
-            "s4": destination,
-            "s5": source | destination,
+            "s2": pair | self.pair(part.dst_id, part.src_id),
+            "s3": anywhere[part.src_id],
+            "s4": anywhere[part.dst_id],
+            "s5": anywhere[part.src_id] | anywhere[part.dst_id],
         }
         if broken.get(number, np.zeros(1)).any():
             raise ValueError(f"train holds endpoints or times of {split}: these rows are damaged; prepare them again")

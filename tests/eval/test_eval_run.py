@@ -171,6 +171,10 @@ def test_a_model_is_scored_beside_the_baselines(world, run):
     assert {"loss_per_field", "densities", "ratio_by_cell"} <= names
 
 
+def parts_of(results: dict) -> set[str]:
+    return {cell["split"] for cell in results["cells"]}
+
+
 @pytest.mark.slow
 def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together(world, run, tmp_path):
     """Baselines here, the model there, and both put together without either: the numbers of one evaluation of both."""
@@ -198,6 +202,14 @@ def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together
             for method, line in other["methods"].items():
                 for name in ("crps_log", "nll_nats", "fail_brier", "median_rel_error", "crps_ratio"):
                     np.testing.assert_allclose(one["methods"][method][name] or 0, line[name] or 0, rtol=1e-4, atol=1e-6)
+    val = results_of(scores=folders[:1], out=tmp_path / "val", val_only=True, counts=(0, 5))
+    assert {cell["split"] for cell in val["cells"]} == {split for split in VAL_SPLITS if split in parts_of(together)}
+    assert {(cell["draw"], cell["k"]) for cell in val["cells"]} == {("none", 0), ("recent", 5), ("other", 5)}
+    held = {(cell["split"], cell["draw"], cell["k"]): cell for cell in together["cells"]}
+    for cell in val["cells"]:
+        same = held[cell["split"], cell["draw"], cell["k"]]
+        assert cell["methods"]["ping-llm, source all"]["queries"] == 3 and cell["comparator"] == same["comparator"]
+    assert val["primary"]["cells"] and all(cell["split"] in VAL_SPLITS for cell in val["primary"]["cells"])
     with pytest.raises(ValueError, match=r"gave other contexts .* same --seq-len"):
         results_of(run=None, scores=folders, out=tmp_path / "x", seq_len=40)
     with pytest.raises(ValueError, match="answered other queries than these; name rows, --queries and --seed of it"):
@@ -260,6 +272,7 @@ def test_other_rows_are_one_external_split_and_a_leak_is_reported_in_red(world, 
         ([], "name the run folder of a trained model, or give --baselines-only"),
         (["--baselines-only"], "without a run, give --data ROWS and --out DIR"),
         (["{out}", "--baselines-only", "--model-only"], "leave nothing to score"),
+        (["{out}", "--counts", "7"], "--counts must be some of 0, 1, 2, 5, 10, 30"),
         (["--baselines-only", "--data", "{rows}", "--out", "{out}", "--queries", "-1"], "queries=-1 must be 0 or more"),
         (["--baselines-only", "--data", "{out}", "--out", "{out}"], 'run "ping-llm prepare'),
         (["--baselines-only", "--data", "{plain}", "--out", "{out}"], "holds no test part"),

@@ -7,7 +7,7 @@ queries of `val`: train holds none of them, and they are of every kind that the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from operator import itemgetter
@@ -18,13 +18,15 @@ import numpy as np
 
 from ping_llm.eval.baselines.failure import FailureChoice
 from ping_llm.eval.baselines.pairs import Pairs, find
-from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt
+from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt, prefix_ids
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions
 from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
 
 CHOICE_QUERIES = 4_000  # that a setting is chosen on; residuals are collected on all of `val`
-LEAST_OF_KIND = 30  # a kind with fewer queries has no say in settings
-LEAST_RESIDUALS = 100  # a bucket with fewer residuals is answered from a coarser one
+LEAST_RESIDUALS = 100  # a bucket with fewer residuals is answered from a coarser one, as is one with few hosts
+LEAST_HOSTS = (
+    30  # sources, and destination prefixes, of what is fitted to a kind of query: one host stands for no other
+)
 Learned = Callable[[QueryView], np.ndarray]
 """A point method after learning: (q,) log-ms."""
 
@@ -121,7 +123,8 @@ class Task:
             return Choice(method.settings[0], (0,) * KINDS), method.learn(self.train, **method.settings[0])
         kind = np.concatenate([self.evidence(view)[:, 0] for view, _ in self.choice_views])
         count, found = np.bincount(kind, minlength=KINDS), []
-        many = count >= min(LEAST_OF_KIND, count.max())
+        many = np.isin(np.arange(KINDS), well_founded(kind, Hosts.of([view for view, _ in self.choice_views])))
+        many = many if many.any() else count == count.max()
         for setting in method.settings:
             learned, errors = method.learn(self.train, **setting), []
             for use in method.uses:
@@ -166,20 +169,48 @@ def evidence(pairs: Pairs, view: QueryView) -> np.ndarray:
     return np.stack([2 * kind + in_context, np.digitize(answered.sum(axis=1), (1, 3, 8))], axis=1)
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Of n cases the sources, and the /24 or /48 of the destinations, (n,) ids."""
+
+    source: np.ndarray
+    prefix: np.ndarray
+
+    @classmethod
+    def of(cls, views: Sequence[QueryView]) -> Hosts:
+        """Of the queries of all views, in order; they share their addresses."""
+        prefix = prefix_ids(views[0].addresses, 24, 48)
+        columns = [(view.src_id, prefix[view.dst_id]) for view in views]
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def well_founded(key: np.ndarray, hosts: Hosts, least: int = 0) -> np.ndarray:
+    """The buckets, of n cases in the buckets `key` (n,), with enough cases, sources and prefixes to fit something to them.
+
+    Enough are LEAST_HOSTS of either, or half of all where there are not twice as many.
+    """
+    buckets, place, count = np.unique(key, return_inverse=True, return_counts=True)
+    enough = count >= least
+    for ids in (hosts.source, hosts.prefix):
+        _, number = np.unique(ids, return_inverse=True)
+        pairs = np.unique(np.stack([place, number]), axis=1)
+        enough &= np.bincount(pairs[0], minlength=len(buckets)) >= min(LEAST_HOSTS, (number.max() + 1) / 2)
+    return buckets[enough]
+
+
 def bucket_keys(kinds: np.ndarray) -> list[np.ndarray]:
-    """Partitions by `evidence` (q, 2), the finer first."""
-    return [kinds[:, 0] * 4 + kinds[:, 1], kinds[:, 0]]
+    """Partitions by `evidence` (q, 2), the finer first; the last one puts all queries with a new endpoint together."""
+    return [kinds[:, 0] * 4 + kinds[:, 1], kinds[:, 0], np.minimum(kinds[:, 0] // 2, 2)]
 
 
 class Buckets:
-    """Numbers fitted to the cases of each bucket; a bucket with few cases answers from a coarser one, at last from all."""
+    """Numbers fitted to the cases of each bucket; one with few cases or hosts answers from a coarser one, or from all."""
 
-    def __init__(self, keys: list[np.ndarray], least: int, fit: Callable[[Rows], np.ndarray]) -> None:
+    def __init__(self, keys: list[np.ndarray], hosts: Hosts, least: int, fit: Callable[[Rows], np.ndarray]) -> None:
         """`keys` say the bucket of n cases in every partition (n,), the finest first; `fit` gives (m,) for some cases."""
         self._all, self._tables = fit(slice(None)), []
         for key in keys:
-            distinct, count = np.unique(key, return_counts=True)
-            self._tables.append({bucket: fit(key == bucket) for bucket in distinct[count >= least]})
+            self._tables.append({bucket: fit(key == bucket) for bucket in well_founded(key, hosts, least)})
 
     def __call__(self, keys: list[np.ndarray]) -> np.ndarray:
         """(q, m) for q cases in these buckets."""
@@ -190,9 +221,9 @@ class Buckets:
         return found
 
 
-def bucket_quantiles(values: np.ndarray, keys: list[np.ndarray]) -> Buckets:
+def bucket_quantiles(values: np.ndarray, keys: list[np.ndarray], hosts: Hosts) -> Buckets:
     """The quantiles at INNER_LEVELS of n values (n,) in these buckets."""
-    return Buckets(keys, LEAST_RESIDUALS, lambda rows: np.quantile(values[rows], INNER_LEVELS))
+    return Buckets(keys, hosts, LEAST_RESIDUALS, lambda rows: np.quantile(values[rows], INNER_LEVELS))
 
 
 class Baseline(ABC):
@@ -236,7 +267,8 @@ class PointBaseline(Baseline):
         actual = np.concatenate([answers for _, answers in views])
         kinds = np.concatenate([self.task.evidence(view) for view, _ in views])
         self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
-        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds))
+        hosts = Hosts.of([view for view, _ in views])
+        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds), hosts)
         return self.task.choice(self.method).describe(self.method)
 
     def predict_distributions(self, view: QueryView) -> QuantileDistributions:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from ping_llm.eval.baselines.base import Baseline, Buckets, bucket_keys
+from ping_llm.eval.baselines.base import Baseline, Buckets, Hosts, bucket_keys
 from ping_llm.eval.columns import QueryView, place_in_group
 from ping_llm.eval.distribution import SUPPORT, QuantileDistributions, pool
 
@@ -35,16 +35,19 @@ class Stack(Baseline):
         for member in self.members:
             member.fit(self.task.train, self.task.val)
         views = [(view, y, self.task.evidence(view)) for view, y in self.task.choice_views]
-        rng, matrices, kinds = np.random.default_rng(0), [], []
+        rng, matrices, kinds, used = np.random.default_rng(0), [], [], []
         for view, y, kind in views:
             shuffled = rng.permutation(len(view))
             some = np.sort(shuffled[place_in_group(bucket_keys(kind)[0][shuffled]) < MOST_QUERIES])
             members = [member.distributions(view).take(some) for member in self.members]
             matrices.append(crps_matrices(members, y[some]))
             kinds.append(kind[some])
+            used.append(view.take(some))
         matrix = np.concatenate(matrices)
         keys = bucket_keys(np.concatenate(kinds))
-        self._weights = Buckets(keys, LEAST_QUERIES, lambda rows: best_weights(matrix[rows].mean(axis=0)))
+        self._weights = Buckets(
+            keys, Hosts.of(used), LEAST_QUERIES, lambda rows: best_weights(matrix[rows].mean(axis=0))
+        )
         weights = self._weights(keys).mean(axis=0).tolist()
         return {member.name: round(one, 3) for member, one in zip(self.members, weights, strict=True) if one}
 

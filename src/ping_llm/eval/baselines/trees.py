@@ -16,6 +16,7 @@ import numpy as np
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.eval.baselines.base import (
     Baseline,
+    Hosts,
     Learned,
     bucket_keys,
     bucket_quantiles,
@@ -100,7 +101,8 @@ class LightGBM(Baseline):
         self._boosters = _boost([self._practised(seed) for seed in range(FOLDS)], of_val, self.settings)
         self._quantiles = remember(self._predict)
         fallen = np.concatenate([_level_of(self._quantiles(view), y) for view, y in zip(views, answers, strict=True)])
-        self._levels = bucket_quantiles(fallen, bucket_keys(np.concatenate(list(map(self.task.evidence, views)))))
+        keys = bucket_keys(np.concatenate(list(map(self.task.evidence, views))))
+        self._levels = bucket_quantiles(fallen, keys, Hosts.of(views))
         return {"trees": [booster.best_iteration for booster in self._boosters]}
 
     def predict_distributions(self, view: QueryView) -> QuantileDistributions:

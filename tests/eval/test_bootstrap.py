@@ -119,6 +119,33 @@ def test_cells_that_share_their_queries_do_not_count_as_independent():
     assert both.value == pytest.approx(1.5)
 
 
+def test_degrees_of_freedom_are_satterthwaites_by_hand():
+    """Three sources with 2, 1, 1 queries; two prefixes with 3 and 1. The influence u of each query is divided by 3 sources and
+    by its source's queries. Squares of sources: (u0 + u1)² + u2² + u3², of prefixes: (u0 + u1 + u2)² + u3²."""
+    source, prefix = np.array([0, 0, 1, 2]), np.array([0, 0, 0, 1])
+    clusters = Clusters(source, prefix, Resamples(source, prefix))
+    u = np.array([0.6, 0.3, -1.2, 0.9]) / (3 * np.array([2, 2, 1, 1]))  # 0.1, 0.05, −0.4, 0.3
+    of_sources, of_prefixes = 0.15**2 + 0.4**2 + 0.3**2, 0.25**2 + 0.3**2
+    effective = max(1 / (0.75**2 + 0.25**2), 2)  # prefixes that weigh alike: 2, at least
+    expected = (of_sources + of_prefixes) ** 2 / (of_sources**2 / 2 + of_prefixes**2 / (effective - 1))
+    assert u.tolist() == pytest.approx([0.1, 0.05, -0.4, 0.3])
+    assert clusters._degrees_of_freedom(np.array([0.6, 0.3, -1.2, 0.9])) == pytest.approx(expected)
+
+
+def test_half_the_width_of_an_interval_is_students_quantile_times_the_spread():
+    draws = np.log([0.9, 1.0, 1.1, 1.2])
+    for degrees, quantile in ((5, 2.5706), (29, 2.0452), (np.inf, 1.9600)):
+        estimate = bootstrap.Estimate.of_draws(2.0, draws, degrees)
+        assert np.log(estimate.interval[1] / 2.0) == pytest.approx(quantile * draws.std(), rel=1e-4)
+        assert np.log(2.0 / estimate.interval[0]) == pytest.approx(quantile * draws.std(), rel=1e-4)
+
+
+def test_a_geometric_mean_has_one_degree_of_freedom_less_than_its_smallest_cell_has_hosts():
+    one, draws = bootstrap.Estimate(1.5, (1.0, 2.0)), np.log([1.4, 1.5, 1.7])
+    expected = bootstrap.Estimate.of_draws(1.5, draws, 5)
+    assert geometric_mean([one, one], [draws, draws], 6).interval == pytest.approx(expected.interval)
+
+
 def test_the_interval_of_a_mean_has_the_spread_of_a_mean():
     """Of 400 sources with one query each, to as many prefixes, the mean of log-normal scores spreads by σ √(2 / 400), as the
     draws of sources and of prefixes both count."""

@@ -263,6 +263,14 @@ def test_learned_from_is_train_without_hops():
     assert (learned_from(table).time_s == table.time_s[rows]).all()
 
 
+def test_mixed_queries_have_the_context_of_either_draw_by_turns():
+    split = draw(make_table(), "test-s1", 40, seed=0)
+    mixed = split.mixed()
+    assert (mixed.context[::2] == split.recent.context[::2]).all()
+    assert (mixed.context[1::2] == split.other.context[1::2]).all()
+    assert (split.recent.context != split.other.context).any()
+
+
 def test_queries_of_several_splits_stand_one_after_the_other():
     table = make_table()
     one, other = (draw(table, split, 20, seed=0).mixed() for split in ("val-s1", "test-s1"))

@@ -93,6 +93,21 @@ def test_a_comparator_is_looked_for_in_the_family_if_val_lacks_the_cell_then_any
     assert comparator_of(make_cell("test-s5", 30, family="target"), lucky, KINDS) == "lucky"
 
 
+def test_a_cell_of_val_with_few_sources_or_prefixes_chooses_no_comparator_by_itself():
+    steady = [summarized(make_cell(f"val-s{i}", 30), lucky=20, model=1) for i in (1, 2)]
+    for sources, prefixes, chosen in ((30, 30, "lucky"), (29, 40, "steady"), (40, 29, "steady")):
+        few = summarized(make_cell("val-s5", sources, prefixes), lucky=0.1, model=1)
+        assert few.baseline_hosts == (sources, prefixes) and few.comparator == "lucky"
+        assert comparator_of(make_cell("test-s5", 30), [*steady, few], KINDS) == chosen  # (20 · 20 · 0.1)^⅓ > 1
+
+
+def test_what_test_says_chooses_no_comparator():
+    done = [summarized(make_cell("val-s2", 30), lucky=2, model=1)]
+    done.append(summarized(make_cell("test-s2", 30), lucky=0.01, model=1, comparator="steady"))
+    assert comparator_of(make_cell("test-s2", 30), done, KINDS) == "steady"
+    assert comparator_of(make_cell("test-s4", 30), done, KINDS) == "steady"
+
+
 @pytest.mark.parametrize(("sources", "prefixes", "has"), [(30, 30, True), (29, 40, False), (40, 29, False)])
 def test_intervals_need_thirty_sources_and_prefixes(sources, prefixes, has):
     line = summarized(make_cell("test-s1", sources, prefixes), 2.0, 0.5, "steady").methods["model"]
@@ -218,7 +233,7 @@ def test_a_report_names_the_primary_cells_that_hold_no_answer(tmp_path):
     sections = [line for line in report.splitlines() if line.startswith("## ")][:4]
     assert sections == ["## What is queried", "## Primary result", "## The repeat task", "## Targets of traceroutes"]
     primary = report.split("## Primary result")[1].split("\n## ")[0]
-    assert "No answered query: test-s4 k = 0, test-s5 k = 0, test-s1 other 10," in primary
+    assert "Not here, or without an answer: test-s4 k = 0, test-s5 k = 0, test-s1 other 10," in primary
     assert "of 3 cells of 10" in primary and "| test-s1 | k = 0 | steady |" in primary
     assert "0.500 (0.500–0.500) [0.500]" in primary and "0.500 (—) [0.500]" in primary  # 7 sources have no interval
     assert "No cell of it holds an answered query" in report.split("## Targets of traceroutes")[1].split("\n## ")[0]

@@ -1,11 +1,15 @@
 """PingBench end to end on a synthetic Internet, and the arithmetic of its summaries."""
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from pyarrow.compute import field
@@ -175,6 +179,26 @@ def parts_of(results: dict) -> set[str]:
     return {cell["split"] for cell in results["cells"]}
 
 
+def with_cells(folder: Path, kept: Callable[[dict], bool]) -> Path:
+    """A folder of the same name whose results hold some of the cells alone."""
+    results = json.loads((folder / "results.json").read_text())
+    copy = folder.parent / "few" / folder.name
+    shutil.copytree(folder, copy)
+    (copy / "results.json").write_text(json.dumps(results | {"cells": [c for c in results["cells"] if kept(c)]}))
+    return copy
+
+
+def with_rtt(folder: Path) -> Path:
+    """A copy whose queries got other RTTs."""
+    copy = folder.parent / "other" / folder.name
+    shutil.copytree(folder, copy)
+    table = pq.read_table(copy / "queries.parquet")
+    place = table.schema.get_field_index("rtt")
+    longer = pc.add(table["rtt"], pa.scalar(1, pa.float32()))
+    pq.write_table(table.set_column(place, "rtt", longer), copy / "queries.parquet")
+    return copy
+
+
 @pytest.mark.slow
 def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together(world, run, tmp_path):
     """Baselines here, the model there, and both put together without either: the numbers of one evaluation of both."""
@@ -210,6 +234,13 @@ def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together
         same = held[cell["split"], cell["draw"], cell["k"]]
         assert cell["methods"]["ping-llm, source all"]["queries"] == 3 and cell["comparator"] == same["comparator"]
     assert val["primary"]["cells"] and all(cell["split"] in VAL_SPLITS for cell in val["primary"]["cells"])
+    assert set(val["destinations"]) | set(val["loss_per_field"]) <= set(VAL_SPLITS)  # nothing of test is read
+    with pytest.raises(ValueError, match=r"global_median stands in several folders of --scores"):
+        results_of(run=None, scores=(folders[0], tmp_path / "together"), out=tmp_path / "x")
+    with pytest.raises(ValueError, match=r"baselines holds no val-s1 none 0; name parts and --counts"):
+        results_of(run=None, scores=(with_cells(folders[0], lambda cell: cell["k"] > 0),), out=tmp_path / "x")
+    with pytest.raises(ValueError, match="answered other queries than these"):
+        results_of(run=None, scores=(with_rtt(folders[1]),), out=tmp_path / "x")
     with pytest.raises(ValueError, match=r"gave other contexts .* same --seq-len"):
         results_of(run=None, scores=folders, out=tmp_path / "x", seq_len=40)
     with pytest.raises(ValueError, match="answered other queries than these; name rows, --queries and --seed of it"):
@@ -287,6 +318,14 @@ def test_what_a_user_gets_wrong_is_one_line(world, tmp_path, capsys, argv, messa
     assert cli.main(["eval", *(word.format(**places) for word in argv)]) == 1
     error = capsys.readouterr().err.strip()
     assert message in error and error.startswith("error: ") and "\n" not in error
+
+
+def test_rows_of_the_first_format_are_refused(world, tmp_path):
+    shutil.copytree(world / "rows", tmp_path / "rows")
+    manifest = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+    with pytest.raises(ValueError, match=r"older format, whose train part shows endpoints .*; prepare them again"):
+        evaluate(EvalOptions(data=tmp_path / "rows", out=tmp_path / "out", baselines_only=True))
 
 
 def test_without_lightgbm_what_to_install_is_said(world, tmp_path, capsys, monkeypatch):

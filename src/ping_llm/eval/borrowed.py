@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ping_llm.data.rows import is_part_of
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.queries import Cell
 
@@ -49,23 +50,36 @@ class BorrowedScores:
         """Kind and choices of each method."""
         return self.results["methods"]
 
-    @property
-    def extras(self) -> dict[str, Any]:
-        """What it says of a model besides its scores."""
-        return {name: self.results[name] for name in _EXTRAS if name in self.results}
+    def extras(self, val: bool) -> dict[str, Any]:
+        """What it says of a model besides its scores: of val, or of the test parts."""
+        kept: dict[str, Any] = {}
+        for name in _EXTRAS:
+            if isinstance(held := self.results.get(name), list):
+                kept[name] = [one for one in held if is_part_of(one["split"], "val") == val]
+            elif held:
+                kept[name] = {part: one for part, one in held.items() if is_part_of(part, "val") == val}
+        return {name: held for name, held in kept.items() if held}
 
-    def scores(self, cell: Cell) -> dict[str, Scores]:
-        """Of each method, over the first queries of the cell; ValueError unless queries and contexts are the same."""
-        wanted = [("family", cell.family), ("split", cell.split), ("draw", cell.draw), ("k", cell.k)]
-        table = pq.read_table(self.folder / TABLE_NAME, filters=[(name, "=", value) for name, value in wanted])
-        here = next((one for one in self.results["cells"] if all(one[name] == value for name, value in wanted)), None)
-        queries, of_method = cell.queries, {}
-        given = (queries.context >= 0).sum(axis=1).mean()
-        if here is not None and abs(here["context_fitted"] - given) > 1e-9:
+    def check(self, cell: Cell) -> None:
+        """ValueError unless the same contexts were given there; before anything is answered."""
+        wanted = _place(cell)
+        here = next((one for one in self.results["cells"] if all(one[name] == wanted[name] for name in wanted)), None)
+        given = (cell.queries.context >= 0).sum(axis=1).mean()
+        if here is None:
+            raise ValueError(
+                f"{self.folder} holds no {cell.split} {cell.draw} {cell.k}; name parts and --counts that it holds"
+            )
+        if abs(here["context_fitted"] - given) > 1e-9:
             raise ValueError(
                 f"{self.folder} gave other contexts ({here['context_fitted']:.2f} measurements on average in {cell.split} "
                 f"{cell.draw} {cell.k}, here {given:.2f}); evaluate both with the same --seq-len"
             )
+
+    def scores(self, cell: Cell) -> dict[str, Scores]:
+        """Of each method, over the first queries of the cell; ValueError unless the queries are the same."""
+        filters = [(name, "=", value) for name, value in _place(cell).items()]
+        table = pq.read_table(self.folder / TABLE_NAME, filters=filters)
+        queries, of_method = cell.queries, {}
         for method in self.methods:
             lines = table.filter(pc.field("method") == method).sort_by("query")
             count = lines.num_rows
@@ -83,3 +97,7 @@ class BorrowedScores:
             quantiles = np.stack([columns[name] for name in _QUANTILES], axis=1)
             of_method[method] = Scores(queries.rtt_ms[:count], p_fail, nll_nats, crps_log, pit, quantiles)
         return of_method
+
+
+def _place(cell: Cell) -> dict[str, Any]:
+    return {"family": cell.family, "split": cell.split, "draw": cell.draw, "k": cell.k}

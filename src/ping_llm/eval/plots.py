@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAR = ("test-s5", "external")  # splits far from the training data: their calibration has a picture of its own
-SHOWN_K = 5
+SHOWN_K = 10  # of the primary result
 _COLORS = {"global_median": "#bfc5cc", "pair_history": "#9a6700", "lightgbm": "#1a7f37", "stack": "#8250df"}
 _COLORS |= {"true distribution": "#d1660f"}
 _MODEL_COLORS = ("#1f6feb", "#bf3989", "#54aeff")
@@ -128,7 +128,9 @@ def _ratios(results: Mapping[str, Any]) -> Figure | None:
     image = axis.imshow(log_ratio, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=30, ha="right")
     axis.set_yticks(range(len(splits)), map(_title, splits), fontsize=9)
-    axis.set_title(f"CRPS of {name} ÷ the baseline that was best on val; * = surely below 1", fontsize=11, loc="left")
+    axis.set_title(
+        f"CRPS of {name} ÷ the baseline that was best on val; * = 95 % interval below 1", fontsize=11, loc="left"
+    )
     bar = figure.colorbar(image, ticks=[-1, -0.5, 0, 0.5, 1], pad=0.01)
     bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
     return figure

@@ -12,7 +12,7 @@ from ping_llm.eval.queries import EXTERNAL, NO_DRAW, SPLITS, VAL_SPLITS
 from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
-DETAIL_KS = (0, 5, 30)
+DETAIL_KS = (0, 10, 30)
 _EMPTY = "–"
 _FAMILY = {"ping": "pings", "target": "targets of traceroutes"}
 
@@ -66,8 +66,8 @@ def _head(results: Mapping[str, Any]) -> list[str]:
         *lines,
         "",
         "With a query, the latest k measurements of its source address are given, all earlier than the query: of any",
-        "destination (`recent`), or of others than the query's (`other`). Baselines are given no more than fits in the",
-        "model's prompt. Every source weighs the same. CRPS is in log-ms, lower is better. 95 % intervals come from 1,000",
+        "destination (`recent`), or of others than the query's (`other`); of these what fits in the model's prompt, or in",
+        "--seq-len tokens. Every source weighs the same. CRPS is in log-ms, lower is better. 95 % intervals come from 1,000",
         f"draws of sources and destination prefixes; with fewer than {LEAST_CLUSTERS} of either, a number has none.",
     ]
 
@@ -104,8 +104,9 @@ def _splits(results: Mapping[str, Any]) -> list[str]:
 
 
 _PRIMARY = (
-    "CRPS of each method ÷ that of the comparator: the baseline that was best in the same cell of val. In brackets: ÷ that",
-    "of the baseline that turned out best in this cell, which nobody could have known.",
+    "CRPS of each method ÷ that of the comparator: the baseline that was best in the same cell of val or, where that has",
+    f"fewer than {LEAST_CLUSTERS} sources or prefixes, in all cells of val with the same context. In brackets: ÷ that of",
+    "the baseline that turned out best in this cell, which nobody could have known.",
 )
 _REPEAT = (
     "The context may hold earlier pings of the very pair: repeating them is hard to beat. CRPS ÷ the comparator's, and in",
@@ -136,10 +137,10 @@ def _summary(results: Mapping[str, Any], name: str, what: Sequence[str]) -> list
     of = f"of {len(summary['cells'])} cells" + (f" of {len(missing) + len(summary['cells'])}" if missing else "")
     rows.append(("**geometric mean**", of, "", "", *mean))
     lines = list(what) if set(shown) - {"stack"} else [*what, "No model was evaluated."]
-    lines += [f"No answered query: {', '.join(missing)}."] if missing else []
+    lines += [f"Not here, or without an answer: {', '.join(missing)}."] if missing else []
     if any(None in summary["methods"][method]["interval"] for method in shown):
         lines.append(
-            f"(—): no interval, for fewer than {LEAST_CLUSTERS} sources or prefixes in the cell, or in one of all."
+            f"(—): no interval, as the cell, or one of the mean, has fewer than {LEAST_CLUSTERS} sources or prefixes."
         )
     return [*lines, "", *_table(("part", "given", "comparator", "answers", *shown), rows)]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm.eval.bootstrap import Clusters, Estimate, Resamples, geometric_mean
+from ping_llm.eval.bootstrap import LEAST_CLUSTERS, Clusters, Estimate, Resamples, geometric_mean
 from ping_llm.eval.columns import address_texts
 from ping_llm.eval.metrics import (
     PIT_BINS,
@@ -74,6 +74,7 @@ class CellScores:
     best_baseline: str | None  # with the least CRPS in this cell, seen afterwards; None without an answer
     methods: dict[str, dict[str, Any]]  # see `aggregate` and `summarize_cell`
     baseline_crps: dict[str, float]  # over all queries that every baseline answered, however few a model did
+    baseline_hosts: tuple[int, int]  # sources and prefixes of these that got an answer
     log_draws: dict[str, np.ndarray]  # (R,) of each method's CRPS, where there is an interval
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def summarize_cell(
     val, it is the baseline with the least CRPS over all queries that the baselines answered.
     """
     baselines = [name for name, kind in kinds.items() if kind == "baseline"]
-    of_baselines = _macro_crps(cell, {name: scores[name] for name in baselines}, resamples)
+    of_baselines, hosts = _macro_crps(cell, {name: scores[name] for name in baselines}, resamples)
     common = min(len(one.rtt_ms) for one in scores.values())
     queries = cell.queries.take(slice(common))
     scores = {name: Scores(*(column[:common] for column in vars(one).values())) for name, one in scores.items()}
@@ -174,31 +175,36 @@ def summarize_cell(
         }
     return CellScores(
         *(cell.family, cell.split, cell.draw, cell.k, len(answered), len(clusters.sources), len(clusters.prefixes)),
-        *(context_fitted, comparator, best, lines, of_baselines, log_draws),
+        *(context_fitted, comparator, best, lines, of_baselines, hosts, log_draws),
     )
 
 
-def _macro_crps(cell: Cell, scores: Mapping[str, Scores], resamples: Resamples) -> dict[str, float]:
-    """The CRPS of each method over the queries that all of these answered; none without an answer."""
+def _macro_crps(
+    cell: Cell, scores: Mapping[str, Scores], resamples: Resamples
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """The CRPS of each method over the queries that all of these answered, none without an answer; sources and prefixes."""
     common = min((len(one.rtt_ms) for one in scores.values()), default=0)
     queries = cell.queries.take(slice(common)).answered()
     if not len(queries):
-        return {}
+        return {}, (0, 0)
     answered, clusters = cell.queries.rtt_ms[:common] >= 0, Clusters(queries.src_id, queries.prefix, resamples)
-    return {name: clusters.macro_mean(one.crps_log[:common][answered]) for name, one in scores.items()}
+    crps = {name: clusters.macro_mean(one.crps_log[:common][answered]) for name, one in scores.items()}
+    return crps, (len(clusters.sources), len(clusters.prefixes))
 
 
 def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, str]) -> str | None:
     """The baseline with the least CRPS in the val cell that a cell of test corresponds to; None for a cell of val.
 
-    Where val has no such cell, the least geometric mean over all of its cells of the family, draw and k, or draw and k.
+    Where that holds fewer than LEAST_CLUSTERS sources or prefixes, which decide nothing, the least geometric mean over all
+    cells of val of the family, draw and k; without any, over those of the draw and k.
     """
     if cell.split in VAL_SPLITS:
         return None
     val = [one for one in done if one.split in VAL_SPLITS and (one.draw, one.k) == (cell.draw, cell.k)]
     val = [one for one in val if one.baseline_crps]
     family = [one for one in val if one.family == cell.family]
-    cells = [one for one in family if number_of(one.split) == number_of(cell.split)] or family or val
+    same = [one for one in family if number_of(one.split) == number_of(cell.split)]
+    cells = [one for one in same if min(one.baseline_hosts) >= LEAST_CLUSTERS] or family or val
     baselines = [name for name, kind in kinds.items() if kind == "baseline"]
 
     def log_crps(name: str) -> float:

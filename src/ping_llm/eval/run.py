@@ -51,7 +51,11 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     """
     options.check()
     borrowed = [BorrowedScores.load(folder) for folder in options.scores]
-    held = {name: one for folder in borrowed for name, one in folder.methods.items()}
+    held: dict[str, dict[str, Any]] = {}
+    for folder in borrowed:
+        if twice := held.keys() & folder.methods.keys():
+            raise ValueError(f"{sorted(twice)[0]} stands in several folders of --scores; name each method once")
+        held |= folder.methods
     baselines: list[Baseline] = []
     if not options.model_only and not any(one["kind"] == "baseline" for one in held.values()):
         import lightgbm  # noqa: F401  what is missing is said before anything is done
@@ -83,7 +87,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         if models
         else next((one.results["run"] for one in borrowed if one.results["run"]), None),
         "train_rows": str(train_rows),
-        "quick": options.quick,
+        "quick": options.quick or any(folder.results["quick"] for folder in borrowed),
         "seed": options.seed,
         "leak": leak or next((one.results["leak"] for one in borrowed if one.results["leak"]), ""),
         "model_queries_per_cell": options.model_queries_per_cell if "model" in kinds.values() else 0,
@@ -94,7 +98,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         **summaries(cells),
     }
     for folder in borrowed:
-        results |= folder.extras
+        results |= folder.extras(options.val_only)
     if models:
         tested = [split for split in splits if split.is_val == options.val_only]
         bayes, beside = DestinationBayes(train, val), baselines[-1] if baselines else None
@@ -152,6 +156,8 @@ def _load_queries(options: EvalOptions, train_rows: Path) -> tuple[Measurements,
             older = "are rows of an older format, whose train part shows endpoints of the test parts"
             raise ValueError(f"{rows} {older}; prepare them again")
     if options.val_only:
+        if data.resolve() != train_rows.resolve():
+            raise ValueError("--val-only is about the rows that the run learned from; leave out --data")
         table = Measurements.from_rows(train_rows, ("train", "val"))
         return learned_from(table), draw_val(table, count, seed)
     held = [part for part, measurements in read_manifest(data)["parts"].items() if measurements]
@@ -186,12 +192,16 @@ def _answer_all(
     seq_len = options.seq_len or min((model.model.seq_len for model in models), default=0)
     resamples, done = make_resamples(splits, options.seed), list[CellScores]()
     cells = [cell for split in splits if len(split) for cell in split.cells() if cell.k in options.counts]
+    if seq_len:
+        cells = [replace(cell, queries=fitted(cell.queries, seq_len)) for cell in cells]
+    for folder in borrowed:
+        for cell in cells:
+            folder.check(cell)
     first = slice(options.model_queries_per_cell)
     total = sum(len(predictors) * len(c.queries) + len(models) * len(c.queries.take(first)) for c in cells)
     with score_writer(options.folder / TABLE_NAME) as write, show_progress("answer", total, "queries") as advance:
         for number, cell in enumerate(cells):
-            queries = fitted(cell.queries, seq_len) if seq_len else cell.queries
-            cell, view, scores = replace(cell, queries=queries), queries.view(), dict[str, Scores]()
+            queries, view, scores = cell.queries, cell.queries.view(), dict[str, Scores]()
             for folder in borrowed:
                 scores |= folder.scores(cell)
             rng = np.random.default_rng([options.seed, number, 0xE7A1])

@@ -120,8 +120,8 @@ def test_cells_that_share_their_queries_do_not_count_as_independent():
 
 
 def test_degrees_of_freedom_are_satterthwaites_by_hand():
-    """Three sources with 2, 1, 1 queries; two prefixes with 3 and 1. The influence u of each query is divided by 3 sources and
-    by its source's queries. Squares of sources: (u0 + u1)² + u2² + u3², of prefixes: (u0 + u1 + u2)² + u3²."""
+    """Three sources with 2, 1, 1 queries; two prefixes with 3 and 1. The influence u of each query is divided by 3 sources
+    and by its source's queries. Squares of sources: (u0 + u1)² + u2² + u3², of prefixes: (u0 + u1 + u2)² + u3²."""
     source, prefix = np.array([0, 0, 1, 2]), np.array([0, 0, 0, 1])
     clusters = Clusters(source, prefix, Resamples(source, prefix))
     u = np.array([0.6, 0.3, -1.2, 0.9]) / (3 * np.array([2, 2, 1, 1]))  # 0.1, 0.05, −0.4, 0.3

@@ -50,14 +50,14 @@ class BorrowedScores:
         """Kind and choices of each method."""
         return self.results["methods"]
 
-    def extras(self, val: bool) -> dict[str, Any]:
-        """What it says of a model besides its scores: of val, or of the test parts."""
+    def extras(self, val_only: bool) -> dict[str, Any]:
+        """What it says of a model besides its scores, maybe of val alone."""
         kept: dict[str, Any] = {}
         for name in _EXTRAS:
             if isinstance(held := self.results.get(name), list):
-                kept[name] = [one for one in held if is_part_of(one["split"], "val") == val]
+                kept[name] = [one for one in held if not val_only or is_part_of(one["split"], "val")]
             elif held:
-                kept[name] = {part: one for part, one in held.items() if is_part_of(part, "val") == val}
+                kept[name] = {part: one for part, one in held.items() if not val_only or is_part_of(part, "val")}
         return {name: held for name, held in kept.items() if held}
 
     def check(self, cell: Cell) -> None:

@@ -246,10 +246,10 @@ def _other_fields(results: Mapping[str, Any]) -> list[str]:
     losses = results["loss_per_field"]
     fields = list(dict.fromkeys(name for line in losses.values() for name in line))
     of_losses = [(part, *(_number(line.get(name)) for name in fields)) for part, line in losses.items()]
-    orders = results["order_consistency"].items()
+    orders = results.get("order_consistency", {}).items()
     of_orders = [(split, _number(one["std_nats"]), f"{one['measurements']:,}") for split, one in orders]
     of_destinations = []
-    for split, one in results["destinations"].items():
+    for split, one in results.get("destinations", {}).items():
         for name in ("model", "destination_bayes") if one["queries"] else ():
             hits = (tops.values() for tops in one[name]["hit_rate"].values())
             shares = (" / ".join(_percent(share, 0) for share in of_top) for of_top in hits)

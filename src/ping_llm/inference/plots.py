@@ -52,7 +52,8 @@ def plot_rtt(shown: Mapping[str, Drawable], path: Path, title: str, truth: Drawa
     wide = max(len(name) for name, _, _ in drawn)
     peaks = [peak for name, one, color in drawn if (peak := _draw(axes, one, name.ljust(wide), color))]
     axes.set_xscale("log")
-    axes.set(xlabel="RTT (ms)", ylabel="density per log-ms", title=title, ylim=(0, None))
+    axes.set(xlabel="RTT (ms)", ylabel="density per log-ms", ylim=(0, None))
+    axes.set_title(title, fontsize=10)
     if max(peaks) > _UNEVEN * min(peaks):
         axes.set_yscale("log")
         axes.set_ylim(min(peaks) / 20, max(peaks) * 1.5)

@@ -6,6 +6,7 @@ So baselines are fitted once for many models, and a model can answer on a machin
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ class BorrowedScores:
             quantiles = np.stack([columns[name] for name in _QUANTILES], axis=1)
             of_method[method] = Scores(queries.rtt_ms[:count], p_fail, nll_nats, crps_log, pit, quantiles)
         return of_method
+
+
+def all_methods(folders: Sequence[BorrowedScores]) -> dict[str, dict[str, Any]]:
+    """Kind and choices of the methods of all folders; ValueError if two hold the same one."""
+    methods: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        if twice := methods.keys() & folder.methods.keys():
+            raise ValueError(f"{sorted(twice)[0]} stands in several folders of --scores; name each method once")
+        methods |= folder.methods
+    return methods
 
 
 def _place(cell: Cell) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from ping_llm.data.synthetic.truth import Truth
 from ping_llm.eval.baselines import TreeSettings, all_baselines
 from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes
-from ping_llm.eval.borrowed import RESULTS_NAME, TABLE_NAME, BorrowedScores
-from ping_llm.eval.columns import Measurements
+from ping_llm.eval.borrowed import RESULTS_NAME, TABLE_NAME, BorrowedScores, all_methods
+from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.diagnose import model_extras
 from ping_llm.eval.metrics import Scores, score
 from ping_llm.eval.model import ModelMethod, TrueDistribution, fitted
@@ -51,26 +51,16 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     """
     options.check()
     borrowed = [BorrowedScores.load(folder) for folder in options.scores]
-    held: dict[str, dict[str, Any]] = {}
-    for folder in borrowed:
-        if twice := held.keys() & folder.methods.keys():
-            raise ValueError(f"{sorted(twice)[0]} stands in several folders of --scores; name each method once")
-        held |= folder.methods
-    baselines: list[Baseline] = []
-    if not options.model_only and not any(one["kind"] == "baseline" for one in held.values()):
+    held = all_methods(borrowed)
+    fits = not options.model_only and not any(one["kind"] == "baseline" for one in held.values())
+    if fits:
         import lightgbm  # noqa: F401  what is missing is said before anything is done
-
-        baselines = all_baselines(QUICK_TREES if options.quick else None)
     models, leak, train_rows = _open_run(options)
     train, splits = _load_queries(options, train_rows)
     val = mixed_queries([split for split in splits if split.is_val])
-    with show_progress("fit the baselines", len(baselines), "baselines") as advance:
-        for baseline in baselines:
-            baseline.fit(train, val)
-            advance(1)
+    baselines = _fit_baselines(train, val, options.quick) if fits else []
     truth = [TrueDistribution(Truth.load(options.truth))] if options.truth else []
     methods = {one.name: {"kind": "baseline", "choices": one.choices} for one in baselines} | held
-    failures = baselines[-1].task.failure.choices if baselines else next((f.results["failures"] for f in borrowed), {})
     methods |= {one.name: {"kind": "truth", "choices": {}} for one in truth}
     methods |= {one.name: {"kind": "model", "choices": {}} for one in models}
     described: dict[str, dict[str, dict[str, Any]]] = {}
@@ -80,20 +70,23 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     options.folder.mkdir(parents=True, exist_ok=True)
     kinds = {name: one["kind"] for name, one in methods.items()}
     cells = _answer_all(options, splits, [*baselines, *truth], models, borrowed, kinds)
+
+    def first(own: Any, name: str) -> Any:
+        """What is known here, else of the first folder of scores that knows it."""
+        return own or next((folder.results[name] for folder in borrowed if folder.results[name]), own)
+
     results = {
         "format_version": FORMAT_VERSION,
         "data": str(options.rows),
-        "run": str(options.run)
-        if models
-        else next((one.results["run"] for one in borrowed if one.results["run"]), None),
+        "run": first(str(options.run) if models else None, "run"),
         "train_rows": str(train_rows),
-        "quick": options.quick or any(folder.results["quick"] for folder in borrowed),
+        "quick": first(options.quick, "quick"),
         "seed": options.seed,
-        "leak": leak or next((one.results["leak"] for one in borrowed if one.results["leak"]), ""),
-        "model_queries_per_cell": options.model_queries_per_cell if "model" in kinds.values() else 0,
+        "leak": first(leak, "leak"),
+        "model_queries_per_cell": first(options.model_queries_per_cell if models else 0, "model_queries_per_cell"),
         "splits": described,
         "methods": methods,
-        "failures": failures,
+        "failures": first(baselines[-1].task.failure.choices if baselines else {}, "failures"),
         "cells": [cell.to_json() for cell in cells],
         **summaries(cells),
     }
@@ -108,6 +101,15 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     write_atomically(options.folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
     write_report(results, options.folder, plot_results(results, options.folder))
     return results
+
+
+def _fit_baselines(train: Measurements, val: Queries, quick: bool) -> list[Baseline]:
+    baselines = all_baselines(QUICK_TREES if quick else None)
+    with show_progress("fit the baselines", len(baselines), "baselines") as advance:
+        for baseline in baselines:
+            baseline.fit(train, val)
+            advance(1)
+    return baselines
 
 
 def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:

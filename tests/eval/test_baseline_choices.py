@@ -82,7 +82,9 @@ def test_the_chance_of_failure_is_taken_from_what_has_less_log_loss_on_val(monke
     """One ping of four fails: a chance of ¼ costs ln 4 / 4 + 3 ln(4/3) / 4 = 0.5623, one of ½ costs ln 2 = 0.6931."""
 
     def made_up(name: str, chance: float):
-        p_fail = lambda view: np.full(len(view), chance)  # noqa: E731
+        def p_fail(view) -> np.ndarray:
+            return np.full(len(view), chance)
+
         return lambda *_: SimpleNamespace(name=name, p_fail=p_fail, choices={f"{name}_setting": 1})
 
     monkeypatch.setattr(failure, "FailureRates", made_up("failure_rates", of_rates))

@@ -4,10 +4,12 @@ from functools import cache
 
 import numpy as np
 
+from ping_llm.data.measurement import pack_address
 from ping_llm.eval.baselines import TreeSettings
 from ping_llm.eval.columns import (
     Measurements,
     Queries,
+    QueryView,
     earlier_measurements,
     first_true,
     log_rtt,
@@ -80,3 +82,20 @@ def queries_of(table: Measurements, part: str, count: int = 400, k: int = 30, ot
 def relative_errors(learned, queries: Queries) -> np.ndarray:
     answered = queries.take(np.flatnonzero(queries.rtt_ms >= 0))
     return np.abs(np.exp(learned(answered.view()) - log_rtt(answered.rtt_ms)) - 1)
+
+
+def ping_table(*lines: tuple[str, str, int, float]) -> Measurements:
+    """Of (source, destination, second, ms); probes are numbered by source."""
+    texts = sorted({text for line in lines for text in line[:2]})
+    ids = np.array([[texts.index(line[0]), texts.index(line[1])] for line in lines], dtype=np.int32).T
+    packed = np.array([list(pack_address(text)) for text in texts], dtype=np.uint8)
+    time_s, rtt_ms = np.array([line[2] for line in lines]), np.array([line[3] for line in lines], dtype=np.float32)
+    zero = np.zeros(len(lines), dtype=np.int8)
+    return Measurements(*ids, ids[0].astype(np.int64), time_s, rtt_ms, zero.astype(np.uint8), zero, packed, ("train",))
+
+
+def last_query(*lines: tuple[str, str, int, float], context: tuple[int, ...] = ()) -> tuple[Measurements, QueryView]:
+    """The table of all lines but the last, and the last as a query; `context` are lines."""
+    table = ping_table(*lines)
+    query = Queries(table, np.array([len(lines) - 1]), np.array(context, dtype=np.int64).reshape(1, -1))
+    return table.take(slice(-1)), query.view()

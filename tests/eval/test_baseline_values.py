@@ -9,14 +9,15 @@ from networks import (
     SMALL_TREES,
     SOURCES,
     euclidean,
+    last_query,
     log_low_rank,
     low_rank,
     network,
+    ping_table,
     queries_of,
     relative_errors,
 )
 
-from ping_llm.data.measurement import pack_address
 from ping_llm.eval.baselines import all_baselines
 from ping_llm.eval.baselines.coordinates import Vivaldi
 from ping_llm.eval.baselines.factors import DMFSGD, LogFactors
@@ -30,24 +31,6 @@ from ping_llm.eval.columns import (
     QueryView,
     earlier_measurements,
 )
-
-
-def ping_table(*lines: tuple[str, str, int, float]) -> Measurements:
-    """Of (source, destination, second, ms); probes are numbered by source."""
-    texts = sorted({text for line in lines for text in line[:2]})
-    ids = np.array([[texts.index(line[0]), texts.index(line[1])] for line in lines], dtype=np.int32).T
-    packed = np.array([list(pack_address(text)) for text in texts], dtype=np.uint8)
-    time_s, rtt_ms = np.array([line[2] for line in lines]), np.array([line[3] for line in lines], dtype=np.float32)
-    zero = np.zeros(len(lines), dtype=np.int8)
-    return Measurements(*ids, ids[0].astype(np.int64), time_s, rtt_ms, zero.astype(np.uint8), zero, packed, ("train",))
-
-
-def last_query(*lines: tuple[str, str, int, float], context: tuple[int, ...] = ()) -> tuple[Measurements, QueryView]:
-    """The table of all lines but the last, and the last as a query; `context` are lines."""
-    table = ping_table(*lines)
-    query = Queries(table, np.array([len(lines) - 1]), np.array(context, dtype=np.int64).reshape(1, -1))
-    return table.take(slice(-1)), query.view()
-
 
 HERE, MATE, FAR = "20.0.0.1", "20.0.0.2", "21.0.0.1"
 THERE, NEAR, WIDE = "30.0.0.1", "30.0.0.2", "30.0.1.1"

@@ -243,7 +243,7 @@ def test_scores_of_other_evaluations_stand_beside_each_other_as_if_made_together
         results_of(run=None, scores=(with_rtt(folders[1]),), out=tmp_path / "x")
     with pytest.raises(ValueError, match=r"gave other contexts .* same --seq-len"):
         results_of(run=None, scores=folders, out=tmp_path / "x", seq_len=40)
-    with pytest.raises(ValueError, match="gave other contexts|answered other queries"):
+    with pytest.raises(ValueError, match=r"gave other contexts|answered other queries"):
         results_of(run=None, scores=folders, out=tmp_path / "x", seed=1)
     (tmp_path / "model" / "queries.parquet").unlink()
     for folder in (tmp_path / "model", tmp_path / "nowhere"):

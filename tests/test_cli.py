@@ -167,10 +167,3 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, capsys):
     assert main(["prepare", str(tmp_path / "a.json"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
     err = capsys.readouterr().err
     assert str(tmp_path / "out") in err and err.count("\n") == 1
-
-
-def test_a_context_without_measurements_is_one_clear_line(tmp_path, capsys):
-    (tmp_path / "c.csv").write_text("src_addr,dst_addr,rtt\n")
-    query = ["--src", "192.0.2.1", "--dst", "198.51.100.7", "--context", str(tmp_path / "c.csv")]
-    assert main(["inference", "rtt", "--model", str(tmp_path), *query]) == 1
-    assert "holds no measurements" in capsys.readouterr().err

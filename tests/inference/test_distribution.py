@@ -67,6 +67,15 @@ def test_samples_follow_the_distribution_and_the_seed():
     assert (sample == d.sample(20_000, seed=1)).all() and (sample != d.sample(20_000, seed=2)).any()
 
 
+def test_without_a_seed_samples_of_two_distributions_are_independent():
+    """Draws of one seed had the same ranks: of two alike, A was never before B, and of two apart always or never."""
+    a, b = (of_distribution(LOGNORMAL, p_fail=0.0) for _ in range(2))
+    first, second = a.sample(20_000), b.sample(20_000)
+    assert (first != a.sample(20_000)).any()
+    assert (first < second).mean() == pytest.approx(0.5, abs=0.03)
+    assert abs(stats.spearmanr(first, second).statistic) < 0.05
+
+
 def test_certain_failure_has_no_rtt():
     d = RTTDistribution(np.zeros(RTT_CODES), 1.0)
     assert (d.sample(5) == -1).all()

@@ -212,6 +212,11 @@ def test_log_prob_counts_that_the_measurement_ends(gpt):
     assert len(without) / 200 == pytest.approx(np.exp(ends), abs=0.12)
 
 
+def test_without_a_seed_every_call_draws_anew(gpt):
+    one, other = (generate(Reader(gpt, CPU), 12) for _ in range(2))
+    assert one["rtt"] != other["rtt"]
+
+
 def test_a_seed_gives_the_same_sequences_however_many_and_in_whatever_batches(gpt, monkeypatch):
     table = generate(Reader(gpt, CPU), 12, seed=7, measurements=2)
     assert table == generate(Reader(gpt, CPU), 12, seed=7, measurements=2)

@@ -198,11 +198,14 @@ def test_dst_finds_what_the_library_finds_and_says_how_sure_that_is(run_command,
 
 def test_sample_completes_what_is_given_and_repeats_with_its_seed(run_command):
     options = ["--src", SRC, "--dst", "198.51.0.0/16", "--at", "2026-01-02", "--count", "3", "--json"]
-    _, first, _ = run_command("sample", *options)
-    _, again, _ = run_command("sample", *options)
+    _, first, _ = run_command("sample", *options, "--seed", "0")
+    _, again, _ = run_command("sample", *options, "--seed", "0")
     _, other, _ = run_command("sample", *options, "--seed", "1")
     rows = json.loads(first)["rows"]
     assert first == again != other
+    _, new, _ = run_command("sample", *options)
+    _, newer, _ = run_command("sample", *options)
+    assert new != newer
     assert {row["src_addr"] for row in rows} == {SRC} and {row["event_time"] for row in rows} == {
         "2026-01-02T00:00:00Z"
     }
@@ -210,6 +213,29 @@ def test_sample_completes_what_is_given_and_repeats_with_its_seed(run_command):
     _, out, _ = run_command("sample", "--count", "2", "--temperature", "0")
     first, second = out.splitlines()
     assert first == second and "nats" in first
+
+
+def test_a_context_without_rows_is_a_context_of_nothing(run_command, tmp_path):
+    (tmp_path / "c.csv").write_text("src_addr,dst_addr,rtt\n")
+    query = ["--src", SRC, "--dst", DST, "--at", "2026-01-02", "--json"]
+    code, alone, _ = run_command("rtt", *query)
+    assert code == 0
+    code, answer, err = run_command("rtt", *query, "--context", tmp_path / "c.csv")
+    assert (code, answer) == (0, alone)
+    assert "c.csv holds no measurements: it is a context of nothing" in err
+    write(tmp_path / "q.json", QUERIES)
+    batch = ("batch", "--input", tmp_path / "q.json", "--output", "-")
+    code, out, err = run_command(*batch, "--context", tmp_path / "c.csv")
+    assert code == 0 and "it is a context of nothing" in err
+    assert run_command(*batch)[1] == out
+
+
+def test_a_table_of_no_rows_is_a_context_of_nothing(model, caplog):
+    alone = model.rtt_many(QUERIES)
+    for nothing in ([], pa.table({"src_addr": pa.array([], pa.string())})):
+        assert model.rtt_many(QUERIES, context=nothing) == alone
+        assert "the context has no rows: it is a context of nothing" in caplog.text
+        caplog.clear()
 
 
 def test_score_writes_all_measurements_and_shows_the_most_surprising(run_command, model, tmp_path):

@@ -50,7 +50,11 @@ def answer_table(
     table = QueryTable.parse(given)
     known_lengths(src_known, Endpoint.parse("::1"))  # what is invalid for every source is not the error of a row
     named = "query_id" in given.column_names
-    contexts = None if context is None else ContextTable.parse(as_table(context), table.rows if named else (), one_host)
+    measured = None if context is None else as_table(context)
+    if measured is not None and not measured.num_rows:
+        log.warning("the context has no rows: it is a context of nothing")
+        measured = None
+    contexts = None if measured is None else ContextTable.parse(measured, table.rows if named else (), one_host)
     most = reader.seq_len // LEAST_TOKENS + 1
     columns = np.full((given.num_rows, len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
     order, used = table.order(), contexts is None

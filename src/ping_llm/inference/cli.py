@@ -220,7 +220,7 @@ def sample(
     at: str = "",
     count: int = 10,
     measurements: int = 1,
-    seed: int = 0,
+    seed: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -236,7 +236,7 @@ def sample(
         at: its time, ISO 8601.
         count: sequences to draw.
         measurements: of each sequence.
-        seed: the same seed gives the same measurements.
+        seed: the same seed gives the same measurements; without one, every call draws others.
         temperature: below 1 prefers what is likely; 0 takes the likeliest.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens that hold this probability.

@@ -217,8 +217,8 @@ class RTTDistribution:
         with np.errstate(invalid="ignore"):
             return self._each(np.where(failed, np.nan, np.minimum(mass / self._p_answer, 1.0)))
 
-    def sample(self, count: int, seed: int = 0) -> np.ndarray:
-        """`count` independent results of one ping in ms, −1 = failed; (count,) float64."""
+    def sample(self, count: int, seed: int | None = None) -> np.ndarray:
+        """`count` independent results of one ping in ms, −1 = failed; (count,) float64. Without a seed they are new ones."""
         rng = np.random.default_rng(seed)
         failed = rng.random(count) < self.p_fail
         if not self.p_answer > 0:

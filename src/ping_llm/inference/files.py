@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import io
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -28,6 +29,9 @@ STANDARD = Path("-")  # standard input or output
 _PROBABILITY = ("p_", "probability", "share")  # beginnings of the names of columns shown in percent
 _MOST_ROWS = 40  # shown
 _WIDTH = 160  # columns of text where there is no terminal to ask
+
+
+log = logging.getLogger(__name__)
 
 
 def read_table(path: Path) -> pa.Table:
@@ -79,12 +83,13 @@ def read_measurements(path: Path) -> pa.Table:
 
 
 def read_context(path: Path | None) -> pa.Table | None:
-    """The context that a file holds; ValueError if it holds none, or none that can be one."""
+    """The context that a file holds, None with a warning if that has no rows; ValueError if it can be no context."""
     if path is None:
         return None
     table = read_table(path)
     if not table.num_rows:
-        raise ValueError(f"{path} holds no measurements; leave out --context, or name a file that holds some")
+        log.warning("%s holds no measurements: it is a context of nothing", path)
+        return None
     check_columns(table, f"the context {path}", ("src_addr", "dst_addr", "rtt"))
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def generate(
     reader: Reader,
     count: int,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -89,12 +90,14 @@ def generate(
     `prompt_tokens` (T,) is the beginning of a window, which every sequence continues: the measurement it breaks off in
     is completed first and counts; to begin a new one, end it with MEASUREMENT_START. `log_prob` is the probability of
     the tokens of a measurement that follow the prompt, and that it ends there, under the model restricted to legal
-    tokens, at temperature 1 and unfiltered. Sequence i depends on the seed and i, not on `count`.
+    tokens, at temperature 1 and unfiltered. Sequence i depends on the seed and i, not on `count`; without a seed every call
+    draws anew.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     for name, value in (("count", count), ("measurements", measurements)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    seed = secrets.randbits(63) if seed is None else seed
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be from 0 to 2^63 − 1")
     prompt = [] if prompt_tokens is None else [int(token) for token in prompt_tokens]

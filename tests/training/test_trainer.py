@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import os
 import shutil
@@ -344,14 +345,33 @@ def test_a_resumed_run_draws_the_random_numbers_that_an_uninterrupted_one_would(
     assert_same_weights(whole.train.run_dir, halves.train.run_dir)
 
 
-def test_a_second_trainer_is_kept_out_of_a_run_folder(tmp_path):
+def test_a_second_trainer_is_kept_out_of_a_run_folder_and_changes_nothing_in_it(tmp_path):
     config = make_config(tmp_path)
+    files = [tmp_path / name for name in ("config.json", "machine.json")]
 
     def second():
+        for file in files:
+            file.write_text(file.read_text() + "\n\n")  # what only the first trainer can have written
         with pytest.raises(ValueError, match="another process writes to"):
             run(config)
 
     assert run(config, interrupted_at(3, second)).step == 12
+    assert all(file.read_text().endswith("\n\n\n") for file in files)
+
+
+def test_a_checkpoint_of_a_stopped_step_has_not_the_validation_loss_of_the_step_before(tmp_path):
+    """Step 6 is evaluated; step 7, in which the run is stopped, is not."""
+
+    def stopped_in_step_7(config, start_step, *given):
+        for step in range(start_step, 100):
+            if step == 6:
+                signal.raise_signal(signal.SIGTERM)
+            yield make_windows(config.train.batch_size, seed=step)
+
+    run(make_config(tmp_path), stopped_in_step_7)
+    states = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("checkpoints/*/state.json")}
+    assert states["step-00000007"]["val_loss"] is None
+    assert states["step-00000006"]["val_loss"] > 0
 
 
 def test_the_folder_of_a_run_that_saved_nothing_yet_is_not_taken_over(tmp_path):

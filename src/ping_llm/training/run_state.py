@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,7 +14,7 @@ from ping_llm.config import Config, TrainConfig, differing_fields
 from ping_llm.data.rows import MANIFEST_NAME
 from ping_llm.model.checkpoint import Checkpoint, load_config, load_latest, save_config
 from ping_llm.model.gpt import GPT, parameter_count
-from ping_llm.system.files import write_atomically
+from ping_llm.system.files import write_atomically, write_lock
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.distributed import Ranks
@@ -48,6 +50,7 @@ class RunState:
     def count(self, config: Config, tokens: int, elapsed_s: float, skipped: bool) -> None:
         """Counts one step."""
         self.step += 1
+        self.val_loss = None  # that was of other weights
         self.samples_consumed += config.train.batch_size
         self.tokens, self.elapsed_s = self.tokens + tokens, elapsed_s
         self.skipped_steps += skipped
@@ -66,10 +69,14 @@ class RunState:
         return schedule.progress(self.step, self.tokens, self.elapsed_s, config)
 
 
-def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | None:
-    """Writes config, machine and the manifest of the rows into the run folder; the checkpoint to continue, ValueError if
-    its config differs."""
+def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) -> Checkpoint | None:
+    """Locks the run folder, for as long as `lock` is held, and writes config, machine and the manifest of the rows into it;
+    the checkpoint to continue. ValueError if another process trains there, or the config of its run differs."""
     run_dir = config.train.run_dir
+    try:
+        lock.enter_context(write_lock(run_dir, run_dir / ".lock"))
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
     resumed, old = load_latest(run_dir), load_config(run_dir)
     if resumed is not None and old is None:
         raise ValueError(f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir")
@@ -91,9 +98,13 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks) -> Checkpoint | Non
         if (manifest := config.data.rows / MANIFEST_NAME).is_file():
             write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
     except OSError as error:
-        reason = f"the run folder {run_dir} cannot be written ({error.strerror})"
-        raise ValueError(f"{reason}; pass another --train.run-dir") from None
+        raise _unwritable(run_dir, error) from None
     return resumed
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ValueError:
+    reason = f"the run folder {run_dir} cannot be written ({error.strerror})"
+    return ValueError(f"{reason}; pass another --train.run-dir")
 
 
 def restore(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer) -> RunState:

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,7 +25,6 @@ from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME
 from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT, parameter_count
-from ping_llm.system.files import write_lock
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.calibration import calibrate
@@ -72,8 +71,8 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
     """
     feed = feed or Feed.of_rows()
     with processes(config.train.device) as ranks, _stop_flag() as stop, _memory_advice(config.train, ranks):
-        training = Training.begin(config, feed, ranks)
-        with write_lock(config.train.run_dir, config.train.run_dir / ".lock") if ranks.is_main else nullcontext():
+        with ExitStack() as lock:
+            training = Training.begin(config, feed, ranks, lock)
             trained = training.run(stop)
         state, calibrates = training.state, training.queries is not None
         del training  # frees its memory before a second model is loaded
@@ -102,15 +101,16 @@ class Training:
     queries: ValQueries | None
 
     @classmethod
-    def begin(cls, config: Config, feed: Feed, ranks: Ranks) -> Training:
-        """Reads all that a run needs, so that what is wrong is reported before anything is done."""
+    def begin(cls, config: Config, feed: Feed, ranks: Ranks, lock: ExitStack) -> Training:
+        """Reads all that a run needs, so that what is wrong is reported before anything is done; locks the run folder before
+        anything in it is written."""
         ranks.on_main(lambda: config.train.check_processes(ranks.world))
         read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.queries(config)))
         rows_sha256, windows, queries = ranks.share(read)
         if manifest_sha256(config.data.rows) != rows_sha256:
             where = f"process {ranks.rank} finds other rows in {config.data.rows}"
             raise ValueError(f"{where} than the main one; copy them")
-        checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks))
+        checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
         torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
         optimizer = Optimizer(model, config.optim, ranks)

@@ -11,8 +11,8 @@ from ping_llm.eval.baselines import base, failure
 from ping_llm.eval.baselines.base import PointMethod, Task
 from ping_llm.eval.baselines.failure import FailureChoice, FailureRates
 from ping_llm.eval.baselines.neighbours import ProfileNeighbours
-from ping_llm.eval.baselines.pairs import find, hide, pair_keys
-from ping_llm.eval.columns import Measurements, Queries
+from ping_llm.eval.baselines.pairs import find, hide
+from ping_llm.eval.columns import Measurements, Queries, pair_keys
 
 HERE, TWIN, OTHER = "20.0.0.1", "21.0.0.1", "22.0.0.1"
 THERE, FIRST, SECOND, THIRD = "30.0.0.1", "31.0.0.1", "32.0.0.1", "33.0.0.1"

@@ -5,15 +5,13 @@ import logging
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
+from random_model import random_model
 
-from ping_llm.config import ModelConfig
 from ping_llm.inference import batch
 from ping_llm.inference.batch import ANSWER_COLUMNS, SCORE_COLUMNS, answer_table
 from ping_llm.inference.distribution import QUANTILES
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint
-from ping_llm.model.gpt import GPT
 
 SOURCES = ("192.0.2.1", "192.0.2.9", "2001:db8::1")
 CONTEXT = [
@@ -40,12 +38,7 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def model() -> PingModel:
-    gpt = GPT(ModelConfig(n_layer=1, n_embd=32, n_head=2, seq_len=128)).eval().double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return PingModel(gpt, torch.device("cpu"), least_mass=0.0)
+    return random_model(32, 128)
 
 
 def alone(model, row, context=None, src_known="auto"):

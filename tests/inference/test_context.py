@@ -2,31 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_model import random_model
 
-from ping_llm.config import ModelConfig
 from ping_llm.inference.context import Context
-from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Query
 from ping_llm.inference.table import History
-from ping_llm.model.gpt import GPT
 
 SRC, DST, AT = "192.0.2.1", "198.51.100.7", 1_700_000_000
 OTHER, IPV6 = "192.0.2.9", "2001:db8::1"
-
-
-def build_model() -> PingModel:
-    gpt = GPT(ModelConfig(n_layer=1, n_embd=16, n_head=2, seq_len=256)).eval().double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return PingModel(gpt, torch.device("cpu"), least_mass=0.0)
-
-
-MODEL = build_model()
+MODEL = random_model(16, 256)
 
 
 def ping(src: str = SRC, time_s: int = AT - 1, rtt: float = 80.0, dst: str = "198.51.100.9") -> dict:

@@ -29,9 +29,8 @@ from ping_llm.system.processes import end_with_parent
 LARGE_ROW_MEASUREMENTS = (
     10_000  # about 0.1 MB, which takes as long to read as a window takes to draw and encode: 0.1 ms
 )
-ROWS_IN_TURN = (
-    4  # at one place of the batch; a block takes as many times the memory, and a run begins with a whole block
-)
+# At one place of the batch; a block takes as many times the memory, and a run begins with a whole block.
+ROWS_IN_TURN = 4
 _STREAMS = {"train": 0, "val": 1}
 # Steps of the two recurrences, irrational and unrelated: were they related, the rows that one reaches in a block could
 # depend on where the other stands.

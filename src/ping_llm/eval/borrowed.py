@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ping_llm.data.rows import is_part_of
 from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
-from ping_llm.eval.queries import Cell
+from ping_llm.eval.queries import VAL_SPLITS, Cell
 
 RESULTS_NAME, TABLE_NAME = "results.json", "queries.parquet"
 _SCORES = ("p_fail", "nll_nats", "crps_log", "pit")
@@ -56,9 +55,9 @@ class BorrowedScores:
         kept: dict[str, Any] = {}
         for name in _EXTRAS:
             if isinstance(held := self.results.get(name), list):
-                kept[name] = [one for one in held if not val_only or is_part_of(one["split"], "val")]
+                kept[name] = [one for one in held if not val_only or one["split"] in VAL_SPLITS]
             elif held:
-                kept[name] = {part: one for part, one in held.items() if not val_only or is_part_of(part, "val")}
+                kept[name] = {part: one for part, one in held.items() if not val_only or part in VAL_SPLITS}
         return {name: held for name, held in kept.items() if held}
 
     def check(self, cell: Cell) -> None:

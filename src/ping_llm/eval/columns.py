@@ -251,6 +251,11 @@ def place_in_group(group: np.ndarray) -> np.ndarray:
     return place
 
 
+def pair_keys(source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+    """One int64 for each source and destination, or prefix, ascending with both; −1 where either is not known."""
+    return np.where((source >= 0) & (destination >= 0), (source.astype(np.int64) << 32) | destination, -1)
+
+
 def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:
     """log of RTTs in ms, float64; NaN where there is none (−1, NaN). Clocks that gave 0 count as 1 µs."""
     with np.errstate(invalid="ignore"):

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from ping_llm.data.measurement import is_ipv4, pack_addresses
-from ping_llm.data.rows import is_part_of, read_manifest
+from ping_llm.data.rows import read_manifest
 from ping_llm.eval.baselines.base import Baseline
 from ping_llm.eval.baselines.destinations import DestinationBayes, prefix_ranks
 from ping_llm.eval.baselines.pairs import find
 from ping_llm.eval.columns import Queries, prefix_ids
 from ping_llm.eval.model import model_queries, open_queries, records
 from ping_llm.eval.options import DIAGNOSE_QUERIES, EvalOptions
-from ping_llm.eval.queries import FAMILIES, SplitQueries, draw_val, learned_from, mixed_queries
+from ping_llm.eval.queries import FAMILIES, VAL_SPLITS, SplitQueries, draw_val, learned_from, mixed_queries
 from ping_llm.eval.tokens import colored, part_windows, score_tokens
 from ping_llm.inference.model import PingModel
 
@@ -78,7 +78,7 @@ def model_extras(
     measurements, destinations = (max(1, int(count / len(queries))) for count in wanted)
     windows, counts = QUICK_WINDOWS if options.quick else WINDOWS, read_manifest(options.rows)["parts"]
     parts = [part for part, held in counts.items() if held and part != "train"] or ["train"]
-    parts = [part for part in parts if is_part_of(part, "val")] if options.val_only else parts
+    parts = [part for part in parts if part in VAL_SPLITS] if options.val_only else parts
     losses = {part: score_tokens(model, part_windows(options, part, windows)).loss_per_field() for part in parts}
     orders, found, shown = {}, {}, []
     for split, of_split in queries.items():

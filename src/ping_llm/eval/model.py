@@ -52,9 +52,8 @@ class ModelMethod:
         self, queries: Queries, rng: np.random.Generator, advance: Callable[[float], None] = lambda n: None
     ) -> Scores:
         """The scores of q queries."""
-        order = np.lexsort(
-            (queries.measurements.time_s[queries.rows], queries.src_id)
-        )  # neighbours share their context
+        # neighbours share their context
+        order = np.lexsort((queries.measurements.time_s[queries.rows], queries.src_id))
         sorted_ = queries.take(order)
         found = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
         found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))

@@ -119,9 +119,8 @@ def _ratios(results: Mapping[str, Any]) -> Figure | None:
         line, (row, column) = cell["methods"][name], (splits.index(cell["split"]), columns.index(cell_name(cell)))
         if line["crps_ratio"]:
             log_ratio[row, column] = np.log2(line["crps_ratio"])
-            text = f"{line['crps_ratio']:.2f}" + (
-                "*" if line["ratio_interval"] and line["ratio_interval"][1] < 1 else ""
-            )
+            interval = line["ratio_interval"]
+            text = f"{line['crps_ratio']:.2f}" + ("*" if interval and interval[1] < 1 else "")
             color = "white" if abs(log_ratio[row, column]) > 0.65 else "black"
             axis.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     axis.spines[:].set_visible(True)

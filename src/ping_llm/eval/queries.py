@@ -18,7 +18,7 @@ from zlib import crc32
 import numpy as np
 
 from ping_llm.data.measurement import KINDS
-from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, place_in_group
+from ping_llm.eval.columns import Measurements, Queries, earlier_measurements, pair_keys, place_in_group
 from ping_llm.eval.options import COUNTS
 
 FAMILIES = ("ping", "target")
@@ -49,12 +49,12 @@ class Seen:
     def __init__(self, train: Measurements) -> None:
         size = len(train.addresses)
         self.source, self.destination = (np.bincount(ids, minlength=size) > 0 for ids in (train.src_id, train.dst_id))
-        self._pairs = np.unique(_pair(train.src_id, train.dst_id))
+        self._pairs = np.unique(pair_keys(train.src_id, train.dst_id))
         self.last_s = int(train.time_s.max(initial=np.iinfo(np.int64).min))
 
     def pair(self, src_id: np.ndarray, dst_id: np.ndarray) -> np.ndarray:
         """(n,) bool."""
-        return np.isin(_pair(src_id, dst_id), self._pairs)
+        return np.isin(pair_keys(src_id, dst_id), self._pairs)
 
     def eligible(self, part: Measurements, split: str) -> np.ndarray:
         """(n,) bool: the measurements of a part that are what its name says; ValueError where rows break their rule."""
@@ -127,7 +127,7 @@ class SplitQueries:
             "queries": len(self),
             "sources": len(np.unique(queries.src_id)),
             "prefixes": len(np.unique(queries.prefix)),
-            "pairs": len(np.unique(_pair(queries.src_id, queries.dst_id))),
+            "pairs": len(np.unique(pair_keys(queries.src_id, queries.dst_id))),
             "full_context_share": {
                 draw: {str(k): round(float((count >= k).mean()), 4) if len(self) else None for k in COUNTS[1:]}
                 for draw, count in given.items()
@@ -177,7 +177,3 @@ def draw_val(table: Measurements, count: int, seed: int) -> list[SplitQueries]:
 def mixed_queries(splits: Sequence[SplitQueries]) -> Queries:
     """The queries of all splits, see `SplitQueries.mixed`; of one table."""
     return Queries.concatenate([split.mixed() for split in splits])
-
-
-def _pair(src_id: np.ndarray, dst_id: np.ndarray) -> np.ndarray:
-    return src_id.astype(np.int64) << 32 | dst_id

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm.eval.bootstrap import LEAST_CLUSTERS
-from ping_llm.eval.queries import EXTERNAL, NO_DRAW, SPLITS, VAL_SPLITS
+from ping_llm.eval.queries import EXTERNAL, SPLITS, VAL_SPLITS
+from ping_llm.eval.results import PRIMARY_CONTEXTS
 from ping_llm.system.files import write_atomically
 
 REPORT_NAME = "report.md"
@@ -150,9 +151,8 @@ def _missing(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(cell["split"] == EXTERNAL for cell in cells):
         return []
     found = {(cell["split"], cell["draw"], cell["k"]) for cell in cells}
-    contexts = ((NO_DRAW, 0), ("other", 10))
     splits = VAL_SPLITS if cells[0]["split"] in VAL_SPLITS else SPLITS
-    wanted = [(split, draw, k) for draw, k in contexts for split in splits]
+    wanted = [(split, draw, k) for draw, k in PRIMARY_CONTEXTS for split in splits]
     return [
         f"{split} {cell_name({'draw': draw, 'k': k})}" for split, draw, k in wanted if (split, draw, k) not in found
     ]

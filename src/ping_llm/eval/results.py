@@ -30,15 +30,15 @@ from ping_llm.eval.metrics import (
     source_weights,
     weighted_quantile,
 )
-from ping_llm.eval.queries import EXTERNAL, FAMILIES, NO_DRAW, VAL_SPLITS, Cell, SplitQueries, number_of
+from ping_llm.eval.queries import FAMILIES, NO_DRAW, VAL_SPLITS, Cell, SplitQueries, number_of
 from ping_llm.system.files import move_atomically
 
 INTERVALS = {50: ("q0.25", "q0.75"), 80: ("q0.1", "q0.9"), 90: ("q0.05", "q0.95")}
 """Of each central interval in percent, its quantiles."""
 
 WITHIN_PERCENT = (10, 25)
-PRIMARY = tuple((f"s{number}", draw, k) for number in range(1, 6) for draw, k in ((NO_DRAW, 0), ("other", 10)))
-"""The ten numbers of the primary result: split, draw, k."""
+PRIMARY_CONTEXTS = ((NO_DRAW, 0), ("other", 10))
+"""Draw and k of the primary result: with five splits, ten numbers."""
 
 MEANS = {name: name for name in ("nll_nats", "rtt_nll_nats", "rtt_bits", "crps_log", "fail_log_loss")}
 MEANS |= {f"within_{percent}": f"(relative_error <= {percent / 100})::INT" for percent in WITHIN_PERCENT}
@@ -214,13 +214,12 @@ def comparator_of(cell: Cell, done: Sequence[CellScores], kinds: Mapping[str, st
 
 
 def summaries(cells: Sequence[CellScores]) -> dict[str, dict[str, Any]]:
-    """Of the test cells, or of val where there are no others: "primary", the ten numbers of PRIMARY for pings; "repeat", the
-    cells whose context may hold the pair itself; "target", the ten numbers for the targets of traceroutes. See `summarize`.
+    """Of the test cells, or of val where there are no others: "primary", the ten numbers for pings; "repeat", the cells
+    whose context may hold the pair itself; "target", the ten numbers for the targets of traceroutes. See `summarize`.
     """
     tested = [cell for cell in cells if cell.split not in VAL_SPLITS] or cells
     tested = [cell for cell in tested if cell.best_baseline is not None]
-    ten = [cell for cell in tested if (number_of(cell.split), cell.draw, cell.k) in PRIMARY or cell.split == EXTERNAL]
-    ten = [cell for cell in ten if (cell.draw, cell.k) in {(draw, k) for _, draw, k in PRIMARY}]
+    ten = [cell for cell in tested if (cell.draw, cell.k) in PRIMARY_CONTEXTS]
     pings, targets = ([cell for cell in ten if cell.family == family] for family in FAMILIES)
     repeat = [cell for cell in tested if cell.draw == "recent" and cell.family == FAMILIES[0]]
     return {"primary": summarize(pings), "repeat": summarize(repeat), "target": summarize(targets)}

@@ -178,19 +178,15 @@ class GPT(nn.Module):
             if cache is not None and cache.valid is not None:
                 mask = mask & cache.valid[:, None, None, :]
             mask = mask | (keys == queries)  # (B or 1, 1, T, S); a row that sees nothing would be NaN, and spread
-        dtype = self.embedding.weight.dtype
-        if torch.is_autocast_enabled(
-            tokens.device.type
-        ):  # the residual stream is of the type in which linear layers answer
+        dtype = self.embedding.weight.dtype  # of the residual stream: that in which linear layers answer
+        if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
-        table = _rms_norm(
-            self.embedding.weight
-        )  # rather than each token; its gradients are summed up before they are cast
+        # The table is normalised rather than each token; its gradients are summed up before they are cast.
+        table = _rms_norm(self.embedding.weight)
         x = F.embedding(tokens.clamp(min=0), table).to(dtype)  # (B, T, D)
         last = self.config.seq_len - 1
-        angles = (
-            self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
-        )  # (B or none, T, K)
+        # (B or none, T, K)
+        angles = self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
         cos, sin = angles.to(dtype)[..., None, :].chunk(2, dim=-1)
         rotation = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # of a head, and of its swapped halves
         for block in self.blocks:

@@ -120,9 +120,8 @@ class Objective:
         for part in windows[self.ranks.rank :: self.ranks.world].split(self.micro_batch):
             if not len(part):
                 continue  # fewer windows than processes
-            missing = (
-                self.micro_batch - len(part) if self.compiled else 0
-            )  # of another shape it would be compiled again
+            # of another shape it would be compiled again
+            missing = self.micro_batch - len(part) if self.compiled else 0
             tokens = F.pad(part, (0, 0, 0, missing), value=-1).to(self.device)
             targets, fields = self.targets(tokens)
             sums = self.sums(self.forward_alone, tokens[:, :-1].clamp(min=0), targets, fields)

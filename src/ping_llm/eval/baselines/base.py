@@ -101,6 +101,26 @@ class Task:
         some = self.answered_val.take(slice(None, None, max(1, len(self.answered_val) // CHOICE_QUERIES)))
         return [(view, log_rtt(some.rtt_ms)) for view in some.views(CHOICE_CONTEXTS)]
 
+    @cached_property
+    def val_kinds(self) -> np.ndarray:
+        """(n, 2) `evidence` of all `val_views`, in order."""
+        return np.concatenate([self.evidence(view) for view, _ in self.val_views])
+
+    @cached_property
+    def val_hosts(self) -> Hosts:
+        """Of all `val_views`, in order."""
+        return Hosts.of([view for view, _ in self.val_views])
+
+    @cached_property
+    def choice_kinds(self) -> np.ndarray:
+        """(n, 2) `evidence` of all `choice_views`, in order."""
+        return np.concatenate([self.evidence(view) for view, _ in self.choice_views])
+
+    @cached_property
+    def choice_hosts(self) -> Hosts:
+        """Of all `choice_views`, in order."""
+        return Hosts.of([view for view, _ in self.choice_views])
+
     def learned(self, method: PointMethod) -> Learned:
         """The method with the setting and uses chosen for it."""
         return self._used(method)
@@ -121,9 +141,9 @@ class Task:
         """The choice, and what was learned with its setting."""
         if len(method.settings) == len(method.uses) == 1:
             return Choice(method.settings[0], (0,) * KINDS), method.learn(self.train, **method.settings[0])
-        kind = np.concatenate([self.evidence(view)[:, 0] for view, _ in self.choice_views])
+        kind = self.choice_kinds[:, 0]
         count, found = np.bincount(kind, minlength=KINDS), []
-        many = np.isin(np.arange(KINDS), well_founded(kind, Hosts.of([view for view, _ in self.choice_views])))
+        many = np.isin(np.arange(KINDS), well_founded(kind, self.choice_hosts))
         many = many if many.any() else count == count.max()
         for setting in method.settings:
             learned, errors = method.learn(self.train, **setting), []
@@ -265,10 +285,9 @@ class PointBaseline(Baseline):
         learned, views = self.task.learned(self.method), self.task.val_views
         predicted = np.concatenate([learned(view) for view, _ in views])
         actual = np.concatenate([answers for _, answers in views])
-        kinds = np.concatenate([self.task.evidence(view) for view, _ in views])
         self._edges = np.quantile(predicted, (0.25, 0.5, 0.75))
-        hosts = Hosts.of([view for view, _ in views])
-        self._residuals = bucket_quantiles(actual - predicted, self._keys(predicted, kinds), hosts)
+        keys = self._keys(predicted, self.task.val_kinds)
+        self._residuals = bucket_quantiles(actual - predicted, keys, self.task.val_hosts)
         return self.task.choice(self.method).describe(self.method)
 
     def predict_distributions(self, view: QueryView) -> QuantileDistributions:

@@ -14,9 +14,9 @@ from itertools import product
 import numpy as np
 
 from ping_llm.eval.baselines.base import USES_OF_CONTEXT, PointMethod
-from ping_llm.eval.baselines.pairs import Pairs, SourceBackoff, find, pair_keys
+from ping_llm.eval.baselines.pairs import Pairs, SourceBackoff, find
 from ping_llm.eval.baselines.simple import Additive, Placing
-from ping_llm.eval.columns import Measurements, QueryView
+from ping_llm.eval.columns import Measurements, QueryView, pair_keys
 
 LEAST_RTT_MS = 0.1
 HUBER_LOG_MS = 0.5

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm.eval.baselines.pairs import Past, pair_keys
-from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_measurements, prefix_ids
+from ping_llm.eval.baselines.pairs import Past, practice_queries
+from ping_llm.eval.columns import Measurements, Queries, QueryView, pair_keys, prefix_ids
 from ping_llm.eval.distribution import log_loss
-from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
+from ping_llm.eval.queries import CHOICE_CONTEXTS
 
 if TYPE_CHECKING:
     import lightgbm
@@ -53,9 +53,10 @@ class FailureCounts:
 
     def with_context(self, key: np.ndarray, view: QueryView, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same with those of the context that are `counted` (q, K) and later than all of these."""
-        failures, pings = self.before(key, view.time_s)
-        new = counted & (view.context_time_s > self._past.last_s(*self._past.before(key, view.time_s))[:, None])
-        return failures + (new & (view.context_rtt_ms < 0)).sum(axis=1), pings + new.sum(axis=1)
+        start, stop = self._past.before(key, view.time_s)
+        new = counted & (view.context_time_s > self._past.last_s(start, stop)[:, None])
+        failures = self._failures[stop] - self._failures[start] + (new & (view.context_rtt_ms < 0)).sum(axis=1)
+        return failures, stop - start + new.sum(axis=1)
 
 
 class FailureRates:
@@ -210,14 +211,7 @@ def _practice(train: Measurements, count: int) -> Iterator[tuple[Measurements, Q
         (hidden_source | hidden_prefix, hidden_source & hidden_prefix),
     ):
         rows = np.sort(rng.permutation(np.flatnonzero(queried))[: count // 5])
-        context = np.where(
-            rng.random((len(rows), 1)) < 0.5,
-            earlier_measurements(train, rows, max(COUNTS)),
-            earlier_measurements(train, rows, max(COUNTS), other_destinations=True),
-        )
-        given = rng.choice(COUNTS, (len(rows), 1))
-        context = np.where(np.arange(context.shape[1]) < given, context, -1)
-        yield train.take(~hidden), Queries(train, rows, context)
+        yield train.take(~hidden), practice_queries(train, rows, rng)
 
 
 def _hidden(key: np.ndarray, rng: np.random.Generator) -> np.ndarray:

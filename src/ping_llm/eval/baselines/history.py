@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ping_llm.eval.baselines.base import Baseline, Learned, PointBaseline, PointMethod
-from ping_llm.eval.baselines.pairs import Past, pair_keys
+from ping_llm.eval.baselines.pairs import Past
 from ping_llm.eval.baselines.simple import Additive, row_medians
-from ping_llm.eval.columns import Measurements, QueryView, first_true, prefix_ids
+from ping_llm.eval.columns import Measurements, QueryView, first_true, pair_keys, prefix_ids
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions, pool
 
 MEMORY = 100  # measurements of train that a history goes back

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ping_llm.eval.baselines.base import USES_OF_CONTEXT, PointMethod
-from ping_llm.eval.baselines.pairs import Pairs, SourceBackoff, find, pair_keys
+from ping_llm.eval.baselines.pairs import Pairs, SourceBackoff, find
 from ping_llm.eval.baselines.simple import Placing, chunks, learn_destination, row_medians
-from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
+from ping_llm.eval.columns import Measurements, QueryView, pair_keys, prefix_ids
 
 MAX_SOURCES = 2_000  # known sources that a query is compared with: those with the most destinations
 MAX_PAIRS = 50_000  # pairs that a query is compared with: evenly out of all

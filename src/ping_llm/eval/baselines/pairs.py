@@ -10,7 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ping_llm.eval.columns import Measurements, QueryView, prefix_ids
+from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_measurements, pair_keys, prefix_ids
+from ping_llm.eval.queries import COUNTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +113,6 @@ def find(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(ascending[at] == wanted, at, -1)
 
 
-def pair_keys(source: np.ndarray, destination: np.ndarray) -> np.ndarray:
-    """One int64 for each source and destination, or prefix, ascending with both; −1 where either is not known."""
-    return np.where((source >= 0) & (destination >= 0), (source.astype(np.int64) << 32) | destination, -1)
-
-
 def group_medians(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
     """(groups,) medians of values (n,) by group (n,), each of which has one at least."""
     order = np.lexsort((values, group))
@@ -139,3 +135,11 @@ def hide(
     keys, pair = np.unique(pair_keys(*either), return_inverse=True)
     hidden = unit[train.src_id] | unit[train.dst_id] | (rng.random(len(keys)) < pairs)[pair]
     return train.take(~hidden) if (train.rtt_ms[~hidden] >= 0).any() else train  # a handful of pairs
+
+
+def practice_queries(train: Measurements, rows: np.ndarray, rng: np.random.Generator) -> Queries:
+    """Queries of measurements `rows` of train, each given 0 … 30 earlier ones of either draw, at random."""
+    half = rng.random((len(rows), 1)) < 0.5
+    recent, other = (earlier_measurements(train, rows, max(COUNTS), other) for other in (False, True))
+    given = np.arange(max(COUNTS)) < rng.choice(COUNTS, (len(rows), 1))
+    return Queries(train, rows, np.where(given, np.where(half, recent, other), -1))

@@ -16,7 +16,6 @@ import numpy as np
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.eval.baselines.base import (
     Baseline,
-    Hosts,
     Learned,
     bucket_keys,
     bucket_quantiles,
@@ -27,11 +26,10 @@ from ping_llm.eval.baselines.coordinates import VIVALDI_2D, VIVALDI_8D
 from ping_llm.eval.baselines.factors import DMFSGD_METHOD, LOG_FACTORS
 from ping_llm.eval.baselines.history import Backoff
 from ping_llm.eval.baselines.neighbours import PREFIX_KNN, PROFILE_KNN
-from ping_llm.eval.baselines.pairs import Pairs, hide
+from ping_llm.eval.baselines.pairs import Pairs, hide, practice_queries
 from ping_llm.eval.baselines.simple import ADDITIVE, DESTINATION_MEDIAN, SOURCE_MEDIAN, row_medians
-from ping_llm.eval.columns import Measurements, Queries, QueryView, earlier_measurements, log_rtt, place_in_group
+from ping_llm.eval.columns import Measurements, Queries, QueryView, log_rtt, place_in_group
 from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions, interpolate_rows
-from ping_llm.eval.queries import COUNTS
 
 if TYPE_CHECKING:
     import lightgbm
@@ -95,14 +93,13 @@ class LightGBM(Baseline):
 
     def learn(self) -> dict[str, Any]:
         """Learns from practice queries, stops on val, and collects the levels there."""
-        self._features = Features(self.task.train, [self.task.learned(method) for method in METHODS])
+        self._features = remember(Features(self.task.train, [self.task.learned(method) for method in METHODS]))
         views, answers = zip(*self.task.choice_views, strict=True)
         of_val = [(*self._features(view), y) for view, y in self.task.choice_views]
         self._boosters = _boost([self._practised(seed) for seed in range(FOLDS)], of_val, self.settings)
         self._quantiles = remember(self._predict)
         fallen = np.concatenate([_level_of(self._quantiles(view), y) for view, y in zip(views, answers, strict=True)])
-        keys = bucket_keys(np.concatenate(list(map(self.task.evidence, views))))
-        self._levels = bucket_quantiles(fallen, keys, Hosts.of(views))
+        self._levels = bucket_quantiles(fallen, bucket_keys(self.task.choice_kinds), self.task.choice_hosts)
         return {"trees": [booster.best_iteration for booster in self._boosters]}
 
     def predict_distributions(self, view: QueryView) -> QuantileDistributions:
@@ -158,12 +155,8 @@ def _practice(train: Measurements, seed: int, settings: TreeSettings) -> tuple[M
     few = shuffled[np.argsort(source[shuffled], kind="stable")]
     few = few[place_in_group(source[few]) < settings.practice_per_source]
     rows = np.sort(rng.permutation(few)[: settings.practice_queries // FOLDS])
-    half = rng.random(len(rows)) < 0.5
-    recent, other = (earlier_measurements(train, rows, max(COUNTS), other) for other in (False, True))
-    given = np.arange(max(COUNTS)) < rng.choice(COUNTS, len(rows))[:, None]
-    context = np.where(given, np.where(half[:, None], recent, other), -1)
     rest = train.take(~late) if (train.rtt_ms[~late] >= 0).any() else train
-    return hide(rest, seed + 100), Queries(train, rows, context)
+    return hide(rest, seed + 100), practice_queries(train, rows, rng)
 
 
 def _context_features(view: QueryView, additive: np.ndarray) -> np.ndarray:

@@ -153,10 +153,12 @@ def mutate(module: str, share: float) -> None:
 
 
 def extend_mutmut(share: float) -> None:
-    """Lets mutmut change functions under DECORATORS too, leave out all but a share of the mutants, and stop those that loop
-    by the time that they compute, for a busy machine makes all of them slow."""
+    """Lets mutmut change functions under DECORATORS too, leave out all but a share of the mutants, run the quickest tests
+    first, and stop mutants that loop by the time that they compute, for a busy machine makes all of them slow."""
     import libcst as cst
     from mutmut.mutation import file_mutation
+    from mutmut.runners import harness
+    from mutmut.state import state
     from mutmut.workers import isolation
 
     skips, arrange = (
@@ -180,6 +182,12 @@ def extend_mutmut(share: float) -> None:
             nodes[0] = nodes[0].with_changes(decorators=[*function.decorators, *nodes[0].decorators])
         return before, nodes, after, [name for name in names if zlib.crc32(name.encode()) < share * 2**32]
 
+    arguments = harness.PytestRunner._pytest_args_regular_run
+
+    def quickest_first(self, tests):
+        return arguments(self, sorted(tests, key=lambda test: (state().duration_by_test.get(test, 0.0), test)))
+
+    harness.PytestRunner._pytest_args_regular_run = quickest_first
     register_timeout = isolation.register_timeout
     isolation.register_timeout = lambda pid, limit_s: register_timeout(pid, limit_s + PATIENCE_S)
     file_mutation.MutationVisitor._skip_node_and_children = skip

@@ -116,7 +116,7 @@ def test_a_bad_command_is_one_clear_line(tmp_path, argv, message):
         ("[optim]\nfinal_lr_share = 0", "a step at rate 0 trains nothing"),
         ("[optim]\nmuon_lr = -1", "optim.muon_lr=-1.0 must be at least 0"),
         ("[optim]\nadam_beta2 = 1.5", "optim.adam_beta2=1.5 must be between 0 and 1"),
-        ("[train]\nmax_minutes = nan", "train.max_minutes=nan must be at least 0"),
+        ("[train]\nmax_minutes = nan", "train.max_minutes=nan must be a finite number"),
         ("[model]\nseq_len = 32", "model.seq_len=32 must be at least 64"),
         ("[data", "is not a readable TOML file"),
     ],

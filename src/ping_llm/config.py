@@ -28,7 +28,7 @@ class Bounds:
     most: float = math.inf
 
     def __str__(self) -> str:
-        return f"at least {self.least:g}" if self.most == math.inf else f"between {self.least:g} and {self.most:g}"
+        return f"at least {self.least:g}" if self.most == math.inf else f"between {self.least:g} and {self.most}"
 
 
 Count = Annotated[int, Bounds(1)]
@@ -41,11 +41,14 @@ class Section:
     """A table of the config; ValueError names the field that is out of its bounds."""
 
     def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value, place = getattr(self, name), f"{section}.{name}".removeprefix(".")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{place}={value} must be a finite number")
             for bounds in getattr(kind, "__metadata__", ()):
-                if not bounds.least <= getattr(self, name) <= bounds.most:
-                    section = type(self).__name__.removesuffix("Config").lower()
-                    raise ValueError(f"{section}.{name}={getattr(self, name)} must be {bounds}")
+                if isinstance(bounds, Bounds) and not bounds.least <= value <= bounds.most:
+                    raise ValueError(f"{place}={value} must be {bounds}")
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,12 @@ class TrainConfig(Section):
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass; auto = bf16 where the device multiplies it natively. Logits and loss are always fp32. fp16, for
-    GPUs without bf16, scales the loss so that small gradients do not vanish."""
+    """Of the forward pass; auto = bf16 if the device on which the run begins multiplies it natively, else fp32. Logits and
+    loss are always fp32. fp16, for GPUs without bf16, scales the loss so that small gradients do not vanish."""
+    deterministic: Annotated[bool, tyro.conf.arg(aliases=["--deterministic"])] = field(
+        default=False, metadata=RESUMABLE
+    )
+    """On GPUs, take only algorithms that give the same bits each time, which are slower; on CPUs all of them do."""
     compile: Literal["auto", True, False] = field(default="auto", metadata=RESUMABLE)
     """torch.compile the model; auto = on a GPU, where steps become much faster and take less memory."""
     checkpoint_every: Count = field(default=500, metadata=RESUMABLE)
@@ -219,13 +226,13 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of the initial weights and of the windows."""
 
 

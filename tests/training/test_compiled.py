@@ -16,6 +16,7 @@ from training_runs import MODEL, make_config, make_windows
 from ping_llm.config import ModelConfig
 from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
 from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import deterministic
 from ping_llm.training import objective
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import HOPPER_ATTENTION, Objective, attention_order, resolve_compile
@@ -55,6 +56,7 @@ def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypa
 
 
 def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch._C._get_sdp_priority_order()
     for capability, expected in (
         ((8, 0), before),
@@ -65,6 +67,9 @@ def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monke
         with attention_order(torch.device("cuda")):
             assert torch._C._get_sdp_priority_order()[:4] == expected[:4]
     assert torch._C._get_sdp_priority_order() == before and HOPPER_ATTENTION[0] is SDPBackend.CUDNN_ATTENTION
+    with deterministic(True), attention_order(torch.device("cuda")):  # cuDNN's gradients may differ from run to run
+        assert torch._C._get_sdp_priority_order()[:3] == [int(each) for each in HOPPER_ATTENTION[1:]]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     with attention_order(CPU):
         assert torch._C._get_sdp_priority_order() == before
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
 from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
-from ping_llm.system.hardware import named_peak_flops
+from ping_llm.system.hardware import gpu_kind, named_peak_flops
 
 PRICES = Path(__file__).with_name("prices.toml")
 ASSUMED_MFU = 0.40
@@ -27,6 +27,11 @@ class GPU:
     memory_gb: float
     dollars_per_hour: float
     peak_flops: float  # dense bf16, a second
+
+    @property
+    def kind(self) -> str:
+        """As that of a device, see `gpu_kind`."""
+        return gpu_kind(self.name)
 
     @classmethod
     def named(cls, name: str, prices: Path = PRICES) -> GPU:

@@ -25,6 +25,7 @@ HOPPER_ATTENTION = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
+DETERMINISTIC_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,7 +41,9 @@ def resolve_compile(choice: str | bool, device: torch.device) -> bool:
 
 def attention_order(device: torch.device) -> AbstractContextManager[object]:
     """The implementations of attention in the order in which they are tried, as a context: on a Hopper cuDNN's is the
-    fastest, but it is not what torch takes by itself."""
+    fastest, but it is not what torch takes by itself. Deterministic runs do without it, for its backward pass is not."""
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return sdpa_kernel(list(DETERMINISTIC_ATTENTION), set_priority=True)
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return nullcontext()
     return sdpa_kernel(list(HOPPER_ATTENTION), set_priority=True)
@@ -50,17 +53,18 @@ class Objective:
     """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
 
     A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches. Gradients are averaged over
-    the processes while those of the last one are still being computed.
+    the processes while those of the last one are still being computed. `precision` is what the run began with; without
+    it, that of the config.
     """
 
-    def __init__(self, config: Config, model: GPT, ranks: Ranks) -> None:
+    def __init__(self, config: Config, model: GPT, ranks: Ranks, precision: str | None = None) -> None:
         self.model, self.ranks, self.device = model, ranks, ranks.device
         config.train.check_processes(ranks.world)
         self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
         self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
         self.weights = field_weights(config.loss).to(self.device)  # (5,)
-        self.precision = resolve_precision(config.train.precision, self.device)
+        self.precision = precision or resolve_precision(config.train.precision, self.device)
         self.parallel: DistributedDataParallel | None = None
         if ranks.world > 1:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None

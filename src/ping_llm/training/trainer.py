@@ -25,6 +25,7 @@ from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME
 from ping_llm.model.checkpoint import load_model
 from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.calibration import calibrate
@@ -70,7 +71,12 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
     non-finite. ConnectionError: another process ended.
     """
     feed = feed or Feed.of_rows()
-    with processes(config.train.device) as ranks, _stop_flag() as stop, _memory_advice(config.train, ranks):
+    with (
+        deterministic(config.train.deterministic),
+        processes(config.train.device) as ranks,
+        _stop_flag() as stop,
+        _memory_advice(config.train, ranks),
+    ):
         with ExitStack() as lock:
             training = Training.begin(config, feed, ranks, lock)
             trained = training.run(stop)
@@ -116,7 +122,7 @@ class Training:
         optimizer = Optimizer(model, config.optim, ranks)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer) if checkpoint else None
-        objective = Objective(config, model, ranks)
+        objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
 
@@ -179,7 +185,8 @@ class Training:
             if line:
                 log.write(state.step, **line)
             if self.ranks.is_main and train.sample_every and (over or state.step % train.sample_every == 0):
-                log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
+                with deterministic(False):  # samples need sums that are not, on GPUs; nothing depends on them
+                    log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
             if over or (not stopped and state.step % train.checkpoint_every == 0):
                 speed.held_s += self._save(saver, clock)
         if stopped and progress < 1:

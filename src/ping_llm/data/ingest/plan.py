@@ -1,4 +1,4 @@
-"""Names and sizes of dumps in, the plan of their preparation out: its tasks, and what they will take.
+"""Kinds and sizes of dumps in, the plan of their preparation out: its tasks, and what they will take.
 
 Every number but the sizes of the files is an estimate. Rates are of one core at about 3 GHz, by scripts/bench_prepare.py.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from ping_llm.data.ingest.choices import Packets
 from ping_llm.data.ingest.splits import PARTS
@@ -34,7 +33,7 @@ SCRATCH_BYTES = 25  # of a measurement in the pieces between the two rounds
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done with dumps of known (name, bytes)."""
+    """What is to be done with dumps of known (suffix of such content, bytes)."""
 
     dumps: tuple[tuple[str, int], ...]
     packets: Packets
@@ -45,7 +44,7 @@ class Plan:
     @property
     def results(self) -> float:
         """Lines of all dumps."""
-        return sum(size / _kind(name)[1] for name, size in self.dumps)
+        return sum(size / _kind(suffix)[1] for suffix, size in self.dumps)
 
     @property
     def measurements(self) -> float:
@@ -59,7 +58,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Wall-clock time of all tasks, were they spread evenly."""
-        unpack = sum(size / _kind(name)[1] / _kind(name)[2] for name, size in self.dumps)
+        unpack = sum(size / _kind(suffix)[1] / _kind(suffix)[2] for suffix, size in self.dumps)
         parse, reduce = self.results / PARSE_RESULTS_PER_S, self.measurements / REDUCE_MEASUREMENTS_PER_S
         return (unpack + parse + reduce) / self.workers
 
@@ -81,17 +80,17 @@ class Plan:
 
 def bucket_count(dumps: Sequence[tuple[str, int]], packets: Packets) -> int:
     """So many that a bucket fits well in memory; by the inputs alone, so that the shards are the same everywhere."""
-    results = sum(size / _kind(name)[0] for name, size in dumps)
+    results = sum(size / _kind(suffix)[0] for suffix, size in dumps)
     return max(MIN_BUCKETS, round(results * (PACKETS_OF_A_RESULT if packets == "all" else 1) / BUCKET_MEASUREMENTS))
 
 
-def packed_share(name: str) -> float:
+def packed_share(suffix: str) -> float:
     """Bytes in a dump of one plain byte."""
-    return _kind(name)[1] / _PLAIN[1]
+    return _kind(suffix)[1] / _PLAIN[1]
 
 
-def _kind(name: str) -> tuple[int, int, float]:
-    return _KINDS.get(PurePath(name).suffix, _PLAIN)
+def _kind(suffix: str) -> tuple[int, int, float]:
+    return _KINDS.get(suffix, _PLAIN)
 
 
 def _rounded(count: float) -> str:

@@ -29,7 +29,7 @@ from ping_llm.data.ingest.choices import Packets, Traceroute
 from ping_llm.data.ingest.results import RESULT_SCHEMA
 from ping_llm.data.ingest.splits import DROPPED, PARTS, Groups, Sources, SplitRule, TimeCut
 from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
-from ping_llm.data.ingest.unpack import DamagedDump, read_chunks
+from ping_llm.data.ingest.unpack import DamagedDump, read_chunks, read_lines
 from ping_llm.data.measurement import ADDRESS_BYTES, binary_column, byte_matrix
 from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
 from ping_llm.data.tokenization import clamped_rtts
@@ -38,6 +38,7 @@ CHUNK_BYTES = 64 << 20
 """Plain bytes parsed at once, some 140,000 results: the fixed cost of a query vanishes, and a worker's memory stays flat."""
 
 REPORT_NAME = "report.json"
+LOCK_NAME = "lock"  # beside the folders of the tasks
 ASIDE = ".*.tmp"  # what follows the name of a folder while a task works on it
 SOURCES_NAME = "sources.arrow"
 _SEEN_SCHEMA = pa.schema([("key", pa.binary(splits.KEY_BYTES)), ("address", pa.binary(ADDRESS_BYTES))])
@@ -98,15 +99,38 @@ def map_dump(task: MapTask) -> dict:
                 seen = pa.concat_tables([seen, sources]).group_by(_SEEN_SCHEMA.names).aggregate([])
     except DamagedDump as error:
         problem = str(error)
-    if not problem and not lines - counters["blank_line"]:
-        problem = f"{task.name} is empty: it holds no results; get it again or leave it out"
-    elif not problem and counters["malformed_json"] + counters["blank_line"] == lines:
-        problem = (
-            f"{task.name} is no Atlas dump: none of its {lines:,} lines is a JSON result; get it again or leave it out"
-        )
+    problem = problem or _problem(task, lines, counters)
     _write_table(aside / SOURCES_NAME, seen)
     report = {"lines": lines, "counters": dict(counters), "times": dict(times), "problem": problem}
     return _finish(aside, task.folder, report)
+
+
+def _problem(task: MapTask, lines: int, counters: Counter[str]) -> str | None:
+    """Why a dump that was read to its end is none, or None; by the counters of its lines."""
+    malformed, lines = counters["malformed_json"], lines - counters["blank_line"]
+    if not lines:
+        return f"{task.name} is empty: it holds no results; get it again or leave it out"
+    if 2 * malformed <= lines:
+        return None
+    such, then = _malformed_line(task.dump), "get it again or leave it out"
+    if malformed == lines:
+        return f"{task.name} is no Atlas dump: none of its {lines:,} lines is a JSON result{such}; {then}"
+    return (
+        f"{task.name} is mostly no Atlas dump: {malformed:,} of its {lines:,} lines are no JSON results{such}; {then}"
+    )
+
+
+def _malformed_line(dump: Path) -> str:
+    """How the first line that is no JSON object begins and ends; empty where there is none at the begin of the dump."""
+    for number, line in enumerate(next(read_lines(dump, []), b"").splitlines(), 1):
+        try:
+            is_object = isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if line.strip() and not is_object:
+            shown = str(line[:30])[1:] + (f" … {str(line[-10:])[1:]}" if len(line) > 40 else "")
+            return f", such as line {number}, {shown}"
+    return ""
 
 
 def reduce_bucket(task: ReduceTask) -> dict:

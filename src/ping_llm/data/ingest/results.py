@@ -38,7 +38,7 @@ DROPPED_LINES = {
     "no_timestamp": "without a timestamp between 1970 and 2106",
     "no_destination": "without a destination address, most often because its name was not resolved",
     "bad_destination": "whose destination is not an address",
-    "private_destination": "whose destination is private, link-local, multicast or reserved",
+    "private_destination": "whose destination is private, link-local, multicast, reserved or otherwise no host",
     "local_error": "of packets that never left: address not allowed, socket, bind or connect failed",
     "no_result": "without a packet known to be answered or lost; of traceroutes, without a reply that is used",
     "no_source": "with neither a public src_addr nor a public from",

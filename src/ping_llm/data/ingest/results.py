@@ -24,6 +24,9 @@ from ping_llm.data.measurement import MEASUREMENT_SCHEMA, binary_column, is_ipv4
 RESULT_SCHEMA = MEASUREMENT_SCHEMA.append(pa.field("packet", pa.uint32())).append(pa.field("first_of_line", pa.bool_()))
 """A measurement; `packet` numbers those of one result, alike in each copy of it; one of each line is `first_of_line`."""
 
+ROW_PACKET = 2**32 - 1
+"""The `packet` of a row of one packet, of which nothing says which of its ping's it is (see repeats)."""
+
 MAX_TIME_S = 2**32 - 1
 MIN_RTT_MS = 1e-6
 MAX_RTT_MS = 4_294_967.0  # 2³² µs, 71 minutes, the end of the RTT code; a longer one is an error of the probe
@@ -69,7 +72,7 @@ def measure_pings(
 
     `packets` "one" keeps one packet a result, picked by a hash of probe, measurement and time, so that a packet's chance
     to be kept does not depend on its RTT; "all" keeps each. `rows_are_packets`: results of one packet each, of which several
-    may be of one ping; they repeat another only if they are as long.
+    may be of one ping.
     """
     src, other_src, dst = read_addresses(*(fields[name] for name in ("src", "from", "dst")))
     src = src.or_else(other_src)
@@ -82,7 +85,7 @@ def measure_pings(
     line, taken, packet = _take_packets(kept, packets)
     rtt_ms = pc.list_flatten(kept["packets"]).to_numpy()[taken]
     if rows_are_packets:
-        packet = rtt_ms.astype(np.float32).view(np.uint32)
+        packet = np.full(len(packet), ROW_PACKET)
     at = np.flatnonzero(keep)[line]
     return result_table(fields, at, src.packed[at], dst.packed[at], rtt_ms, packet), dropped
 

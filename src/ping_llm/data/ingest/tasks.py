@@ -188,8 +188,8 @@ def _sorted_results(table: pa.Table) -> _Results:
     columns = {name: table[name].to_numpy() for name in _COLUMNS} | {"src": src, "dst": dst}
     groups = splits.group_measurements(columns["probe_id"], src, src_addresses)
     when, pair = groups.index << 32 | columns["time_s"], dst << 32 | src
-    same = (pair, columns["msm_id"], when)
-    same = (number_packets(columns["packet"], columns["rtt_ms"], columns["input"], same), *same)
+    identity = (pair, columns["msm_id"], when)
+    same = (number_packets(columns["packet"], columns["rtt_ms"], columns["input"], identity), *identity)
     # RTTs as bits: −1 comes after every RTT
     order = np.lexsort((columns["first_of_line"], columns["kind"], columns["rtt_ms"].view(np.uint32), *same))
     repeated = np.zeros(len(order), dtype=bool)

@@ -99,9 +99,8 @@ def map_dump(task: MapTask) -> dict:
                 seen = pa.concat_tables([seen, sources]).group_by(_SEEN_SCHEMA.names).aggregate([])
     except DamagedDump as error:
         problem = str(error)
-    if not problem and not lines - counters["blank_line"]:
-        problem = f"{task.name} is empty: it holds no results; get it again or leave it out"
-    elif not problem and counters["malformed_json"] + counters["blank_line"] == lines:
+    empty = lines == counters["blank_line"]  # as where a measurement gave nothing
+    if not problem and not empty and counters["malformed_json"] + counters["blank_line"] == lines:
         problem = (
             f"{task.name} is no Atlas dump: none of its {lines:,} lines is a JSON result; get it again or leave it out"
         )

@@ -1,7 +1,8 @@
 """Dump files in, blocks of whole lines out: .bz2, .gz, .zst or plain; one JSON result a line, or an array of results.
 
 The compression is recognised by the first bytes of a file, not by its name. The arrays of the Atlas API (`[…]`, and
-`{"<probe id>": […]}` of its latest results) are turned into lines, one an element.
+`{"<probe id>": […]}` of its latest results) are turned into lines, one an element; so are objects of several
+lines one after another, and the results in reports (see json_reports).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ping_llm.data.ingest.json_reports import find_reports, results_of
+
 BLOCK_BYTES = 1 << 20
 READ_BYTES = 1 << 18
 MAX_LINE_BYTES = 1 << 20
@@ -25,6 +28,8 @@ _UNREADABLE_LINE = b"!\n"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ARRAY = re.compile(rb"\s*\[")
 _LATEST = re.compile(rb'\s*\{(?=\s*"-?\d+"\s*:\s*\[)')
+_EMPTY = re.compile(rb"\s*\{\s*\}\s*\Z")  # the latest results of no probe
+_SPREAD = re.compile(rb'\s*\{(?:[^\n]*\n\s*"|\s*\n)')  # the second line begins with a member
 _BETWEEN_ELEMENTS = re.compile(r'(?:[\s,\[\]}]|"-?\d+"\s*:)*')
 _NOT_SPACE = re.compile(r"\S")
 
@@ -65,6 +70,15 @@ def read_lines(path: Path, damage: list[str]) -> Iterator[bytes]:
     """Blocks of whole lines of a dump, one result a line; what is wrong with it is appended to `damage`, the cause first."""
     blocks = _unpack(path, damage)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
+    if first.lstrip()[:1] in (b"[", b"{"):
+        reports, blocks = find_reports(chain([first], blocks))
+        if reports:
+            return whole_lines(_elements(results_of(blocks, path.name, damage), path.name, damage, in_array=False))
+        first = next(blocks)
+        if _EMPTY.match(first):
+            return iter(())
+        if _SPREAD.match(first) and not _LATEST.match(first):
+            return whole_lines(_elements(chain([first], blocks), path.name, damage, in_array=False))
     if shape := _LATEST.match(first) or _ARRAY.match(first):
         return whole_lines(_elements(chain([first[shape.end() :]], blocks), path.name, damage))
     return whole_lines(chain([first], blocks))
@@ -139,8 +153,8 @@ def _decompressor_of(begin: bytes) -> Callable[[], Any] | None:
     return None
 
 
-def _elements(blocks: Iterable[bytes], name: str, damage: list[str]) -> Iterator[bytes]:
-    """The elements of a JSON array, its opening bracket already taken, as lines."""
+def _elements(blocks: Iterable[bytes], name: str, damage: list[str], in_array: bool = True) -> Iterator[bytes]:
+    """The elements of a JSON array, its opening bracket already taken, or of a stream of JSON, as lines."""
     utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are no UTF-8 go through as they are
     rest = ""
     for block in blocks:
@@ -154,7 +168,7 @@ def _elements(blocks: Iterable[bytes], name: str, damage: list[str]) -> Iterator
     if unread:
         yield _to_lines([unread[: BLOCK_BYTES // 4]])
         damage.append(f"{name} is cut off or corrupt: JSON ends at {unread[:40]!r}; get it again")
-    elif "]" not in rest:
+    elif in_array and "]" not in rest:
         damage.append(f"{name} is cut off: its JSON array has no end; get it again")
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from pings import ndjson, ping, read_lines, write
 
-from ping_llm.data.ingest import unpack
+from ping_llm.data.ingest import decompress, unpack
 from ping_llm.data.ingest.prepare import prepare
 from ping_llm.data.ingest.unpack import DamagedDump
 
@@ -27,7 +27,7 @@ def read(path):
 @pytest.mark.parametrize("between", ["\n", "", "\r\n\r\n", ",\n"])
 @pytest.mark.parametrize("block", [100, 1 << 20])
 def test_indented_objects_one_after_another_are_results(tmp_path, monkeypatch, indent, between, block):
-    monkeypatch.setattr(unpack, "BLOCK_BYTES", block)
+    monkeypatch.setattr(decompress, "BLOCK_BYTES", block)
     path = write(tmp_path / "a.json", between.join(json.dumps(r, indent=indent) for r in RESULTS).encode())
     assert read(path) == RESULTS
 
@@ -65,7 +65,7 @@ REPORTS = {
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("block", [1, 7, 100, 1 << 20])
 def test_results_are_taken_out_of_reports_however_these_are_cut(tmp_path, monkeypatch, shape, indent, block):
-    monkeypatch.setattr(unpack, "BLOCK_BYTES", block)
+    monkeypatch.setattr(decompress, "BLOCK_BYTES", block)
     path = write(tmp_path / "a.json", json.dumps(REPORTS[shape], indent=indent).encode())
     assert read(path) == RESULTS
 

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -154,7 +154,25 @@ def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[
             yield len(rows), *parse_rows(rows, task.packets)
     else:
         for lines in read_chunks(task.dump, scratch, CHUNK_BYTES):
-            yield lines, *parse_results(scratch, lines, task.packets, task.max_clock_skew_s, task.traceroute)
+            yield from _parsed_lines(task, scratch, lines)
+
+
+def _parsed_lines(task: MapTask, path: Path, lines: int) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
+    """A chunk; by halves where its values are too many for the memory of the database: a line of too many is malformed."""
+    import duckdb
+
+    try:
+        yield lines, *parse_results(path, lines, task.packets, task.max_clock_skew_s, task.traceroute)
+    except duckdb.OutOfMemoryException:
+        if lines == 1:
+            yield 1, RESULT_SCHEMA.empty_table(), {"malformed_json": 1}
+            return
+        half = path.with_name(f"{path.name}-")
+        for begin, end in pairwise((0, lines // 2, lines)):
+            with path.open("rb") as file, half.open("wb") as part:
+                part.writelines(islice(file, begin, end))
+            yield from _parsed_lines(task, half, end - begin)
+        half.unlink()
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,13 @@ def _make_rows(
         options_of_map = (plan.buckets, *(options[name] for name in ("packets", "max_clock_skew_s", "traceroute")))
         maps = [MapTask(d.path, d.name, folder, *options_of_map) for d, folder in zip(dumps, folders, strict=True)]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
+        if all(map(_is_empty, map_reports)):
+            who = (
+                f"{dumps[0].name} is empty: it holds"
+                if len(dumps) == 1
+                else f"all {len(dumps)} inputs are empty: they hold"
+            )
+            raise ValueError(f"{who} no results; get others")
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
         cut = time_cut or _time_cut(map_reports, rule) if rule else None
         reduces = [
@@ -164,6 +171,8 @@ def summary(manifest: dict[str, Any]) -> str:
     table += [(f"  {name}", count, DROPPED_LINES.get(name, "")) for name, count in lines["counters"].items() if count]
     table += [(f"measurements {name}", count, REPLIES.get(name, "")) for name, count in measurements.items()]
     table += [(f"  {part}", count, f"{manifest['rows'][part]:,} rows") for part, count in manifest["parts"].items()]
+    if empty := manifest.get("empty_inputs"):
+        table.append(("empty inputs", empty, f"of {len(manifest['inputs']):,}"))
     text = [f"{name:<40} {count:>15,}  {note}".rstrip() for name, count, note in table]
     return "\n".join(text + [f"kept going: {entry['problem']}" for entry in manifest["inputs"] if "problem" in entry])
 
@@ -274,6 +283,11 @@ def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[C
             watcher.join()
 
 
+def _is_empty(report: dict[str, Any]) -> bool:
+    """Whether an input holds nothing, as where a measurement gave no results."""
+    return not report["problem"] and report["lines"] == report["counters"].get("blank_line", 0)
+
+
 def _time_cut(maps: Sequence[dict], rule: SplitRule) -> TimeCut | None:
     """Where train ends and where test begins, over all inputs; None where there are no measurements."""
     times: Counter[int] = Counter()
@@ -305,6 +319,7 @@ def _manifest(
     ]
     return identity | {
         "inputs": inputs,
+        "empty_inputs": sum(map(_is_empty, maps)),
         "packets": identity["options"]["packets"],
         "lines": {"read": read, "counters": counters},
         "measurements": measurements,

@@ -26,6 +26,7 @@ from ping_llm.data.hashing import hash_below, hash_keys
 from ping_llm.data.ingest import splits
 from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.choices import Packets, Traceroute
+from ping_llm.data.ingest.repeats import number_packets
 from ping_llm.data.ingest.results import RESULT_SCHEMA
 from ping_llm.data.ingest.splits import DROPPED, PARTS, Groups, Sources, SplitRule, TimeCut
 from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
@@ -106,11 +107,9 @@ def map_dump(task: MapTask) -> dict:
 
 
 def _problem(task: MapTask, lines: int, counters: Counter[str]) -> str | None:
-    """Why a dump that was read to its end is none, or None; by the counters of its lines."""
+    """Why a dump that was read to its end is none, or None if it is one; by the counters of its lines."""
     malformed, lines = counters["malformed_json"], lines - counters["blank_line"]
-    if not lines:
-        return f"{task.name} is empty: it holds no results; get it again or leave it out"
-    if 2 * malformed <= lines:
+    if 2 * malformed <= lines:  # of an empty one too: a measurement may give nothing
         return None
     such, then = _malformed_line(task.dump), "get it again or leave it out"
     if malformed == lines:
@@ -216,7 +215,7 @@ class _Results:
         return replace(self, columns={name: column[chosen] for name, column in self.columns.items()})
 
 
-_COLUMNS = ("probe_id", "msm_id", "time_s", "rtt_ms", "kind", "packet", "first_of_line")
+_COLUMNS = ("probe_id", "msm_id", "time_s", "rtt_ms", "kind", "packet", "first_of_line", "input")
 
 
 def _sorted_results(table: pa.Table) -> _Results:
@@ -229,7 +228,8 @@ def _sorted_results(table: pa.Table) -> _Results:
     columns = {name: table[name].to_numpy() for name in _COLUMNS} | {"src": src, "dst": dst}
     groups = splits.group_measurements(columns["probe_id"], src, src_addresses)
     when, pair = groups.index << 32 | columns["time_s"], dst << 32 | src
-    same = (columns["packet"], pair, columns["msm_id"], when)
+    identity = (pair, columns["msm_id"], when)
+    same = (number_packets(columns["packet"], columns["rtt_ms"], columns["input"], identity), *identity)
     # RTTs as bits: −1 comes after every RTT
     order = np.lexsort((columns["first_of_line"], columns["kind"], columns["rtt_ms"].view(np.uint32), *same))
     repeated = np.zeros(len(order), dtype=bool)
@@ -282,12 +282,15 @@ def _bucketed(table: pa.Table, buckets: int) -> tuple[list[pa.RecordBatch], pa.T
 
 
 def _read_bucket(inputs: Sequence[Path], bucket: int) -> pa.Table:
-    """The batches of one bucket from the pieces of all inputs."""
-    batches = []
-    for path in (piece for folder in inputs for piece in sorted(folder.glob("piece-*.arrow"))):
-        with pa.memory_map(str(path)) as source:
-            batches.append(pa.ipc.open_file(source).get_batch(bucket))
-    return pa.Table.from_batches(batches, RESULT_SCHEMA)
+    """The batches of one bucket from the pieces of all inputs, with the number of the `input`."""
+    batches, numbers = [], []
+    for number, folder in enumerate(inputs):
+        for path in sorted(folder.glob("piece-*.arrow")):
+            with pa.memory_map(str(path)) as source:
+                batches.append(pa.ipc.open_file(source).get_batch(bucket))
+            numbers.append(np.full(len(batches[-1]), number, dtype=np.int32))
+    table = pa.Table.from_batches(batches, RESULT_SCHEMA)
+    return table.append_column("input", pa.array(np.concatenate([*numbers, np.zeros(0, dtype=np.int32)])))
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -1,7 +1,7 @@
 """Dump files in, blocks of whole lines out: packed or plain (see decompress), one JSON result a line or an array of them.
 
-The arrays of the Atlas API (`[…]`, and `{"<probe id>": […]}` of its latest results) are turned into lines, one an element.
-Text is UTF-8; what begins with the byte order mark of UTF-16 or UTF-32 is turned into that.
+The arrays of the Atlas API (`[…]`, and `{"<probe id>": […]}` of its latest results) are turned into lines, one an element, and
+so are objects of several lines one after another, and the results in reports (see json_reports). Text is UTF-8; what begins with the byte order mark of UTF-16 or UTF-32 is turned into that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ping_llm.data.ingest.decompress import BLOCK_BYTES, Source, plain_blocks
+from ping_llm.data.ingest.json_reports import find_reports, results_of
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line is no Atlas result; it is passed on as one byte that is no JSON, so that it still counts as a line."""
@@ -33,6 +34,8 @@ _WIDE = {  # the marks of UTF-32 first: that of UTF-16 begins one of them
 _MARKS_OF_LINES = re.compile(rb"^(?:\xef\xbb\xbf)+", re.MULTILINE)
 _ARRAY = re.compile(rb"\s*\[")
 _LATEST = re.compile(rb'\s*\{(?=\s*"-?\d+"\s*:\s*\[)')
+_EMPTY = re.compile(rb"\s*\{\s*\}\s*\Z")  # the latest results of no probe
+_SPREAD = re.compile(rb'\s*\{(?:[^\n]*\n\s*"|\s*\n)')  # the second line begins with a member
 _BETWEEN_ELEMENTS = re.compile(r'(?:[\s\ufeff,\[\]}]|"-?\d+"\s*:)*')
 _NOT_SPACE = re.compile(r"\S")
 _IN_STRING, _OUTSIDE = re.compile(r'\\.?|"', re.DOTALL), re.compile(r'["\[\]{}]')
@@ -80,9 +83,19 @@ def read_lines(path: Path, damage: list[str]) -> Iterator[bytes]:
     while begin.startswith(_BYTE_ORDER_MARK):
         source.take(len(_BYTE_ORDER_MARK))
         begin = source.peek(_BEGIN_BYTES)
+    if begin.lstrip()[:1] in (b"[", b"{"):
+        reports, blocks = find_reports(source.rest())
+        if reports:
+            return whole_lines(_elements(results_of(blocks, path.name, damage), path.name, damage, in_array=False))
+        source = Source(blocks)
+        begin = source.peek(_BEGIN_BYTES)
+    if _EMPTY.match(begin):
+        return iter(())
     if shape := _LATEST.match(begin) or _ARRAY.match(begin):
         source.take(shape.end())
         return whole_lines(_elements(source.rest(), path.name, damage))
+    if _SPREAD.match(begin):
+        return whole_lines(_elements(source.rest(), path.name, damage, in_array=False))
     return _without_marks(whole_lines(source.rest()))
 
 
@@ -122,8 +135,8 @@ def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield _UNREADABLE_LINE if skipping else bytes(rest) + b"\n"
 
 
-def _elements(blocks: Iterable[bytes], name: str, damage: list[str]) -> Iterator[bytes]:
-    """The elements of a JSON array, its opening bracket already taken, as lines."""
+def _elements(blocks: Iterable[bytes], name: str, damage: list[str], in_array: bool = True) -> Iterator[bytes]:
+    """The elements of a JSON array, its opening bracket already taken, or of a stream of JSON, as lines."""
     utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are no UTF-8 go through as they are
     rest, skipped = "", _Skipped()
     for block in blocks:
@@ -150,7 +163,7 @@ def _elements(blocks: Iterable[bytes], name: str, damage: list[str]) -> Iterator
     if unread:
         yield _to_lines([unread[: BLOCK_BYTES // 4]])
         damage.append(f"{name} is cut off or corrupt: JSON ends at {unread[:40]!r}; get it again")
-    elif "]" not in rest:
+    elif in_array and "]" not in rest:
         damage.append(f"{name} is cut off: its JSON array has no end; get it again")
 
 

@@ -101,7 +101,7 @@ class Prepare:
     split: Split = "pingbench"  # train, val and test parts by the rules of PingBench, or everything into train.
     # use what can be read of a file that is damaged, or most lines of which are no results, instead of stopping.
     keep_going: Flag = False
-    shards: int = 0  # files of each part, at most; 0 = by the size of the dumps.
+    shards: int = 0  # files of each part, at most, up to 256; 0 = by the size of the dumps.
     # local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
     # slurm/prepare.sbatch calls.
     executor: str = "local"

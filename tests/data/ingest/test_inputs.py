@@ -84,7 +84,7 @@ def test_inspect_reads_a_pipe_and_leaves_nothing_in_the_scratch_folder(dump, tmp
     assert not list(scratch.iterdir())
 
 
-@pytest.mark.parametrize("content", [gzip.compress(ndjson(*RESULTS))[:-20], b"<html>\n", b""])
+@pytest.mark.parametrize("content", [gzip.compress(ndjson(*RESULTS))[:-20], b"<html>\n", b"PK\x03\x04"])
 def test_after_an_error_nothing_is_left_of_a_pipe_and_a_second_try_works(dump, tmp_path, content):
     (tmp_path / "bad").write_bytes(content)
     done = shell(tmp_path, "cat bad | ping-llm prepare - a.gz --out out --workers 1")

@@ -29,6 +29,7 @@ from ping_llm.data.ingest.executors import ARRAY, LOCAL, check_executor, open_ex
 from ping_llm.data.ingest.inputs import Dump, find_inputs, packed_suffix, read_inputs, spooled, streams
 from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
 from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
+from ping_llm.data.ingest.shuffle import MAX_BUCKETS
 from ping_llm.data.ingest.splits import PARTS, SplitRule, TimeCut
 from ping_llm.data.ingest.tasks import (
     ASIDE,
@@ -69,7 +70,7 @@ def prepare(
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
     inputs: dumps (.bz2, .gz, .zst, plain, .parquet), pipes, folders, patterns like dump/*.bz2, "-" for standard input.
-    workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
+    workers: processes; 0 = one a core. shards: of each part, at most (256 are the most); 0 = by the size of the inputs.
     keep_going: use what can be read of damaged dumps and of those that are mostly no dumps, and name them in the manifest.
     traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
     time_cut: when val and test begin, instead of where the quantiles of all measurements lie (see splits.py).
@@ -204,7 +205,8 @@ def _plan(paths: dict[Path, str], workers: int, packets: Packets, shards: int, e
     if isinstance(executor, str):
         check_executor(executor)
     name = executor if isinstance(executor, str) else type(executor).__name__
-    plan = Plan(dumps, packets, shards or bucket_count(dumps, packets), workers or cores(), name)
+    buckets = min(shards, MAX_BUCKETS) or bucket_count(dumps, packets)
+    plan = Plan(dumps, packets, buckets, workers or cores(), name)
     if not workers and name == LOCAL and plan.seconds < INLINE_S:
         return replace(plan, workers=1)
     return replace(plan, workers=min(plan.workers, max(len(dumps), plan.buckets)))

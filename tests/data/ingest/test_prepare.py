@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -226,13 +227,13 @@ def test_of_two_processes_that_finish_one_task_the_first_stays(dumps, tmp_path, 
 
 
 def test_a_dump_with_a_problem_is_looked_at_again(tmp_path):
-    path = write(tmp_path / "a.json", b"")
+    path = write(tmp_path / "a.json", b"<html>")
     task = tasks.MapTask(path, "a.json", tmp_path / "input-00000", 2, "one", 86_400)
-    assert "is empty" in tasks.map_dump(task)["problem"]
+    assert "no Atlas dump" in tasks.map_dump(task)["problem"]
     write(path, ndjson(ping()))
     report = {
         "lines": 1,
-        "counters": dict.fromkeys(DROPPED_LINES, 0),
+        "counters": {name: 0 for name in DROPPED_LINES if name != "log_text"},
         "times": {1_700_000_000 // 60: 1},
         "problem": None,
     }
@@ -259,6 +260,15 @@ def test_shards_without_a_manifest_are_not_overwritten(dumps, tmp_path):
     assert (tmp_path / "train-00000-of-00001.arrayrecord").read_bytes() == b"precious"
 
 
+def tar_of(content):
+    archive, member = io.BytesIO(), tarfile.TarInfo("a.json")
+    member.size = len(content)
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        file.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+COMMAS = ndjson(*[ping()] * 9).replace(b"\n", b",\n")
 HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head>\n<body>Not found</body></html>\n"
 
 
@@ -266,13 +276,20 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head>\n<body>Not found
     ("name", "content", "message"),
     [
         ("a.bz2", None, "no file .*a.bz2; check the name"),
-        ("a.json", b"", "a.json is empty: it holds no results; get it again or leave it out"),
-        ("a.bz2", b"", "a.bz2 is empty"),
-        ("a.json", b"[]", "a.json is empty"),
-        ("a.json", b"\n\n", "a.json is empty"),
         ("a.json", HTML, "a.json is no Atlas dump: none of its 3 lines is a JSON result"),
         ("a.gz", HTML, "a.gz is no Atlas dump"),
         ("a.json", b"[[[[", r"a\.json is cut off"),
+        (
+            "a.json",
+            ndjson(*[ping()] * 9).replace(b"\n", b",\n"),
+            r"of its 9 lines is a JSON result, such as line 1, '.* … '.*},'; ",
+        ),
+        (
+            "a.json",
+            ndjson(ping(), b"x", ping(), b"y", b"z"),
+            r"mostly no Atlas dump: 3 of its 5 lines .*, such as line 2, 'x'; ",
+        ),
+        ("a.gz", tar_of(ndjson(*[ping()] * 9)), "a.gz is a tar archive, which is not read; unpack it first"),
     ],
 )
 def test_a_bad_dump_is_one_clear_line(dumps, tmp_path, name, content, message):
@@ -304,6 +321,12 @@ def test_keep_going_counts_the_lines_of_what_is_no_dump(dumps, tmp_path):
     path = write(tmp_path / "x.json", HTML)
     manifest = prepare([*dumps, path], tmp_path / "out", workers=1, keep_going=True)
     assert manifest["lines"]["counters"]["malformed_json"] == 1 + 3
+
+
+def test_a_half_that_is_malformed_is_not_most(dumps, tmp_path):
+    path = write(tmp_path / "x.json", ndjson(ping(), b"", b"x", ping(), b"y", b""))
+    counters = prepare([*dumps, path], tmp_path / "out", workers=1)["lines"]["counters"]
+    assert counters["malformed_json"] == 1 + 2 and counters["blank_line"] == 1 + 2
 
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):

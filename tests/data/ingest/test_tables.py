@@ -165,14 +165,6 @@ def test_lists_that_are_wrapped_in_structs_are_lists(tmp_path):
     assert parse(tmp_path, table) == parse(tmp_path, plain)
 
 
-def test_rows_of_one_second_are_repeats_only_if_they_are_equal(tmp_path):
-    rows = [row(rtt=1.5), row(rtt=2.5), row(rtt=-1.0), row(rtt=2.5)]
-    manifest = prepare([save(tmp_path / "a.parquet", rows)], tmp_path / "out", workers=1, split="none")
-    counters = manifest["lines"]["counters"]
-    assert (manifest["lines"]["read"], counters["kept"], counters["duplicate"]) == (4, 3, 1)
-    assert manifest["measurements"]["written"] == 3
-
-
 def test_a_table_is_recognised_by_content_and_prepared_beside_dumps(tmp_path):
     rows = [row(event_time=WHEN + dt.timedelta(seconds=i), src_addr=f"192.0.2.{i}") for i in range(200)]
     table = save(tmp_path / "no_suffix", rows, row_group_size=30)

@@ -144,7 +144,7 @@ def test_prefixes_are_encoded_as_fewer_bytes():
             "context row 1: 'x'",
         ),
         ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt 'fast' must be ms"),
-        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt nan must be ms"),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt is missing"),
         ("192.0.2.1", "198.51.100.7", None, [{"src_addr": "192.0.2.1", "rtt": 1.0}], "no column dst_addr"),
     ],
 )

@@ -147,7 +147,7 @@ def test_score_asks_after_the_last_measurements_of_the_same_source(model):
 
 def test_without_times_the_past_is_what_stands_before(model):
     rows = [{name: row[name] for name in ("src_addr", "dst_addr", "rtt")} for row in MEASUREMENTS]
-    last = model.score(rows).to_pylist()[-1]
+    last = model.score(rows)[-1]
     distribution = model.rtt(rows[2]["src_addr"], rows[2]["dst_addr"], context=rows[:2])
     assert last["nll_nats"] == pytest.approx(-distribution.log_density(80.0), rel=1e-5)
 

@@ -64,6 +64,31 @@ def columns_of(table: Any) -> dict[str, Column]:
     return columns
 
 
+def count_rows(table: Any) -> int:
+    """Rows of a table."""
+    kind = kind_of(table)
+    if kind == "columns":
+        return len(next(iter(table.values()))) if table else 0
+    return table.num_rows if kind == "arrow" else len(table)
+
+
+def held(table: Any) -> Any:
+    """The table; as one of Arrow if it hands out Arrow data, which it may do only once."""
+    return _arrow_table(table) if kind_of(table) == "arrow" else table
+
+
+def taken(table: Any, rows: Sequence[int]) -> Any:
+    """Those rows of a table, numbered from 0, in that order: a table of the same kind."""
+    kind = kind_of(table)
+    if kind == "columns":
+        return {name: [values[row] for row in rows] for name, values in table.items()}
+    if kind == "records":
+        return [table[row] for row in rows]
+    if kind == "pandas":
+        return table.iloc[list(rows)]
+    return table[list(rows)] if kind == "polars" else _arrow_table(table).take(pa.array(rows, pa.int64()))
+
+
 def extended(given: Any, keep: Sequence[str], answers: pa.Table) -> Any:
     """The columns `keep` of a table as they are, then those of `answers`, of as many rows: a table of the same kind."""
     kind = kind_of(given)

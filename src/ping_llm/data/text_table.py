@@ -59,12 +59,14 @@ class Number(str):
 class TextTable:
     """A table that is read once, from its begin to its end.
 
-    `names` are its columns; of JSON, the keys of its first 10,000 objects.
+    `names` are its columns; of JSON, the keys of its first 10,000 objects. A table in memory may be read again, and has a
+    known number of rows.
     """
 
     format: Format
     names: tuple[str, ...]
     chunks: _Chunks
+    num_rows: int | None = None
 
     def batches(self, columns: Sequence[str], malformed: Malformed | None = None) -> Iterator[pa.RecordBatch]:
         """Batches of at most BATCH_ROWS rows of exactly these columns, as text; null where one, or its value, is missing.
@@ -107,12 +109,13 @@ class TextTable:
 
 def table_of(given: Any) -> TextTable:
     """A table in memory; ValueError if it is none."""
-    columns = in_memory.columns_of(given)
+    given = in_memory.held(given)
+    columns, count = in_memory.columns_of(given), in_memory.count_rows(given)
 
     def chunks(names: Sequence[str] | None, malformed: Malformed | None) -> Iterator[_Chunk]:
-        yield 1, len(next(iter(columns.values()))) if columns else 0, columns
+        yield 1, count, columns
 
-    return TextTable("memory", tuple(columns), chunks)
+    return TextTable("memory", tuple(columns), chunks, count)
 
 
 def open_table(source: Path | BinaryIO | Iterable[bytes], name: str = "") -> TextTable:

@@ -33,15 +33,22 @@ _PLAIN_TIME = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,9})?(Z|\+00:?00)?$"
 
 def parse_rtt_ms(text: str) -> float:
     """An RTT in ms, −1 = failed; ValueError if it is neither."""
-    rtt_ms = float(text) if _NUMBER.fullmatch(text.strip()) else float("nan")
+    is_number = _NUMBER.fullmatch(text.strip())
+    rtt_ms = float(text) if is_number else float("nan")
     if not (0 <= rtt_ms < float("inf") or rtt_ms == FAILED_RTT_MS):
-        raise ValueError(f"rtt {text!r} must be ms, or −1 for a failed ping")
+        raise ValueError(f"rtt {text if is_number else repr(text)} must be ms, or −1 for a failed ping")
     return rtt_ms
 
 
 def is_missing(text: str | None) -> bool:
     """Whether a number or a time is not given."""
     return text is None or text.strip().lower() in ("", "nan")
+
+
+def are_missing(column: pa.Array, numbers: bool = True) -> np.ndarray:
+    """Where a number or a time or, if not `numbers`, an address is missing, (n,) bool."""
+    blank = pc.match_substring_regex(column, r"^\s*(nan)?\s*$" if numbers else r"^\s*$", ignore_case=True)
+    return pc.fill_null(blank, True).to_numpy(zero_copy_only=False)
 
 
 def rtts_ms(column: pa.Array) -> tuple[np.ndarray, Errors]:

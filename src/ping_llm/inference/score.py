@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data import tokenization as tk
+from ping_llm.data.in_memory import extended, held
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.inference.context import Context, Records, as_table, columns_of
+from ping_llm.data.text_table import table_of
+from ping_llm.inference.context import Context, Records, columns_of
 from ping_llm.inference.distribution import RTTDistribution, code_widths
 from ping_llm.inference.engine import Reader, line_log_prob
 from ping_llm.inference.mixture import distributions
@@ -90,38 +92,38 @@ def score(
     anomaly_at: float | None = None,
     *,
     one_host: bool = False,
-) -> pa.Table:
+) -> Records:
     """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
 
-    The context of each are the last `history` measurements of the same source from earlier seconds or, without the column
-    event_time, from the rows before it; with `one_host` all sources are addresses of one host, and count as one.
-    `nll_nats` is −log of the density per log-ms times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is
-    the share of results at least as surprising: under the model's own distribution (see `own_p_values`), read against what
-    that was on val, if the model is calibrated. With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
+    The answer is a table of the kind that was given, with all its columns as they are. The context of each are the last
+    `history` measurements of the same source from earlier seconds or, without the column event_time, from the rows before
+    it; with `one_host` all sources are addresses of one host, and count as one. `nll_nats` is −log of the density per log-ms
+    times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is the share of results at least as surprising:
+    under the model's own distribution (see `own_p_values`), read against what that was on val, if the model is calibrated.
+    With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
     """
     if history < 0:
         raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
     if anomaly_at is not None and not 0 < anomaly_at < 1:
         raise ValueError(f"anomaly_at={anomaly_at} must be a p-value between 0 and 1")
-    table = as_table(measurements)
-    past = History(columns_of(table, "the table of measurements", one_host=one_host), history)
-    own, nll, pit = (np.empty(table.num_rows) for _ in range(3))
-    with show_progress("score", table.num_rows, "measurements") as advance:
-        for first in range(0, table.num_rows, _BATCH):
+    measurements = held(measurements)
+    table = table_of(measurements)
+    measured = columns_of(table, "the table of measurements", one_host=one_host)
+    past, count = History(measured, history), len(measured)
+    own, nll, pit = (np.empty(count) for _ in range(3))
+    with show_progress("score", count, "measurements") as advance:
+        for first in range(0, count, _BATCH):
             rows = past.order[first : first + _BATCH]  # neighbours have contexts of about the same length
             for some in distributions(reader, past.queries(rows), src_known):
                 chosen, rows = rows[: len(some)], rows[len(some) :]
-                observed_ms = past.measured.rtt_ms[chosen]
+                observed_ms = measured.rtt_ms[chosen]
                 own[chosen] = own_p_values(some, observed_ms)
                 nll[chosen], pit[chosen] = -some.log_density(observed_ms), some.pit(observed_ms)
                 advance(len(some))
     p_value = calibrated_p_values(own, reader.calibration.surprise)
     columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
     columns |= {} if anomaly_at is None else {"anomaly": p_value <= anomaly_at}
-    table = table.drop_columns([name for name in columns if name in table.column_names])
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values))
-    return table
+    return extended(measurements, [name for name in table.names if name not in columns], pa.table(columns))
 
 
 def own_p_values(

@@ -62,6 +62,10 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
+    field_aware: bool = False
+    """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
+    prefix_rows: Annotated[int, Bounds(2)] = 1 << 15
+    """Rows of the table of address prefixes, a power of two; of field-aware models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +73,8 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (width := self.n_embd // self.n_head) % 2:
             raise ValueError(f"model.n_embd / model.n_head = {width} must be even for rotary positions")
+        if self.prefix_rows & (self.prefix_rows - 1):
+            raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.grammar import Grammar, follow
 from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, Prompt, byte_tokens
-from ping_llm.model.gpt import GPT, KVCache, sibling_mask
+from ping_llm.model.gpt import GPT, KVCache
 
 LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""
@@ -158,8 +158,7 @@ def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> tuple[Tensor, i
         used = torch.arange(width, device=rows.device) < counts[rows, None]  # (b, width)
         tokens = torch.where(used, byte_1 + tk.BYTE_0, tk.PADDING)
         prompts = cache if B <= SECOND_PASS_PROMPTS and torch.equal(rows, order.sort().values) else cache.select(rows)
-        positions = prompts.lengths()[:, None].expand(-1, width)
-        logits = gpt(tokens, prompts.fork(), positions, sibling_mask(prompts, width))  # (b, width, V)
+        logits = gpt(tokens, prompts.fork(), branches=width)  # (b, width, V)
         p = logits.double().softmax(-1)[..., _BYTES]  # (b, width, 256)
         row, place = used.nonzero(as_tuple=True)
         second[rows[row], byte_1[row, place]] = p[row, place]

@@ -47,7 +47,9 @@ def plain_field_parts(model: GPT, tokens: Tensor) -> Tensor:
                 part = part + fields.prefixes.weight[max(splitmix(total + role * FACTOR) % 2**63, 1) % table]
             if role == RTT_START and index in (1, 2):
                 code = values[1] * 256 + (values[2] if index == 2 else 127.5)
-                angles = torch.tensor([math.pi * code / 65536 * 2.0**octave for octave in range(14)], dtype=torch.double)
+                angles = torch.tensor(
+                    [math.pi * code / 65536 * 2.0**octave for octave in range(14)], dtype=torch.double
+                )
                 part = part + fields.values.weight @ torch.cat([angles.sin(), angles.cos()]).to(part.dtype)
             parts.append(part)
         lines.append(torch.stack(parts))

@@ -89,6 +89,12 @@ class DataConfig(Section):
     """Share of windows in time order with every timestamp."""
     partial_time: Share = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
+    canonical_order: Share = 0.0
+    """Share of windows whose measurements all go source, destination, time, result; in the others each goes as it likes."""
+    pseudonyms: Share = 0.0
+    """Share of windows that give sources, destinations or both pseudonyms, which share prefixes as the addresses do."""
+    shifted_pairs: Share = 0.0
+    """Share of windows in which the RTTs of some pairs are longer or shorter by a factor, in canonical order."""
     windows_per_read: Count = 16
     """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
@@ -102,7 +101,7 @@ class FieldEmbedding(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal; the tables with deviation 1, as the tokens' own; the value's matrix so that its product has deviation 1."""
+        """Normal: the tables with deviation 1, as the tokens' own is, and so is the product with the value's matrix."""
         nn.init.normal_(self.places.weight, std=1.0, generator=generator)
         nn.init.normal_(self.prefixes.weight, std=1.0, generator=generator)
         nn.init.normal_(self.values.weight, std=_OCTAVES**-0.5, generator=generator)

@@ -62,7 +62,8 @@ def test_answer_equals_brute_force_enumeration(model, at, context):
     np.testing.assert_allclose(distribution.code_probability, np.exp(answers) / mass, rtol=1e-4, atol=1e-12)
     assert distribution.p_fail == pytest.approx(failed / mass, rel=1e-4)
     assert distribution.total_probability == pytest.approx(mass / (1 - other), rel=1e-4)
-    assert distribution.code_probability.sum() + distribution.p_fail == pytest.approx(1, abs=1e-9)
+    total = distribution.code_probability.sum(dtype=np.float64) + distribution.p_fail
+    assert total == pytest.approx(1, abs=1e-6)
     assert distribution.forward_passes == 2 and distribution.context_measurements == len(context or [])
 
 

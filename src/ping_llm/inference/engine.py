@@ -152,11 +152,12 @@ def result_distributions(
     own = [prompt.tokens if read is None else prompt.tokens[prompt.context_length :] for prompt in prompts]
     tokens, lengths = reader.pad([np.append(line, tk.RTT_START) for line in own])
     cache = KVCache() if read is None else read.cache.select(torch.tensor(list(context_of), device=tokens.device))
-    with reader.autocast():
-        logits = reader.gpt(tokens, cache)  # (B, T, V)
     device, batch, end = tokens.device, torch.arange(len(prompts), device=tokens.device), lengths - 1
-    role = logits[batch, end - 1].double().softmax(-1)  # (B, V) after the last field of the prompt
-    first = logits[batch, end].double().softmax(-1)[:, _BYTES]  # (B, 256) after RTT_START
+    with reader.autocast():
+        states = reader.gpt.states(tokens, cache)  # (B, T, D)
+        logits = reader.gpt.logits(torch.stack([states[batch, end - 1], states[batch, end]]))  # (2, B, V)
+    role, first = logits.double().softmax(-1)  # (B, V) after the last field of the prompt, and after RTT_START
+    first = first[:, _BYTES]  # (B, 256)
     mass_1, failed = role[:, tk.RTT_START, None] * first, role[:, tk.FAILED]  # (B, 256), (B,)
     mixing = torch.arange(len(prompts)) if owner is None else torch.from_numpy(owner)
     weight = torch.ones(len(prompts)) if weights is None else torch.from_numpy(weights)
@@ -216,9 +217,9 @@ def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> Iterator[tuple[
         used = torch.arange(width, device=rows.device) < counts[rows, None]  # (b, width)
         tokens = torch.where(used, byte_1 + tk.BYTE_0, tk.PADDING)
         everything = taken == len(order) and torch.equal(rows, order.sort().values)
-        logits = gpt(tokens, cache.fork() if everything else cache.select(rows), branches=width)  # (b, width, V)
+        states = gpt.states(tokens, cache.fork() if everything else cache.select(rows), branches=width)  # (b, width, D)
         row, place = used.nonzero(as_tuple=True)
-        yield rows, (row, byte_1[row, place]), logits[row, place].double().softmax(-1)[:, _BYTES]
+        yield rows, (row, byte_1[row, place]), gpt.logits(states[row, place]).double().softmax(-1)[:, _BYTES]
 
 
 @torch.inference_mode()

@@ -160,7 +160,16 @@ class GPT(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
-        """Logits of the token after each given one, (B, T, V) fp32.
+        """Logits of the token after each given one, (B, T, V) fp32; see `states`."""
+        return self.logits(self.states(tokens, cache, branches))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of the token after each state, (…, D) to (…, V) fp32."""
+        logits = self.head(_rms_norm(states))[..., :VOCAB_SIZE].float()
+        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def states(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
+        """The residual stream after the last block, (B, T, D).
 
         `tokens` is (B, T) int, −1 = padding, which stands at the right of a prompt and is never seen by a later pass. With
         `cache` the tokens continue the cached ones and are appended to them. With `branches` the T tokens of a prompt are
@@ -178,8 +187,7 @@ class GPT(nn.Module):
         rotation = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # of a head, and of its swapped halves
         for block in self.blocks:
             x = block(x, rotation, cache, mask)
-        logits = self.head(_rms_norm(x))[..., :VOCAB_SIZE].float()  # (B, T, V)
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return x
 
     def _places(self, tokens: Tensor, cache: KVCache | None, branches: int) -> tuple[Tensor | None, Tensor | None]:
         """Positions of the tokens, (B, T), and what they see, (B or 1, 1, T, S) bool; None: 0 to T − 1, all before."""

@@ -81,7 +81,7 @@ def config_of(rows: Path, workers: int = 0) -> Config:
 def bench_encoder(config: Config) -> dict[str, float]:
     """Tokens a second of the encoder, of a plain one on the same windows, and the ratio; both must agree."""
     blocks = new_blocks(config)
-    fields = window_fields([pair for place in range(16) for pair in blocks.draw(0, place)])
+    fields = window_fields([window for place in range(16) for _, window in blocks.draw(0, place)])
     tokens, _ = encode(fields)
     started = time.perf_counter()
     assert plain_encode(fields) == tokens.tolist()
@@ -150,7 +150,7 @@ def time_shares(config: Config, seconds: float) -> dict:
                 drawn = []
                 for step, number in enumerate(numbers):
                     rng = np.random.default_rng((0, 0, block, place, step))
-                    drawn.append((rows[number], sample_window(rows[number], config.data, blocks.tokens, rng)))
+                    drawn.append(sample_window(rows[number], config.data, blocks.tokens, rng))
             with timed(spent, "encode"):
                 columns.append(encode_windows(drawn, blocks.tokens))
         with timed(spent, "batch"):

@@ -43,7 +43,9 @@ def main() -> None:
     for block in range(-(-options.windows // (BATCH * STEPS))):
         for place in range(BATCH):
             drawn = blocks.draw(block, place)
-            for (row, window), line in zip(drawn, encode_windows(drawn, blocks.tokens), strict=True):
+            for (row, window), line in zip(
+                drawn, encode_windows([window for _, window in drawn], blocks.tokens), strict=True
+            ):
                 seen = look(row, window, line)
                 for mode in (window.mode, "all"):
                     for name, values in seen.items():

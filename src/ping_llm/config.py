@@ -65,6 +65,10 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
+    field_aware: bool = False
+    """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
+    prefix_rows: Annotated[int, Bounds(2)] = 1 << 15
+    """Rows of the table of address prefixes, a power of two; of field-aware models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +76,8 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (width := self.n_embd // self.n_head) % 2:
             raise ValueError(f"model.n_embd / model.n_head = {width} must be even for rotary positions")
+        if self.prefix_rows & (self.prefix_rows - 1):
+            raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,12 @@ class DataConfig(Section):
     """Share of windows in time order with every timestamp."""
     partial_time: Share = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
+    canonical_order: Share = 0.0
+    """Share of windows whose measurements all go source, destination, time, result; in the others each goes as it likes."""
+    pseudonyms: Share = 0.0
+    """Share of windows that give sources, destinations or both pseudonyms, which share prefixes as the addresses do."""
+    shifted_pairs: Share = 0.0
+    """Share of windows in which the RTTs of some pairs are longer or shorter by a factor, in canonical order."""
     windows_per_read: Count = 16
     """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)

@@ -62,7 +62,8 @@ def test_answer_equals_brute_force_enumeration(model, at, context):
     np.testing.assert_allclose(distribution.code_probability, np.exp(answers) / mass, rtol=1e-4, atol=1e-12)
     assert distribution.p_fail == pytest.approx(failed / mass, rel=1e-4)
     assert distribution.total_probability == pytest.approx(mass / (1 - other), rel=1e-4)
-    assert distribution.code_probability.sum() + distribution.p_fail == pytest.approx(1, abs=1e-9)
+    total = distribution.code_probability.sum(dtype=np.float64) + distribution.p_fail
+    assert total == pytest.approx(1, abs=1e-6)
     assert distribution.forward_passes == 2 and distribution.context_measurements == len(context or [])
 
 
@@ -81,8 +82,8 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(model):
 
 def test_two_forward_passes_are_counted_honestly(model, monkeypatch):
     calls = []
-    forward = model.gpt.forward
-    monkeypatch.setattr(model.gpt, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    states = model.gpt.states
+    monkeypatch.setattr(model.gpt, "states", lambda *a, **k: calls.append(1) or states(*a, **k))
     distribution = model.rtt("192.0.2.1", "198.51.100.7", context=CONTEXT, src_known="all")
     assert len(calls) == distribution.forward_passes == 2
 

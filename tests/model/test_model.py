@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,16 +12,17 @@ from paths import CONFIGS
 from reference_gpt import plain_logits
 
 from ping_llm.config import ModelConfig, load_config
-from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count, sibling_mask
+from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count
 
 SMALL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
+@pytest.fixture(scope="module", params=["plain", "field_aware"])
+def model(request) -> GPT:
     """A model whose every weight matters: zero-initialised ones are filled, and the head speaks up."""
     generator = torch.Generator().manual_seed(1)
-    model = GPT(SMALL, generator=generator).eval()
+    config = dataclasses.replace(SMALL, field_aware=request.param == "field_aware", prefix_rows=1024)
+    model = GPT(config, generator=generator).eval()
     with torch.no_grad():
         for block in model.blocks:
             for linear in (block.attention.out, block.mlp.down):
@@ -30,7 +32,10 @@ def model() -> GPT:
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(267, shape, generator=torch.Generator().manual_seed(seed))
+    """A fifth of them roles."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, roles = (torch.randint(most, shape, generator=generator) for most in (267, 11))
+    return torch.where(torch.rand(shape, generator=generator) < 0.2, roles, tokens)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("tiny", 1_314_240), ("small", 98_645_760), ("full", 680_297_472)])
@@ -130,7 +135,12 @@ def test_order_matters_and_only_relative_positions_do(model):
     tokens = random_tokens(1, 20)
     swapped = tokens[:, [1, 0, *range(2, 20)]]
     assert (model(tokens)[:, -1] - model(swapped)[:, -1]).abs().max() > 1e-3
-    torch.testing.assert_close(model(tokens, positions=torch.arange(30, 50)[None]), model(tokens), atol=1e-3, rtol=1e-3)
+    expected, rotation = model(tokens), model.rotation.clone()
+    try:
+        model.rotation.copy_(rotation.roll(-30, dims=0))  # the first token stands at position 30
+        torch.testing.assert_close(model(tokens), expected, atol=1e-3, rtol=1e-3)
+    finally:
+        model.rotation.copy_(rotation)
 
 
 @torch.no_grad()
@@ -178,11 +188,21 @@ def test_siblings_equal_separate_sequences(model):
     prompts = random_tokens(2, 9).masked_fill(torch.arange(9) >= lengths[:, None], -1)
     cache = KVCache()
     model(prompts, cache)
-    positions = lengths[:, None].expand(2, 256)
-    together = model(siblings.expand(2, 256), cache.fork(), positions, sibling_mask(cache, 256))
+    together = model(siblings.expand(2, 256), cache.fork(), branches=256)
     for row, length in enumerate(lengths.tolist()):
         sequences = torch.cat([prompts[row, :length].expand(256, length), siblings[:, None]], dim=1)
         torch.testing.assert_close(together[row], model(sequences)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_branches_of_several_tokens_equal_separate_sequences(model):
+    """Also where they go on in the middle of an address or of an RTT."""
+    for end in ([1, 20, 30], [8, 60], [3, 5, 6]):
+        prompt, branches, cache = torch.tensor([[0, 3, 11, *end]]), random_tokens(1, 5, 3, seed=4), KVCache()
+        model(prompt, cache)
+        together = model(branches.view(1, 15), cache.fork(), branches=5).view(5, 3, 267)
+        alone = model(torch.cat([prompt.expand(5, -1), branches[0]], dim=1))[:, prompt.shape[1] :]
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -202,15 +222,6 @@ def test_select_repeats_and_reorders_prompts(model):
     rows, more = torch.tensor([1, 0, 1]), random_tokens(3, 2, seed=3)
     expected = model(torch.cat([tokens[rows], more], dim=1))[:, 8:]
     torch.testing.assert_close(model(more, cache.select(rows)), expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_token_sees_itself_under_any_mask(model):
-    tokens = random_tokens(2, 6)
-    nothing, itself = torch.zeros(6, 6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)
-    assert torch.equal(model(tokens, mask=nothing), model(tokens, mask=itself))
-    alone = model(tokens.view(12, 1)).view(2, 6, 267)
-    torch.testing.assert_close(model(tokens, mask=nothing), alone, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

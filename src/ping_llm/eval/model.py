@@ -17,6 +17,7 @@ from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.options import EvalOptions, PartOptions
 from ping_llm.eval.queries import FAMILIES, Seen, SplitQueries, learned_from
 from ping_llm.inference.context import Context
+from ping_llm.inference.engine import Focus
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import fitting_places
 from ping_llm.inference.query import Endpoint, Query
@@ -74,7 +75,7 @@ def score_answers(
     With `rng` the PIT is randomised within a code: RTTs are reported in steps.
     """
     answers, done, levels = [], 0, np.array(QUANTILE_LEVELS)
-    for found in model.distributions(queries, src_known):
+    for found in model.distributions(queries, src_known, Focus(levels, rtt_ms)):
         observed = rtt_ms[done : done + len(found)].astype(np.float64)
         with np.errstate(invalid="ignore"):
             nll_nats = np.minimum(-found.log_density(observed), LARGEST_NLL)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import FIELDS, Config
-from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
+from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, MUTED, PADDING
 from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
 from ping_llm.system.hardware import native_bf16
@@ -84,9 +84,14 @@ class Objective:
         dtype = _AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
-    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets (B, T), −1 = ignored, and their fields (B, T) of windows (B, T+1)."""
-        return tokens[:, 1:], token_fields(tokens, self.role_fields, self.byte_fields)[:, 1:]
+    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B, T), targets (B, T), −1 = ignored, and their fields (B, T) of windows (B, T+1).
+
+        Padding is put in as token 0; it stands at the right, so no target depends on it. Muted tokens are put in, too.
+        """
+        read = torch.where(tokens <= MUTED, MUTED - tokens, tokens)
+        fields = token_fields(read, self.role_fields, self.byte_fields)
+        return read[:, :-1].clamp(min=0), tokens[:, 1:].clamp(min=PADDING), fields[:, 1:]
 
     def sums(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
         """Sum of the cross-entropy of each field in nats, (5,), of this process."""
@@ -100,19 +105,19 @@ class Objective:
         Returns the sums of the cross-entropy (5,) fp32 of this process, and float64 of all: the counts of targets (5,),
         then the sums of the `votes` that each of them cast. Nothing here waits for the device.
         """
-        targets, fields = self.targets(tokens)
+        inputs, targets, fields = self.targets(tokens)
         counts = field_masks(targets, fields).sum(dim=(1, 2))
         ballot = torch.tensor(votes, dtype=torch.float64).to(self.device, non_blocking=True)
         totals = self.ranks.sum(torch.cat([counts.double(), ballot]))
         # Of all micro-batches and processes, so that a token weighs the same in each; DDP divides by their number.
         scale = self.ranks.world * loss_scale / (self.weights * totals[: len(FIELDS)]).sum()
         sums = torch.zeros(len(FIELDS), device=self.device)
-        parts = (tensor.split(self.micro_batch) for tensor in (tokens[:, :-1].clamp(min=0), targets, fields))
+        parts = (tensor.split(self.micro_batch) for tensor in (inputs, targets, fields))
         micro_batches = list(zip(*parts, strict=True))
-        for number, (inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
+        for number, (micro_inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
             # Gradients are exchanged once, with those of the last micro-batch.
             with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
-                micro_sums = self.sums(self.forward, inputs, micro_targets, micro_fields)
+                micro_sums = self.sums(self.forward, micro_inputs, micro_targets, micro_fields)
                 ((self.weights * micro_sums).sum() * scale).float().backward()
             sums += micro_sums.detach()
         return sums, totals
@@ -127,8 +132,8 @@ class Objective:
             # of another shape it would be compiled again
             missing = self.micro_batch - len(part) if self.compiled else 0
             tokens = F.pad(part, (0, 0, 0, missing), value=-1).to(self.device)
-            targets, fields = self.targets(tokens)
-            sums = self.sums(self.forward_alone, tokens[:, :-1].clamp(min=0), targets, fields)
+            inputs, targets, fields = self.targets(tokens)
+            sums = self.sums(self.forward_alone, inputs, targets, fields)
             counts = field_masks(targets, fields).sum(dim=(1, 2))
             totals += torch.cat([sums, counts, count_results(targets, fields)[None]])
         sums, counts, results = self.ranks.sum(totals).split([len(FIELDS), len(FIELDS), 1])

@@ -22,7 +22,8 @@ from ping_llm.data.rows import MANIFEST_NAME, RowReader, read_manifest
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.plots import Drawable
 from ping_llm.inference.table import check_columns
-from ping_llm.system.files import move_atomically
+from ping_llm.system.files import move_atomically, try_file
+from ping_llm.system.streams import check_standard_output, print_data
 
 _READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}  # of DuckDB
 STANDARD = Path("-")  # standard input or output
@@ -125,12 +126,13 @@ def _rows_table(folder: Path) -> pa.Table:
 
 def check_output(path: Path | None) -> None:
     """ValueError, before any work is done, if `write_table` could not write there."""
-    if path is None or path == STANDARD:
+    if path is None:
         return
+    if path == STANDARD:
+        return check_standard_output()
     if path.suffix not in _WRITERS:
         raise ValueError(f"{path}: a table is written as {', '.join(_WRITERS)}, or to - (standard output)")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    try_file(path)
 
 
 def write_table(table: pa.Table, path: Path, suffix: str = ".csv") -> None:
@@ -138,8 +140,7 @@ def write_table(table: pa.Table, path: Path, suffix: str = ".csv") -> None:
     if path == STANDARD:
         text = io.BytesIO()
         _WRITERS[".jsonl" if suffix.startswith(".json") else ".csv"](table, text)
-        sys.stdout.write(text.getvalue().decode())
-        return
+        return print_data(text.getvalue().decode())
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("wb") as file:
         _WRITERS[path.suffix](table, file)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,8 @@ import tyro
 from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
+from ping_llm.system.files import try_file, try_folder
+from ping_llm.system.streams import lost_output, steady_streams
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
@@ -41,6 +43,7 @@ class Synth:
     def run(self) -> None:
         from ping_llm.data.synthetic.synthesize import synthesize
 
+        try_folder(self.out, "truth.json")
         counts = synthesize(**vars(self))
         print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {self.out}")
 
@@ -86,6 +89,7 @@ class Fetch:
             span = parse_time(self.start), parse_time(self.stop)
             wanted = results(self.api, self.msm, *span, self.probes, self.format, self.chunk_hours, not self.plain)
         manners = Manners(self.requests_per_s, self.parallel, self.tries)
+        try_folder(self.out, "fetch.json", "ATTRIBUTION.txt")
         print(summary(fetch(wanted, self.out, manners, os.environ.get(KEY_VARIABLE, "").strip()), self.out))
 
 
@@ -114,6 +118,7 @@ class Prepare:
     def run(self) -> None:
         from ping_llm.data.ingest.prepare import check_time_cut, plan_rows, prepare, summary
         from ping_llm.data.ingest.splits import TimeCut
+        from ping_llm.data.rows import INDEX_NAME, MANIFEST_NAME
         from ping_llm.data.times import parse_time
 
         options = vars(self)
@@ -123,6 +128,8 @@ class Prepare:
         if options.pop("dry_run"):
             print(plan_rows(self.inputs, self.workers, self.packets, self.shards, self.executor).describe())
         else:
+            if not (self.out / MANIFEST_NAME).is_file():  # else there is nothing to write
+                try_folder(self.out, MANIFEST_NAME, INDEX_NAME)
             print(summary(prepare(**options)))
 
 
@@ -145,6 +152,10 @@ class Inspect:
         from ping_llm.data.inspect.summary import summarize
         from ping_llm.data.rows import MANIFEST_NAME
 
+        if self.plots and self.path.exists():
+            import matplotlib  # noqa: F401  what is missing is said before anything is done
+
+            try_folder(self.plots)
         summary = summarize(self.path)
         if self.json:
             print(json.dumps(summary.to_json(self.top)))
@@ -207,6 +218,7 @@ def eval(argv: list[str]) -> None:
     options = tyro.cli(EvalOptions, args=argv, prog="ping-llm eval")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training; LightGBM's threads spin as well
     options.check()
+    try_file(options.json)
     if options.diagnose or options.live:
         from ping_llm.eval.diagnose import diagnose
         from ping_llm.eval.live import compare_live
@@ -245,6 +257,7 @@ def inference(argv: list[str]) -> int | None:
 
 _COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, eval, Plan, inference)}
 _PARSE_THEMSELVES = (train, eval, inference)
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, eval)  # what they print is no answer
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
@@ -268,10 +281,37 @@ def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, the command's own, 1 after one line that says what was wrong, or 130
     if interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    writes_files = _COMMANDS.get(argv[0] if argv else "") in _WRITE_FILES
+    return exit_code(lambda: _dispatch(argv, _COMMANDS, "ping-llm"), needs_stdout=not writes_files)
+
+
+def exit_code(command: Callable[[], int | None], needs_stdout: bool = True) -> int:
+    """Calls what a program does, and returns the program's exit code; errors are one line each, and printing ends nothing.
+
+    Output that could not be printed is an error of a program that `needs_stdout`, for its answer is lost. Of one whose files
+    are the result it is a warning.
+    """
+    with steady_streams():
+        try:
+            code = _one_line_errors(command)
+        except SystemExit as stopped:  # of a parser that has printed help, or what is wrong
+            if stopped.code or not lost_output():
+                raise
+            code, needs_stdout = 0, True
+        if lost := lost_output():
+            kind = "error" if needs_stdout else "warning"
+            print(f"{kind}: standard output did not take what was printed ({lost})", file=sys.stderr)
+            return code or int(needs_stdout)
+        return code
+
+
+def _one_line_errors(command: Callable[[], int | None]) -> int:
+    """What `command` returns; 1 after one line that says what was wrong, 130 if interrupted."""
     log, warnings = logging.getLogger("ping_llm"), _WarningLines()
     log.addHandler(warnings)
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv, _COMMANDS, "ping-llm") or 0
+        return command() or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -286,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         log.removeHandler(warnings)
         warnings.close()
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
     return 1
 
 

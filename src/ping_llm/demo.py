@@ -23,6 +23,7 @@ import tyro
 from ping_llm import cli
 from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import RowReader, read_manifest
+from ping_llm.system.streams import steady_streams
 
 if TYPE_CHECKING:
     from ping_llm import PingModel
@@ -192,4 +193,5 @@ def _print_report(seconds: dict[str, float], errors: dict, examples: list[dict])
 
 
 if __name__ == "__main__":
-    tyro.cli(demo, prog="python -m ping_llm.demo")
+    with steady_streams():
+        tyro.cli(demo, prog="python -m ping_llm.demo")

@@ -16,6 +16,7 @@ from ping_llm.eval.options import PartOptions
 from ping_llm.eval.report import print_lines
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
+from ping_llm.system.files import try_file
 
 PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 """Given of a destination, by the width of its address: /8 … /32, and /32, /48, /64, /128."""
@@ -24,6 +25,7 @@ PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 def print_look(options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]]) -> None:
     """Prints, and writes to `json`, the lines of a look at the model and queries of the part; else ends with one line."""
     try:
+        try_file(options.json)
         model, split = open_queries(options, 200)
         print_lines(look(model, split.recent), options.json)
     except (ValueError, OSError) as error:

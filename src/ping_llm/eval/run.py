@@ -32,10 +32,10 @@ from ping_llm.eval.queries import (
     learned_from,
     mixed_queries,
 )
-from ping_llm.eval.report import write_report
+from ping_llm.eval.report import REPORT_NAME, write_report
 from ping_llm.eval.results import CellScores, comparator_of, make_resamples, score_writer, summaries, summarize_cell
 from ping_llm.model.checkpoint import load_config, load_model
-from ping_llm.system.files import file_sha256, write_atomically
+from ping_llm.system.files import file_sha256, try_folder, write_atomically
 from ping_llm.system.progress import show_progress
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
@@ -50,6 +50,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     ModuleNotFoundError without LightGBM.
     """
     options.check()
+    if options.run is None or options.run.is_dir():  # else there is nothing to do
+        try_folder(options.folder, RESULTS_NAME, REPORT_NAME, TABLE_NAME)
     borrowed = [BorrowedScores.load(folder) for folder in options.scores]
     held = all_methods(borrowed)
     fits = not options.model_only and not any(one["kind"] == "baseline" for one in held.values())
@@ -67,7 +69,6 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     for one in splits:
         band, _, number = one.split.rpartition("-")
         described.setdefault(band or EXTERNAL, {}).setdefault(one.family, {})[number] = one.describe()
-    options.folder.mkdir(parents=True, exist_ok=True)
     kinds = {name: one["kind"] for name, one in methods.items()}
     cells = _answer_all(options, splits, [*baselines, *truth], models, borrowed, kinds)
 

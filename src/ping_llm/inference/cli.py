@@ -100,6 +100,10 @@ def rtt(
     from ping_llm.inference.files import print_distributions, print_json
     from ping_llm.inference.query import Query
 
+    if plot:
+        from ping_llm.inference.plots import check_picture
+
+        check_picture(plot, len(destinations) or 1)
     given = known.read()
     context = Context.parse(given["context"], known.one_host)
     queries = [Query.parse(src or None, to, given["at"], context) for to in destinations or [None]]

@@ -27,7 +27,8 @@ from ping_llm.data.text_values import rtts_ms
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.plots import Drawable
 from ping_llm.inference.table import check_columns
-from ping_llm.system.files import move_atomically
+from ping_llm.system.files import move_atomically, try_file
+from ping_llm.system.streams import check_standard_output, print_data
 
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".arrow", ".feather")
 Table: TypeAlias = "pa.Table | dict[str, list[Any]]"
@@ -148,12 +149,13 @@ def _rows_table(folder: Path) -> pa.Table:
 
 def check_output(path: Path | None) -> None:
     """ValueError, before any work is done, if `write_table` could not write there."""
-    if path is None or path == STANDARD:
+    if path is None:
         return
+    if path == STANDARD:
+        return check_standard_output()
     if path.suffix not in _WRITERS:
         raise ValueError(f"{path}: a table is written as {', '.join(_WRITERS)}, or to - (standard output)")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    try_file(path)
 
 
 def write_table(table: Table, path: Path, suffix: str = ".csv") -> None:
@@ -161,8 +163,7 @@ def write_table(table: Table, path: Path, suffix: str = ".csv") -> None:
     if path == STANDARD:
         text = io.BytesIO()
         _WRITERS[".jsonl" if suffix.startswith(".json") else ".csv"](table, text)
-        sys.stdout.write(text.getvalue().decode())
-        return
+        return print_data(text.getvalue().decode())
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("wb") as file:
         _WRITERS[path.suffix](table, file)

@@ -9,14 +9,16 @@ import hashlib
 import inspect
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TextIO, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_TRIED_BYTES = 1 << 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk, the user's share of it, or the size that a file may have, is used up."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -46,6 +48,42 @@ def move_atomically(aside: Path, path: Path) -> None:
     sync(aside)
     aside.replace(path)
     sync(path.parent)
+
+
+def try_file(path: Path | None) -> None:
+    """ValueError, before any work is done, if a file could not be written at `path`, if there is one: by writing one beside
+    it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    aside = path.with_name(f"{path.name}.tmp")  # as `write_atomically` names it
+    try:
+        aside.write_bytes(bytes(_TRIED_BYTES))
+        aside.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise ValueError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def try_folder(folder: Path, *names: str) -> None:
+    """Makes the folder; ValueError, before any work is done, if it cannot be made, if files could not be written in it, or
+    if one of those names is taken by a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+    except (FileExistsError, NotADirectoryError):
+        file_in_the_way = next(path for path in (folder, *folder.parents) if path.exists())
+        raise ValueError(f"{file_in_the_way} is a file, no folder; move it away or name another folder") from None
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror})") from None
+    if taken := [folder / name for name in names if (folder / name).is_dir()]:
+        raise ValueError(f"{taken[0]} is a folder, where a file is to be written; move it away")
 
 
 @contextmanager

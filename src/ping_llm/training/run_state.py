@@ -11,13 +11,13 @@ import torch
 
 from ping_llm.config import Config, TrainConfig, differing_fields
 from ping_llm.data.rows import MANIFEST_NAME
-from ping_llm.model.checkpoint import Checkpoint, load_config, load_latest, save_config
+from ping_llm.model.checkpoint import CONFIG_NAME, Checkpoint, load_config, load_latest, save_config
 from ping_llm.model.gpt import GPT, parameter_count
-from ping_llm.system.files import write_atomically, write_lock
+from ping_llm.system.files import try_folder, write_atomically, write_lock
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.metrics import add_machine, read_machines, write_machines
+from ping_llm.training.metrics import MACHINE_NAME, METRICS_NAME, add_machine, read_machines, write_machines
 from ping_llm.training.objective import resolve_compile, resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
@@ -77,6 +77,7 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) ->
         lock.enter_context(write_lock(run_dir, run_dir / ".lock"))
     except OSError as error:
         raise _unwritable(run_dir, error) from None
+    try_folder(run_dir, CONFIG_NAME, MACHINE_NAME, ROWS_MANIFEST_NAME, METRICS_NAME, "samples.txt", "report.md")
     resumed, old = load_latest(run_dir), load_config(run_dir)
     if resumed is not None and old is None:
         raise ValueError(f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir")

@@ -76,6 +76,7 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
         processes(config.train.device) as ranks,
         _stop_flag() as stop,
         _memory_advice(config.train, ranks),
+        _compile_advice(),
     ):
         with ExitStack() as lock:
             training = Training.begin(config, feed, ranks, lock)
@@ -267,6 +268,21 @@ def _stop_flag() -> Iterator[threading.Event]:
 
     with on_signals(STOP_SIGNALS, request):
         yield stop
+
+
+@contextmanager
+def _compile_advice() -> Iterator[None]:
+    """Turns a model that cannot be compiled, mostly for want of a compiler, into one line with advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # heavy where nothing is compiled
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        advice = "install a C++ compiler (or set CXX to it), or pass --train.compile False"
+        raise ValueError(f"the model cannot be compiled ({reason}); {advice}") from None
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import cattrs
 
 from ping_llm.data.ingest.tasks import LOCK_NAME, REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
 from ping_llm.system.files import write_atomically, write_lock
+from ping_llm.system.streams import steady_streams
 
 Report = dict[str, Any]  # of a finished task, as JSON
 TASKS_NAME = "tasks.json"
@@ -113,4 +114,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with steady_streams():
+        sys.exit(main(sys.argv[1:]))

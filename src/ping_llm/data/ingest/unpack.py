@@ -1,7 +1,7 @@
 """Dump files in, blocks of whole lines out: packed or plain (see decompress), one JSON result a line or an array of them.
 
-The arrays of the Atlas API (`[…]`, and `{"<probe id>": […]}` of its latest results) are turned into lines, one an element; so
-are objects of several lines one after another, and the results in reports (see json_reports).
+The arrays of the Atlas API (`[…]`, and `{"<probe id>": […]}` of its latest results) become lines, one an element; so are
+objects of several lines one after another, and the results in reports (see json_reports).
 Text is UTF-8; what begins with the byte order mark of UTF-16 or UTF-32 is turned into that.
 """
 
@@ -33,7 +33,7 @@ _WIDE = {  # the marks of UTF-32 first: that of UTF-16 begins one of them
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _MARKS_OF_LINES = re.compile(rb"^(?:\xef\xbb\xbf)+", re.MULTILINE)
-_ARRAY = re.compile(rb"\s*\[")
+_ARRAY = re.compile(rb"\s*\[(?!\d{6,}(?:\.\d+)?\] )")  # no time stamp of a log
 _LATEST = re.compile(rb'\s*\{(?=\s*"-?\d+"\s*:\s*\[)')
 _EMPTY = re.compile(rb"\s*\{\s*\}\s*\Z")  # the latest results of no probe
 _SPREAD = re.compile(rb'\s*\{(?:[^\n]*\n\s*"|\s*\n)')  # the second line begins with a member

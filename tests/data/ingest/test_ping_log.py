@@ -66,7 +66,8 @@ def test_a_log_gives_its_replies_and_its_lost_packet_between_them(tmp_path, pack
         stamped(4, "From 192.0.2.1 icmp_seq=2 Destination Host Unreachable"),
         stamped(4, "From gw.example (192.0.2.1) icmp_seq=2 Time to live exceeded"),
         stamped(1, "From 192.0.2.1: icmp_seq=2 Packet filtered"),
-        stamped(2, "no answer yet for icmp_seq=2") + stamped(4, "From 192.0.2.1 icmp_seq=2 Destination Host Unreachable"),
+        stamped(2, "no answer yet for icmp_seq=2")
+        + stamped(4, "From 192.0.2.1 icmp_seq=2 Destination Host Unreachable"),
         "Request timeout for icmp_seq 2\n",
         "",
     ],
@@ -140,7 +141,11 @@ def test_a_log_that_names_its_source_needs_no_option(tmp_path):
 @pytest.mark.parametrize(
     ("text", "source", "message"),
     [
-        (LOG, None, r"ping\.log is a log of ping that holds no address of the source \(give it with --source ADDRESS\)"),
+        (
+            LOG,
+            None,
+            r"ping\.log is a log of ping that holds no address of the source \(give it with --source ADDRESS\)",
+        ),
         (LOG.replace("[1700000000.250000] ", "").replace("[1700000002.250000] ", ""), SOURCE, r"holds no times \(run"),
         (LOG, "host.example", "--source host.example is not an IPv4 or IPv6 address"),
         (LOG, "192.168.1.7", "--source 192.168.1.7 is private or reserved; give the public address"),
@@ -152,7 +157,9 @@ def test_what_is_missing_is_named(tmp_path, text, source, message):
 
 
 def test_lines_that_are_none_of_ping_are_counted_as_malformed(tmp_path):
-    text = LOG.replace("no answer yet", "ping: sendmsg: Network is unreachable\nkernel: oops\n[1700000001.5] what\nno answer yet")
+    text = LOG.replace(
+        "no answer yet", "ping: sendmsg: Network is unreachable\nkernel: oops\n[1700000001.5] what\nno answer yet"
+    )
     assert measured(tmp_path, text)[1] == {"kept": 3, "blank_line": 1, "log_text": 5, "malformed_json": 2}
 
 

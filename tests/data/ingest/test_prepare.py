@@ -232,7 +232,7 @@ def test_a_dump_with_a_problem_is_looked_at_again(tmp_path):
     write(path, ndjson(ping()))
     report = {
         "lines": 1,
-        "counters": {name: 0 for name in DROPPED_LINES if name != "log_text"},
+        "counters": dict.fromkeys(DROPPED_LINES, 0),
         "times": {1_700_000_000 // 60: 1},
         "problem": None,
     }

@@ -137,11 +137,11 @@ def _fields(lines: _Lines, source: str | None) -> pa.Table:
     line_time = np.zeros(count, dtype=np.int64)
     line_time[line[timed]] = time_s[timed].astype(np.int64)
     dst = _of_runs(lines, run, starts)
+    dst = pc.if_else(lines.text, pc.fill_null_forward(dst), dst)  # what follows the statistics is of that run
     known = lines.blank | lines.text | lines.replied | lines.lost
     columns = {
         "blank_line": lines.blank,
         "malformed_json": ~known,
-        "log_text": lines.text & ~holds,
         "no_timestamp": untimed,
         "has_error": np.zeros(count, dtype=bool),
         "probe_id": np.full(count, -1),

@@ -85,7 +85,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
-    inputs: dumps, tables and logs of ping, plain or packed, folders of them, patterns like dump/*.bz2, "-" for standard input.
+    inputs: dumps, tables, logs of ping, plain or packed; folders of them, patterns like dump/*.bz2, "-" for standard input.
     workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
     keep_going: use what can be read of damaged dumps, and name them in the manifest.
     traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).

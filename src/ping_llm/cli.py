@@ -93,15 +93,16 @@ class Fetch:
 class Prepare:
     """Turn Atlas dumps into probe rows, ready for training."""
 
-    # dumps, or folders of them: JSON by line or array, tables (CSV, JSON lines, Parquet), logs of ping -D; plain or .bz2,
-    # .gz, .zst; - is standard input.
+    # dumps, pipes, or folders of dumps: JSON by line or array, tables (CSV, JSON lines, Parquet), logs of ping -D; plain or
+    # .bz2, .gz, .zst; - is standard input.
     inputs: Positional[tuple[str, ...]]
     out: Path  # folder for the row shards and manifest.json.
     workers: int = 0  # processes; 0 = one a core.
     packets: Packets = "one"  # keep one packet of each result, chosen by a hash, or all of them.
     split: Split = "pingbench"  # train, val and test parts by the rules of PingBench, or everything into train.
-    keep_going: Flag = False  # use what can be read of a damaged file instead of stopping.
-    shards: int = 0  # files of each part, at most; 0 = by the size of the dumps.
+    # use what can be read of a file that is damaged, or most lines of which are no results, instead of stopping.
+    keep_going: Flag = False
+    shards: int = 0  # files of each part, at most, up to 256; 0 = by the size of the dumps.
     # local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
     # slurm/prepare.sbatch calls.
     executor: str = "local"
@@ -139,11 +140,14 @@ class Inspect:
     top: int = 5  # how many of the busiest sources and destinations are named.
     networks: Literal[8, 16] = 8  # length of the IPv4 prefixes in the picture of the world.
     json: Flag = False  # print one JSON object instead of tables.
+    # end with code 0 though a dump is damaged or most of its lines are no results.
+    keep_going: Flag = False
 
     def run(self) -> None:
         import json
 
         from ping_llm.data.inspect.summary import summarize
+        from ping_llm.data.rows import MANIFEST_NAME
 
         summary = summarize(self.path)
         if self.json:
@@ -157,6 +161,11 @@ class Inspect:
 
             for picture in plot_summary(summary, self.plots, self.networks):
                 print(picture, file=sys.stderr)
+        accepted = self.keep_going or (self.path / MANIFEST_NAME).is_file()  # of rows, when they were prepared
+        if summary.problems and not accepted:
+            raise ValueError(
+                f"{summary.problems[0]}. What is shown is of what could be read; --keep-going accepts that"
+            )
 
 
 @dataclass

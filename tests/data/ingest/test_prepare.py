@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -260,6 +261,15 @@ def test_shards_without_a_manifest_are_not_overwritten(dumps, tmp_path):
     assert (tmp_path / "train-00000-of-00001.arrayrecord").read_bytes() == b"precious"
 
 
+def tar_of(content):
+    archive, member = io.BytesIO(), tarfile.TarInfo("a.json")
+    member.size = len(content)
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        file.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+COMMAS = ndjson(*[ping()] * 9).replace(b"\n", b",\n")
 HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head>\n<body>Not found</body></html>\n"
 
 
@@ -270,6 +280,17 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head>\n<body>Not found
         ("a.json", HTML, "a.json is no Atlas dump: none of its 3 lines is a JSON result"),
         ("a.gz", HTML, "a.gz is no Atlas dump"),
         ("a.json", b"[[[[", r"a\.json is cut off"),
+        (
+            "a.json",
+            ndjson(*[ping()] * 9).replace(b"\n", b",\n"),
+            r"of its 9 lines is a JSON result, such as line 1, '.* … '.*},'; ",
+        ),
+        (
+            "a.json",
+            ndjson(ping(), b"x", ping(), b"y", b"z"),
+            r"mostly no Atlas dump: 3 of its 5 lines .*, such as line 2, 'x'; ",
+        ),
+        ("a.gz", tar_of(ndjson(*[ping()] * 9)), "a.gz is a tar archive, which is not read; unpack it first"),
     ],
 )
 def test_a_bad_dump_is_one_clear_line(dumps, tmp_path, name, content, message):
@@ -301,6 +322,12 @@ def test_keep_going_counts_the_lines_of_what_is_no_dump(dumps, tmp_path):
     path = write(tmp_path / "x.json", HTML)
     manifest = prepare([*dumps, path], tmp_path / "out", workers=1, keep_going=True)
     assert manifest["lines"]["counters"]["malformed_json"] == 1 + 3
+
+
+def test_a_half_that_is_malformed_is_not_most(dumps, tmp_path):
+    path = write(tmp_path / "x.json", ndjson(ping(), b"", b"x", ping(), b"y", b""))
+    counters = prepare([*dumps, path], tmp_path / "out", workers=1)["lines"]["counters"]
+    assert counters["malformed_json"] == 1 + 2 and counters["blank_line"] == 1 + 2
 
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):

@@ -1,8 +1,8 @@
 """Dump files in, blocks of whole lines out: packed or plain (see decompress), one JSON result a line or an array of them.
 
-The arrays of the Atlas API (`[…]`, and `{"<probe id>": […]}` of its latest results) become lines, one an element; so are
-objects of several lines one after another, and the results in reports (see json_reports).
-Text is UTF-8; what begins with the byte order mark of UTF-16 or UTF-32 is turned into that.
+The arrays of the Atlas API (`[…]`, and `{"<probe id>": […]}` of its latest results) are turned into lines, one an element;
+so are objects of several lines one after another, and the results in reports (see json_reports). Text is UTF-8; what begins
+with the byte order mark of UTF-16 or UTF-32 is turned into that.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class Fetch:
 class Prepare:
     """Turn Atlas dumps into probe rows, ready for training."""
 
-    # dumps, pipes, or folders of dumps: JSON by line or array, plain or .bz2, .gz, .zst, or Parquet; - is standard input.
+    # dumps, pipes, or folders of dumps: JSON by line or array, tables (CSV, JSON lines, Parquet), logs of ping -D; plain or
+    # .bz2, .gz, .zst; - is standard input.
     inputs: Positional[tuple[str, ...]]
     out: Path  # folder for the row shards and manifest.json.
     workers: int = 0  # processes; 0 = one a core.
@@ -113,10 +114,11 @@ class Prepare:
     traceroute: Traceroute = "off"
     # when val and when test begin, ISO 8601 (UTC if it names no zone); if absent, after 75 % and 85 % of all measurements.
     time_cut: tuple[str, str] | None = None
+    source: str | None = None  # public address of the source, for inputs that name none: logs and tables of ping.
     dry_run: Flag = False  # print the plan with the estimated sizes and time, and write nothing.
 
     def run(self) -> None:
-        from ping_llm.data.ingest.prepare import check_time_cut, plan_rows, prepare, summary
+        from ping_llm.data.ingest.prepare import check_source, check_time_cut, plan_rows, prepare, summary
         from ping_llm.data.ingest.splits import TimeCut
         from ping_llm.data.rows import INDEX_NAME, MANIFEST_NAME
         from ping_llm.data.times import parse_time
@@ -125,6 +127,8 @@ class Prepare:
         if self.time_cut:
             options["time_cut"] = TimeCut(*map(parse_time, self.time_cut))
             check_time_cut(options["time_cut"], self.split)
+        if self.source:
+            check_source(self.source)
         if options.pop("dry_run"):
             print(plan_rows(self.inputs, self.workers, self.packets, self.shards, self.executor).describe())
         else:

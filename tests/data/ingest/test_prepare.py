@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from paths import SHARED_DATA
 from pings import ndjson, ping, read_lines, write
+from traceroutes import reply, trace
 
 from ping_llm.data.ingest import prepare as prepare_module
 from ping_llm.data.ingest import tasks
@@ -233,7 +234,7 @@ def test_a_dump_with_a_problem_is_looked_at_again(tmp_path):
     write(path, ndjson(ping()))
     report = {
         "lines": 1,
-        "counters": {name: 0 for name in DROPPED_LINES if name != "log_text"},
+        "counters": dict.fromkeys(DROPPED_LINES, 0),
         "times": {1_700_000_000 // 60: 1},
         "problem": None,
     }
@@ -363,6 +364,21 @@ def test_the_manifest_names_no_path_of_the_machine(dumps, tmp_path):
     prepare(dumps, tmp_path, workers=1)
     text = (tmp_path / "manifest.json").read_text()
     assert os.sep not in text.replace("salt/field/", "")
+
+
+def test_all_lines_of_pings_and_traceroutes_together_are_accounted_for(dumps, tmp_path):
+    path = [[reply("192.168.1.1", 0.5)], [reply("203.0.113.1", 5.5)] * 3, [reply("198.51.100.7", 19.5), {"x": "*"}]]
+    traces = [trace(*path, timestamp=1_700_000_000 + 60 * i, prb_id=i) for i in range(20)]
+    hops = write(tmp_path / "traceroute.bz2", ndjson(*traces, traces[0], trace(result=[])))
+    manifest = prepare([*dumps, hops], tmp_path / "out", workers=1, traceroute="hops")
+    lines, measurements = manifest["lines"], manifest["measurements"]
+    assert lines["read"] == sum(lines["counters"].values()) == 3 * 480 + 50 + 3 + 22
+    counters = {name: count for name, count in lines["counters"].items() if count}
+    bad = {"blank_line": 1, "malformed_json": 1, "unsynced_clock": 1, "no_result": 1}
+    assert counters == {"kept": 3 * 480 + 20, "duplicate": 50 + 1} | bad
+    assert measurements["reply_used"] == 2 * 21  # of each hop one
+    kept_pings = sum(measurements[name] for name in SINCE_PARSED) - measurements["reply_used"]
+    assert kept_pings == 3 * 480 + 50
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ping_llm.data.ingest.tables import is_parquet
 from ping_llm.system.files import file_sha256
 from ping_llm.system.progress import cores
 
-DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet")
+DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".log")
 STDIN = Path("-")
 SPOOL_NAME = "spool"
 _STDIN_NAMES = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")

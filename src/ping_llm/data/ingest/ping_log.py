@@ -109,7 +109,7 @@ def _parse(text: bytes) -> _Lines:
         _numbers(_group(rtt, "rtt"), np.nan),
         _numbers(_group(sent, "sent"), -1).astype(np.int64),
         pc.coalesce(_group(header, "dst"), _group(reply, "dst")).dictionary_encode(),
-        _group(header, "src").dictionary_encode(),
+        pc.if_else(pc.equal(_group(header, "src"), ""), None, _group(header, "src")).dictionary_encode(),
     )
 
 
@@ -137,11 +137,11 @@ def _fields(lines: _Lines, source: str | None) -> pa.Table:
     line_time = np.zeros(count, dtype=np.int64)
     line_time[line[timed]] = time_s[timed].astype(np.int64)
     dst = _of_runs(lines, run, starts)
+    dst = pc.if_else(lines.text, pc.fill_null_forward(dst), dst)  # what follows the statistics is of that run
     known = lines.blank | lines.text | lines.replied | lines.lost
     columns = {
         "blank_line": lines.blank,
         "malformed_json": ~known,
-        "log_text": lines.text & ~holds,
         "no_timestamp": untimed,
         "has_error": np.zeros(count, dtype=bool),
         "probe_id": np.full(count, -1),
@@ -162,7 +162,10 @@ def _runs(lines: _Lines) -> tuple[np.ndarray, np.ndarray]:
     start[0] = True
     start[np.flatnonzero(lines.sent[:-1] >= 0) + 1] = True
     counted = np.flatnonzero(lines.replied | lines.lost)
-    start[counted[1:][_steps(lines.seq[counted]) < -_RESTART]] = True
+    step = _steps(lines.seq[counted])
+    sent_s = lines.stamp[counted] - lines.rtt_ms[counted] / 1000
+    later = sent_s[1:] > np.fmax.accumulate(sent_s)[:-1]  # so it is no late reply
+    start[counted[1:][(step < -_RESTART) | (step < 0) & later]] = True
     return np.cumsum(start) - 1, np.flatnonzero(start)
 
 

@@ -25,6 +25,8 @@ _KINDS = {
     ".bz2": (30, 37, 95_000),
     ".gz": (40, 55, 600_000),
     ".zst": (40, 55, 2_000_000),
+    ".csv": (50, 70, float("inf")),  # a packet a row
+    ".log": (60, 80, float("inf")),
     ".parquet": (10, 11, 10_000_000),
 }
 PARSE_RESULTS_PER_S = 500_000

@@ -42,6 +42,7 @@ from ping_llm.data.ingest.tasks import (
     reduce_bucket,
 )
 from ping_llm.data.ingest.traceroute import REPLIES
+from ping_llm.data.measurement import is_public, pack_addresses
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
 from ping_llm.system.files import full_disk_is_one_line, move_atomically, write_atomically, write_lock
 from ping_llm.system.progress import by_part, cores, show_progress
@@ -66,14 +67,16 @@ def prepare(
     executor: str | Executor = LOCAL,
     traceroute: Traceroute = "off",
     time_cut: TimeCut | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
-    inputs: dumps (.bz2, .gz, .zst, plain, .parquet), pipes, folders, patterns like dump/*.bz2, "-" for standard input.
+    inputs: dumps, tables, logs of ping, plain or packed; pipes, folders, patterns like dump/*.bz2, "-" for standard input.
     workers: processes; 0 = one a core. shards: of each part, at most (256 are the most); 0 = by the size of the inputs.
     keep_going: use what can be read of damaged dumps and of those that are mostly no dumps, and name them in the manifest.
     traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
     time_cut: when val and test begin, instead of where the quantiles of all measurements lie (see splits.py).
+    source: the public address of the source, for inputs that name none: logs and tables of ping.
     executor: where the tasks run, by a name of executors.py, or an open one whose workers see the same folders.
     A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder, such
     as that another process writes there.
@@ -83,6 +86,8 @@ def prepare(
         raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
     if time_cut:
         check_time_cut(time_cut, split)
+    if source:
+        check_source(source)
     if isinstance(executor, str):
         check_executor(executor)
     partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
@@ -95,6 +100,7 @@ def prepare(
         options: dict[str, Any] = {"packets": packets, "split": split, "shards": shards}
         options |= {"max_clock_skew_s": max_clock_skew_s, "traceroute": traceroute}
         options["time_cut"] = asdict(time_cut) if time_cut else None
+        options |= {"source": source} if source else {}
         identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
         if (out / MANIFEST_NAME).exists():
             return _finished(out, identity)
@@ -121,7 +127,8 @@ def _make_rows(
     rule = SplitRule() if options["split"] == "pingbench" else None
     with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
         folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
-        options_of_map = (plan.buckets, *(options[name] for name in ("packets", "max_clock_skew_s", "traceroute")))
+        names = ("packets", "max_clock_skew_s", "traceroute", "source")
+        options_of_map = (plan.buckets, *map(options.get, names))
         maps = [MapTask(d.path, d.name, folder, *options_of_map) for d, folder in zip(dumps, folders, strict=True)]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
         if all(map(_is_empty, map_reports)):
@@ -151,6 +158,15 @@ def check_time_cut(time_cut: TimeCut, split: Split) -> None:
         raise ValueError(f'a time cut goes with the split "pingbench", not "{split}"')
     if time_cut.val_from_s >= time_cut.test_from_s:
         raise ValueError(f"{time_cut} must name two times, the earlier one first")
+
+
+def check_source(source: str) -> None:
+    """ValueError if it is not the address of a host on the public Internet."""
+    packed, valid = pack_addresses([source])
+    if not valid[0]:
+        raise ValueError(f"--source {source} is not an IPv4 or IPv6 address")
+    if not is_public(packed)[0]:
+        raise ValueError(f"--source {source} is private or reserved; give the public address that others see")
 
 
 def plan_rows(

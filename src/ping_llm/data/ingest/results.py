@@ -38,7 +38,6 @@ MAX_CLOCK_SKEW_S = 86_400
 DROPPED_LINES = {
     "blank_line": "nothing but white space",
     "malformed_json": "not a JSON object with a field of a ping in it, not UTF-8, or longer than 1 MB; a row of NULLs",
-    "log_text": "of a log of ping, without a packet: its first line and its statistics",
     "traceroute_off": "traceroutes, which only --traceroute target or hops uses",
     "not_ping": "of another type than ping and traceroute",
     "no_timestamp": "without a timestamp between 1970 and 2106",
@@ -46,7 +45,8 @@ DROPPED_LINES = {
     "bad_destination": "whose destination is not an address",
     "private_destination": "whose destination is private, link-local, multicast, reserved or otherwise no host",
     "local_error": "of packets that never left: address not allowed, socket, bind or connect failed",
-    "no_result": "without a packet known to be answered or lost; of traceroutes, without a reply that is used",
+    "no_result": "without a packet known to be answered or lost, as the first line of a log; of traceroutes, without a "
+    "reply that is used",
     "no_source": "with neither a public src_addr nor a public from",
     "unsynced_clock": "whose clock was last set longer ago than allowed, or never (lts −1)",
 }

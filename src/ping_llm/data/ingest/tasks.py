@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,9 +28,9 @@ from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.choices import Packets, Traceroute
 from ping_llm.data.ingest.repeats import number_packets
 from ping_llm.data.ingest.results import RESULT_SCHEMA
+from ping_llm.data.ingest.shapes import parse_parquet, parse_text, shape_of, what_is_missing
 from ping_llm.data.ingest.shuffle import SEEN_SCHEMA, ranked, read_portions, write_piece
 from ping_llm.data.ingest.splits import DROPPED, PARTS, Groups, Sources, SplitRule, TimeCut
-from ping_llm.data.ingest.tables import is_parquet, parse_rows, read_rows
 from ping_llm.data.ingest.unpack import DamagedDump, read_chunks, read_lines
 from ping_llm.data.measurement import binary_column, byte_matrix
 from ping_llm.data.rows import INDEX_NAME, INDEX_SCHEMA, ProbeRow, ShardWriter
@@ -56,6 +56,7 @@ class MapTask:
     packets: Packets
     max_clock_skew_s: int
     traceroute: Traceroute = "off"
+    source: str | None = None  # the address of the source where the dump names none
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,22 @@ def merge_sources(inputs: Sequence[Path], path: Path, rule: SplitRule) -> None:
 
 def _parsed(task: MapTask, scratch: Path) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:
     """Of each chunk of a dump: its lines, their measurements, and the counters of the rest."""
-    if is_parquet(task.dump):
-        for rows in read_rows(task.dump):
-            yield len(rows), *parse_rows(rows, task.packets)
-    else:
-        for lines in read_chunks(task.dump, scratch, CHUNK_BYTES):
-            yield from _parsed_lines(task, scratch, lines)
+    options = (task.packets, task.max_clock_skew_s, task.source)
+    if rows := parse_parquet(task.dump, task.name, *options):
+        return (yield from rows)
+    chunks = read_chunks(task.dump, scratch, CHUNK_BYTES)
+    first = next(chunks, 0)
+    if not first:
+        return
+    if (shape := shape_of(scratch)) != "results":
+        return (yield from parse_text(shape, task.dump, chain([first], chunks), scratch, task.name, *options))
+    used, missing = 0, what_is_missing(scratch)
+    for lines in chain([first], chunks):
+        for read, table, counts in _parsed_lines(task, scratch, lines):
+            used += len(table)
+            yield read, table, counts
+    if missing and not used:
+        raise DamagedDump(f"{task.name} holds no {', no '.join(missing)}; leave it out")
 
 
 def _parsed_lines(task: MapTask, path: Path, lines: int) -> Iterator[tuple[int, pa.Table, dict[str, int]]]:

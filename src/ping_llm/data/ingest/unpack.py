@@ -33,7 +33,7 @@ _WIDE = {  # the marks of UTF-32 first: that of UTF-16 begins one of them
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _MARKS_OF_LINES = re.compile(rb"^(?:\xef\xbb\xbf)+", re.MULTILINE)
-_ARRAY = re.compile(rb"\s*\[")
+_ARRAY = re.compile(rb"\s*\[(?!\d{6,}(?:\.\d+)?\] )")  # no time stamp of a log
 _LATEST = re.compile(rb'\s*\{(?=\s*"-?\d+"\s*:\s*\[)')
 _EMPTY = re.compile(rb"\s*\{\s*\}\s*\Z")  # the latest results of no probe
 _SPREAD = re.compile(rb'\s*\{(?:[^\n]*\n\s*"|\s*\n)')  # the second line begins with a member

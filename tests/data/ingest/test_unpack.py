@@ -162,6 +162,21 @@ def test_an_enormous_element_counts_as_one_malformed_line(tmp_path, element):
     assert [line[:12] for line in read(path).splitlines()] == [b'{"fw": 5080,', b"!", b'{"fw": 5080,']
 
 
+TEXT = st.text('a\\"[]{}', max_size=6)
+ELEMENTS = st.recursive(TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
+
+
+@settings(derandomize=True)
+@given(element=ELEMENTS, behind=TEXT, sizes=st.lists(st.integers(1, 5), min_size=1))
+def test_the_end_of_a_skipped_element_is_that_of_its_json_wherever_it_is_cut(element, behind, sizes):
+    text, skipped, at, turn = json.dumps(element), unpack._Skipped(), 0, 0
+    whole = text + behind
+    while at < len(whole) and (not at or skipped.open):
+        size = sizes[turn % len(sizes)]
+        at, turn = at + skipped.end(whole[at : at + size]), turn + 1
+    assert at == len(text)
+
+
 def test_a_chunk_of_the_shortest_lines_holds_not_many_more_lines_than_one_of_results(tmp_path):
     path, scratch = write(tmp_path / "a.zst", b"0\n" * 3_000_000), tmp_path / "scratch"
     lines = list(unpack.read_chunks(path, scratch, chunk_bytes=64 << 20))

@@ -30,7 +30,7 @@ TESTS = {
     "training/optimizer.py": ["tests/training/test_optim.py"],
     "training/muon.py": ["tests/training/test_optim.py"],
     "training/schedule.py": ["tests/training/test_schedule.py"],
-    "data/ingest/splits.py": ["tests/data/ingest/test_splits.py"],
+    "data/ingest/splits.py": ["tests/data/ingest/test_splits.py", "tests/data/ingest/test_splits_hashes.py"],
     "data/tokenization.py": ["tests/data/test_tokenization.py"],
     "inference/distribution.py": ["tests/inference/test_distribution.py", "tests/inference/test_distributions.py"],
 }

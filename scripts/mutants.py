@@ -2,8 +2,8 @@
 
     python scripts/mutants.py [model/loss.py …] [--share 0.1]
 
-mutmut copies a module with one small change in each function, runs the tests of that module which reach the function, and
-counts the change as killed if one of them fails. Constants of a module are not changed. What no test could notice stands
+mutmut copies a module with one small change in each function, runs the tests of that module, and counts the change as killed
+if one of them fails. Constants of a module are not changed. What no test could notice stands
 with its reason in tests/equivalent_mutants.toml and is not counted; a line there that fits no mutant is reported.
 """
 
@@ -30,7 +30,7 @@ TESTS = {
     "training/optimizer.py": ["tests/training/test_optim.py"],
     "training/muon.py": ["tests/training/test_optim.py"],
     "training/schedule.py": ["tests/training/test_schedule.py"],
-    "data/ingest/splits.py": ["tests/data/ingest/test_splits.py"],
+    "data/ingest/splits.py": ["tests/data/ingest/test_splits.py", "tests/data/ingest/test_splits_hashes.py"],
     "data/tokenization.py": ["tests/data/test_tokenization.py"],
     "inference/distribution.py": ["tests/inference/test_distribution.py", "tests/inference/test_distributions.py"],
 }
@@ -89,7 +89,7 @@ def prepare(module: str) -> Path:
         "do_not_mutate_patterns": [r"^\s*assert "],  # what only we can cause
         "process_isolation": "forkserver",
         "timeout_multiplier": 3.0,
-        "timeout_constant": 2.0,
+        "timeout_constant": 20.0,
     }
     switches = ["track_dependencies = false", "use_git_change_detection = false", "use_setproctitle = false"]
     lines = ["[tool.mutmut]", *(f"{name} = {json.dumps(value)}" for name, value in options.items()), *switches]
@@ -185,7 +185,12 @@ def extend_mutmut(share: float) -> None:
     arguments = harness.PytestRunner._pytest_args_regular_run
 
     def quickest_first(self, tests):
-        return arguments(self, sorted(tests, key=lambda test: (state().duration_by_test.get(test, 0.0), test)))
+        """Those that were seen to reach the function, then the others: a fixture may have reached it for them."""
+        took_s = state().duration_by_test
+        others = took_s.keys() - set(tests) if tests else ()
+        return arguments(
+            self, [test for group in (tests, others) for test in sorted(group, key=lambda t: (took_s[t], t))]
+        )
 
     harness.PytestRunner._pytest_args_regular_run = quickest_first
     register_timeout = isolation.register_timeout

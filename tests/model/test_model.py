@@ -229,3 +229,86 @@ def test_a_prompt_of_padding_alone_stays_finite(model):
     cache = KVCache()
     assert model(torch.tensor([[3, 4, 5], [-1, -1, -1]]), cache).isfinite().all()
     assert model(torch.tensor([[-1], [8]]), cache).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_start_of_a_measurement_is_a_token_and_no_padding(model):
+    """Its number is 0."""
+    tokens, cache = torch.tensor([[0, 1, 0, 0], [5, 0, 0, 9]]), KVCache()
+    logits = torch.cat([model(piece, cache) for piece in tokens.split((2, 1, 1), dim=1)], dim=1)
+    assert cache.valid.all() and cache.lengths().tolist() == [4, 4]
+    torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [(63, 1), (1, 63), (60, 2, 2)])
+def test_a_cache_reaches_to_the_last_position(model, pieces):
+    tokens, cache = random_tokens(2, 64), KVCache()
+    logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(tokens, positions=torch.arange(64)[None]), model(tokens))
+
+
+def test_an_empty_cache_holds_nothing_and_its_forks_neither():
+    for cache in (KVCache(), KVCache().fork(), KVCache().select(torch.tensor([0]))):
+        assert cache.size == 0 and cache.valid is None and not cache.keys and not cache.values
+
+
+def test_a_cache_keeps_no_more_than_keys_and_values(model):
+    """Else a view would hold the queries, too."""
+    cache = KVCache()
+    model(random_tokens(2, 8), cache)
+    for held in cache.keys + cache.values:
+        assert held.is_contiguous() and held.untyped_storage().nbytes() == held.numel() * 4
+
+
+def test_attention_multiplies_in_the_precision_of_the_products(model, monkeypatch):
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(random_tokens(1, 8))
+    assert seen == [{torch.bfloat16}] * 2 + [{torch.float32}] * 2
+
+
+def test_everything_stays_on_the_device_of_the_tokens(monkeypatch):
+    """Tensors of the device "meta" have a shape and no values, and no operation takes them together with others."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # which knows no such device
+    model, cache = GPT(SMALL).to("meta"), KVCache()
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    for logits in (
+        model(tokens),
+        model(tokens, cache),
+        model(tokens, cache),
+        model(tokens, mask=tokens[:, None, None] > 0),
+    ):
+        assert logits.device.type == "meta" and logits.shape == (2, 5, 267)
+    assert cache.size == 10 and {each.device.type for each in (*cache.keys, cache.valid)} == {"meta"}
+
+
+def test_the_rotation_is_there_even_where_weights_are_not():
+    """A checkpoint brings the weights alone."""
+    with torch.device("meta"):
+        empty = GPT(SMALL)
+    assert empty.head.weight.is_meta and torch.equal(empty.rotation, GPT(SMALL).rotation)
+    assert "rotation" not in empty.state_dict() and empty.rotation.dtype == torch.float32
+
+
+def test_a_rotation_by_hand():
+    """Heads of 4: pair 0 turns by the position, pair 1 by a hundredth of it, for base 10,000."""
+    rotation = GPT(ModelConfig(n_layer=1, n_embd=8, n_head=2, seq_len=64)).rotation
+    for position in (0, 1, 50):
+        angles = (position, position / 100)
+        expected = [*map(math.cos, angles), *map(math.sin, angles)]
+        assert rotation[position].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_logits_beyond_the_vocabulary_are_not_given():
+    model = GPT(SMALL)
+    assert model.embedding.weight.shape == model.head.weight.shape == (320, 32)
+    assert model(random_tokens(1, 3)).shape == (1, 3, 267)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.model.gpt import GPT
 from ping_llm.training import muon as muon_module
+from ping_llm.training.distributed import Ranks
 from ping_llm.training.muon import Matrix, Muon, orthogonalize
 from ping_llm.training.optimizer import Optimizer
 
@@ -116,6 +117,12 @@ def test_adamw_of_embedding_and_head_by_hand():
             optimizer.adamw.step()
         torch.testing.assert_close(weight.detach(), expected)
         model, optimizer = (fresh := GPT(TINY)), Optimizer(fresh, config)
+
+
+def test_the_processes_of_a_run_share_the_work_of_its_matrices():
+    ranks = Ranks(torch.device("cpu"), rank=1, world=2)
+    assert Optimizer(GPT(TINY), OptimConfig(), ranks).muon.ranks is ranks
+    assert Optimizer(GPT(TINY), OptimConfig()).muon.ranks == Ranks(torch.device("cpu"))
 
 
 def test_a_restored_optimizer_shares_no_memory_with_what_it_was_restored_from():

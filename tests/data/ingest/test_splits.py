@@ -228,7 +228,7 @@ def test_destinations_are_held_out_by_24_and_48(one, same, other):
     v4 = [bands(*(form.format(i) for i in range(250))) for form in (one, same, other)]
     v6 = [
         bands(*(form.format(i) for i in range(1, 250)))
-        for form in ("2001:db8:{:x}::7", "2001:db8:{:x}:ff::9", "2001:db9:{:x}::7")
+        for form in ("2001:db8:{:x}::7", "2001:db8:{:x}:ff00::9", "2001:db9:{:x}::7")
     ]
     for first, second, third in (v4, v6):
         assert set(first.tolist()) == {TRAIN, VAL, TEST}
@@ -347,6 +347,7 @@ def test_an_address_belongs_to_the_least_key_of_the_groups_that_it_joins():
     sources = collect_sources(keys, addresses("192.0.2.1", "192.0.2.1", "192.0.2.0"), RULE)
     assert sources.addresses.tolist() == addresses("192.0.2.0", "192.0.2.1").tolist()
     assert sources.owner[:, -1].tolist() == [7, 4]
+    assert sources.band.dtype == RULE.prefix_bands(sources.addresses).dtype == np.uint8
 
 
 @given(st.permutations(range(40)))

@@ -46,6 +46,7 @@ def test_bands_can_be_drawn_again_from_what_the_manifest_says():
     """Of a rule with a number of its own in every place: by zlib, murmur3 and the words of its entry "hash"."""
     rule = SplitRule("pepper", (7, 11), (13, 17), (19, 23), (29, 31))
     told = json.loads(json.dumps(rule.describe()))
+    assert told["name"] == "pingbench" and told["version"] == 2  # of the rule; another one could not read this
     assert told["hash"] == "murmur3 finaliser of crc32(salt/field/ + key)"
     assert rule.time_cut(dict.fromkeys(range(100), 1)) == TimeCut(
         *(60 * (100 - sum(told["time_percent"][i:])) for i in range(2))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ping_llm.cli import exit_code
 from ping_llm.config import load_config
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.context import Context
@@ -28,28 +30,32 @@ from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
 from ping_llm.model.gpt import GPT
+from ping_llm.system.files import try_file
 from ping_llm.system.hardware import pick_device
 
 ROOT = Path(__file__).parents[1]
 DRAWS = 200
 CONTEXT_MEASUREMENTS = 10
 SOURCES = 20
+EFFORT = {"queries": 10_000, "singles": 100, "rounds": 10}
+QUICK = {"queries": 2_000, "singles": 20, "rounds": 3}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="run folder of a trained model")
     parser.add_argument("--quick", action="store_true", help="2,000 queries instead of 10,000, and fewer repetitions")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
     model, name = load(options.model, options.device, options.precision)
-    queries, singles = (2_000, 20) if options.quick else (10_000, 100)
+    effort = QUICK if options.quick else EFFORT
     print(f"{name}, {model.device.type} in {model.precision}, {torch.get_num_threads()} threads")
 
-    numbers = against_sampling(model, rounds=3 if options.quick else 10)
-    numbers |= batch_against_loop(model, queries, singles)
+    numbers = against_sampling(model, effort["rounds"])
+    numbers |= batch_against_loop(model, effort["queries"], effort["singles"])
     for line in report(numbers):
         print(line)
     if options.json:
@@ -158,4 +164,4 @@ def report(numbers: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

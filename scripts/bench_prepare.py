@@ -26,13 +26,15 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+from ping_llm.cli import exit_code
 from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.tasks import CHUNK_BYTES
 from ping_llm.data.ingest.unpack import read_chunks
 from ping_llm.data.synthetic.synthesize import synthesize
+from ping_llm.system.files import try_file
 
 WORKERS = 2
-DAYS = 1.0
+DAYS, PROBES, QUICK_PROBES = 1.0, 300, 150
 PREPARE = """
 import json, resource, sys
 from ping_llm.data.ingest.prepare import prepare
@@ -53,12 +55,13 @@ print(len(lines) / (time.process_time() - started))
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a fourth of the dump, and 400,000 results for the memory")
     parser.add_argument("--results", type=int, help="results of the dump for the memory; 2,000,000 if absent")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), options.quick, options.results or (400_000 if options.quick else 2_000_000))
     print(json.dumps(report, indent=1))
@@ -69,7 +72,7 @@ def main() -> None:
 def measure(folder: Path, quick: bool, large: int) -> dict:
     """All numbers; `folder` is empty and holds the dumps meanwhile."""
     dump = folder / "dump"
-    results = synthesize(dump, probes=150 if quick else 300, targets=50, days=DAYS)["results"]
+    results = synthesize(dump, probes=QUICK_PROBES if quick else PROBES, targets=50, days=DAYS)["results"]
     files = sorted(dump.glob("ping-*.bz2"))
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         list(pool.map(abs, range(100)))  # processes are up before the clock starts
@@ -172,4 +175,4 @@ def write_copy(files: list[Path], folder: Path, copy: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

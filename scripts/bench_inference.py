@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ping_llm.cli import exit_code
 from ping_llm.config import load_config
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.context import Context
@@ -41,6 +42,7 @@ from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
 from ping_llm.model.gpt import GPT
+from ping_llm.system.files import try_file
 from ping_llm.system.hardware import pick_device
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +50,10 @@ CONTEXT_MEASUREMENTS = 10
 QUERIES_OF_A_SOURCE = 20
 THREADS = int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1)))
 SINGLES = 10  # queries of the loop in one round
+QUERIES, QUICK_QUERIES, QUICK_ROUNDS = 1_000, 200, 2
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="run folder of a trained model")
     parser.add_argument("--quick", action="store_true", help="200 queries instead of 1,000, and 2 rounds")
@@ -58,12 +61,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # it is read when torch is imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    options = parser.parse_args(argv)
+    try_file(options.json)
     torch.set_num_threads(THREADS)
     model, name = load(options.model, options.device, options.precision)
-    count, rounds = (200, 2) if options.quick else (1_000, options.rounds)
+    count, rounds = (QUICK_QUERIES, QUICK_ROUNDS) if options.quick else (QUERIES, options.rounds)
     print(f"{name}, {model.device.type} in {model.precision}, {torch.get_num_threads()} threads, {rounds} rounds")
 
     print(f"{'':46}{'ms':>9}{'ms':>9}{'ratio':>8}{'range':>16}")
@@ -176,4 +178,6 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    if "OMP_WAIT_POLICY" not in os.environ:  # it is read when torch is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    sys.exit(exit_code(main))

@@ -33,14 +33,16 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+from ping_llm.cli import exit_code
 from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.shuffle import read_portions, write_piece
 from ping_llm.data.ingest.tasks import CHUNK_BYTES
 from ping_llm.data.ingest.unpack import read_chunks
 from ping_llm.data.synthetic.synthesize import synthesize
+from ping_llm.system.files import try_file
 
 WORKERS = 2
-DAYS = 1.0
+DAYS, PROBES, QUICK_PROBES = 1.0, 300, 150
 RESULTS_A_DAY = 790_000  # about, of 300 probes and 50 targets
 PREPARE = """
 import json, resource, sys
@@ -62,13 +64,14 @@ print(len(lines) / (time.process_time() - started))
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a fourth of the dump, and 400,000 results for the memory")
     parser.add_argument("--scale", action="store_true", help="time and memory at 1, 10 and 100 times the results")
     parser.add_argument("--results", type=int, help="results of the dump for the memory; 2,000,000 if absent")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
     with tempfile.TemporaryDirectory() as folder:
         if options.scale:
             report = measure_scales(Path(folder), options.results or 300_000, (1, 2) if options.quick else (1, 10, 100))
@@ -82,7 +85,7 @@ def main() -> None:
 def measure(folder: Path, quick: bool, large: int) -> dict:
     """All numbers; `folder` is empty and holds the dumps meanwhile."""
     dump = folder / "dump"
-    results = synthesize(dump, probes=150 if quick else 300, targets=50, days=DAYS)["results"]
+    results = synthesize(dump, probes=QUICK_PROBES if quick else PROBES, targets=50, days=DAYS)["results"]
     files = sorted(dump.glob("ping-*.bz2"))
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         list(pool.map(abs, range(100)))  # processes are up before the clock starts
@@ -230,4 +233,4 @@ def write_copy(files: list[Path], folder: Path, days: float, copy: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

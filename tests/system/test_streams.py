@@ -91,7 +91,7 @@ def test_answers_for_programs_are_utf8_in_any_locale_and_refused_at_once_where_t
     )
     code = (
         "import sys; from ping_llm.system.streams import print_data, steady_streams\n"
-        "with steady_streams(): print_data(sys.stdin.read()); print('→')"
+        "with steady_streams(): print_data(sys.stdin.read()); print(chr(0x2192))"
     )
     done = subprocess.run([sys.executable, "-c", code], input="é中\n".encode(), capture_output=True, env=ASCII)
     assert done.stdout == "é中\n->\n".encode(), done.stderr.decode()

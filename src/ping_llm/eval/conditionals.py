@@ -23,13 +23,10 @@ PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 
 
 def print_look(options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]]) -> None:
-    """Prints, and writes to `json`, the lines of a look at the model and queries of the part; else ends with one line."""
-    try:
-        try_file(options.json)
-        model, split = open_queries(options, 200)
-        print_lines(look(model, split.recent), options.json)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    """Prints, and writes to `json`, the lines of a look at the model and queries of the part."""
+    try_file(options.json)
+    model, split = open_queries(options, 200)
+    print_lines(look(model, split.recent), options.json)
 
 
 def score_queries(model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str) -> dict[str, float]:

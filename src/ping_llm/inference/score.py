@@ -7,7 +7,7 @@ a field sum to 1 and orders can be compared. `score` is how unexpected a result 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -17,17 +17,16 @@ import pyarrow as pa
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.inference.context import Context, Records, as_table, columns_of
-from ping_llm.inference.distribution import RTTDistribution, code_widths
+from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader, line_log_prob
 from ping_llm.inference.mixture import distributions
+from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.query import Endpoint, SrcKnown, check_context
-from ping_llm.inference.table import History
 from ping_llm.system.progress import show_progress
 
-HISTORY = 10  # measurements of the same source before one that is scored
+HISTORY = 8  # measurements of the same source before one that is scored, at least; about 11 on average in 256 tokens
 ORDER = ("src", "dst", "rtt")
 _FIELDS = {"src": tk.SRC, "dst": tk.DST, "rtt": tk.RESULT, "time": tk.TIME}
-_BATCH = 256  # measurements whose distributions are computed together
 
 
 def log_prob(
@@ -93,68 +92,61 @@ def score(
 ) -> pa.Table:
     """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
 
-    The context of each are the last `history` measurements of the same source from earlier seconds or, without the column
-    event_time, from the rows before it; with `one_host` all sources are addresses of one host, and count as one.
-    `nll_nats` is −log of the density per log-ms times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is
-    the share of results at least as surprising: under the model's own distribution (see `own_p_values`), read against what
-    that was on val, if the model is calibrated. With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
+    The context of each are measurements of the same source from earlier seconds or, without the column event_time, from
+    the rows before it: the last `history` at least, and at most what a sequence of the model holds (see `Windows`); with
+    `history` 0 none. With `one_host` all sources are addresses of one host, and count as one. `nll_nats` is −log of the
+    density per log-ms times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is the share of results at
+    least as surprising: under the model's own distribution (see `Foreseen.p_value`), read against what that was on val, if
+    the model is calibrated. With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
     """
     if history < 0:
         raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
     if anomaly_at is not None and not 0 < anomaly_at < 1:
         raise ValueError(f"anomaly_at={anomaly_at} must be a p-value between 0 and 1")
     table = as_table(measurements)
-    past = History(columns_of(table, "the table of measurements", one_host=one_host), history)
-    own, nll, pit = (np.empty(table.num_rows) for _ in range(3))
+    measured = columns_of(table, "the table of measurements", one_host=one_host)
     with show_progress("score", table.num_rows, "measurements") as advance:
-        for first in range(0, table.num_rows, _BATCH):
-            rows = past.order[first : first + _BATCH]  # neighbours have contexts of about the same length
-            for some in distributions(reader, past.queries(rows), src_known):
-                chosen, rows = rows[: len(some)], rows[len(some) :]
-                observed_ms = past.measured.rtt_ms[chosen]
-                own[chosen] = own_p_values(some, observed_ms)
-                nll[chosen], pit[chosen] = -some.log_density(observed_ms), some.pit(observed_ms)
-                advance(len(some))
-    p_value = calibrated_p_values(own, reader.calibration.surprise)
+        rows, foreseen = foresee(reader, Windows(measured, history, reader.seq_len), src_known, advance)
+    nll, pit, own = (np.empty(table.num_rows) for _ in range(3))
+    nll[rows], pit[rows], own[rows] = foreseen.nll_nats, foreseen.pit, foreseen.p_value
+    p_value = reader.calibration.surprise.calibrated(own)
     columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
     columns |= {} if anomaly_at is None else {"anomaly": p_value <= anomaly_at}
+    return _with_columns(table, columns)
+
+
+def expected(
+    reader: Reader,
+    measurements: Records,
+    rows: Sequence[int] | np.ndarray,
+    history: int = HISTORY,
+    src_known: SrcKnown = "auto",
+    *,
+    one_host: bool = False,
+) -> pa.Table:
+    """Some rows of the measurements with what was expected there: columns p_fail, and the quantiles q0.05, q0.5 and q0.95
+    of an answer in ms, null where failure is certain.
+
+    Whole distributions are computed, after the same history as in `score`.
+    """
+    table = as_table(measurements)
+    windows = Windows(columns_of(table, "the table of measurements", one_host=one_host), history, reader.seq_len)
+    batches = list(distributions(reader, windows.queries(rows), src_known))
+    table = table.take(pa.array(rows, pa.int64()))
+    if not batches:
+        return table
+    foreseen = RTTDistribution.concatenate(batches)
+    answers = {f"q{q:g}": foreseen.quantile(q) for q in (0.05, 0.5, 0.95)}
+    answers = {name: pa.array(rtt_ms, mask=np.isnan(rtt_ms)) for name, rtt_ms in answers.items()}
+    return _with_columns(table, {"p_fail": foreseen.p_fail, **answers})
+
+
+def _with_columns(table: pa.Table, columns: Mapping[str, np.ndarray | pa.Array]) -> pa.Table:
+    """The table with these columns at its end, in place of those of the same names."""
     table = table.drop_columns([name for name in columns if name in table.column_names])
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
     return table
-
-
-def own_p_values(
-    foreseen: RTTDistribution, observed_ms: np.ndarray | float, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """P(a result at least as surprising as the observed one) under each of B distributions: (B,) ms, −1 = failed, to (B,).
-
-    Results are ordered as by nll_nats: an answer by its density per log-ms times P(answer), failure, an atom, by p_fail.
-    Of results equally surprising half is counted; with `rng` a share drawn for each: then p-values are uniform if the
-    distributions are right.
-    """
-    observed = np.exp(foreseen.log_density(observed_ms))  # (B,)
-    # By way of the logarithm rounding makes a difference where there is none.
-    low, high, p_fail = observed * (1 - 1e-12), observed * (1 + 1e-12), foreseen.p_fail
-    less, equal = p_fail * (p_fail < low), p_fail * ((p_fail >= low) & (p_fail <= high))
-    for place, p in enumerate(foreseen.code_probability):
-        density = p / code_widths()
-        below, upto = density < low[place], density <= high[place]
-        less[place] += p[below].sum(dtype=np.float64)
-        equal[place] += p[upto & ~below].sum(dtype=np.float64)
-    share = 0.5 if rng is None else rng.random(len(foreseen))
-    return np.minimum(less + share * equal, 1.0)
-
-
-def calibrated_p_values(own: np.ndarray, surprise: Sequence[float]) -> np.ndarray:
-    """(rank + 1) / (n + 1) of own p-values (m,) among the n ascending ones of val; as they are without any.
-
-    Below the least of val there is nothing to rank: there it is 1 / (n + 1), times the share of that least value.
-    """
-    if not len(surprise):
-        return own
-    ranked = (np.searchsorted(np.asarray(surprise), own, "right") + 1) / (len(surprise) + 1)
-    return ranked * np.minimum(1.0, own / max(surprise[0], np.finfo(float).tiny))
 
 
 def _check_context(earlier: Context, measured: Context) -> None:

@@ -96,8 +96,8 @@ def test_of_a_table_foreign_hosts_are_left_out_unless_it_is_of_one_host(answer, 
     context = [ping(foreign, AT - 60), ping()]
     assert answer(context, False) == pytest.approx(answer([ping()], False), rel=1e-9)
     distribution = MODEL.rtt(SRC, DST, AT, context, "all", one_host=True)
-    assert answer(context, True) == pytest.approx(-distribution.log_density(80.0), rel=1e-9)
-    assert answer(context, True) != pytest.approx(answer([ping()], True), rel=1e-6)
+    assert answer(context, True) == pytest.approx(-distribution.log_density(80.0), abs=1e-4)
+    assert answer(context, True) != pytest.approx(answer([ping()], True), abs=1e-3)
 
 
 def test_a_context_without_times_or_for_a_query_of_any_time_is_taken_as_it_is():

@@ -159,7 +159,7 @@ def test_a_named_checkpoint_that_is_damaged_is_not_replaced_by_another(tmp_path)
     for step in (1, 2):
         save_step(tmp_path, step)
     spoil(tmp_path / "checkpoints/step-00000001/model.safetensors")
-    with pytest.raises(ValueError, match=r"step-00000001 is damaged; restore it, name another checkpoint"):
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged; restore it or name another checkpoint"):
         checkpoint.load_model(tmp_path / "checkpoints/step-00000001")
 
 

@@ -74,7 +74,9 @@ def test_no_other_weights_make_the_results_likelier():
 
 
 def test_calibration_is_read_back_as_it_was_written(tmp_path):
-    calibration = Calibration({"ipv4": SHARES}, Surprise(3, (0.1, 0.5), 0.8, -0.1), {"ipv4": -12.5}, "f" * 64)
+    calibration = Calibration(
+        {"ipv4": SHARES}, Surprise(3, (0.1, 1.0), (0.2, 0.5), 0.8, -0.1), {"ipv4": -12.5}, "f" * 64
+    )
     calibration.save(tmp_path)
     checkpoint = tmp_path / "checkpoints/step-00000001"
     checkpoint.mkdir(parents=True)

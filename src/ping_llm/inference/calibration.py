@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +18,11 @@ from ping_llm.system.files import write_atomically
 
 CALIBRATION_NAME = "calibration.json"
 LEAST_SHARE = 0.001  # of every known length: a context may still speak for it
-TAIL_SHARE = 0.02  # of the p-values of val, the least: they are described by a fitted tail, the others by quantiles
-_KNOTS = 99  # of the quantiles: one a hundredth
-_SCALE_SPREAD, _SHAPE_SPREAD = 0.3, 0.2  # how far from 1 (in logs) and from 0 the tail is expected to be
-_SCALES = np.exp(np.linspace(-3, 3, 301))
-_SHAPES = np.linspace(-0.5, 0.6, 111)
+TAIL_RESULTS, TAIL_SHARE = 40, 0.1  # of the p-values of val so many, at most such a share: their tail is fitted
+_KNOTS = 60  # of the distribution function above the tail
+_SCALE_SPREAD, _SHAPE_SPREAD = 1.5, 0.3  # how far from 1 (in logs) and from 0 the tail is expected to be
+_SCALES = np.exp(np.linspace(-4, 5, 361))
+_SHAPES = np.linspace(-0.5, 1.0, 76)
 
 log = logging.getLogger(__name__)
 
@@ -30,35 +31,42 @@ log = logging.getLogger(__name__)
 class Surprise:
     """How the model's own p-values of the results of val are distributed; those of a right model are uniform.
 
-    In the tail, the excess of −log p over its threshold follows a generalised Pareto distribution (Pickands, Annals of
-    Statistics 1975; as a threshold for anomalies: Siffer et al., KDD 2017), which is exponential, scale 1 and shape 0, for a
-    right model. Its fit is expected to be near that (a penalised likelihood, as Coles and Dixon, Extremes 1999), so that a
-    few results do not move it far.
+    Above the tail their distribution function counts. In the tail, which a few results say little of, the excess of −log p
+    over its threshold follows a generalised Pareto distribution (Pickands, Annals of Statistics 1975; for thresholds of
+    anomalies Siffer et al., KDD 2017), of scale 1 and shape 0 for a right model. The fit is expected to be near that (a
+    penalised likelihood, as Coles and Dixon, Extremes 1999).
     """
 
     count: int = 0  # results of val
-    quantiles: tuple[float, ...] = ()  # of their p-values, at even steps from TAIL_SHARE to 1
+    shares: tuple[float, ...] = ()  # from that of the tail to 1
+    quantiles: tuple[float, ...] = ()  # of the p-values at these shares
     scale: float = 1.0
     shape: float = 0.0
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Surprise:
+        """What `dataclasses.asdict` made of one; a TypeError or KeyError if it is damaged."""
+        return cls(
+            values["count"], tuple(values["shares"]), tuple(values["quantiles"]), values["scale"], values["shape"]
+        )
 
     @classmethod
     def fit(cls, own: np.ndarray) -> Surprise:
         """To the own p-values of the results of val, (n,); none make p-values stay as they are."""
         if not len(own):
             return cls()
-        quantiles = np.quantile(own, np.linspace(TAIL_SHARE, 1, _KNOTS), method="hazen")
-        threshold = max(quantiles[0], np.finfo(float).tiny)
-        excess = np.log(threshold) - np.log(np.maximum(own[own < threshold], np.finfo(float).tiny))
-        return cls(len(own), tuple(quantiles.tolist()), *_fit_tail(excess))
+        shares = np.geomspace(min(TAIL_RESULTS / len(own), TAIL_SHARE), 1, _KNOTS)
+        quantiles = np.maximum(np.quantile(own, shares, method="hazen"), np.finfo(float).tiny)
+        excess = np.log(quantiles[0]) - np.log(np.maximum(own[own < quantiles[0]], np.finfo(float).tiny))
+        return cls(len(own), tuple(shares.tolist()), tuple(quantiles.tolist()), *_fit_tail(excess))
 
     def calibrated(self, own: np.ndarray) -> np.ndarray:
         """The share of results of val at least as surprising as those with these own p-values, (m,)."""
         if not self.count:
             return own
-        threshold = max(self.quantiles[0], np.finfo(float).tiny)
-        body = np.interp(own, self.quantiles, np.linspace(TAIL_SHARE, 1, len(self.quantiles)))
-        excess = np.maximum(np.log(threshold) - np.log(np.maximum(own, np.finfo(float).tiny)), 0.0)
-        return np.where(own < threshold, TAIL_SHARE * np.exp(_log_tail(excess, self.scale, self.shape)), body)
+        excess = np.log(self.quantiles[0]) - np.log(np.maximum(own, np.finfo(float).tiny))
+        tail = self.shares[0] * np.exp(_log_tail(np.maximum(excess, 0.0), self.scale, self.shape))
+        return np.where(excess > 0, tail, np.interp(own, self.quantiles, self.shares))
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Calibration:
             surprise = values.get("p_values")  # those written before rank another kind of p-values
             return cls(
                 values["src_weights"],
-                Surprise() if surprise is None else Surprise(**surprise | {"quantiles": tuple(surprise["quantiles"])}),
+                Surprise() if surprise is None else Surprise.of_json(surprise),
                 values["familiar"],
                 values.get("model_sha256"),
             )

@@ -155,7 +155,7 @@ class RTTDistribution:
             return self._each(per_log_ms / np.where(inside, x, 1.0) / self._p_answer[which])
 
     def log_pdf(self, rtt_ms: float | np.ndarray) -> Values:
-        """Logarithm of `pdf`, the density per ms given an answer; −∞ where it is 0. What scores a result is `log_density`."""
+        """Logarithm of `pdf`, the density per ms given an answer; −∞ where it is 0. `log_density` scores any result."""
         with np.errstate(divide="ignore"):
             return np.log(self.pdf(rtt_ms))
 

@@ -143,7 +143,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GP
             f"there is no {run_dir / CONFIG_NAME}, which says what model the checkpoints are of; restore it"
         )
     best = _best(folders)
-    folder, state = _first_whole(sorted(folders, key=lambda folder: folder != best), (MODEL_NAME,))
+    try:
+        folder, state = _first_whole(sorted(folders, key=lambda folder: folder != best), (MODEL_NAME,))
+    except ValueError:
+        if run_dir == path:
+            raise
+        raise ValueError(f"{path} is damaged; restore it or name another checkpoint") from None
     with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
         model = GPT(config.model)
     try:
@@ -170,8 +175,6 @@ def _first_whole(folders: Sequence[Path], names: tuple[str, ...]) -> tuple[Path,
         except _Damaged as error:
             log.warning("%s is damaged (%s); trying another one", folder, error)
     run_dir = folders[0].parents[1]
-    if len(folders) == 1:
-        raise ValueError(f"{folders[0]} is damaged; restore it, name another checkpoint, or start a new run folder")
     raise ValueError(f"every checkpoint in {run_dir} is damaged; restore one or start a new run folder")
 
 

@@ -1,13 +1,38 @@
 """The rows of the demo's table are what their labels say."""
 
+import json
+
 import pyarrow as pa
 import pytest
 
+from ping_llm import demo
 from ping_llm.cli import main
+from ping_llm.config import parse_config
 from ping_llm.data.ingest.splits import PARTS
 from ping_llm.data.rows import RowReader
 from ping_llm.demo import INTERNET
 from ping_llm.demo import PARTS as SHOWN
+
+
+def test_training_is_bound_by_its_steps_and_not_by_the_clock(tmp_path, monkeypatch, capsys):
+    commands, clock = [], iter(range(0, 10_000, 1000))  # a machine on which every stage takes 1,000 s
+    monkeypatch.setattr(demo.cli, "main", lambda command: commands.append(command))
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    found = {"seen_pairs": {"model": 0.01, "global_median": 0.6, "queries": 1}}
+    monkeypatch.setattr(demo, "evaluate", lambda out: (found, {"seen_pairs": 0.99}, []))
+    monkeypatch.setattr(demo, "_print_report", lambda *report: None)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(demo.shutil, "rmtree", lambda *path, **options: None)
+    demo.demo(tmp_path / "out", steps=7)
+    (train,) = [command for command in commands if command[0] == "train"]
+    assert train[train.index("--train.total-steps") + 1] == "7"
+    assert not [word for word in train if "minutes" in word]
+    config = parse_config(train[1:], "train")
+    assert config.train.total_steps == 7 and config.train.max_minutes == config.train.target_tokens == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["steps"] == 7 and report["stages_s"]["train"] == 1000 and "cores" in report["machine"]
+    assert "7 steps of training in 1000 s" in capsys.readouterr().out
+
 
 SMALL = ("--probes", "60", "--targets", "40", "--days", "0.2")
 

@@ -12,7 +12,7 @@ from ping_llm.inference.table import History
 
 SRC, DST, AT = "192.0.2.1", "198.51.100.7", 1_700_000_000
 OTHER, IPV6 = "192.0.2.9", "2001:db8::1"
-MODEL = random_model(16, 256)
+MODEL = random_model(16, 256, knows_bytes=True)
 
 
 def ping(src: str = SRC, time_s: int = AT - 1, rtt: float = 80.0, dst: str = "198.51.100.9") -> dict:
@@ -96,8 +96,8 @@ def test_of_a_table_foreign_hosts_are_left_out_unless_it_is_of_one_host(answer, 
     context = [ping(foreign, AT - 60), ping()]
     assert answer(context, False) == pytest.approx(answer([ping()], False), rel=1e-9)
     distribution = MODEL.rtt(SRC, DST, AT, context, "all", one_host=True)
-    assert answer(context, True) == pytest.approx(-distribution.log_density(80.0), rel=1e-9)
-    assert answer(context, True) != pytest.approx(answer([ping()], True), rel=1e-6)
+    assert answer(context, True) == pytest.approx(-distribution.log_density(80.0), abs=1e-4)
+    assert answer(context, True) != pytest.approx(answer([ping()], True), abs=1e-3)
 
 
 def test_a_context_without_times_or_for_a_query_of_any_time_is_taken_as_it_is():
@@ -131,7 +131,7 @@ def test_measurements_of_one_second_have_the_same_past_and_none_of_each_other():
     assert times == [[], [AT - 9], [AT - 9, AT - 5], [AT - 9, AT - 5], [AT, AT]]
     past = MODEL.rtt(SRC, "198.51.100.9", AT, rows[:2])
     scored = [row["nll_nats"] for row in MODEL.score(rows)]
-    assert scored[2:4] == pytest.approx([-past.log_density(80.0), -past.log_density(5.0)], rel=1e-9)
+    assert scored[2:4] == pytest.approx([-past.log_density(80.0), -past.log_density(5.0)], abs=1e-4)
 
 
 def test_without_times_the_past_is_what_stands_before_it_in_the_table():
@@ -165,11 +165,11 @@ rows_of = st.lists(
 def test_score_and_batch_give_the_same_answer_after_the_same_history(rows, one_host):
     scored = [row["nll_nats"] for row in MODEL.score(rows, history=len(rows), one_host=one_host)]
     answered = [row["nll_nats"] for row in MODEL.rtt_many(rows, "auto", rows, one_host=one_host)]
-    np.testing.assert_allclose(scored, answered, rtol=1e-9)
+    np.testing.assert_allclose(scored, answered, atol=1e-4)
     for row, nll in zip(rows, scored, strict=True):  # and rtt, where the history is found by its definition
         past = [
             r for r in rows if (one_host or r["src_addr"] == row["src_addr"]) and r["event_time"] < row["event_time"]
         ]
         past.sort(key=lambda r: r["event_time"])
         alone = MODEL.rtt(row["src_addr"], row["dst_addr"], row["event_time"], past, one_host=one_host)
-        assert -alone.log_density(row["rtt"]) == pytest.approx(nll, rel=1e-9)
+        assert -alone.log_density(row["rtt"]) == pytest.approx(nll, abs=1e-4)

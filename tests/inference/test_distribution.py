@@ -128,6 +128,21 @@ def test_crps_of_a_single_code_at_its_middle_is_a_twelfth_of_its_width():
     assert d.crps(float(np.exp((low + high) / 2))) == pytest.approx((high - low) / 12, rel=1e-6)
 
 
+def test_log_pdf_is_per_ms_given_an_answer_and_log_density_per_log_ms_of_any_result():
+    d = of_distribution(LOGNORMAL, p_fail=0.1)
+    for rtt_ms in (5.0, 50.0):
+        assert d.log_pdf(rtt_ms) == np.log(d.pdf(rtt_ms)) == pytest.approx(LOGNORMAL.logpdf(rtt_ms), abs=2e-3)
+        assert d.log_density(rtt_ms) == pytest.approx(d.log_pdf(rtt_ms) + np.log(rtt_ms) + np.log(0.9), abs=2e-3)
+    assert d.log_pdf(1e12) == -np.inf and d.log_pdf([5.0, 50.0]).shape == (2,)
+
+
+def test_an_rtt_between_two_codes_has_the_density_of_the_one_that_it_is_learned_as():
+    codes = np.zeros(RTT_CODES)
+    learned = int(encode_rtt(np.array(5.001)))  # codes are 2 µs apart there: 5.000 and 5.002 are as near
+    codes[learned] = 1.0
+    assert RTTDistribution(codes, 0.0).log_density(5.001) == pytest.approx(-np.log(np.log(5.001 / 4.999)), abs=1e-3)
+
+
 def test_log_density_counts_the_chance_of_an_answer_and_of_failure():
     d = of_distribution(LOGNORMAL, p_fail=0.1)
     for rtt_ms in (20.0, 50.0, 130.0):

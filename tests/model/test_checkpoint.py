@@ -133,9 +133,44 @@ def test_inference_takes_the_best_else_the_newest(tmp_path):
     assert checkpoint.load_model(tmp_path)[2]["step"] == 4
 
 
+def test_inference_takes_the_one_checkpoint_that_is_named(tmp_path, monkeypatch):
+    checkpoint.save_config(tmp_path, CONFIG)
+    for step, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        save_step(tmp_path, step, val_loss)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "checkpoints/step-00000003", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    named = {
+        1: ("step-00000001", tmp_path / "checkpoints/step-00000001"),
+        3: (tmp_path / "elsewhere", "step-00000003/"),
+    }
+    for step, paths in named.items():
+        for path in paths:
+            model, config, state = checkpoint.load_model(path)
+            assert state["step"] == step and config == CONFIG
+            expected = GPT(CONFIG.model, generator=torch.Generator().manual_seed(step)).state_dict()
+            assert all(map(torch.equal, model.state_dict().values(), expected.values()))
+    monkeypatch.chdir("step-00000001")
+    assert checkpoint.load_model(".")[2]["step"] == 1
+    assert checkpoint.load_model("../..")[2]["step"] == 2
+
+
+def test_a_named_checkpoint_that_is_damaged_is_not_replaced_by_another(tmp_path):
+    checkpoint.save_config(tmp_path, CONFIG)
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    spoil(tmp_path / "checkpoints/step-00000001/model.safetensors")
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged; restore it or name another checkpoint"):
+        checkpoint.load_model(tmp_path / "checkpoints/step-00000001")
+
+
 def test_a_folder_without_a_run_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r'no checkpoint in .*; run "ping-llm train" first'):
         checkpoint.load_model(tmp_path / "nothing")
+    save_step(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"there is no .*config\.json, which says what model"):
+        checkpoint.load_model(tmp_path / "checkpoints/step-00000001")
+    with pytest.raises(ValueError, match=r"no checkpoint in .*; name the run folder .*, or one of its checkpoints"):
+        checkpoint.load_model(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("name", ["config.json", "checkpoints/step-00000001/state.json"])

@@ -1,8 +1,10 @@
 """What is fitted on val is found again where it is known, and weighs how much of a source is known."""
 
 import dataclasses
+import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,18 +12,28 @@ import torch
 from training_runs import make_batches, make_config, val_windows, write_config
 
 import ping_llm.inference.mixture as mixture
+import ping_llm.training.calibration as calibration_module
 import ping_llm.training.trainer as trainer
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from ping_llm.data.rows import RowReader
 from ping_llm.data.tokenization import encode_rtt
-from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration
+from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration, Surprise
+from ping_llm.inference.context import Context
 from ping_llm.inference.engine import ReadContexts
 from ping_llm.inference.mixture import source_log_prob
 from ping_llm.inference.model import PingModel
+from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.query import Endpoint
-from ping_llm.inference.score import own_p_values
+from ping_llm.inference.score import HISTORY
+from ping_llm.model import checkpoint
 from ping_llm.model.gpt import GPT
-from ping_llm.training.calibration import calibrate, log_likelihoods, mixture_weights, sample_results
+from ping_llm.training.calibration import (
+    calibrate,
+    log_likelihoods,
+    mixture_weights,
+    sample_results,
+    val_surprise,
+)
 from ping_llm.training.trainer import Feed, train
 from ping_llm.training.validation import ValQueries
 
@@ -62,15 +74,60 @@ def test_no_other_weights_make_the_results_likelier():
 
 
 def test_calibration_is_read_back_as_it_was_written(tmp_path):
-    calibration = Calibration({"ipv4": SHARES}, (0.1, 0.5), {"ipv4": -12.5})
+    calibration = Calibration(
+        {"ipv4": SHARES}, Surprise(3, (0.1, 1.0), (0.2, 0.5), 0.8, -0.1), {"ipv4": -12.5}, "f" * 64
+    )
     calibration.save(tmp_path)
     checkpoint = tmp_path / "checkpoints/step-00000001"
     checkpoint.mkdir(parents=True)
     assert Calibration.load(tmp_path) == Calibration.load(checkpoint) == calibration
     assert Calibration.load(tmp_path / "checkpoints") == Calibration()
-    (tmp_path / CALIBRATION_NAME).write_text("{}")
-    with pytest.raises(ValueError, match="is damaged; delete it"):
-        Calibration.load(tmp_path)
+    for damaged in ("{}", "[]", '{"src_weights": {}, "familiar": {}, "p_values": {"count": 3}}'):
+        (tmp_path / CALIBRATION_NAME).write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged; delete it"):
+            Calibration.load(tmp_path)
+
+
+def test_a_calibration_written_before_p_values_were_of_the_pit_gives_its_weights_alone(tmp_path):
+    old = {"src_weights": {"ipv4": SHARES}, "surprise": [0.1, 0.5], "familiar": {"ipv4": -12.5}}
+    (tmp_path / CALIBRATION_NAME).write_text(json.dumps(old))
+    assert Calibration.load(tmp_path) == Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.5})
+
+
+def saved_run(run_dir: Path, losses: dict[int, float]) -> dict[int, str]:
+    """A run folder with checkpoints by step and val loss; the hash of the weights of each."""
+    config = Config(model=ModelConfig(n_layer=1, n_embd=16, n_head=2, seq_len=64))
+    checkpoint.save_config(run_dir, config)
+    hashes = {}
+    for step, val_loss in losses.items():
+        weights = GPT(config.model, generator=torch.Generator().manual_seed(step)).state_dict()
+        folder = checkpoint.save(run_dir, step, weights, {}, {"val_loss": val_loss})
+        hashes[step] = json.loads((folder / checkpoint.STATE_NAME).read_text())["sha256"][checkpoint.MODEL_NAME]
+    return hashes
+
+
+def test_only_the_checkpoint_that_a_calibration_was_fitted_for_takes_it(tmp_path, caplog):
+    hashes = saved_run(tmp_path, {1: 1.0, 2: 2.0})
+    calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.5}, model_sha256=hashes[1])
+    calibration.save(tmp_path)
+    assert PingModel.load(tmp_path).calibration == calibration
+    assert PingModel.load(tmp_path / "checkpoints/step-00000001").calibration == calibration
+    assert not caplog.records
+    assert PingModel.load(tmp_path / "checkpoints/step-00000002").calibration == Calibration()
+    (line,) = caplog.messages
+    assert "fitted for another checkpoint" in line and "name the run folder" in line and "\n" not in line
+    caplog.clear()
+    dataclasses.replace(calibration, model_sha256=hashes[2]).save(tmp_path)  # then the run went on to a better one
+    assert PingModel.load(tmp_path).calibration == Calibration() and len(caplog.records) == 1
+
+
+def test_a_calibration_that_knows_no_checkpoint_is_that_of_the_run_folder(tmp_path, caplog):
+    saved_run(tmp_path, {1: 1.0, 2: 2.0})
+    calibration = Calibration({"ipv4": SHARES})
+    calibration.save(tmp_path)
+    assert PingModel.load(tmp_path).calibration == calibration and not caplog.records
+    assert PingModel.load(tmp_path / "checkpoints/step-00000002").calibration == Calibration()
+    assert len(caplog.records) == 1
 
 
 def test_nothing_is_given_of_sources_that_are_unfamiliar_to_the_model():
@@ -143,17 +200,31 @@ def test_likelihoods_are_those_of_the_answers(gpt, config):
 def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
     calibration = calibrate(gpt, config, torch.device("cpu"))
     again = calibrate(gpt, config, torch.device("cpu"))
-    assert calibration == again and len(calibration.surprise) == 7
-    assert list(calibration.surprise) == sorted(calibration.surprise)
+    assert calibration == again and calibration.surprise.count == RowReader(config.data.rows, "val").measurements.sum()
     for weights in calibration.src_weights.values():
         assert sum(weights.values()) == pytest.approx(1) and min(weights.values()) > 0
-    queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
-    assert max(len(query.context) for query in queries) == 10
+    queries, _ = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
+    assert max(len(query.context) for query in queries) == HISTORY
     assert all((query.context.time_s < query.time_s).all() for query in queries if len(query.context))
     assert all(query.src.covers(query.context.src).all() for query in queries if len(query.context))
-    without = dataclasses.replace(calibration, surprise=())
-    distributions = next(PingModel(gpt, torch.device("cpu"), without).distributions(queries[::5]))
-    assert sorted(own_p_values(distributions, rtt_ms[::5])) == pytest.approx(calibration.surprise, rel=1e-4)
+
+
+def test_p_values_are_fitted_to_as_many_results_of_val_as_are_wanted_or_to_all(gpt, config, caplog, monkeypatch):
+    rows = RowReader(config.data.rows, "val")
+    reader, rng = PingModel(gpt, torch.device("cpu")), np.random.default_rng(0)
+    monkeypatch.setattr(calibration_module, "_STRETCH", 4)
+    some = val_surprise(reader, rows, 40, rng)
+    assert 40 <= some.count < rows.measurements.sum()
+    caplog.clear()
+    every = val_surprise(reader, rows, 10**6, rng)
+    assert every.count == rows.measurements.sum() and "all " in caplog.text
+    own = []
+    for row in rows:
+        measured = Context.of_measurements(row.to_measurements())
+        own.append(foresee(reader, Windows(measured, HISTORY, reader.seq_len))[1].p_value)
+    # Stretches see the end of the history before them, so only their windows begin elsewhere.
+    expected = Surprise.fit(np.concatenate(own))
+    assert every.quantiles[20:] == pytest.approx(expected.quantiles[20:], rel=0.2)
 
 
 def test_a_run_that_is_over_leaves_its_calibration_and_one_that_is_stopped_none(tmp_path, rows_folder, monkeypatch):
@@ -173,8 +244,15 @@ def test_a_run_that_is_over_leaves_its_calibration_and_one_that_is_stopped_none(
     assert not (tmp_path / "s" / CALIBRATION_NAME).exists()
     train(config, Feed(make_batches, val_windows, ValQueries.load))
     found = Calibration.load(config.train.run_dir)
-    assert found.src_weights and len(found.surprise) == 3
+    assert found.src_weights and found.surprise.count == RowReader(rows_folder, "val").measurements.sum()
+    (folder,) = (config.train.run_dir / "checkpoints").glob("step-*2")
+    assert found.model_sha256 == json.loads((folder / "state.json").read_text())["sha256"]["model.safetensors"]
     assert PingModel.load(config.train.run_dir).calibration == found
+    dataclasses.replace(found, model_sha256="of another").save(
+        config.train.run_dir
+    )  # as if it was stopped before it fitted
+    train(config, Feed(make_batches, val_windows, ValQueries.load))
+    assert Calibration.load(config.train.run_dir).model_sha256 == found.model_sha256
     quiet = make_config(tmp_path / "quiet", total_steps=1)
     train(quiet, Feed(make_batches, val_windows, lambda config: None))
     assert not (tmp_path / "quiet" / CALIBRATION_NAME).exists()

@@ -268,7 +268,7 @@ def score(
     model: Model,
     input: Path,
     output: Path | None = None,
-    history: int = 10,
+    history: int = 8,
     one_host: Flag = False,
     anomaly_at: float | None = None,
     src_known: str = "auto",
@@ -282,11 +282,12 @@ def score(
         input: measurements: a table (.parquet, .csv, .json, .jsonl; - is standard input) of src_addr, dst_addr, rtt,
             event_time; or an Atlas dump, a folder of dumps, or of rows.
         output: write all of them, scored, to this file (.parquet, .csv, .json, .jsonl; - is standard output).
-        history: measurements of the same source, from earlier seconds, that are the context of each.
+        history: measurements of the same source, from earlier seconds, that are the context of each, at least; more are
+            read where there is room; 0 reads none.
         one_host: all sources are addresses of one host, and count as one.
         anomaly_at: mark those whose p-value is at most this.
         src_known: how much of the sources is known: all, none, a prefix length, or auto.
-        top: the most surprising ones are shown, so many.
+        top: the most surprising ones are shown, so many, with what was expected.
         json: print one JSON object.
         keep_going: score what can be read of a damaged dump instead of stopping.
     """
@@ -306,9 +307,10 @@ def score(
     total = {"measurements": scored.num_rows, "mean_nll_nats": pc.mean(scored.column("nll_nats")).as_py()}
     if anomaly_at is not None:
         total["anomalies"] = pc.sum(scored.column("anomaly")).as_py() or 0
-    likeliest_last = scored.take(pc.sort_indices(scored, [("p_value", "ascending"), ("nll_nats", "descending")]))
-    note = ", ".join(f"{name} {value:,.6g}" for name, value in total.items())
-    show(likeliest_last.slice(0, top), "the most surprising measurements", None, json, note, **total)
+    likeliest_last = pc.sort_indices(scored, [("p_value", "ascending"), ("nll_nats", "descending")])
+    listed = reader.expected(scored, likeliest_last.slice(0, top), history, src_known, one_host=one_host)
+    note = ", ".join(f"{name} {value:,.6g}" for name, value in total.items() if value is not None)
+    show(listed, "the most surprising measurements, and what was expected", None, json, note, **total)
 
 
 COMMANDS = {"rtt": rtt, "batch": batch, "dst": dst, "rank": rank, "sample": sample, "score": score}

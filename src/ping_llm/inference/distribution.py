@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ping_llm.data.measurement import FAILED_RTT_MS
-from ping_llm.data.tokenization import RTT_CODES, rtt_code_edges_ms
+from ping_llm.data.tokenization import RTT_CODES, encode_rtt, rtt_code_edges_ms
 from ping_llm.inference.plots import Drawable, plot_rtt
 
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
@@ -154,6 +154,11 @@ class RTTDistribution:
         with np.errstate(invalid="ignore"):
             return self._each(per_log_ms / np.where(inside, x, 1.0) / self._p_answer[which])
 
+    def log_pdf(self, rtt_ms: float | np.ndarray) -> Values:
+        """Logarithm of `pdf`, the density per ms given an answer; −∞ where it is 0. `log_density` scores any result."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.pdf(rtt_ms))
+
     def quantile(self, q: float | np.ndarray) -> Values:
         """RTT in ms below which a share q (0 to 1) of the answers lies."""
         self._check_answer_possible()
@@ -181,10 +186,11 @@ class RTTDistribution:
     def log_density(self, observed_ms: float | np.ndarray) -> Values:
         """Log-density in nats of one observed result of each ping, −1 = failed; −∞ where it has no chance.
 
-        Of an answer, the log of its density per log-ms times P(answer); of a failure, log p_fail. Minus this is `nll_nats`.
+        Of an answer, the log of its density per log-ms, not per ms as `log_pdf`, times P(answer); of a failure, log p_fail.
+        Minus this is `nll_nats`.
         """
         observed_ms, failed = self._observed(observed_ms)
-        code = _code(_log_or_edge(observed_ms))
+        code = encode_rtt(observed_ms)  # of an RTT between two codes the one that the model has learned it as
         density = self._codes[np.arange(len(code)), code] / code_widths()[code]
         with np.errstate(divide="ignore"):
             return self._each(np.log(np.where(failed, self.p_fail, density)))
@@ -212,7 +218,7 @@ class RTTDistribution:
         log_rtt = _log_or_edge(observed_ms)
         if rng is not None:
             code = _code(log_rtt)
-            log_rtt = _log_edges()[code] + rng.random(len(code)) * code_widths()[code]
+            log_rtt = log_edges()[code] + rng.random(len(code)) * code_widths()[code]
         mass = self._cdf_and_moment(np.arange(len(log_rtt)), log_rtt)[0]
         with np.errstate(invalid="ignore"):
             return self._each(np.where(failed, np.nan, np.minimum(mass / self._p_answer, 1.0)))
@@ -306,7 +312,7 @@ class RTTDistribution:
     def _cdf_and_moment(self, which: np.ndarray, log_rtt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """P(answered below log_rtt), and the integral of log-ms over it, of the distributions `which`; any shape."""
         mass, moment = np.empty(which.shape), np.empty(which.shape)
-        edges, middles = _log_edges(), _code_moments()[..., 1]
+        edges, middles = log_edges(), _code_moments()[..., 1]
         codes = self._codes.reshape(-1, 256, 256)
         for points in _slices(which.size, _POINTS):
             some, x = which.flat[points], log_rtt.flat[points]
@@ -322,7 +328,7 @@ class RTTDistribution:
 
     def _quantile(self, which: np.ndarray, q: np.ndarray) -> np.ndarray:
         """RTT in ms at the shares q of the answers of the distributions `which`; all (n,)."""
-        tiny, edges = np.finfo(np.float64).tiny, _log_edges()
+        tiny, edges = np.finfo(np.float64).tiny, log_edges()
         below = self._below[0, which]  # (n, 257)
         target = np.clip(q * below[:, -1], tiny, below[:, -1])  # above 0: codes without probability are never chosen
         high = (below[:, 1:-1] < target[:, None]).sum(axis=1)
@@ -369,26 +375,27 @@ def _log_or_edge(rtt_ms: float | np.ndarray) -> np.ndarray:
 
 
 def _code(log_rtt: np.ndarray) -> np.ndarray:
-    return np.clip(np.searchsorted(_log_edges(), log_rtt, "right") - 1, 0, RTT_CODES - 1)
+    return np.clip(np.searchsorted(log_edges(), log_rtt, "right") - 1, 0, RTT_CODES - 1)
 
 
 _edges = cache(rtt_code_edges_ms)  # (65,537,) ms
 
 
 @cache
-def _log_edges() -> np.ndarray:
-    return np.log(_edges())  # (65,537,) log-ms
+def log_edges() -> np.ndarray:
+    """Borders of the codes, (65,537,) log-ms."""
+    return np.log(_edges())
 
 
 @cache
 def code_widths() -> np.ndarray:
     """Widths of the codes, (65,536,) log-ms."""
-    return np.diff(_log_edges())
+    return np.diff(log_edges())
 
 
 @cache
 def _code_moments() -> np.ndarray:
     """1, the mean log-ms and the mean ms of each code by its two bytes, uniform in log-ms; (256, 256, 3)."""
-    edges = _log_edges()
+    edges = log_edges()
     mean_ms = np.diff(_edges()) / code_widths()
     return np.stack([np.ones(RTT_CODES), (edges[:-1] + edges[1:]) / 2, mean_ms], axis=-1).reshape(256, 256, 3)

@@ -15,21 +15,20 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data import tokenization as tk
-from ping_llm.data.in_memory import extended, held
+from ping_llm.data.in_memory import extended, held, taken
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.data.text_table import table_of
 from ping_llm.inference.context import Context, Records, columns_of
-from ping_llm.inference.distribution import RTTDistribution, code_widths
+from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader, line_log_prob
 from ping_llm.inference.mixture import distributions
+from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.query import Endpoint, SrcKnown, check_context
-from ping_llm.inference.table import History
 from ping_llm.system.progress import show_progress
 
-HISTORY = 10  # measurements of the same source before one that is scored
+HISTORY = 8  # measurements of the same source before one that is scored, at least; about 11 on average in 256 tokens
 ORDER = ("src", "dst", "rtt")
 _FIELDS = {"src": tk.SRC, "dst": tk.DST, "rtt": tk.RESULT, "time": tk.TIME}
-_BATCH = 256  # measurements whose distributions are computed together
 
 
 def log_prob(
@@ -95,12 +94,13 @@ def score(
 ) -> Records:
     """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
 
-    The answer is a table of the kind that was given, with all its columns as they are. The context of each are the last
-    `history` measurements of the same source from earlier seconds or, without the column event_time, from the rows before
-    it; with `one_host` all sources are addresses of one host, and count as one. `nll_nats` is −log of the density per log-ms
-    times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is the share of results at least as surprising:
-    under the model's own distribution (see `own_p_values`), read against what that was on val, if the model is calibrated.
-    With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
+    The answer is a table of the kind that was given, with all its columns as they are. The context of each are measurements
+    of the same source from earlier seconds or, without the column event_time, from the rows before it: the last `history` at
+    least, and at most what a sequence of the model holds (see `Windows`); with `history` 0 none. With `one_host` all sources
+    are addresses of one host, and count as one. `nll_nats` is −log of the density per log-ms times P(answer), or −log
+    p_fail; `pit` is null for a failure. `p_value` is the share of results at least as surprising: under the model's own
+    distribution (see `Foreseen.p_value`), read against what that was on val, if the model is calibrated. With `anomaly_at`,
+    `anomaly` says p_value ≤ anomaly_at.
     """
     if history < 0:
         raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
@@ -109,54 +109,42 @@ def score(
     measurements = held(measurements)
     table = table_of(measurements)
     measured = columns_of(table, "the table of measurements", one_host=one_host)
-    past, count = History(measured, history), len(measured)
-    own, nll, pit = (np.empty(count) for _ in range(3))
-    with show_progress("score", count, "measurements") as advance:
-        for first in range(0, count, _BATCH):
-            rows = past.order[first : first + _BATCH]  # neighbours have contexts of about the same length
-            for some in distributions(reader, past.queries(rows), src_known):
-                chosen, rows = rows[: len(some)], rows[len(some) :]
-                observed_ms = measured.rtt_ms[chosen]
-                own[chosen] = own_p_values(some, observed_ms)
-                nll[chosen], pit[chosen] = -some.log_density(observed_ms), some.pit(observed_ms)
-                advance(len(some))
-    p_value = calibrated_p_values(own, reader.calibration.surprise)
+    with show_progress("score", len(measured), "measurements") as advance:
+        rows, foreseen = foresee(reader, Windows(measured, history, reader.seq_len), src_known, advance)
+    nll, pit, own = (np.empty(len(measured)) for _ in range(3))
+    nll[rows], pit[rows], own[rows] = foreseen.nll_nats, foreseen.pit, foreseen.p_value
+    p_value = reader.calibration.surprise.calibrated(own)
     columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
     columns |= {} if anomaly_at is None else {"anomaly": p_value <= anomaly_at}
     return extended(measurements, [name for name in table.names if name not in columns], pa.table(columns))
 
 
-def own_p_values(
-    foreseen: RTTDistribution, observed_ms: np.ndarray | float, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """P(a result at least as surprising as the observed one) under each of B distributions: (B,) ms, −1 = failed, to (B,).
+def expected(
+    reader: Reader,
+    measurements: Records,
+    rows: Sequence[int] | np.ndarray,
+    history: int = HISTORY,
+    src_known: SrcKnown = "auto",
+    *,
+    one_host: bool = False,
+) -> Records:
+    """Some rows of the measurements with what was expected there: columns p_fail, and the quantiles q0.05, q0.5 and q0.95
+    of an answer in ms, null where failure is certain.
 
-    Results are ordered as by nll_nats: an answer by its density per log-ms times P(answer), failure, an atom, by p_fail.
-    Of results equally surprising half is counted; with `rng` a share drawn for each: then p-values are uniform if the
-    distributions are right.
+    Whole distributions are computed, after the same history as in `score`.
     """
-    observed = np.exp(foreseen.log_density(observed_ms))  # (B,)
-    # By way of the logarithm rounding makes a difference where there is none.
-    low, high, p_fail = observed * (1 - 1e-12), observed * (1 + 1e-12), foreseen.p_fail
-    less, equal = p_fail * (p_fail < low), p_fail * ((p_fail >= low) & (p_fail <= high))
-    for place, p in enumerate(foreseen.code_probability):
-        density = p / code_widths()
-        below, upto = density < low[place], density <= high[place]
-        less[place] += p[below].sum(dtype=np.float64)
-        equal[place] += p[upto & ~below].sum(dtype=np.float64)
-    share = 0.5 if rng is None else rng.random(len(foreseen))
-    return np.minimum(less + share * equal, 1.0)
-
-
-def calibrated_p_values(own: np.ndarray, surprise: Sequence[float]) -> np.ndarray:
-    """(rank + 1) / (n + 1) of own p-values (m,) among the n ascending ones of val; as they are without any.
-
-    Below the least of val there is nothing to rank: there it is 1 / (n + 1), times the share of that least value.
-    """
-    if not len(surprise):
-        return own
-    ranked = (np.searchsorted(np.asarray(surprise), own, "right") + 1) / (len(surprise) + 1)
-    return ranked * np.minimum(1.0, own / max(surprise[0], np.finfo(float).tiny))
+    measurements = held(measurements)
+    measured = columns_of(table_of(measurements), "the table of measurements", one_host=one_host)
+    windows = Windows(measured, history, reader.seq_len)
+    chosen: list[int] = np.asarray(rows).tolist()
+    some, batches = taken(measurements, chosen), list(distributions(reader, windows.queries(chosen), src_known))
+    if not batches:
+        return some
+    foreseen = RTTDistribution.concatenate(batches)
+    answers = {f"q{q:g}": foreseen.quantile(q) for q in (0.05, 0.5, 0.95)}
+    answers = {name: pa.array(rtt_ms, mask=np.isnan(rtt_ms)) for name, rtt_ms in answers.items()}
+    columns = {"p_fail": foreseen.p_fail, **answers}
+    return extended(some, [name for name in table_of(some).names if name not in columns], pa.table(columns))
 
 
 def _check_context(earlier: Context, measured: Context) -> None:

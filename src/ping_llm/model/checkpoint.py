@@ -123,14 +123,32 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     return Checkpoint(state["step"], _read_weights(folder), load_file(folder / OPTIMIZER_NAME), state)
 
 
-def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Config, dict[str, Any]]:
-    """The model of a run for inference, its config and its counters: the best by validation loss, else the newest."""
-    run_dir = Path(run_dir)
-    config, folders = load_config(run_dir), checkpoints(run_dir)
-    if config is None or not folders:
-        raise ValueError(f'no checkpoint in {run_dir}; run "ping-llm train" first')
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Config, dict[str, Any]]:
+    """A model for inference, its config and its counters.
+
+    Of a run folder the best by validation loss, else the newest; or that of one checkpoint, RUN/checkpoints/step-….
+    """
+    path = Path(path)
+    run_dir, folders = path, checkpoints(path)
+    if not folders and (path / STATE_NAME).exists():
+        folders, run_dir = [path.resolve()], path.resolve().parent.parent
+    config = load_config(run_dir)
+    if not folders:
+        advice = 'run "ping-llm train" first'
+        if path.name == "checkpoints" and checkpoints(path.parent):
+            advice = f"name the run folder {path.parent}, or one of its checkpoints"
+        raise ValueError(f"no checkpoint in {path}; {advice}")
+    if config is None:
+        raise ValueError(
+            f"there is no {run_dir / CONFIG_NAME}, which says what model the checkpoints are of; restore it"
+        )
     best = _best(folders)
-    folder, state = _first_whole(sorted(folders, key=lambda folder: folder != best), (MODEL_NAME,))
+    try:
+        folder, state = _first_whole(sorted(folders, key=lambda folder: folder != best), (MODEL_NAME,))
+    except ValueError:
+        if run_dir == path:
+            raise
+        raise ValueError(f"{path} is damaged; restore it or name another checkpoint") from None
     with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
         model = GPT(config.model)
     try:

@@ -9,6 +9,7 @@ Letters of shapes, here and in every module that holds tensors:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -102,7 +103,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.up(x))
+        h = self.up(x)
+        if not torch.is_grad_enabled():
+            return self.down(h.relu_().mul_(h))  # in place: new memory costs as much as the arithmetic
+        h = F.relu(h)
         return self.down(h * h)  # under autocast `square` would be a power, in fp32
 
 
@@ -117,6 +121,46 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
         x = x + self.attention(_rms_norm(x), rotation, cache, mask)
         return x + self.mlp(_rms_norm(x))
+
+
+class BlockAt(nn.Module):
+    """A last block that answers at some places only: keys and values of all tokens, all other work for these alone."""
+
+    def __init__(self, block: Block, places: Tensor) -> None:
+        super().__init__()
+        self.block, self.places = block, places  # (B, P) of the tokens given
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        """(B, P, D)."""
+        attention, (B, T, D) = self.block.attention, x.shape
+        H, P = attention.n_head, self.places.shape[1]
+        at = self.places[..., None]  # (B, P, 1)
+        chosen = x.gather(1, at.expand(B, P, D))
+        weight, normed = attention.qkv.weight, _rms_norm(x)
+        k, v = (part.view(B, T, H, D // H) for part in F.linear(normed, weight[D:]).chunk(2, dim=-1))
+        q = F.linear(_rms_norm(chosen), weight[:D]).view(B, P, H, D // H)
+        of_places = [part.expand(B, T, 1, D // H).gather(1, at[..., None].expand(B, P, 1, D // H)) for part in rotation]
+        q, k = _rms_norm(_rotate(q, (of_places[0], of_places[1]))), _rms_norm(_rotate(k, rotation))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(attention.layer, k, v)
+        if mask is None:
+            seen = torch.arange(T, device=x.device) <= at  # (B, P, T)
+        else:
+            S = mask.shape[-1]
+            seen = mask[:, 0].expand(B, T, S).gather(1, at.expand(B, P, S))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])  # (B, H, P, K)
+        chosen = chosen + attention.out(y.transpose(1, 2).reshape(B, P, D))
+        return chosen + self.block.mlp(_rms_norm(chosen))
+
+
+def answering_at(model: GPT, places: Tensor) -> GPT:
+    """The same model, with the same weights, that gives logits at `places`, (B, P) of the tokens given, only: (B, P, V)."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    *earlier, last = cast(Iterable[Block], model.blocks)
+    view.blocks = nn.ModuleList([*earlier, BlockAt(last, places)])
+    return view
 
 
 class GPT(nn.Module):

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
 from ping_llm.config import Config
 from ping_llm.data import tokenization as tk
-from ping_llm.data.rows import RowReader
-from ping_llm.inference.calibration import Calibration
+from ping_llm.data.rows import ProbeRow, RowReader
+from ping_llm.inference.calibration import Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.engine import Reader, read_contexts
-from ping_llm.inference.mixture import distributions, source_log_prob
+from ping_llm.inference.mixture import source_log_prob
+from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query, known_name
-from ping_llm.inference.score import HISTORY, own_p_values
+from ping_llm.inference.score import HISTORY
 from ping_llm.inference.table import History
 from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import native_bf16
+from ping_llm.system.progress import show_progress
 
 UNFAMILIAR_SHARE = 0.05  # of the results of val are of sources as unfamiliar to the model as a new one may be
-SURPRISE_SHARE = 5  # one in so many results is also queried with its history, which takes about twenty times as long
+SURPRISES = 40_000  # results of val that p-values are fitted to: at 0.001 that leaves an error of about an eighth
+LEAST_SURPRISES = 10_000
+_STRETCH = 64  # results that are drawn together
 _BACK = 256  # measurements of a probe that are searched for those of the same source
 _BATCH = 64  # prompts read together
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) -> Calibration:
     """Fits to `results` pings of val, drawn evenly with a fixed seed; by default twice `train.eval_queries`."""
-    results = results or 2 * config.train.eval_queries
-    queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), results, np.random.default_rng(config.seed))
+    results, rows = results or 2 * config.train.eval_queries, RowReader(config.data.rows, "val")
+    queries, rtt_ms = sample_results(rows, results, np.random.default_rng(config.seed))
     sources = [query.src for query in queries if query.src is not None]  # all of them are known
     reader = Reader(gpt, device)
     src_weights, familiar = {}, {}
@@ -41,13 +50,38 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
             src_weights[family] = dict(zip(names, mixture_weights(log_p).tolist(), strict=True))
             known = source_log_prob(reader, [sources[i] for i in chosen])
             familiar[family] = float(np.quantile(known, UNFAMILIAR_SHARE))
-    some = np.arange(0, len(queries), SURPRISE_SHARE)
-    reader = Reader(gpt, device, Calibration(src_weights, familiar=familiar))
-    own, first = [], 0
-    for batch in distributions(reader, [queries[i] for i in some]):
-        own.append(own_p_values(batch, rtt_ms[some[first : first + len(batch)]]))
-        first += len(batch)
-    return Calibration(src_weights, tuple(np.sort(np.concatenate(own)).tolist()), familiar)
+    precision: Literal["fp32", "bf16"] = "bf16" if native_bf16(device) else "fp32"
+    reader = Reader(gpt, device, Calibration(src_weights, familiar=familiar), precision)
+    return Calibration(src_weights, val_surprise(reader, rows, SURPRISES, np.random.default_rng(config.seed)), familiar)
+
+
+def val_surprise(reader: Reader, rows: RowReader, results: int, rng: np.random.Generator) -> Surprise:
+    """How surprising results of val are after their history: of at least so many of them or, if there are fewer, of all.
+
+    They are drawn in stretches of a row, which is how windows hold them.
+    """
+    stretches = -(-rows.measurements // _STRETCH)  # (rows,) of each
+    ends = np.cumsum(stretches)
+    count = min(-(-results // _STRETCH) + len(rows), int(ends[-1]))  # the last one of a row is short
+    chosen, own = np.sort(rng.choice(ends[-1], count, replace=False)), []
+    numbers = np.searchsorted(ends, chosen, "right")
+    with show_progress("calibrate", count, "stretches of val") as advance:
+        for number in np.unique(numbers):
+            row = rows[int(number)]
+            for first in (chosen[numbers == number] - (ends[number] - stretches[number])) * _STRETCH:
+                begin, end = max(0, first - _BACK), min(first + _STRETCH, len(row))
+                wanted = np.arange(begin, end) >= first
+                windows = Windows(_measured(row, slice(begin, end)), HISTORY, reader.seq_len, wanted)
+                own.append(foresee(reader, windows)[1].p_value)
+                advance(1)
+    found = np.concatenate(own)
+    if len(found) < LEAST_SURPRISES:
+        log.warning(
+            "p-values are fitted to all %s results of val; below %.2g they are a guess",
+            f"{len(found):,}",
+            10 / len(found),
+        )
+    return Surprise.fit(found)
 
 
 def sample_results(rows: RowReader, count: int, rng: np.random.Generator) -> tuple[list[Query], np.ndarray]:
@@ -60,11 +94,15 @@ def sample_results(rows: RowReader, count: int, rng: np.random.Generator) -> tup
         row = rows[int(number)]
         for place in places[numbers == number] - (ends[number] - len(row)):
             recent = slice(max(0, place - _BACK), place + 1)
-            src, dst = row.src_addresses[row.src[recent]], row.dst_addresses[row.dst[recent]]
-            measured = Context(src, dst, row.rtt_ms[recent].astype(np.float64), row.times(recent))
+            measured = _measured(row, recent)
             queries += History(measured, HISTORY).queries([len(measured) - 1])
             rtt_ms.append(float(row.rtt_ms[place]))
     return queries, np.array(rtt_ms)
+
+
+def _measured(row: ProbeRow, places: slice) -> Context:
+    src, dst = row.src_addresses[row.src[places]], row.dst_addresses[row.dst[places]]
+    return Context(src, dst, row.rtt_ms[places].astype(np.float64), row.times(places))
 
 
 def log_likelihoods(reader: Reader, queries: Sequence[Query], rtt_ms: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ping_llm.config import FIELDS, Config, TrainConfig
 from ping_llm.data.rows import manifest_sha256
-from ping_llm.inference.calibration import CALIBRATION_NAME
-from ping_llm.model.checkpoint import load_model
+from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
+from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
@@ -80,17 +80,25 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
     ):
         with ExitStack() as lock:
             training = Training.begin(config, feed, ranks, lock)
-            trained = training.run(stop)
+            training.run(stop)
         state, calibrates = training.state, training.queries is not None
         del training  # frees its memory before a second model is loaded
     if ranks.is_main:
         run_dir, done = config.train.run_dir, state.progress(config.train) >= 1
-        if calibrates and done and (trained or not (run_dir / CALIBRATION_NAME).exists()):
-            print("calibrating on val", flush=True)
-            model, _, _ = load_model(run_dir, ranks.device)  # the one that inference uses
-            calibrate(model, config, ranks.device).save(run_dir)
+        if calibrates and done:
+            _calibrate(config, ranks.device)
         print(f"report: {write_report(run_dir)}")
     return state
+
+
+def _calibrate(config: Config, device: torch.device) -> None:
+    """Fits a calibration for the checkpoint that inference uses, unless the run folder has it."""
+    run_dir = config.train.run_dir
+    model, _, state = load_model(run_dir, device)
+    model_sha256 = state["sha256"][MODEL_NAME]
+    if not (run_dir / CALIBRATION_NAME).exists() or Calibration.load(run_dir).model_sha256 != model_sha256:
+        print("calibrating on val", flush=True)
+        dataclasses.replace(calibrate(model, config, device), model_sha256=model_sha256).save(run_dir)
 
 
 @dataclass

@@ -146,10 +146,11 @@ def _text_of_bytes(array: pa.Array, name: str, first_row: int, malformed: Malfor
 
 
 def _text_of_float(value: Any) -> str | None:
-    if value != value:  # NaN
+    number = float(value)
+    if number != number:  # NaN
         return None
-    if abs(value) < _WHOLE and value == int(value):
-        return str(int(value))
+    if abs(number) < _WHOLE and number == int(number):
+        return str(int(number))
     return float.__repr__(value) if isinstance(value, float) else str(value)
 
 

@@ -128,7 +128,11 @@ def _column(values: Any, name: str) -> Column:
             f"the column {name} is a {type(values).__name__}; pass a list or an array, a value for each row"
         )
     kind = str(getattr(values, "dtype", "object"))
-    if kind not in ("object", "Object"):  # of objects Arrow takes the type of the first
+    if kind not in (
+        "object",
+        "Object",
+        "category",
+    ):  # of objects Arrow takes one type for all, and may cut a value to fit
         try:
             column = values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
             return column if isinstance(column, pa.Array | pa.ChunkedArray) else list(values)

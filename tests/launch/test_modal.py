@@ -20,6 +20,7 @@ import pytest
 from paths import ROOT
 from pings import ndjson, ping, write
 from training_runs import ENVIRONMENT, assert_same_weights, finish, losses, start, wait_until, write_config
+from waiting import HANG_S
 
 from ping_llm.data.ingest.plan import MIN_BUCKETS
 from ping_llm.data.ingest.prepare import prepare
@@ -82,7 +83,7 @@ def test_functions_may_take_a_day_are_tried_again_and_keep_their_files_in_volume
 def test_a_container_can_import_the_script_without_the_repository(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
     command = [sys.executable, "-c", "import modal_wrapper; modal_wrapper.train_run"]
-    assert subprocess.run(command, cwd=tmp_path, timeout=60).returncode == 0
+    assert subprocess.run(command, cwd=tmp_path, timeout=HANG_S).returncode == 0
 
 
 # Preparing
@@ -297,7 +298,7 @@ def save(*_):
     sys.exit()
 signal.signal(signal.SIGTERM, save)
 (run_dir / "checkpoints/step-00000001").mkdir(parents=True)
-signal.alarm(60)
+signal.alarm(3600)
 signal.pause()
 """
 
@@ -305,7 +306,7 @@ signal.pause()
 @pytest.mark.parametrize("cause", [TIME_IS_UP, InterruptedError])
 def test_ranks_are_signalled_to_save_when_their_time_is_up_or_their_call_is_cancelled(tmp_path, monkeypatch, cause):
     """Modal cancels a call by an exception, here out of the first commit."""
-    popen, kept, stop_at_s = subprocess.Popen, [], time.monotonic() + 100
+    popen, kept, stop_at_s = subprocess.Popen, [], time.monotonic() + 10_000
 
     def keep():
         kept.append(sorted(folder.name for folder in tmp_path.glob("checkpoints/*")))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import HANG_S
 
 from ping_llm.cli import main
 from ping_llm.data.synthetic.truth import Truth
@@ -31,7 +32,7 @@ RESULT = {
 
 def run(*argv) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "ping_llm", *map(str, argv)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "ping_llm", *map(str, argv)], capture_output=True, text=True, timeout=HANG_S
     )
 
 

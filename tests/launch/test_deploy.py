@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from paths import ROOT
+from waiting import HANG_S
 
 from ping_llm.config import parse_config
 
@@ -79,7 +80,7 @@ assert ping_llm.demo._CONFIG.is_file() and ping_llm.launch.plan.GPU.named("h100"
 print(ping_llm.__file__)
 """
     environment = os.environ | {"PYTHONPATH": str(package)}
-    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": HANG_S}
     done = subprocess.run([sys.executable, "-c", code], **run)
     assert done.returncode == 0 and done.stdout.startswith(str(package)), done.stderr
     command = [sys.executable, "-m", "ping_llm", *json.loads(values("CMD")[-1])]

@@ -18,6 +18,7 @@ import modal
 import pytest
 from paths import ROOT
 from training_runs import ENVIRONMENT, assert_same_weights, finish, losses, start, wait_until, write_config
+from waiting import HANG_S
 
 from ping_llm.launch import modal_job as cloud
 from ping_llm.launch.modal_job import SIGNAL, TIME_IS_UP, Order
@@ -104,7 +105,7 @@ def test_the_image_is_made_from_files_that_are_there():
 def test_a_container_can_import_the_script_without_the_repository(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
     command = [sys.executable, "-c", "import modal_wrapper; modal_wrapper.train_run"]
-    assert subprocess.run(command, cwd=tmp_path, timeout=60).returncode == 0
+    assert subprocess.run(command, cwd=tmp_path, timeout=HANG_S).returncode == 0
 
 
 # Preparing
@@ -253,7 +254,7 @@ def save(*_):
     sys.exit()
 signal.signal(signal.SIGTERM, save)
 (run_dir / "checkpoints/step-00000001").mkdir(parents=True)
-signal.alarm(60)
+signal.alarm(3600)
 signal.pause()
 """
 
@@ -261,7 +262,7 @@ signal.pause()
 @pytest.mark.parametrize("cause", [TIME_IS_UP, InterruptedError])
 def test_ranks_are_signalled_to_save_when_their_time_is_up_or_their_call_is_cancelled(tmp_path, monkeypatch, cause):
     """Modal cancels a call by an exception, here out of the first commit."""
-    popen, kept, stop_at_s = subprocess.Popen, [], time.monotonic() + 100
+    popen, kept, stop_at_s = subprocess.Popen, [], time.monotonic() + 10_000
 
     def keep():
         kept.append(sorted(folder.name for folder in tmp_path.glob("checkpoints/*")))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from paths import CONFIGS, SCRIPTS
 from torch._dynamo.exc import TorchDynamoException
+from waiting import HANG_S
 
 from ping_llm.config import Config, ModelConfig, TrainConfig, load_config
 from ping_llm.model.gpt import flops_per_token
@@ -40,7 +41,7 @@ def script():
 def test_a_quick_run_without_a_gpu_reports_everything(script, tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SCRIPT, "--quick", "--cases", "tiny", "variants", "--json", tmp_path / "bench.json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench.json").read_text())
     (case,) = report["cases"]

@@ -31,7 +31,7 @@ _KINDS = {
 }
 PARSE_RESULTS_PER_S = 500_000
 REDUCE_MEASUREMENTS_PER_S = 500_000
-BATCH_WRITE_S, BATCH_READ_S = 0.00025, 0.0002
+BATCH_WRITE_S, BATCH_READ_S = 0.00008, 0.0002  # of a bucket's share of a piece, by `bench_prepare.py --scale`
 PORTION_MEASUREMENTS_PER_S = 2_000_000
 ROW_BYTES = 7  # of a measurement in the finished rows
 SHARD_BYTES = 90_000  # of a shard that holds next to nothing: ArrayRecord fills blocks of 64 kB
@@ -71,7 +71,7 @@ class Plan:
     @property
     def shuffle_seconds(self) -> float:
         """Processor time of writing and reading the batches of pieces, once more where buckets are cut into portions."""
-        reads = 1 if self.portions == 1 else 2.5  # the first and the second time, and half of what is given up for that
+        reads = 1 if self.portions == 1 else 2 + 1.5 / self.portions  # to count, to cut, and what was read before that
         seconds = self.pieces * self.buckets * (BATCH_WRITE_S + reads * BATCH_READ_S)
         return seconds + (self.measurements / PORTION_MEASUREMENTS_PER_S if self.portions > 1 else 0)
 

@@ -75,7 +75,8 @@ def score_answers(
     With `rng` the PIT is randomised within a code: RTTs are reported in steps.
     """
     answers, done, levels = [], 0, np.array(QUANTILE_LEVELS)
-    for found in model.distributions(queries, src_known, Focus(levels, rtt_ms)):
+    focus = Focus.on(levels, len(queries), np.arange(len(queries)), rtt_ms)
+    for found in model.distributions(queries, src_known, focus):
         observed = rtt_ms[done : done + len(found)].astype(np.float64)
         with np.errstate(invalid="ignore"):
             nll_nats = np.minimum(-found.log_density(observed), LARGEST_NLL)

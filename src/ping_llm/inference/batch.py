@@ -17,7 +17,7 @@ from ping_llm.data.measurement import FAILED_RTT_MS
 from ping_llm.data.text_table import table_of
 from ping_llm.inference.context import Records
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
-from ping_llm.inference.engine import Reader
+from ping_llm.inference.engine import Focus, Reader
 from ping_llm.inference.mixture import CHUNK, distributions
 from ping_llm.inference.query import Endpoint, SrcKnown, known_lengths
 from ping_llm.inference.table import ContextTable, QueryTable
@@ -67,7 +67,8 @@ def answer_table(
         valid, distinct, place = table.distinct(rows, contexts, most, src_known)
         used |= any(len(query.context) for query in distinct)
         done = 0
-        for found in distributions(reader, distinct, src_known):
+        focus = Focus.on(np.array(QUANTILES), len(distinct), place, table.rtt_ms[valid])
+        for found in distributions(reader, distinct, src_known, focus):
             here = (place >= done) & (place < done + len(found))
             which = valid[here]
             columns[which] = _statistics(found, place[here] - done, table.rtt_ms[which])

@@ -109,15 +109,22 @@ class Focus:
     """What is wanted of distributions: values of byte 1 that neither hold it nor are likely are not followed.
 
     Beside P(answer), mean and CRPS, which a value of little probability hardly changes, those are the quantiles at `levels`
-    (Q,), and what is said of the `observed_ms` (n,) of the n queries, −1 = failed or none.
+    (Q,), and what is said of results that were observed: `observed` (n, 256) holds their byte 1, for each of n queries.
     """
 
     levels: np.ndarray
-    observed_ms: np.ndarray | None = None
+    observed: np.ndarray | None = None
+
+    @classmethod
+    def on(cls, levels: np.ndarray, queries: int, query: np.ndarray, rtt_ms: np.ndarray) -> Focus:
+        """With the results (m,) ms, −1 or NaN = no RTT, of the queries numbered (m,)."""
+        observed, answered = np.zeros((queries, 256), dtype=bool), rtt_ms >= 0
+        observed[query[answered], tk.encode_rtt(rtt_ms[answered]) >> 8] = True
+        return cls(levels, observed)
 
     def take(self, rows: np.ndarray) -> Focus:
         """That of some queries."""
-        return Focus(self.levels, None if self.observed_ms is None else self.observed_ms[rows])
+        return Focus(self.levels, None if self.observed is None else self.observed[rows])
 
     def values(self, byte_1: Tensor) -> Tensor:
         """Which values of byte 1 hold what is wanted, (n, 256) bool, where the values have the probabilities (n, 256)."""
@@ -125,10 +132,7 @@ class Focus:
         levels = torch.from_numpy(self.levels).to(below).expand(len(below), -1).contiguous()
         wanted = torch.zeros_like(byte_1, dtype=torch.bool)
         wanted.scatter_(1, torch.searchsorted(below.contiguous(), levels).clamp(max=255), True)
-        if self.observed_ms is not None:
-            answered = np.flatnonzero(self.observed_ms >= 0)
-            wanted[answered, tk.encode_rtt(self.observed_ms[answered]) >> 8] = True
-        return wanted
+        return wanted if self.observed is None else wanted | torch.from_numpy(self.observed).to(wanted.device)
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ def distributions(
 ) -> Iterator[RTTDistribution]:
     """The distributions of the queries' results, in order, in batches of at most CHUNK; a shared context is read once.
 
-    `focus` says what is wanted of them, if not all; its observed results are those of the queries.
+    `focus` says what is wanted of them, if not all.
     """
     for first in range(0, len(queries), CHUNK):
         some = queries[first : first + CHUNK]

@@ -32,7 +32,11 @@ TESTS = {
     "training/schedule.py": ["tests/training/test_schedule.py"],
     "data/ingest/splits.py": ["tests/data/ingest/test_splits.py", "tests/data/ingest/test_splits_hashes.py"],
     "data/tokenization.py": ["tests/data/test_tokenization.py"],
-    "inference/distribution.py": ["tests/inference/test_distribution.py", "tests/inference/test_distributions.py"],
+    "inference/distribution.py": [
+        "tests/inference/test_distribution.py",
+        "tests/inference/test_distributions.py",
+        "tests/inference/test_distribution_answers.py",
+    ],
 }
 # mutmut leaves every decorated function alone. Under these a changed one can stand as well: only they stay above it.
 DECORATORS = {"property", "cached_property", "cache", "contextmanager", "torch.no_grad()"}

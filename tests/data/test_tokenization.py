@@ -144,6 +144,12 @@ def test_rtt_codes_and_their_borders_by_hand():
     assert [tk.clamped_rtts(np.array([each])) for each in at_borders] == [0, 0, 1, 1, 0]
 
 
+def test_an_answer_within_the_clock_is_no_failure():
+    for rtt_ms, result in ((0.0, [8, 11, 11]), (-1.0, [10])):
+        measurement = MINIMAL | {"rtt_ms": rtt_ms, "time_s": None, "order": FIELD_NAMES}
+        assert tk.encode(to_fields([[measurement]]))[0].tolist() == [0, 1, 3, 11 + 198, *result]
+
+
 def test_names_of_tokens_by_hand():
     assert [tk.token_name(token) for token in (0, 10, 11, 42, 266)] == [
         "MEASUREMENT_START",

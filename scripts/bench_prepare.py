@@ -214,11 +214,14 @@ def sagan_rate(sample: Path, folder: Path) -> float | None:
 def repeat(files: list[Path], folder: Path, copies: int, days: float = DAYS) -> None:
     """A dump of `copies` times the results of `files`, each copy as much later as the dump is long; fast to unpack."""
     folder.mkdir()
+    plain = folder.with_name("plain.ndjson")
+    if not plain.exists():
+        plain.write_bytes(b"".join(bz2.decompress(path.read_bytes()) for path in files))
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
-        list(pool.map(partial(write_copy, files, folder, days), range(copies)))
+        list(pool.map(partial(write_copy, plain, folder, days), range(copies)))
 
 
-def write_copy(files: list[Path], folder: Path, days: float, copy: int) -> None:
+def write_copy(plain: Path, folder: Path, days: float, copy: int) -> None:
     """One .zst file of all results."""
     import zstandard
 
@@ -227,9 +230,10 @@ def write_copy(files: list[Path], folder: Path, days: float, copy: int) -> None:
     def later(match: re.Match) -> bytes:
         return b'"timestamp":%d' % (int(match[1]) + shift_s)
 
-    with zstandard.open(folder / f"copy-{copy:05d}.zst", "wb", zstandard.ZstdCompressor(level=1)) as out:
-        for path in files:
-            out.write(re.sub(rb'"timestamp":(\d+)', later, bz2.decompress(path.read_bytes())))
+    packer, path = zstandard.ZstdCompressor(level=1), folder / f"copy-{copy:05d}.zst"
+    with zstandard.open(path, "wb", packer) as out, plain.open("rb") as lines:
+        while block := b"".join(lines.readlines(1 << 24)):
+            out.write(re.sub(rb'"timestamp":(\d+)', later, block))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ping_llm.inference import batch
 from ping_llm.inference.batch import ANSWER_COLUMNS, SCORE_COLUMNS
 from ping_llm.inference.distribution import QUANTILES
 from ping_llm.inference.model import PingModel
-from ping_llm.inference.query import Endpoint
+from ping_llm.inference.query import Endpoint, Query
 
 SOURCES = ("192.0.2.1", "192.0.2.9", "2001:db8::1")
 CONTEXT = [
@@ -213,6 +213,37 @@ def test_rtt_many_takes_tables_of_arrow_and_of_others_that_hand_out_arrow(model)
     answers = model.rtt_many(table, "all", pa.Table.from_pylist(CONTEXT))
     assert model.rtt_many(Frame(), "all", CONTEXT).equals(answers)
     assert model.rtt_many(QUERIES, "all", CONTEXT) == answers.to_pylist()
+
+
+def test_answers_and_scores_are_of_the_kind_that_was_given(model):
+    expected = answer_table(model, QUERIES, CONTEXT, "all")
+    assert model.rtt_many(QUERIES, "all", CONTEXT) == expected.to_pylist()
+    columns = {name: [row[name] for row in QUERIES] for name in QUERIES[0]}
+    assert model.rtt_many(columns, "all", CONTEXT) == expected.to_pydict()
+    scored = model.score(pa.Table.from_pylist(CONTEXT), src_known="all")
+    assert model.score(CONTEXT, src_known="all") == scored.to_pylist()
+    with pytest.raises(ValueError, match="a list of Query is no table"):
+        model.rtt_many([Query.parse("192.0.2.1", None), QUERIES[0]])
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_frame_is_answered_by_a_frame(model, library):
+    frames = pytest.importorskip(library)
+    rows = [row | {"query_id": f"q{i}"} for i, row in enumerate(QUERIES)]
+    given, context = frames.DataFrame(rows), frames.DataFrame(CONTEXT)
+    if library == "pandas":
+        given.index = range(9, 0, -1)
+    answers, scored = model.rtt_many(given, "all", context), model.score(context, src_known="all", anomaly_at=0.5)
+    assert type(answers) is type(scored) is frames.DataFrame
+    assert library == "polars" or list(answers.index) == list(range(9, 0, -1))
+    expected = model.rtt_many(rows, "all", CONTEXT)
+    assert list(answers.columns) == list(expected[0]) and list(answers["query_id"]) == [row["query_id"] for row in rows]
+    for name in ANSWER_COLUMNS + SCORE_COLUMNS:
+        wanted = [float("nan") if row[name] is None else row[name] for row in expected]
+        found = [float("nan") if value is None else value for value in answers[name]]
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    assert list(scored.columns) == [*CONTEXT[0], "nll_nats", "pit", "p_value", "anomaly"]
+    assert list(scored["rtt"]) == [row["rtt"] for row in CONTEXT] and set(scored["anomaly"]) <= {True, False}
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string(), pa.timestamp("ns"), pa.timestamp("s", "UTC")])

@@ -170,6 +170,32 @@ def test_no_query_is_no_answer(model):
     assert model.rtt_many([]) == []
 
 
+@pytest.mark.parametrize("end", ["src", "dst"])
+def test_an_empty_address_is_not_any(model, end):
+    with pytest.raises(ValueError, match="an address is empty; give one, or a prefix, or None for any"):
+        model.rtt(**{"src": "192.0.2.1", "dst": "198.51.100.7"} | {end: ""})
+    with pytest.raises(ValueError, match="'' is not a time"):
+        model.rtt("192.0.2.1", "198.51.100.7", at="")
+
+
+def test_addresses_may_be_objects():
+    import ipaddress
+
+    query = Query.parse(ipaddress.ip_address("192.0.2.1"), ipaddress.ip_network("198.51.100.0/24"))
+    assert (str(query.src), str(query.dst)) == ("192.0.2.1", "198.51.100.0/24")
+
+
+def test_a_query_of_the_package_takes_a_table_as_context(model):
+    from ping_llm import Query as Exported
+
+    query = Exported.parse("192.0.2.1", "198.51.100.7", "2026-01-03", CONTEXT)
+    (one,) = model.rtt_many([query], "all")
+    assert one.median == model.rtt("192.0.2.1", "198.51.100.7", "2026-01-03", CONTEXT, "all").median
+    assert one.context_measurements == len(CONTEXT)
+    other = [row | {"src_addr": "192.0.2.9"} for row in CONTEXT]
+    assert len(Exported.parse("192.0.2.1", None, None, other, one_host=True).context) == len(CONTEXT)
+
+
 def test_times_without_a_zone_are_utc():
     assert parse_time(dt.date(2026, 1, 1)) == 1767225600
     assert parse_time("2026-01-01T00:00:00") == parse_time("2026-01-01T01:00:00+01:00") == 1767225600

@@ -25,9 +25,11 @@ Kind = Literal["arrow", "pandas", "polars", "records", "columns"]
 
 def kind_of(table: object) -> Kind:
     """ValueError if it is no table."""
-    library = type(table).__module__.partition(".")[0]
-    if type(table).__name__ == "DataFrame" and library in ("pandas", "polars"):
-        return "pandas" if library == "pandas" else "polars"
+    frames = {base.__module__.partition(".")[0] for base in type(table).__mro__ if base.__name__ == "DataFrame"}
+    if "pandas" in frames:
+        return "pandas"
+    if "polars" in frames:
+        return "polars"
     if hasattr(table, "__arrow_c_stream__") or hasattr(table, "__arrow_c_array__"):
         return "arrow"
     if isinstance(table, Mapping):

@@ -23,7 +23,7 @@ def parse_time(value: Any) -> int:
     text = text_of(value)
     written = "" if text is None else text.strip()
     if _SECONDS.fullmatch(written):
-        seconds = int(written) if written.isdigit() else float(written)
+        seconds = float(written)
         if _is_date(seconds):
             raise ValueError(f"{text!r} may be a date or seconds; write it like 2026-01-31T12:00:00Z")
         if not seconds <= LAST_TIME_S:

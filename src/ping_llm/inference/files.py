@@ -52,15 +52,16 @@ def read_table(path: Path) -> Table:
 
 
 def read_input(path: Path) -> tuple[Table, str]:
-    """A table from a file, or, for `-`, from standard input in any of the formats; and the suffix of its format."""
-    if path != STANDARD:
-        return read_table(path), path.suffix
-    given = getattr(sys.stdin, "buffer", None)
-    content = given.read() if given else sys.stdin.read().encode()
-    if not content.strip():
-        raise ValueError("nothing came on standard input; give CSV with a header, or one JSON object a line")
-    table = open_table(io.BytesIO(content), "standard input")
-    return table.read_as_given(), ".jsonl" if table.format == "json" else ".csv"
+    """A table from a file, or, for `-`, from standard input in any of the formats; .jsonl if it is JSON, else .csv."""
+    if path == STANDARD:
+        given = getattr(sys.stdin, "buffer", None)
+        content = given.read() if given else sys.stdin.read().encode()
+        if not content.strip():
+            raise ValueError("nothing came on standard input; give CSV with a header, or one JSON object a line")
+        table = open_table(io.BytesIO(content), "standard input").read_as_given()
+    else:
+        table = read_table(path)
+    return table, ".jsonl" if isinstance(table, dict) else ".csv"
 
 
 def read_measurements(path: Path, keep_going: bool = False) -> Table:
@@ -180,8 +181,7 @@ def as_arrow(table: Table) -> pa.Table:
 def _arrow_column(values: list[Any], name: str) -> pa.Array:
     there = [value for value in values if value is not None]
     if there and all(isinstance(value, Number) for value in there):
-        whole = all(str(int(value)) == value for value in there if value.lstrip("-").isdigit())
-        whole &= all(value.lstrip("-").isdigit() and len(value) < 19 for value in there)
+        whole = all(len(value) < 19 and value.lstrip("-").isdigit() and str(int(value)) == value for value in there)
         if whole or name != "query_id":
             return pa.array([value and (int(value) if whole else float(value)) for value in values])
     if not any(isinstance(value, str | list | dict) for value in there):

@@ -104,8 +104,9 @@ def test_the_image_is_made_from_files_that_are_there():
 
 def test_a_container_can_import_the_script_without_the_repository(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
-    command = [sys.executable, "-c", "import modal_wrapper; modal_wrapper.train_run"]
-    assert subprocess.run(command, cwd=tmp_path, timeout=HANG_S).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", "import modal_wrapper as m; m.train_run"], cwd=tmp_path).returncode == 0
+    )
 
 
 # Preparing

@@ -269,6 +269,7 @@ def test_checkpoints_without_their_config_are_not_continued(tmp_path):
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "")  # is as if it were not set
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
     run(make_config(tmp_path / "run", total_steps=1, wandb="offline"))

@@ -288,7 +288,8 @@ def _compile_advice() -> Iterator[None]:
 
         if not isinstance(error, TorchDynamoException):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = getattr(error, "inner_exception", error)
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         advice = "install a C++ compiler (or set CXX to it), or pass --train.compile False"
         raise ValueError(f"the model cannot be compiled ({reason}); {advice}") from None
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_runs import MODEL, make_config, make_windows
 
-from ping_llm.config import ModelConfig
+from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import deterministic
 from ping_llm.training import objective
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.objective import HOPPER_ATTENTION, Objective, attention_order, resolve_compile
+from ping_llm.training.objective import (
+    HOPPER_ATTENTION,
+    Objective,
+    attention_order,
+    resolve_compile,
+    resolve_compile_optimizer,
+)
+from ping_llm.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 
@@ -37,6 +45,40 @@ def test_auto_compiles_on_a_gpu_only():
         [True, True],
         [False, False],
     ]
+
+
+def test_the_optimizer_is_compiled_on_a_gpu_where_the_model_is():
+    cuda = torch.device("cuda")
+    assert [resolve_compile_optimizer(choice, cuda) for choice in ("auto", True, False)] == [True, True, False]
+    assert not any(resolve_compile_optimizer(choice, CPU) for choice in ("auto", True, False))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_compiled_optimizer_takes_the_eager_steps_and_rates_that_change_compile_nothing(monkeypatch, world):
+    """Two graphs for each of the three shapes of matrices: before and after the exchange of the processes. With three
+    processes, of which the others send zeros, this one makes its share of the matrices."""
+    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
+    courses = []
+    for compiled in (False, True):
+        model = GPT(MODEL, torch.Generator().manual_seed(0))
+        ranks = Ranks(CPU)
+        if world > 1:
+            gather = lambda mine: torch.cat([torch.zeros_like(mine), mine, torch.zeros_like(mine)])  # noqa: E731
+            ranks = types.SimpleNamespace(device=CPU, rank=1, world=world, gather=gather)
+        optimizer = Optimizer(model, OptimConfig(), ranks, compiled)
+        optimizer.muon.dtype = torch.float32
+        for step in range(5):
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.set_lrs(1 - step / 10)
+            optimizer.step(momentum=0.85 + step / 100, weight_decay=0.1 - step / 50)
+        courses.append(model.state_dict() | optimizer.state_dict())
+    for name, eager in courses[0].items():
+        assert (courses[1][name] - eager).norm() <= 1e-6 * eager.norm(), name
+    assert counter.frame_count == 2 * 3 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 * 3
 
 
 def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypatch):

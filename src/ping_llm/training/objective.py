@@ -39,6 +39,11 @@ def resolve_compile(choice: str | bool, device: torch.device) -> bool:
     return device.type == "cuda" if isinstance(choice, str) else choice
 
 
+def resolve_compile_optimizer(choice: str | bool, device: torch.device) -> bool:
+    """Whether the optimiser's step is compiled: on a GPU where the model is, never on a CPU."""
+    return device.type == "cuda" and resolve_compile(choice, device)
+
+
 def attention_order(device: torch.device) -> AbstractContextManager[object]:
     """The implementations of attention in the order in which they are tried, as a context: on a Hopper cuDNN's is the
     fastest, but it is not what torch takes by itself. Deterministic runs do without it, for its backward pass is not."""

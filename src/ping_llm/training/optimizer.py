@@ -22,15 +22,16 @@ class Optimizer:
     `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
     "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay, and their
     rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the processes that share the
-    work of a step; this one alone by default.
+    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for all of a group, which
+    takes the rate as an argument.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
         matrices = {
             name: matrix for block in model.blocks.named_parameters("blocks") for name, matrix in _matrices(*block)
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-        self.muon = Muon(matrices, config.muon_lr, ranks)
+        self.muon = Muon(matrices, config.muon_lr, ranks, compiled)
         groups = [
             {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
             {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},

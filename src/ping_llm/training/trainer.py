@@ -31,7 +31,7 @@ from ping_llm.training import schedule
 from ping_llm.training.calibration import calibrate
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
-from ping_llm.training.objective import Objective
+from ping_llm.training.objective import Objective, resolve_compile_optimizer
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.report import write_report
 from ping_llm.training.run_state import RunState, open_run, restore
@@ -128,7 +128,8 @@ class Training:
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
         torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
-        optimizer = Optimizer(model, config.optim, ranks)
+        compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
+        optimizer = Optimizer(model, config.optim, ranks, compiled)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer) if checkpoint else None
         objective = Objective(config, model, ranks, state.precision if state else None)

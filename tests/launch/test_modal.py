@@ -18,7 +18,6 @@ import modal
 import pytest
 from paths import ROOT
 from training_runs import ENVIRONMENT, assert_same_weights, finish, losses, start, wait_until, write_config
-from waiting import HANG_S
 
 from ping_llm.launch import modal_job as cloud
 from ping_llm.launch.modal_job import SIGNAL, TIME_IS_UP, Order

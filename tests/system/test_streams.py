@@ -55,7 +55,8 @@ _PLAIN = {
     "█": "#",
     "中": "?",
 }
-_PLAIN |= {"\udcff": b"\xff", "\ud800": "?"}
+_PLAIN["\udcff"] = b"\xff"
+_PLAIN["\ud800"] = "?"
 
 
 @pytest.mark.parametrize(("character", "plain"), list(_PLAIN.items()))

@@ -31,7 +31,8 @@ def print_look(options: PartOptions, look: Callable[[PingModel, Queries], list[d
 
 def score_queries(model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str) -> dict[str, float]:
     """Means over n queries and their answers (n,): NLL and CRPS in log-ms, median relative error, P(fail)."""
-    scores = score_answers(model, queries, rtt_ms, src_known).columns()
+    (answers,) = score_answers(model, queries, rtt_ms, [src_known])
+    scores = answers.columns()
     means = {name: float(np.nanmean(scores[name])) for name in ("nll_nats", "crps_log")}
     error = {"median_rel_error": float(np.nanmedian(scores["relative_error"]))}
     return {"questions": len(queries)} | means | error | {"p_fail": float(scores["p_fail"].mean())}

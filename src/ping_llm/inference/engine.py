@@ -148,10 +148,11 @@ def result_distributions(
     """The distributions of the results that come after B prompts, normalised over all results.
 
     With `read`, the context of prompt i is its `context_of[i]`-th and is not read again. With `owner`, (B,) ascending from
-    0 to n − 1, there are n mixtures of the distributions that belong together, whose `weights` (B,) sum to 1; `focus` says
-    what is wanted of them. `total_probability` is the mass that results had among all that the model could say but what is
-    legal there and no result: a query is about its result now, not whether a timestamp comes first. `unresolved` is the
-    probability of RTTs of which only byte 1 was computed, which bounds the error of any probability.
+    0 to n − 1, there are n mixtures of the distributions that belong together, whose `weights` (B,) sum to 1; with weights
+    (M, B) there are M times n, those of the first weights first. `focus` says what is wanted of the n. `total_probability`
+    is the mass that results had among all that the model could say but what is legal there and no result: a query is about
+    its result now, not whether a timestamp comes first. `unresolved` is the probability of RTTs of which only byte 1 was
+    computed, which bounds the error of any probability. Where the least mass of the reader is 0, all is computed.
     """
     own = [prompt.tokens if read is None else prompt.tokens[prompt.context_length :] for prompt in prompts]
     tokens, lengths = reader.pad([np.append(line, tk.RTT_START) for line in own])
@@ -164,42 +165,46 @@ def result_distributions(
     first = first[:, _BYTES]  # (B, 256)
     mass_1, failed = role[:, tk.RTT_START, None] * first, role[:, tk.FAILED]  # (B, 256), (B,)
     mixing = torch.arange(len(prompts)) if owner is None else torch.from_numpy(owner)
-    weight = torch.ones(len(prompts)) if weights is None else torch.from_numpy(weights)
+    weight = torch.ones(1, len(prompts)) if weights is None else torch.from_numpy(np.atleast_2d(weights))
     mixing, weight = mixing.to(device), weight.to(device, torch.float64)
-    share = (
-        mass_1 * (weight / (mass_1.sum(1) + failed))[:, None]
-    )  # (B, 256) of a mixture, up to tokens that are no bytes
-    n = int(mixing[-1]) + 1
-    followed = share >= (reader.least_mass if focus is None else max(FOCUS_MASS, reader.least_mass))
-    if focus is not None:
-        wanted = focus.values(share.new_zeros(n, 256).index_add_(0, mixing, share))
-        followed |= wanted[mixing] & (share >= reader.least_mass)
+    M, n = len(weight), int(mixing[-1]) + 1
 
-    codes = torch.zeros(n, 256, 256, device=device, dtype=reader.gpt.head.weight.dtype)
+    def mixed(columns: Tensor) -> Tensor:  # (M, B, …) to (M, n, …)
+        return columns.new_zeros(M, n, *columns.shape[2:]).index_add_(1, mixing, columns)
+
+    # Of a mixture, up to tokens that are no bytes, (M, B, 256).
+    share = mass_1 * (weight / (mass_1.sum(1) + failed))[..., None]
+    focus = focus if reader.least_mass else None
+    followed = (share >= (reader.least_mass if focus is None else max(FOCUS_MASS, reader.least_mass))).any(0)
+    if focus is not None:
+        wanted = torch.stack([focus.values(values) for values in mixed(share)])  # (M, n, 256)
+        followed |= (wanted[:, mixing] & (share >= reader.least_mass)).any(0)
+
+    codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.head.weight.dtype)
     mass, passes = torch.zeros_like(failed), 0  # mass: of all results of each prompt
     with reader.autocast():
-        for rows, byte_1, second in _second_bytes(reader.gpt, cache, followed):
-            row = rows[byte_1[0]]  # (f,) of each value that is followed
-            within = mass_1[row, byte_1[1], None] * second  # (f, 256)
+        for rows, (place, byte_1), second in _second_bytes(reader.gpt, cache, followed):
+            row = rows[place]  # (f,) of each value that is followed
+            within = mass_1[row, byte_1, None] * second  # (f, 256)
             mass.index_add_(0, row, within.sum(1))
             mass[rows] += (mass_1 * ~followed)[rows].sum(1) + failed[rows]
-            scale = (weight / mass)[row, None]
-            codes.view(-1, 256).index_add_(0, mixing[row] * 256 + byte_1[1], (within * scale).to(codes))
+            for one, scale in zip(codes, (weight / mass)[:, row, None], strict=True):
+                one.view(-1, 256).index_add_(0, mixing[row] * 256 + byte_1, (within * scale).to(one))
             passes += 1
-    share = weight / mass
-    unfollowed = mass_1.new_zeros(n, 256).index_add_(0, mixing, mass_1 * ~followed * share[:, None])
+    scale = weight / mass  # (M, B)
+    unfollowed = mixed(mass_1 * ~followed * scale[..., None])  # (M, n, 256)
     codes += (unfollowed / 256).to(codes)[..., None]
-    p_fail = mass.new_zeros(n).index_add_(0, mixing, failed * share)
     no_result = torch.stack([row[torch.from_numpy(p.also_legal)].sum() for row, p in zip(role, prompts, strict=True)])
-    total = mass.new_zeros(n).index_add_(0, mixing, weight * (mass / (1 - no_result)).clamp(max=1.0))
+    total = weight * (mass / (1 - no_result)).clamp(max=1.0)
     context = torch.tensor([prompt.context_measurements for prompt in prompts], device=device)
+    context = context.new_zeros(n).scatter_reduce(0, mixing, context, "amax").repeat(M)
     return RTTDistribution(
-        codes.view(n, -1).cpu().numpy(),
-        p_fail.cpu().numpy(),
-        total_probability=total.cpu().numpy(),
+        codes.view(M * n, -1).cpu().numpy(),
+        mixed(failed * scale).flatten().cpu().numpy(),
+        total_probability=mixed(total).flatten().cpu().numpy(),
         forward_passes=1 + passes + (read is not None),
-        context_measurements=context.new_zeros(n).scatter_reduce(0, mixing, context, "amax").cpu().numpy(),
-        unresolved=unfollowed.sum(1).cpu().numpy(),
+        context_measurements=context.cpu().numpy(),
+        unresolved=unfollowed.sum(2).flatten().cpu().numpy(),
     )
 
 

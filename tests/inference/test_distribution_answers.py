@@ -48,14 +48,14 @@ def test_a_picture_is_drawn_with_its_title_and_the_truth(monkeypatch, tmp_path):
 
 
 def test_refusals_name_what_is_wrong():
-    with pytest.raises(ValueError, match="^no distributions to put together$"):
+    with pytest.raises(ValueError, match=r"^no distributions to put together$"):
         RTTDistribution.concatenate([])
     for name, score in (("CRPS", of_code(30_000).crps), ("PIT", of_code(30_000).pit)):
         with pytest.raises(
             ValueError, match=f"^the {name} is of an answered ping, and this one failed; log_density scores"
         ):
             score(-1)
-    with pytest.raises(TypeError, match="^the distribution of one ping has no length$"):
+    with pytest.raises(TypeError, match=r"^the distribution of one ping has no length$"):
         len(of_code(1))
-    with pytest.raises(TypeError, match="^the distribution of one ping has no parts$"):
+    with pytest.raises(TypeError, match=r"^the distribution of one ping has no parts$"):
         of_code(1)[0]

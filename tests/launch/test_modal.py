@@ -20,7 +20,6 @@ import pytest
 from paths import ROOT
 from pings import ndjson, ping, write
 from training_runs import ENVIRONMENT, assert_same_weights, finish, losses, start, wait_until, write_config
-from waiting import HANG_S
 
 from ping_llm.data.ingest.plan import MIN_BUCKETS
 from ping_llm.data.ingest.prepare import prepare
@@ -82,9 +81,8 @@ def test_functions_may_take_a_day_are_tried_again_and_keep_their_files_in_volume
 
 def test_a_container_can_import_the_script_without_the_repository(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
-    assert (
-        subprocess.run([sys.executable, "-c", "import modal_wrapper as m; m.train_run"], cwd=tmp_path).returncode == 0
-    )
+    command = [sys.executable, "-c", "import modal_wrapper; modal_wrapper.train_run"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
 
 
 # Preparing

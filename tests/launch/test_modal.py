@@ -103,9 +103,8 @@ def test_the_image_is_made_from_files_that_are_there():
 
 def test_a_container_can_import_the_script_without_the_repository(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
-    assert (
-        subprocess.run([sys.executable, "-c", "import modal_wrapper as m; m.train_run"], cwd=tmp_path).returncode == 0
-    )
+    command = [sys.executable, "-c", "import modal_wrapper; modal_wrapper.train_run"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
 
 
 # Preparing

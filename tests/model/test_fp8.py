@@ -61,17 +61,36 @@ def test_rounding_equals_the_plain_one_and_does_not_depend_on_the_scale(dtype):
         assert (x8.double() * factor.double() - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_products_are_those_of_rounded_factors():
-    layer, x, slope = layer_and_inputs(torch.float32)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-3)])
+def test_products_are_those_of_rounded_factors_and_the_gradients_of_weights_fp32(dtype, tolerance):
+    layer, x, slope = layer_and_inputs(dtype)
     y, of_x, of_weight = products(x, layer, slope)
     x8, weight8 = rounded(x, FORWARD), rounded(layer.weight.detach(), FORWARD)
     slope8 = rounded(slope, BACKWARD)
-    for ours, plain in (
-        (y, x8 @ weight8.T),
-        (of_x, slope8 @ weight8),
-        (of_weight, slope8.flatten(0, 1).T @ x8.flatten(0, 1)),
+    for ours, plain, most in (
+        (y, x8 @ weight8.T, tolerance),
+        (of_x, slope8 @ weight8, tolerance),
+        (of_weight, slope8.flatten(0, 1).T @ x8.flatten(0, 1), 1e-4),
     ):
-        assert ours.shape == plain.shape and (ours - plain).norm() < 1e-4 * plain.norm()
+        assert ours.shape == plain.shape and (ours - plain).norm() < most * plain.norm()
+
+
+@pytest.mark.parametrize("turn", [lambda t: t, lambda t: t.transpose(0, 1), lambda t: t[:1].expand(4, 16, -1)])
+def test_every_product_is_as_a_hopper_takes_it(monkeypatch, turn):
+    """The first factor lies by rows, the second by columns, all sides are multiples of 16, the scales one fp32 number each;
+    two of e5m2 cannot be multiplied. A CPU would take others, too."""
+    taken, multiply = [], torch._scaled_mm
+
+    def checked(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        assert a.is_contiguous() and b.t().is_contiguous() and not any(side % 16 for side in (*a.shape, *b.shape))
+        assert all(scale.shape == () and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
+        taken.append((a.dtype, b.dtype, use_fast_accum))
+        return multiply(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+
+    monkeypatch.setattr(torch, "_scaled_mm", checked)
+    layer, x, slope = layer_and_inputs(torch.bfloat16)
+    products(turn(x), layer, turn(slope))
+    assert taken == [(FORWARD, FORWARD, True), *2 * [(BACKWARD, FORWARD, False)]]
 
 
 def test_products_are_as_near_to_those_of_bf16_as_the_bits_of_their_factors_allow():

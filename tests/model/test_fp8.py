@@ -11,6 +11,14 @@ from ping_llm.model.fp8 import BACKWARD, FORWARD, Linear, quantize
 
 FORMATS = {FORWARD: (3, -6, 448.0), BACKWARD: (2, -14, 57344.0)}  # bits of mantissa, least exponent, largest value
 
+TURNS = (
+    lambda t: t,
+    lambda t: t.transpose(0, 1),
+    lambda t: t[:1].expand(4, 16, -1),
+    lambda t: t.flatten(0, 1).t().contiguous().t(),
+)
+"""Of (4, 16, n): the same in other orders of memory."""
+
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -75,7 +83,7 @@ def test_products_are_those_of_rounded_factors_and_the_gradients_of_weights_fp32
         assert ours.shape == plain.shape and (ours - plain).norm() < most * plain.norm()
 
 
-@pytest.mark.parametrize("turn", [lambda t: t, lambda t: t.transpose(0, 1), lambda t: t[:1].expand(4, 16, -1)])
+@pytest.mark.parametrize("turn", TURNS)
 def test_every_product_is_as_a_hopper_takes_it(monkeypatch, turn):
     """The first factor lies by rows, the second by columns, all sides are multiples of 16, the scales one fp32 number each;
     two of e5m2 cannot be multiplied. A CPU would take others, too."""
@@ -126,7 +134,7 @@ def test_a_factor_of_zeros_gives_zeros_and_one_that_is_not_finite_shows():
         assert not of_x.isfinite().any() and not of_weight.isfinite().any()
 
 
-@pytest.mark.parametrize("turn", [lambda t: t.transpose(0, 1), lambda t: t[:1].expand(4, 16, -1)])
+@pytest.mark.parametrize("turn", TURNS)
 def test_inputs_and_gradients_may_lie_in_any_order(turn):
     layer, x, slope = layer_and_inputs(torch.float32)
     for given, copied in zip(

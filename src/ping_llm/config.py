@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
 
+FP8_MULTIPLE = 16  # of each side of a product in FP8
+FP8_LEAST_WIDTH = 128  # as in nanochat: rounding is a pass over each factor, and small products leave little to win
 RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
 
 
@@ -191,9 +193,10 @@ class TrainConfig(Section):
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """Of the forward pass; auto = bf16 if the device on which the run begins multiplies it natively, else fp32. Logits and
-    loss are always fp32. fp16, for GPUs without bf16, scales the loss so that small gradients do not vanish."""
+    loss are always fp32. fp16, for GPUs without bf16, scales the loss so that small gradients do not vanish. fp8, for wide
+    models on Ada, Hopper and later GPUs, is bf16 but for the products of the blocks' matrices in training steps."""
     deterministic: Annotated[bool, tyro.conf.arg(aliases=["--deterministic"])] = field(
         default=False, metadata=RESUMABLE
     )
@@ -246,6 +249,17 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of the initial weights and of the windows."""
+
+    def __post_init__(self) -> None:
+        if self.train.precision != "fp8":
+            return
+        width, multiple = self.model.n_embd, FP8_MULTIPLE
+        if width % multiple or width < FP8_LEAST_WIDTH:
+            needs = f"train.precision=fp8 needs a model.n_embd of at least {FP8_LEAST_WIDTH}, a multiple of {multiple}"
+            raise ValueError(f"{needs}, not {width}; pass --train.precision bf16")
+        if self.model.seq_len % multiple:
+            needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
+            raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")
 
 
 def load_config(path: Path | str) -> Config:

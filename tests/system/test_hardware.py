@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from ping_llm.system.hardware import PEAK_BF16_FLOPS, deterministic, gpu_kind, named_peak_flops
+from ping_llm.system.hardware import PEAK_BF16_FLOPS, WITHOUT_FP8, deterministic, gpu_kind, named_peak_flops, native_fp8
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,18 @@ def test_a_gpu_whose_name_only_begins_or_ends_like_one_of_the_table_has_no_peak(
 
 def test_no_two_kinds_of_the_table_are_one():
     assert [gpu_kind(name) for name in PEAK_BF16_FLOPS] == list(PEAK_BF16_FLOPS)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)]
+)
+def test_fp8_is_of_nvidia_from_ada_on(monkeypatch, capability, has):
+    """An A100 is 8.0, an A10 8.6, an L4 8.9, a Hopper 9.0, a B200 10.0."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert native_fp8(torch.device("cuda")) == has and not native_fp8(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", "6.2")  # AMD counts otherwise, and its FP8 is another one
+    assert not native_fp8(torch.device("cuda"))
+    assert WITHOUT_FP8 == {"A100", "A10"} < PEAK_BF16_FLOPS.keys()
 
 
 def test_deterministic_algorithms_are_asked_for_inside_alone(monkeypatch):

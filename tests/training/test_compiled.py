@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,24 +117,26 @@ def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monke
         assert torch._C._get_sdp_priority_order() == before
 
 
-def config_of(layers: int) -> ModelConfig:
-    return ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64)
+def model_of(layers: int, fp8: bool) -> GPT:
+    model = GPT(ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64))
+    model.learn_in_fp8(fp8)
+    return model
 
 
-def eager_bytes(layers: int, windows: int) -> int:
+def eager_bytes(layers: int, windows: int, fp8: bool = False) -> int:
     """Of the tensors that a forward pass keeps for the backward pass, each once."""
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         return kept.setdefault(tensor.untyped_storage()._cdata, tensor)
 
-    model, tokens = GPT(config_of(layers)), torch.zeros(windows, 64, dtype=torch.int64)
+    model, tokens = model_of(layers, fp8), torch.zeros(windows, 64, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         model(tokens)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def compiled_bytes(layers: int, windows: int) -> int:
+def compiled_bytes(layers: int, windows: int, fp8: bool = False) -> int:
     """Of what the backward graph takes in."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -151,7 +154,7 @@ def compiled_bytes(layers: int, windows: int) -> int:
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    model = torch.compile(GPT(config_of(layers)), backend=backend, dynamic=False)
+    model = torch.compile(model_of(layers, fp8), backend=backend, dynamic=False)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="ignore"):
         model(torch.zeros(windows, 64, dtype=torch.int64)).sum().backward()
     return sum(taken)
@@ -163,5 +166,14 @@ def compiled_bytes(layers: int, windows: int) -> int:
 def test_a_block_keeps_as_many_bytes_of_each_token_and_channel_as_the_plan_counts(count, planned):
     """What another block adds for two more windows of 64 tokens of 64 channels; on a CPU, where the norms of eager steps
     keep fp32 copies as they do under CUDA's autocast."""
-    added = (count(3, 4) - count(2, 4)) - (count(3, 2) - count(2, 2))
-    assert added / (2 * 64 * 64) == pytest.approx(planned, abs=0.75)
+    assert added_bytes(count) == pytest.approx(planned, abs=0.75)
+
+
+@pytest.mark.parametrize("count", [eager_bytes, compiled_bytes])
+def test_a_block_keeps_less_in_fp8_than_in_bf16(count):
+    assert added_bytes(count, fp8=True) < added_bytes(count) - 4
+
+
+def added_bytes(count: Callable[..., int], **options: bool) -> float:
+    added = (count(3, 4, **options) - count(2, 4, **options)) - (count(3, 2, **options) - count(2, 2, **options))
+    return added / (2 * 64 * 64)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 from ping_llm.model.fields import PLACES, VALUE_FEATURES, FieldEmbedding, FieldState, read_fields
+from ping_llm.model.fp8 import Linear
 
 VOCAB_SIZE = 267
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
@@ -79,8 +80,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: all queries, all keys, all values
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)  # rows: all queries, all keys, all values
+        self.out = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
         B, T, D = x.shape
@@ -99,8 +100,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -202,6 +203,12 @@ class GPT(nn.Module):
                 nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.zeros_(linear.weight)
+
+    def learn_in_fp8(self, wanted: bool) -> None:
+        """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = wanted
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
         """Logits of the token after each given one, (B, T, V) fp32; see `states`."""

@@ -25,6 +25,8 @@ PEAK_BF16_FLOPS = {
     "RTX 4090": 165e12,
 }
 """Dense bf16 FLOP/s of a kind of GPU, from NVIDIA's data sheets."""
+WITHOUT_FP8 = {"A100", "A10"}  # of these kinds
+FP8_CAPABILITY = 8, 9  # the least of NVIDIA's that multiplies FP8
 _SAME_KIND = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB|HBM\w*|SXM\d*")  # words of a name that do not change the peak
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with any other, cuBLAS may take another algorithm each time
 
@@ -43,6 +45,15 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def native_fp8(device: torch.device) -> bool:
+    """True where the device multiplies FP8 of the kind that NVIDIA's GPUs do, from Ada and Hopper on."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    )
 
 
 def device_name(device: torch.device) -> str:

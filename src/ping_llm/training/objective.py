@@ -16,7 +16,7 @@ from ping_llm.config import FIELDS, Config
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, MUTED, PADDING
 from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
-from ping_llm.system.hardware import native_bf16
+from ping_llm.system.hardware import FP8_CAPABILITY, device_name, native_bf16, native_fp8
 from ping_llm.training.distributed import Ranks
 
 HOPPER_ATTENTION = (
@@ -26,11 +26,17 @@ HOPPER_ATTENTION = (
     SDPBackend.MATH,
 )
 DETERMINISTIC_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16; `auto` is bf16 where the device multiplies it natively."""
+    """fp32, bf16, fp16 or fp8; `auto` is bf16 where the device multiplies it natively. ValueError without FP8 there."""
+    if name == "fp8" and not native_fp8(device):
+        least = ".".join(map(str, FP8_CAPABILITY))
+        needs = f"an NVIDIA GPU of capability {least} or more (Ada, Hopper, Blackwell)"
+        raise ValueError(
+            f"train.precision=fp8 needs {needs}, not {device_name(device)}; a run that begins in bf16 does not"
+        )
     return name if name != "auto" else "bf16" if native_bf16(device) else "fp32"
 
 
@@ -70,6 +76,7 @@ class Objective:
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
         self.weights = field_weights(config.loss).to(self.device)  # (5,)
         self.precision = precision or resolve_precision(config.train.precision, self.device)
+        model.learn_in_fp8(self.precision == "fp8")
         self.parallel: DistributedDataParallel | None = None
         if ranks.world > 1:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
@@ -85,7 +92,7 @@ class Objective:
             self.forward_alone = torch.compile(model, dynamic=False) if self.parallel else self.forward
 
     def autocast(self) -> torch.autocast:
-        """The precision of the forward pass, as a context."""
+        """The precision of the forward pass, as a context; in fp8, that of everything but the matrices that learn."""
         dtype = _AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 

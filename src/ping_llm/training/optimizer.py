@@ -22,8 +22,8 @@ class Optimizer:
     `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
     "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay, and their
     rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the processes that share the
-    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for all of a group,
-    which takes the rate as an argument.
+    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the
+    rate is its argument.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:

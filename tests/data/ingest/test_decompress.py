@@ -154,6 +154,7 @@ def test_a_dictionary_is_named(tmp_path):
     ("begin", "kind"),
     [
         (b"PK\x03\x04", "a zip archive"),
+        (b"PK\x05\x06", "an empty zip archive"),
         (b"\xfd7zXZ\x00", "packed by xz"),
         (b"\x04\x22\x4d\x18", "packed by lz4"),
         (bytes(257) + b"ustar\x00", "a tar archive"),
@@ -181,3 +182,12 @@ def test_blocks_are_of_one_size_however_they_were_packed(tmp_path):
     for suffix in ("json", *PACK):
         sizes = [len(block) for block in plain_blocks(write(tmp_path / f"a.{suffix}", text), [])]
         assert sizes == [*[1 << 20] * (len(text) >> 20), len(text) % (1 << 20)]
+
+
+@pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "posix"])
+def test_a_tar_of_any_kind_is_named_and_none_of_its_lines_is_read(tmp_path, form):
+    (tmp_path / "a.json").write_bytes(result(1))
+    command = ["tar", f"--format={form}", "-czf", tmp_path / "a.gz", "-C", tmp_path, "a.json"]
+    subprocess.run(command, check=True)
+    with pytest.raises(DamagedDump, match=r"a\.gz is a tar archive, which is not read; unpack it first"):
+        read(tmp_path / "a.gz")

@@ -277,3 +277,39 @@ def test_a_mixed_folder_is_planned_prepared_and_done_by_a_job_array(tmp_path, ca
     assert prepare([folder], tmp_path / "array", split="none", source=SOURCE, executor="array") == want
     shards = [[path.read_bytes() for path in sorted((tmp_path / name).glob("train-*"))] for name in ("here", "array")]
     assert shards[0] == shards[1]
+
+
+def test_a_table_with_an_index_without_a_name_as_pandas_writes_it_is_read(tmp_path):
+    lines = as_csv(ROWS).decode().splitlines()
+    indexed = "\n".join(["," + lines[0], *(f"{n},{line}" for n, line in enumerate(lines[1:]))])
+    assert measured(tmp_path / "d", write(tmp_path / "a.csv", indexed.encode())) == (MEASURED, {"kept": 5})
+
+
+def test_lines_may_end_in_a_carriage_return_alone(tmp_path):
+    content = "\r".join(as_csv(ROWS).decode().splitlines()).encode()
+    assert measured(tmp_path / "d", write(tmp_path / "a.csv", content)) == (MEASURED, {"kept": 5})
+
+
+@pytest.mark.parametrize("content", [b"a" * 200_000, b"a,b\rc", b'"' + b"a" * 200_000])
+def test_what_begins_with_no_line_of_csv_is_no_dump_and_no_crash(tmp_path, content):
+    with pytest.raises(ValueError, match=r"a\.csv is no Atlas dump"):
+        measured(tmp_path / "d", write(tmp_path / "a.csv", content))
+
+
+def test_rows_behind_an_open_quote_are_told_and_those_before_it_read(tmp_path):
+    lines = as_csv(ROWS).decode().splitlines()
+    lines[3] = f'"{lines[3]}'
+    path = write(tmp_path / "a.csv", "\n".join(lines).encode())
+    with pytest.raises(ValueError, match=r"a\.csv: a quote has no end, and all rows after it are part of it"):
+        measured(tmp_path / "d", path)
+    found, counters = measured(tmp_path / "e", path, keep_going=True)
+    assert (len(found), counters["kept"]) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["int64", "double", "string"])
+def test_the_digits_of_a_date_are_no_seconds_in_parquet_either(tmp_path, kind):
+    table = pa.table({"src_addr": ["192.0.2.1"] * 2, "dst_addr": ["198.51.100.7"] * 2, "rtt": [5.0, 6.0]})
+    times = pa.array([20231114, T]).cast(kind)
+    pq.write_table(table.append_column("event_time", times), tmp_path / "a.parquet")
+    found, counters = measured(tmp_path / "d", tmp_path / "a.parquet")
+    assert (found, counters) == ([(*PAIR, T, 6.0)], {"kept": 1, "no_timestamp": 1})

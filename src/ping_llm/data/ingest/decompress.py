@@ -20,11 +20,14 @@ MOST_LAYERS = 4
 MAX_WINDOW_BYTES = 1 << 27
 """What zstd itself unpacks by default, and takes in memory meanwhile."""
 
-_HEAD_BYTES = 512  # enough to recognise every format below: the magic number of tar is at byte 257
+_HEAD_BYTES = 512  # enough to recognise every format below: the head of a tar is as long
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+_TAR_CHECKSUM = slice(148, 156)  # of the other bytes of its head, in octal digits
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "an empty zip archive",
+    b"PAR1": "Parquet that was packed again",
     b"\xfd7zXZ\x00": "packed by xz",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"\x04\x22\x4d\x18": "packed by lz4",
@@ -189,9 +192,16 @@ def _refused_frame(begin: bytes) -> str:
 
 def _foreign(begin: bytes) -> str:
     """What a file that begins so is, if it is packed in a way that is not read; else empty."""
-    if begin[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
+    if begin[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC) or _is_old_tar(begin):
         return "a tar archive"
     return next((kind for magic, kind in _FOREIGN.items() if begin.startswith(magic)), "")
+
+
+def _is_old_tar(begin: bytes) -> bool:
+    """Whether a file begins with the head of a tar, by its checksum: old ones have no magic number."""
+    digits = begin[_TAR_CHECKSUM].strip(b" \0")
+    others = begin[: _TAR_CHECKSUM.start] + b" " * 8 + begin[_TAR_CHECKSUM.stop :]
+    return bool(digits) and not digits.strip(b"01234567") and int(digits, 8) == sum(others)
 
 
 def _in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -34,7 +34,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def is_typed(path: Path) -> bool:
-    """Whether a Parquet file has the columns of one of these kinds, of their types; else its values are read as text."""
+    """Whether a Parquet file has the columns of one of these kinds, of plain types; else it is read as text."""
     try:
         schema = pq.ParquetFile(path).schema_arrow
     except (pa.ArrowException, OSError):
@@ -44,8 +44,9 @@ def is_typed(path: Path) -> bool:
     time = next((schema.field(name).type for name in _TIME_COLUMNS if name in schema.names), None)
     if time is None or not {"src_addr", "dst_addr", "rtt"} <= set(schema.names):
         return False
-    halves = any(pa.types.is_float16(field.type) for field in schema)
-    return (pa.types.is_timestamp(time) or pa.types.is_integer(time)) and not halves
+    ids = [schema.field(name).type for name in ("prb_id", "msm_id") if name in schema.names]
+    times_and_rtts = pa.types.is_timestamp(time) and schema.field("rtt").type in (pa.float32(), pa.float64())
+    return times_and_rtts and all(map(pa.types.is_integer, ids))
 
 
 def read_rows(path: Path) -> Iterator[pa.Table]:

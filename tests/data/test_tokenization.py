@@ -45,7 +45,7 @@ def test_rtt_code_is_the_nearest_of_all_codes(rtt_ms):
 
 
 def test_rtts_out_of_range_clamp_and_are_counted():
-    assert tk.encode_rtt(np.array([0.0, 1e-9, 1e12])).tolist() == [0, 0, 65535]
+    assert tk.encode_rtt(np.array([0.0, 1e-9, 1e12, 1e308])).tolist() == [0, 0, 65535, 65535]
     assert tk.clamped_rtts(np.array([-1.0, 0.0, 1e-9, 5.0, 1e12])) == 3
 
 

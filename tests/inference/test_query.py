@@ -130,6 +130,9 @@ def test_prefixes_are_encoded_as_fewer_bytes():
     ("src", "dst", "at", "context", "message"),
     [
         ("192.0.2.300", "198.51.100.7", None, None, "'192.0.2.300' is not an IPv4 or IPv6 address"),
+        ("192.0.2.1\0", "198.51.100.7", None, None, r"'192.0.2.1\x00' is not an IPv4 or IPv6 address"),
+        ("192.0.2.0/²", "198.51.100.7", None, None, "the prefix length must be a number from 0 to 32"),
+        ("192.0.2.0/٢٤", "198.51.100.7", None, None, "the prefix length must be a number from 0 to 32"),
         ("192.0.2.1", "example.org", None, None, "'example.org' is not an IPv4 or IPv6 address"),
         ("192.0.2.1", "198.51.100.0/", None, None, "must be a number from 0 to 32"),
         ("192.0.2.1", "198.51.100.0/33", None, None, "must be a number from 0 to 32"),

@@ -43,11 +43,11 @@ def pack_address(text: str) -> bytes:
     """The 16 bytes of an address, IPv4 as IPv4-mapped; ValueError if `text` is no address."""
     try:
         return IPV4_MAPPED_PREFIX + socket.inet_pton(socket.AF_INET, text)
-    except OSError:
+    except (OSError, ValueError):  # a character that no address has
         pass
     try:
         return socket.inet_pton(socket.AF_INET6, text)
-    except OSError:
+    except (OSError, ValueError):
         raise ValueError(f"{text!r} is not an IPv4 or IPv6 address") from None
 
 

@@ -67,7 +67,7 @@ def encode_rtt(rtt_ms: np.ndarray) -> np.ndarray:
     Codes are monotone in the RTT and every code is valid; the relative error is at most 2⁻¹² from 1 µs to 71.6 min.
     RTTs outside are clamped to the first or the last code; `clamped_rtts` counts them.
     """
-    mantissa, exponent = np.frexp(np.maximum(np.asarray(rtt_ms, dtype=np.float64) * 1000, 1.0))
+    mantissa, exponent = np.frexp(np.clip(np.asarray(rtt_ms, dtype=np.float64), 1e-3, 2.0**32) * 1000)
     code = (exponent - 1) * _FRACTION + np.rint((2 * mantissa - 1) * _FRACTION)
     return np.minimum(code, RTT_CODES - 1).astype(np.int64)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from ping_llm.inference.context import Context, Records
 Time = dt.datetime | str | float | None
 SrcKnown = str | int
 """How much of the source is known: "all", "none", a prefix length in bits, or "auto" for a mixture of several."""
+_BITS = re.compile(r"\d{1,3}", re.ASCII)
 _AUTO_BYTES = {4: (0, 1, 2, 3, 4), 16: (0, 4, 6, 8, 16)}  # of the prefixes that auto mixes, by the width of the address
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class Endpoint:
             if packed in (bytes(16), IPV4_MAPPED_PREFIX + bytes(4)):
                 raise ValueError(f"{text!r} is the unspecified address, which no host has; give a host or a prefix")
             return whole
-        if not length.isdigit() or int(length) > width:
+        if not _BITS.fullmatch(length) or int(length) > width:
             raise ValueError(f"{text!r}: the prefix length must be a number from 0 to {width}")
         return cls(packed, *divmod(int(length), 8))
 
@@ -212,7 +214,7 @@ def known_lengths(src_known: SrcKnown, src: Endpoint) -> list[int]:
         return sorted({min(n, most) for n in (*_AUTO_BYTES[src.width], most)})
     if src_known in ("all", "none"):
         return [most if src_known == "all" else 0]
-    bits = int(src_known) if str(src_known).isdigit() else -1
+    bits = int(src_known) if _BITS.fullmatch(str(src_known)) else -1
     if bits % 8 or not 0 <= bits <= 8 * src.width:
         raise ValueError(
             f"src_known={src_known!r} must be auto, all, none, or a prefix length of whole bytes up to {8 * src.width}"

@@ -1,8 +1,10 @@
 """Files are read by their names and contents as they are, ids come back as they were given, and damage is told."""
 
+import gzip
 import json
 import os
 import threading
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pytest
 from pings import ndjson, ping, write
 from random_model import random_model
 
-from ping_llm.inference.files import read_measurements, read_table, write_table
+from ping_llm.inference.files import read_context, read_measurements, read_table, write_table
 from ping_llm.inference.model import PingModel
 
 SRC, DST = "192.0.2.1", "198.51.100.7"
@@ -198,3 +200,51 @@ def test_a_table_that_is_cut_off_is_one_clear_line(run, tmp_path, capsys, conten
     assert run("batch", "--input", path, "--output", tmp_path / "p.csv") == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: {path}: {message}") and err.count("\n") == 1
+
+
+def test_a_dump_from_a_pipe_or_standard_input_is_scored_as_that_in_a_file_is(tmp_path, monkeypatch):
+    content = ndjson(*(ping(timestamp=1_700_000_000 + i) for i in range(3)))
+    path, pipe = write(tmp_path / "a.json", content), tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+    writer.start()
+    wanted = read_measurements(path)
+    assert wanted.num_rows == 3 and read_measurements(pipe).equals(wanted)
+    writer.join()
+    with path.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        assert read_measurements(Path("-")).equals(wanted)
+    packed = write(tmp_path / "packed.csv", gzip.compress(content))
+    assert read_measurements(packed).equals(wanted)
+
+
+def test_one_wrong_prefix_length_is_the_error_of_its_row_alone(tmp_path, run):
+    lines = [
+        "src_addr,dst_addr",
+        f"192.0.2.0/²,{DST}",
+        f"192.0.2.0/{'9' * 5000},{DST}",
+        f"{SRC},{DST}\0",
+        f"{SRC},{DST}",
+    ]
+    (tmp_path / "q.csv").write_text("\n".join(lines))
+    assert run("batch", "--input", tmp_path / "q.csv", "--output", tmp_path / "a.jsonl") == 3
+    errors = [json.loads(line)["error"] for line in lines_of(tmp_path / "a.jsonl")]
+    assert [error and error.partition(": ")[2][:17] for error in errors[:2]] == ["the prefix length"] * 2
+    assert errors[2:] == [r"'198.51.100.7\x00' is not an IPv4 or IPv6 address", None]
+
+
+@pytest.mark.parametrize(
+    ("pack", "kind"), [(gzip.compress, r"packed as \.gz"), (lambda plain: b"PK\x03\x04" + plain, "a zip archive")]
+)
+def test_a_packed_table_is_named_and_not_read_as_text(tmp_path, pack, kind):
+    path = tmp_path / "q.csv"
+    path.write_bytes(pack(csv(tmp_path / "plain.csv", [1]).read_bytes()))
+    with pytest.raises(ValueError, match=rf"q\.csv is {kind}, which is not read as a table; unpack it first"):
+        read_table(path)
+
+
+def test_a_context_may_come_on_standard_input(tmp_path, monkeypatch):
+    path = csv(tmp_path / "c.csv", [1], rtt=5)
+    with path.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        assert read_context(Path("-")).equals(read_table(path))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ping_llm.system.files import write_lock
+from ping_llm.system.files import try_file, write_lock
 
 TAKE = """
 import sys
@@ -71,3 +71,11 @@ def test_a_lock_that_cannot_be_made_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="cannot be made, or vanishes again and again"), \
             write_lock(tmp_path, tmp_path / "lock"):  # fmt: skip
         pass
+
+
+def test_a_pipe_is_no_file_to_write_and_stays_one(tmp_path):
+    pipe = tmp_path / "a.csv"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=r"a\.csv is a pipe or a device, which a file would replace; name a file"):
+        try_file(pipe)
+    assert pipe.is_fifo()

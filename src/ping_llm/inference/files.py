@@ -33,6 +33,7 @@ from ping_llm.system.streams import check_standard_output, print_data
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".arrow", ".feather")
 Table: TypeAlias = "pa.Table | dict[str, list[Any]]"
 """A table of Arrow or, as those of JSON are given, lists of values by the name of their column."""
+PARQUET = b"PAR1"
 STANDARD = Path("-")  # standard input or output
 _PROBABILITY = ("p_", "probability", "share")  # beginnings of the names of columns shown in percent
 _MOST_ROWS = 40  # shown
@@ -48,6 +49,15 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"no file {path}")
     if path.is_file() and path.suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{path}: a table must be {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}")
+    if path.is_file():
+        from ping_llm.data.ingest.decompress import codec_of, foreign_format
+
+        with path.open("rb") as file:
+            begin = file.read(512)
+        codec = codec_of(begin)
+        kind = f"packed as {codec.suffix}" if codec else foreign_format(begin)
+        if kind and not begin.startswith(PARQUET):
+            raise ValueError(f"{path} is {kind}, which is not read as a table; unpack it first")
     return open_table(path).read_as_given()
 
 
@@ -66,27 +76,38 @@ def read_input(path: Path) -> tuple[Table, str]:
 
 def read_measurements(path: Path, keep_going: bool = False) -> Table:
     """The measurements of a table, a dump or a folder: src_addr, dst_addr, rtt, event_time. `keep_going`: see dump_table."""
-    if path == STANDARD or (path.suffix in TABLE_SUFFIXES and not path.is_dir() and not _is_dump(path)):
-        table, _ = read_input(path)
-        names = list(table) if isinstance(table, dict) else table.column_names
-        check_columns(names, str(path), ("src_addr", "dst_addr", "rtt"))
-        return _with_numbers(table)
-    if not path.exists():
+    if path != STANDARD and not path.exists():
         raise ValueError(f"no file or folder {path}")
-    return dump_table(path, keep_going)
+    if path == STANDARD or not (path.is_file() or path.is_dir()):
+        from ping_llm.data.ingest.inputs import find_inputs, spooled
+
+        with (
+            tempfile.TemporaryDirectory(prefix="ping-llm-") as folder,
+            spooled(find_inputs([path]), Path(folder)) as files,
+        ):
+            return _measurements(next(iter(files)), str(path), True, keep_going)
+    return _measurements(path, str(path), path.suffix in TABLE_SUFFIXES and path.is_file(), keep_going)
+
+
+def _measurements(path: Path, name: str, may_be_table: bool, keep_going: bool) -> Table:
+    """Those of a file or a folder, with its `name` in messages."""
+    if not may_be_table or _is_dump(path):
+        return dump_table(path, keep_going)
+    table = open_table(path, name).read_as_given()
+    names = list(table) if isinstance(table, dict) else table.column_names
+    check_columns(names, name, ("src_addr", "dst_addr", "rtt"))
+    return _with_numbers(table)
 
 
 def _is_dump(path: Path) -> bool:
-    """Whether a file of JSON or Parquet holds results of Atlas and not a table: of a table a row has one RTT."""
-    if not path.is_file():
-        return False
+    """Whether a file is packed, a log, or holds results of Atlas, and not a table: of a table a row has one RTT."""
     table = open_table(path)
     if table.format == "parquet":
         return "pings" in table.names
-    if table.format != "json" or "rtt" in table.names:
-        return False
     words = ("src", "source", "dst", "dest", "rtt", "latency")
     is_table = any(word in name.lower() for name in table.names for word in words)
+    if table.format != "json" or "rtt" in table.names:
+        return bool(table.names) and not is_table
     return not is_table or bool({"result", "fw", "msm_id", "prb_id"} & set(table.names))
 
 
@@ -105,7 +126,7 @@ def read_context(path: Path | None) -> Table | None:
     """The context that a file holds, None with a warning if that has no rows; ValueError if it can be no context."""
     if path is None:
         return None
-    table = read_table(path)
+    table, _ = read_input(path)
     if not count_rows(table):
         log.warning("%s holds no measurements: it is a context of nothing", path)
         return None

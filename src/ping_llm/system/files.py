@@ -57,6 +57,8 @@ def try_file(path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device, which a file would replace; name a file")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
     aside = path.with_name(f"{path.name}.tmp")  # as `write_atomically` names it

@@ -86,7 +86,7 @@ def plain_blocks(path: Path, damage: list[str]) -> Iterator[bytes]:
     begin = source.peek(_HEAD_BYTES)
     if codec_of(begin):
         damage.append(f"{path.name} is packed more than {MOST_LAYERS} times over; unpack it first")
-    elif kind := _foreign(begin):
+    elif kind := foreign_format(begin):
         damage.append(f"{path.name} is {kind}, which is not read; unpack it first")
     else:
         yield from _in_blocks(source.rest())
@@ -143,7 +143,7 @@ def _unpacked(source: Source, name: str, damage: list[str]) -> Iterator[bytes]:
             return
         codec = codec_of(begin)
         if codec is None:
-            what = _foreign(begin) or f"no stream: {begin[:8]!r}"
+            what = foreign_format(begin) or f"no stream: {begin[:8]!r}"
             damage.append(f"{name} is corrupt from byte {source.taken:,} on: there lies {what}; get it again")
             return
         if codec is _ZSTD and (why := _refused_frame(begin)):
@@ -190,7 +190,7 @@ def _refused_frame(begin: bytes) -> str:
     return ""
 
 
-def _foreign(begin: bytes) -> str:
+def foreign_format(begin: bytes) -> str:
     """What a file that begins so is, if it is packed in a way that is not read; else empty."""
     if begin[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC) or _is_old_tar(begin):
         return "a tar archive"

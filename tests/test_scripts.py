@@ -81,6 +81,25 @@ def test_bench_prepare_measures(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_bench_score_measures(tmp_path, monkeypatch):
+    script = importlib.import_module("bench_score")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.toml").write_text(CONFIG)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "DEMO", tmp_path / "out" / "demo")
+    numbers = measured(script, tmp_path, "--quick", "--device", "cpu")
+    assert [(case["src_known"], case["history"]) for case in numbers["cases"]] == [
+        ("all", script.HISTORY),
+        ("all", 10),
+        ("auto", script.HISTORY),
+        ("auto", 10),
+    ]
+    for case in numbers["cases"]:
+        assert case["least_ratio"] <= case["ratio"] <= case["most_ratio"] and case["mean_history"] > 5
+        assert case["windows_nll"] == pytest.approx(case["prompts_nll"], abs=1.0)
+
+
+@pytest.mark.slow
 def test_bench_inference_measures(tmp_path, monkeypatch, capsys):
     script = importlib.import_module("bench_inference")
     (tmp_path / "configs").mkdir()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: install demo test test-slurm lint format clean
+.PHONY: install demo test test-slurm mutants lint format clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,12 @@ test: install
 test-slurm: install
 	@(command -v slurmctld && command -v munged) >/dev/null || { apt-get update -q && apt-get install -yq slurm-wlm munge; } || true
 	$(VENV)/bin/python -m pytest -rs tests/launch/test_slurm.py
+
+# How many small changes of the modules that everything rests on the tests notice; hours, or MUTANTS='--share 0.1', or
+# MUTANTS=model/loss.py.
+mutants: install
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/mutants.py $(MUTANTS)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -2,8 +2,16 @@
 
     python scripts/bench_inference.py [--model RUN] [--quick] [--json FILE]
 
-Two ratios, each of two things in the same run: one exact distribution against 200 results drawn by plain generation, a
-token at a time and without a cache; and `batch` on many queries that share contexts against a loop of single queries.
+Ratios of two things that are timed in turn, one call of each after the other, as often as --rounds says; printed are the
+median ratio and the range of all. The threads of the process are fixed and wait without spinning: threads that spin
+between the small steps of single queries take more time than the steps.
+
+- a table of queries (`batch`) against a loop of single ones, which give whole distributions; without context, and with
+  contexts of 10 measurements that 20 queries share
+- a whole distribution against the statistics that `batch` gives of it
+- a destination prefix that ends within a byte against one that does not
+- one result drawn by plain generation, a token at a time and without a cache, against a distribution
+
 The model is that of RUN, else that of `make demo`, else an untrained one of the size of tiny, of which no byte can be
 skipped.
 """
@@ -12,8 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,39 +32,102 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ping_llm.cli import exit_code
 from ping_llm.config import load_config
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.context import Context
+from ping_llm.inference.distribution import QUANTILES
+from ping_llm.inference.engine import Focus
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
 from ping_llm.model.gpt import GPT
+from ping_llm.system.files import try_file
 from ping_llm.system.hardware import pick_device
 
 ROOT = Path(__file__).parents[1]
-DRAWS = 200
 CONTEXT_MEASUREMENTS = 10
-SOURCES = 20
+QUERIES_OF_A_SOURCE = 20
+THREADS = int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1)))
+SINGLES = 10  # queries of the loop in one round
+QUERIES, QUICK_QUERIES, QUICK_ROUNDS = 1_000, 200, 2
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="run folder of a trained model")
-    parser.add_argument("--quick", action="store_true", help="2,000 queries instead of 10,000, and fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="200 queries instead of 1,000, and 2 rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each pair is timed")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
+    torch.set_num_threads(THREADS)
     model, name = load(options.model, options.device, options.precision)
-    queries, singles = (2_000, 20) if options.quick else (10_000, 100)
-    print(f"{name}, {model.device.type} in {model.precision}, {torch.get_num_threads()} threads")
+    count, rounds = (QUICK_QUERIES, QUICK_ROUNDS) if options.quick else (QUERIES, options.rounds)
+    print(f"{name}, {model.device.type} in {model.precision}, {torch.get_num_threads()} threads, {rounds} rounds")
 
-    numbers = against_sampling(model, rounds=3 if options.quick else 10)
-    numbers |= batch_against_loop(model, queries, singles)
-    for line in report(numbers):
-        print(line)
+    print(f"{'':46}{'ms':>9}{'ms':>9}{'ratio':>8}{'range':>16}")
+    numbers = {}
+    for label, one, other, per in comparisons(model, count):
+        one_ms, other_ms = (
+            1e3 * seconds / size for seconds, size in zip(in_turn(one, other, rounds), per, strict=True)
+        )
+        ratio = one_ms / other_ms
+        numbers[label] = {"ms": [float(np.median(one_ms)), float(np.median(other_ms))], "ratios": ratio.tolist()}
+        medians = f"{np.median(one_ms):9.2f}{np.median(other_ms):9.2f}{np.median(ratio):8.2f}"
+        print(f"{label:46}{medians}{f'{ratio.min():.2f}–{ratio.max():.2f}':>16}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(numbers | {"model": name, "precision": model.precision}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"model": name, "precision": model.precision, "threads": THREADS} | numbers, indent=1) + "\n"
+        )
+
+
+def in_turn(one: Callable[[], object], other: Callable[[], object], rounds: int) -> np.ndarray:
+    """Seconds of each call, (2, rounds), one after the other, after a call of each that does not count."""
+    one(), other()
+    return np.array([[seconds(call) for call in (one, other)] for _ in range(rounds)]).T
+
+
+def comparisons(
+    model: PingModel, count: int
+) -> Iterator[tuple[str, Callable[[], object], Callable[[], object], tuple[int, int]]]:
+    """What is compared: a name, the slower, the faster, and how many queries each answers."""
+    context, queries = make_queries(np.random.default_rng(1), count, count // QUERIES_OF_A_SOURCE)
+    table, of_source = pa.Table.from_pylist(queries), dict.fromkeys(query["src_addr"] for query in queries)
+    by_source = {src: context.filter(pc.equal(context["src_addr"], src)) for src in of_source}
+    some = [queries[i] for i in np.linspace(0, count - 1, SINGLES).astype(int)]
+
+    def loop(with_context: bool) -> Callable[[], object]:
+        given = [(*query.values(), by_source[query["src_addr"]] if with_context else None) for query in some]
+        return lambda: [model.rtt(*each, src_known="all").to_dict() for each in given]
+
+    yield "loop ÷ batch", loop(False), partial(model.rtt_many, table, "all"), (SINGLES, count)
+    shared = partial(model.rtt_many, table, "all", context)
+    yield "loop ÷ batch, contexts shared by 20", loop(True), shared, (SINGLES, count)
+    parsed = [Query.parse(q["src_addr"], q["dst_addr"], q["event_time"]) for q in some]
+    statistics_of = Focus(np.array(QUANTILES))
+    for known in ("all", "auto"):
+        whole, wanted = (partial(answer, model, parsed[:1], known, focus) for focus in (None, statistics_of))
+        yield f"whole distribution ÷ its statistics, {known}", whole, wanted, (1, 1)
+    address = parsed[0].dst
+    assert address is not None
+    network = ".".join(str(address).split(".")[:2]) + ".0.0"
+    of_prefix = {
+        bits: partial(answer, model, [Query.parse(some[0]["src_addr"], f"{network}/{bits}")], "auto", statistics_of)
+        for bits in (16, 17, 20)
+    }
+    for bits in (17, 20):
+        yield f"destination /{bits} ÷ /16, auto", of_prefix[bits], of_prefix[16], (1, 1)
+    with_context = Query.parse(*some[0].values(), Context.parse(by_source[some[0]["src_addr"]]))
+    drawn, exact = partial(draw_result, model, with_context), partial(answer, model, [with_context], "all", None)
+    yield "a draw ÷ a distribution, context of 10", drawn, exact, (1, 1)
+
+
+def answer(model: PingModel, queries: list[Query], known: str, focus: Focus | None) -> list[np.ndarray]:
+    """The quantiles that `batch` gives."""
+    return [found.quantile(np.array(QUANTILES)) for found in model.distributions(queries, known, focus)]
 
 
 def load(run: Path | None, device: str, precision: str) -> tuple[PingModel, str]:
@@ -66,15 +140,6 @@ def load(run: Path | None, device: str, precision: str) -> tuple[PingModel, str]
     return PingModel(gpt.to(chosen).eval(), chosen, precision=precision), "untrained model of the size of tiny"
 
 
-def against_sampling(model: PingModel, rounds: int) -> dict[str, float]:
-    """One distribution with a context against DRAWS draws of its result; one draw is measured, for each costs the same."""
-    context, queries = make_queries(np.random.default_rng(0), rounds, sources=1)
-    queries = [Query.parse(q["src_addr"], q["dst_addr"], q["event_time"], Context.parse(context)) for q in queries]
-    exact_s = median_s(lambda q: model.rtt_many([q], "all"), queries)
-    draw_s = median_s(lambda q: draw_result(model, q), queries)
-    return {"exact_law_ms": 1e3 * exact_s, "draw_ms": 1e3 * draw_s, "speedup_vs_sampling": DRAWS * draw_s / exact_s}
-
-
 @torch.inference_mode()
 def draw_result(model: PingModel, query: Query) -> list[int]:
     """One result drawn token by token; each reads the whole sequence anew."""
@@ -85,31 +150,6 @@ def draw_result(model: PingModel, query: Query) -> list[int]:
             logits = model.gpt(torch.tensor([tokens + drawn], device=model.device))[0, -1, list(legal)]
         drawn.append(legal[int(torch.multinomial(logits.softmax(-1), 1))])
     return drawn
-
-
-def batch_against_loop(model: PingModel, count: int, singles: int) -> dict[str, float]:
-    """Queries of SOURCES sources, each with its context; and queries without context."""
-    context, queries = make_queries(np.random.default_rng(1), count, SOURCES)
-    table = pa.Table.from_pylist(queries)
-    batch_s = seconds(lambda: model.rtt_many(table, src_known="all", context=context)) / count
-    sources = set(table["src_addr"].to_pylist())
-    by_source = {src: context.filter(pc.equal(context["src_addr"], src)) for src in sources}
-
-    def single(query: dict) -> dict:
-        earlier = by_source[query["src_addr"]]
-        return model.rtt(query["src_addr"], query["dst_addr"], query["event_time"], earlier, src_known="all").to_dict()
-
-    chosen = [queries[i] for i in np.linspace(0, count - 1, singles).astype(int)]
-    single(chosen[0])
-    single_s = seconds(lambda: [single(query) for query in chosen]) / singles
-    alone_s = seconds(lambda: model.rtt_many(table, src_known="all")) / count
-    return {
-        "single_ms": 1e3 * single_s,
-        "batch_ms": 1e3 * batch_s,
-        "batch_speedup": single_s / batch_s,
-        "queries_per_s": 1 / alone_s,
-        "queries_per_s_with_context": 1 / batch_s,
-    }
 
 
 def make_queries(rng: np.random.Generator, count: int, sources: int) -> tuple[pa.Table, list[dict]]:
@@ -130,12 +170,6 @@ def make_queries(rng: np.random.Generator, count: int, sources: int) -> tuple[pa
     return pa.Table.from_pylist(earlier), later
 
 
-def median_s(function: Callable, arguments: list) -> float:
-    """Median seconds of a call, after one that is not counted."""
-    function(arguments[0])
-    return float(np.median([seconds(lambda a=a: function(a)) for a in arguments]))
-
-
 def seconds(function: Callable[[], object]) -> float:
     """Wall time of a call; answers come back to the CPU, so nothing is still under way."""
     start = time.perf_counter()
@@ -143,19 +177,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def report(numbers: dict[str, float]) -> list[str]:
-    """What is printed."""
-    return [
-        f"one distribution, {CONTEXT_MEASUREMENTS} earlier pings         {numbers['exact_law_ms']:8.2f} ms",
-        f"one draw of its result, token by token  {numbers['draw_ms']:8.2f} ms",
-        f"distribution against {DRAWS} draws          {numbers['speedup_vs_sampling']:8.1f} ×",
-        f"a query in a loop                       {numbers['single_ms']:8.2f} ms",
-        f"a query in a batch, shared contexts     {numbers['batch_ms']:8.2f} ms",
-        f"batch against the loop                  {numbers['batch_speedup']:8.1f} ×",
-        f"queries a second without context        {numbers['queries_per_s']:8.0f}",
-        f"queries a second with context           {numbers['queries_per_s_with_context']:8.0f}",
-    ]
-
-
 if __name__ == "__main__":
-    main()
+    if "OMP_WAIT_POLICY" not in os.environ:  # it is read when torch is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    sys.exit(exit_code(main))

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ping_llm.cli import exit_code
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.measurement import pack_address
 from ping_llm.data.pipeline import WindowBlocks, block_steps, keep_buffers
@@ -38,8 +40,11 @@ from ping_llm.data.rows import (
 )
 from ping_llm.data.tokenization import PADDING, Fields, encode
 from ping_llm.data.windows import encode_windows, sample_window, window_fields
+from ping_llm.system.files import try_file
 
 LARGEST_ROW = 720_000  # measurements in 8 MB
+EFFORT = {"seconds": 2.0, "rounds": 4}
+QUICK = {"seconds": 1.0, "rounds": 2}
 _ADDRESSES = np.array(
     [list(pack_address(f"198.51.100.{i}")) for i in range(25)]
     + [list(pack_address(f"2001:db8::{i}")) for i in range(5)]
@@ -48,13 +53,14 @@ _ADDRESSES = np.array(
 )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help="folder that `ping-llm prepare` wrote")
     parser.add_argument("--quick", action="store_true", help="half a minute instead of two")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
-    seconds, rounds = (1.0, 2) if options.quick else (2.0, 4)
+    options = parser.parse_args(argv)
+    try_file(options.json)
+    effort = QUICK if options.quick else EFFORT
 
     with tempfile.TemporaryDirectory() as scratch:
         sizes = np.random.default_rng(0).lognormal(4.5, 1.5, 400).astype(int) + 1
@@ -63,7 +69,7 @@ def main() -> None:
         report = {"load_average_before": os.getloadavg()[0]}  # above 0.5, the scaling says little
         report |= bench_encoder(config_of(folders["small rows"]))
         for kind, folder in folders.items():
-            report[kind] = bench_rows(config_of(folder), seconds, rounds)
+            report[kind] = bench_rows(config_of(folder), **effort)
     for name in ("tokens_per_s_per_worker", "scaling_2_workers"):
         report[name] = min(report[kind][name] for kind in folders)
     report["padding"] = report["small rows"]["padding"]
@@ -81,7 +87,7 @@ def config_of(rows: Path, workers: int = 0) -> Config:
 def bench_encoder(config: Config) -> dict[str, float]:
     """Tokens a second of the encoder, of a plain one on the same windows, and the ratio; both must agree."""
     blocks = new_blocks(config)
-    fields = window_fields([pair for place in range(16) for pair in blocks.draw(0, place)])
+    fields = window_fields([window for place in range(16) for _, window in blocks.draw(0, place)])
     tokens, _ = encode(fields)
     started = time.perf_counter()
     assert plain_encode(fields) == tokens.tolist()
@@ -150,7 +156,7 @@ def time_shares(config: Config, seconds: float) -> dict:
                 drawn = []
                 for step, number in enumerate(numbers):
                     rng = np.random.default_rng((0, 0, block, place, step))
-                    drawn.append((rows[number], sample_window(rows[number], config.data, blocks.tokens, rng)))
+                    drawn.append(sample_window(rows[number], config.data, blocks.tokens, rng))
             with timed(spent, "encode"):
                 columns.append(encode_windows(drawn, blocks.tokens))
         with timed(spent, "batch"):
@@ -264,4 +270,4 @@ def plain_time(time_s: int, clock: int | None) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

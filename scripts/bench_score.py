@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ping_llm.cli import exit_code
 from ping_llm.config import load_config
 from ping_llm.data.rows import RowReader
 from ping_llm.inference.context import Context
@@ -30,14 +32,16 @@ from ping_llm.inference.packed import Foreseen, Windows, foresee
 from ping_llm.inference.score import HISTORY
 from ping_llm.inference.table import History
 from ping_llm.model.gpt import GPT
+from ping_llm.system.files import try_file
 from ping_llm.system.hardware import device_name, pick_device
 
 ROOT = Path(__file__).parents[1]
 PROMPT_HISTORY = 10
 DEMO = ROOT / "out" / "demo"
+QUICK_COUNT = 60
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="run folder of a trained model")
     parser.add_argument("--rows", type=Path, help="rows whose test-s1 is scored")
@@ -46,11 +50,12 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
     torch.set_num_threads(options.threads)
     model, name = load(options.model, options.device, options.precision)
     rows = options.rows or (DEMO / "rows" if (DEMO / "rows" / "manifest.json").exists() else None)
-    count, rounds = (60, 1) if options.quick else (300, 3)
+    count, rounds = (QUICK_COUNT, 1) if options.quick else (300, 3)
     measured = made_up(count) if rows is None else of_rows(rows, count)
     print(f"{name} on {device_name(model.device)} in {model.precision}, {options.threads} threads")
     print(f"{count} measurements of {'no rows, made up' if rows is None else rows}, median of {rounds} rounds")
@@ -164,4 +169,4 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
+from ping_llm.cli import exit_code
 from ping_llm.data.synthetic.synthesize import Dump
 from ping_llm.data.synthetic.world import build_world
+from ping_llm.system.files import try_file
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the results")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
 
     schedule = {"start_s": 0, "end_s": 86_400, "interval_s": 3600, "measured_share": 0.7}
     dump = Dump(build_world(0, 100, 50) | {"schedule": schedule}, Path())
@@ -54,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

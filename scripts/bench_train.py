@@ -20,11 +20,14 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+from ping_llm.cli import exit_code
 from ping_llm.config import Config, load_config
+from ping_llm.system.files import try_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CASES = {"small-32": 32, "small-64": 64, "full": None, "tiny": None}  # windows in a step; None = as the file says
@@ -51,13 +54,14 @@ ROWS = {  # of the table: what is printed, where it stands in a case, how
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help="folder that `ping-llm prepare` wrote; synthetic rows if absent")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, VARIANTS], metavar="NAME", help="only these")
     parser.add_argument("--quick", action="store_true", help="the headline case with fewer steps; on a CPU cut down")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well, after each case")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
     with tempfile.TemporaryDirectory() as scratch:
         # Empty, so that the compile time is that of a first run.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch) / "compiled")
@@ -206,6 +210,8 @@ def print_variants(found: dict) -> None:
     title = f"{found['layers']} layers, {found['batch_size']} windows; a step in another form ÷ as it is"
     rows = [(name, "–" if ratio is None else f"{ratio:.3f}") for name, ratio in found["ratios"].items()]
     print("\n" + markdown_table((title, ""), rows) + "\n", flush=True)
+    for name, reason in found["skipped"].items():
+        print(f"{name}: skipped, {reason}", flush=True)
 
 
 def cell(case: dict, place: str, form: str) -> str:
@@ -216,4 +222,4 @@ def cell(case: dict, place: str, form: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

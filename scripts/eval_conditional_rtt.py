@@ -5,8 +5,11 @@ python scripts/eval_conditional_rtt.py RUN --data ROWS [--part val-s1] [--querie
 
 from __future__ import annotations
 
+import sys
+
 import tyro
 
+from ping_llm.cli import exit_code
 from ping_llm.eval.conditionals import by_what_is_known, print_look
 from ping_llm.eval.options import PartOptions
 
@@ -16,4 +19,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -5,11 +5,13 @@ python scripts/eval_partial_ip.py RUN --data ROWS [--part val-s1] [--queries 200
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import tyro
 
+from ping_llm.cli import exit_code
 from ping_llm.eval.columns import Queries
 from ping_llm.eval.conditionals import by_prefix_length, completion_hits, print_look
 from ping_llm.eval.options import PartOptions
@@ -36,4 +38,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

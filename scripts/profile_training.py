@@ -34,7 +34,7 @@ from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.objective import Objective, resolve_compile
+from ping_llm.training.objective import Objective, resolve_compile, resolve_compile_optimizer
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.run_state import RunState
 from ping_llm.training.saver import Saver
@@ -100,7 +100,8 @@ def new_training(config: Config, device: torch.device) -> Training:
     ranks = Ranks(device)
     with device:  # a large model takes long to be drawn on the CPU
         model = GPT(config.model, generator=torch.Generator(device).manual_seed(config.seed)).to(device)
-    optimizer, objective = Optimizer(model, config.optim, ranks), Objective(config, model, ranks)
+    optimizer = Optimizer(model, config.optim, ranks, resolve_compile_optimizer(config.train.compile, device))
+    objective = Objective(config, model, ranks)
     state, windows = RunState.new("bench", objective.precision), torch.empty(0, config.model.seq_len + 1)
     return Training(config, Feed.of_rows(), ranks, state, model, optimizer, objective, windows, None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ping_llm.cli import exit_code
 from ping_llm.config import Config, DataConfig, ModelConfig
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.data.tokenization import DELTA1_MAX_S, MEASUREMENT_START, PADDING
 from ping_llm.data.windows import TIME_MODES, Window, encode_windows
+from ping_llm.system.files import try_file
 
 BATCH, STEPS = 64, 16
 EARLIER = (1, 2, 5, 10, 30)
@@ -29,13 +32,14 @@ SPANS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BUILT_IN_BELOW = 10_000
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="folder that `ping-llm prepare` wrote")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=4096, help="how many are drawn, at least")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
 
     config = Config(model=ModelConfig(seq_len=options.seq_len), data=DataConfig())
     blocks = WindowBlocks(RowReader(options.rows, "train"), config, BATCH, STEPS)
@@ -43,7 +47,9 @@ def main() -> None:
     for block in range(-(-options.windows // (BATCH * STEPS))):
         for place in range(BATCH):
             drawn = blocks.draw(block, place)
-            for (row, window), line in zip(drawn, encode_windows(drawn, blocks.tokens), strict=True):
+            for (row, window), line in zip(
+                drawn, encode_windows([window for _, window in drawn], blocks.tokens), strict=True
+            ):
                 seen = look(row, window, line)
                 for mode in (window.mode, "all"):
                     for name, values in seen.items():
@@ -51,7 +57,8 @@ def main() -> None:
     report = {mode: describe(columns) for mode, columns in sums.items()}
     show(report)
     if options.json:
-        options.json.write_text(json.dumps(report))
+        known = {mode: {name: None if np.isnan(v) else v for name, v in of.items()} for mode, of in report.items()}
+        options.json.write_text(json.dumps(known))
 
 
 def look(row: ProbeRow, window: Window, line: np.ndarray) -> dict[str, np.ndarray]:
@@ -114,4 +121,4 @@ def show(report: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ping_llm.data.tokenization import BYTE_0, DST_IPV4, DST_IPV6, RTT_START, SRC_IPV4, SRC_IPV6
 from ping_llm.model.gpt import GPT, VOCAB_SIZE
+
+FACTOR = 0x9E3779B97F4A7C15
 
 
 def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
     """Logits (B, T, V) of whole sequences (B, T): three matrices for queries, keys and values, attention by softmax."""
     config, T = model.config, tokens.shape[1]
-    x = normalized(F.embedding(tokens, model.embedding.weight))
+    x = F.embedding(tokens, model.embedding.weight)
+    x = normalized(x if model.fields is None else x + plain_field_parts(model, tokens))
     for block in model.blocks:
         heads = [F.linear(normalized(x), matrix) for matrix in block.attention.qkv.weight.chunk(3)]
         q, k, v = (each.unflatten(-1, (config.n_head, -1)).transpose(1, 2) for each in heads)  # (B, H, T, K)
@@ -26,6 +30,38 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
         x = x + block.mlp.down(F.relu(block.mlp.up(normalized(x))).square())
     logits = model.head(normalized(x))[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
+
+
+def plain_field_parts(model: GPT, tokens: Tensor) -> Tensor:
+    """What place, address prefix and RTT so far add to the embeddings, (B, T, D), token by token."""
+    fields, table = model.fields, model.fields.prefixes.num_embeddings
+    lines = []
+    for line in tokens.tolist():
+        role, values, parts = 0, [0], []  # before the first token; the bytes from index 1 on
+        for token in line:
+            role, values = (token, [0]) if token < BYTE_0 else (role, [*values, token - BYTE_0])
+            index = min(len(values) - 1, 17)
+            part = fields.places.weight[role * 18 + index]
+            if index and role in (SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6):
+                total = sum((value + 1) * FACTOR ** min(i, 17) for i, value in enumerate(values) if i)
+                part = part + fields.prefixes.weight[max(splitmix(total + role * FACTOR) % 2**63, 1) % table]
+            if role == RTT_START and index in (1, 2):
+                code = values[1] * 256 + (values[2] if index == 2 else 127.5)
+                angles = torch.tensor(
+                    [math.pi * code / 65536 * 2.0**octave for octave in range(14)], dtype=torch.double
+                )
+                part = part + fields.values.weight @ torch.cat([angles.sin(), angles.cos()]).to(part.dtype)
+            parts.append(part)
+        lines.append(torch.stack(parts))
+    return torch.stack(lines)
+
+
+def splitmix(value: int) -> int:
+    """The finaliser of SplitMix64, in whole numbers."""
+    value %= 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+from waiting import HANG_S
 
 from ping_llm.data.ingest.download import Manners
 from ping_llm.data.ingest.fetch import hourly_dumps, results
 
-QUICK = Manners(requests_per_s=1000, tries=3, backoff_s=0.01, timeout_s=5, seed=0)
+QUICK = Manners(requests_per_s=1000, tries=3, backoff_s=0.01, timeout_s=HANG_S, seed=0)
 RECENT_DAY = (datetime.now(UTC) - timedelta(days=2)).date()
 NOON_S = 1_700_000_000 // 3600 * 3600
 
@@ -75,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if value is not None:
                 self.send_header(name.replace("_", "-"), value)
+        self.send_header("Connection", "close")  # else the next request may go into a connection that is being closed
         self.end_headers()
 
     def log_message(self, *_):
@@ -141,7 +143,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(("ping-", "msm-"))}
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=HANG_S):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "what was waited for did not happen"

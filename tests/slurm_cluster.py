@@ -24,8 +24,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from waiting import HANG_S
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-UP_TIMEOUT_S, DOWN_TIMEOUT_S = 60, 30
+UP_TIMEOUT_S, DOWN_TIMEOUT_S = HANG_S, HANG_S
 CONF_NAME = "slurm.conf"
 
 SLURM_CONF = """\

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from waiting import HANG_S
 
 from ping_llm.config import Config, ModelConfig, TrainConfig
 from ping_llm.model.checkpoint import load_latest
@@ -114,7 +115,7 @@ def start(config: Path, *options, world: int = 1, **popen) -> subprocess.Popen:
     return subprocess.Popen(argv, env=ENVIRONMENT, **pipes, **popen)
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, timeout_s: float = HANG_S) -> tuple[int, str, str]:
     """Exit code, output and errors."""
     try:
         out, errors = process.communicate(timeout=timeout_s)
@@ -124,7 +125,7 @@ def finish(process: subprocess.Popen, timeout_s: float = 120) -> tuple[int, str,
     return process.returncode, out, errors
 
 
-def wait_until(condition: Callable[[], bool], process, timeout_s: float = 90, every_s: float = 0.01) -> None:
+def wait_until(condition: Callable[[], bool], process, timeout_s: float = HANG_S, every_s: float = 0.01) -> None:
     """Polls until `condition()`; an AssertionError if `process` ends before."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -145,10 +146,20 @@ def error_lines(errors: str) -> list[str]:
     return re.findall(r"^(?:\[\w+\]:)?(error: .*)$", errors, re.MULTILINE)
 
 
+class Clock:
+    """Stands in for the module `time` of the trainer: each look at it takes a second."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
 def alone(function: Callable, *args):
     """What `function(*args)` returns in a process of its own, which uses one thread."""
     with ProcessPoolExecutor(1, mp_context=FORKS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return pool.submit(function, *args).result(timeout=120)
+        return pool.submit(function, *args).result(timeout=HANG_S)
 
 
 def gang(world: int, function: Callable, *args) -> list:
@@ -158,7 +169,7 @@ def gang(world: int, function: Callable, *args) -> list:
         port = free.getsockname()[1]
     with ProcessPoolExecutor(world, mp_context=FORKS) as pool:
         answers = [pool.submit(_join_gang, rank, world, port, function, args) for rank in range(world)]
-        return [answer.result(timeout=120) for answer in answers]
+        return [answer.result(timeout=HANG_S) for answer in answers]
 
 
 def _join_gang(rank: int, world: int, port: int, function: Callable, args: tuple):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ping_llm.inference.distribution import RTTDistribution
     from ping_llm.inference.model import PingModel
+    from ping_llm.inference.query import Query
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # grain would warn in each process that there is no jax
 
-__all__ = ["PingModel", "RTTDistribution"]
-_MODULES = {"PingModel": "model", "RTTDistribution": "distribution"}
+__all__ = ["PingModel", "Query", "RTTDistribution"]
+_MODULES = {"PingModel": "model", "Query": "query", "RTTDistribution": "distribution"}
 
 
 def __getattr__(name: str) -> Any:  # torch takes a second to import: `--help` does not wait for it

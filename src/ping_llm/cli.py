@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,8 @@ import tyro
 from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
+from ping_llm.system.files import try_file, try_folder
+from ping_llm.system.streams import lost_output, steady_streams
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
@@ -41,6 +43,7 @@ class Synth:
     def run(self) -> None:
         from ping_llm.data.synthetic.synthesize import synthesize
 
+        try_folder(self.out, "truth.json")
         counts = synthesize(**vars(self))
         print(f"{counts['results']:,} results in {counts['files']} files, and truth.json, in {self.out}")
 
@@ -86,6 +89,7 @@ class Fetch:
             span = parse_time(self.start), parse_time(self.stop)
             wanted = results(self.api, self.msm, *span, self.probes, self.format, self.chunk_hours, not self.plain)
         manners = Manners(self.requests_per_s, self.parallel, self.tries)
+        try_folder(self.out, "fetch.json", "ATTRIBUTION.txt")
         print(summary(fetch(wanted, self.out, manners, os.environ.get(KEY_VARIABLE, "").strip()), self.out))
 
 
@@ -93,14 +97,16 @@ class Fetch:
 class Prepare:
     """Turn Atlas dumps into probe rows, ready for training."""
 
-    # dumps, or folders of them: JSON by line or array, plain or .bz2, .gz, .zst, or Parquet; - is standard input.
+    # dumps, pipes, or folders of dumps: JSON by line or array, tables (CSV, JSON lines, Parquet), logs of ping -D; plain or
+    # .bz2, .gz, .zst; - is standard input.
     inputs: Positional[tuple[str, ...]]
     out: Path  # folder for the row shards and manifest.json.
     workers: int = 0  # processes; 0 = one a core.
     packets: Packets = "one"  # keep one packet of each result, chosen by a hash, or all of them.
     split: Split = "pingbench"  # train, val and test parts by the rules of PingBench, or everything into train.
-    keep_going: Flag = False  # use what can be read of a damaged file instead of stopping.
-    shards: int = 0  # files of each part, at most; 0 = by the size of the dumps.
+    # use what can be read of a file that is damaged, or most lines of which are no results, instead of stopping.
+    keep_going: Flag = False
+    shards: int = 0  # files of each part, at most, up to 256; 0 = by the size of the dumps.
     # local (processes), dask-local, dask-slurm, dask=tcp://HOST:PORT for a running Dask cluster, or array: what
     # slurm/prepare.sbatch calls.
     executor: str = "local"
@@ -108,20 +114,26 @@ class Prepare:
     traceroute: Traceroute = "off"
     # when val and when test begin, ISO 8601 (UTC if it names no zone); if absent, after 75 % and 85 % of all measurements.
     time_cut: tuple[str, str] | None = None
+    source: str | None = None  # public address of the source, for inputs that name none: logs and tables of ping.
     dry_run: Flag = False  # print the plan with the estimated sizes and time, and write nothing.
 
     def run(self) -> None:
-        from ping_llm.data.ingest.prepare import check_time_cut, plan_rows, prepare, summary
+        from ping_llm.data.ingest.prepare import check_source, check_time_cut, plan_rows, prepare, summary
         from ping_llm.data.ingest.splits import TimeCut
+        from ping_llm.data.rows import INDEX_NAME, MANIFEST_NAME
         from ping_llm.data.times import parse_time
 
         options = vars(self)
         if self.time_cut:
             options["time_cut"] = TimeCut(*map(parse_time, self.time_cut))
             check_time_cut(options["time_cut"], self.split)
+        if self.source:
+            check_source(self.source)
         if options.pop("dry_run"):
             print(plan_rows(self.inputs, self.workers, self.packets, self.shards, self.executor).describe())
         else:
+            if not (self.out / MANIFEST_NAME).is_file():  # else there is nothing to write
+                try_folder(self.out, MANIFEST_NAME, INDEX_NAME)
             print(summary(prepare(**options)))
 
 
@@ -135,12 +147,19 @@ class Inspect:
     top: int = 5  # how many of the busiest sources and destinations are named.
     networks: Literal[8, 16] = 8  # length of the IPv4 prefixes in the picture of the world.
     json: Flag = False  # print one JSON object instead of tables.
+    # end with code 0 though a dump is damaged or most of its lines are no results.
+    keep_going: Flag = False
 
     def run(self) -> None:
         import json
 
         from ping_llm.data.inspect.summary import summarize
+        from ping_llm.data.rows import MANIFEST_NAME
 
+        if self.plots and self.path.exists():
+            import matplotlib  # noqa: F401  what is missing is said before anything is done
+
+            try_folder(self.plots)
         summary = summarize(self.path)
         if self.json:
             print(json.dumps(summary.to_json(self.top)))
@@ -153,6 +172,11 @@ class Inspect:
 
             for picture in plot_summary(summary, self.plots, self.networks):
                 print(picture, file=sys.stderr)
+        accepted = self.keep_going or (self.path / MANIFEST_NAME).is_file()  # of rows, when they were prepared
+        if summary.problems and not accepted:
+            raise ValueError(
+                f"{summary.problems[0]}. What is shown is of what could be read; --keep-going accepts that"
+            )
 
 
 @dataclass
@@ -198,6 +222,7 @@ def eval(argv: list[str]) -> None:
     options = tyro.cli(EvalOptions, args=argv, prog="ping-llm eval")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for training; LightGBM's threads spin as well
     options.check()
+    try_file(options.json)
     if options.diagnose or options.live:
         from ping_llm.eval.diagnose import diagnose
         from ping_llm.eval.live import compare_live
@@ -236,6 +261,7 @@ def inference(argv: list[str]) -> int | None:
 
 _COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, eval, Plan, inference)}
 _PARSE_THEMSELVES = (train, eval, inference)
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, eval)  # what they print is no answer
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
@@ -259,10 +285,37 @@ def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, the command's own, 1 after one line that says what was wrong, or 130
     if interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    writes_files = _COMMANDS.get(argv[0] if argv else "") in _WRITE_FILES
+    return exit_code(lambda: _dispatch(argv, _COMMANDS, "ping-llm"), needs_stdout=not writes_files)
+
+
+def exit_code(command: Callable[[], int | None], needs_stdout: bool = True) -> int:
+    """Calls what a program does, and returns the program's exit code; errors are one line each, and printing ends nothing.
+
+    Output that could not be printed is an error of a program that `needs_stdout`, for its answer is lost. Of one whose files
+    are the result it is a warning.
+    """
+    with steady_streams():
+        try:
+            code = _one_line_errors(command)
+        except SystemExit as stopped:  # of a parser that has printed help, or what is wrong
+            if stopped.code or not lost_output():
+                raise
+            code, needs_stdout = 0, True
+        if lost := lost_output():
+            kind = "error" if needs_stdout else "warning"
+            print(f"{kind}: standard output did not take what was printed ({lost})", file=sys.stderr)
+            return code or int(needs_stdout)
+        return code
+
+
+def _one_line_errors(command: Callable[[], int | None]) -> int:
+    """What `command` returns; 1 after one line that says what was wrong, 130 if interrupted."""
     log, warnings = logging.getLogger("ping_llm"), _WarningLines()
     log.addHandler(warnings)
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv, _COMMANDS, "ping-llm") or 0
+        return command() or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -277,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         log.removeHandler(warnings)
         warnings.close()
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
     return 1
 
 

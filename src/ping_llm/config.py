@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
 
+FP8_MULTIPLE = 16  # of each side of a product in FP8
+FP8_LEAST_WIDTH = 128  # as in nanochat: rounding is a pass over each factor, and small products leave little to win
 RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
 
 
@@ -28,7 +30,7 @@ class Bounds:
     most: float = math.inf
 
     def __str__(self) -> str:
-        return f"at least {self.least:g}" if self.most == math.inf else f"between {self.least:g} and {self.most:g}"
+        return f"at least {self.least:g}" if self.most == math.inf else f"between {self.least:g} and {self.most}"
 
 
 Count = Annotated[int, Bounds(1)]
@@ -41,11 +43,14 @@ class Section:
     """A table of the config; ValueError names the field that is out of its bounds."""
 
     def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value, place = getattr(self, name), f"{section}.{name}".removeprefix(".")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{place}={value} must be a finite number")
             for bounds in getattr(kind, "__metadata__", ()):
-                if not bounds.least <= getattr(self, name) <= bounds.most:
-                    section = type(self).__name__.removesuffix("Config").lower()
-                    raise ValueError(f"{section}.{name}={getattr(self, name)} must be {bounds}")
+                if isinstance(bounds, Bounds) and not bounds.least <= value <= bounds.most:
+                    raise ValueError(f"{place}={value} must be {bounds}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
+    field_aware: bool = False
+    """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
+    prefix_rows: Annotated[int, Bounds(2)] = 1 << 15
+    """Rows of the table of address prefixes, a power of two; of field-aware models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +78,8 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if (width := self.n_embd // self.n_head) % 2:
             raise ValueError(f"model.n_embd / model.n_head = {width} must be even for rotary positions")
+        if self.prefix_rows & (self.prefix_rows - 1):
+            raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,12 @@ class DataConfig(Section):
     """Share of windows in time order with every timestamp."""
     partial_time: Share = 0.3
     """Share of windows where 10–90 % of the measurements lose their timestamp; the rest of the windows have none."""
+    canonical_order: Share = 0.0
+    """Share of windows whose measurements all go source, destination, time, result; in the others each goes as it likes."""
+    pseudonyms: Share = 0.0
+    """Share of windows that give sources, destinations or both pseudonyms, which share prefixes as the addresses do."""
+    shifted_pairs: Share = 0.0
+    """Share of windows in which the RTTs of some pairs are longer or shorter by a factor, in canonical order."""
     windows_per_read: Count = 16
     """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)
@@ -176,9 +193,14 @@ class TrainConfig(Section):
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass; auto = bf16 where the device multiplies it natively. Logits and loss are always fp32. fp16, for
-    GPUs without bf16, scales the loss so that small gradients do not vanish."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """Of the forward pass; auto = bf16 if the device on which the run begins multiplies it natively, else fp32. Logits and
+    loss are always fp32. fp16, for GPUs without bf16, scales the loss so that small gradients do not vanish. fp8, for wide
+    models on Ada, Hopper and later GPUs, is bf16 but for the products of the blocks' matrices in training steps."""
+    deterministic: Annotated[bool, tyro.conf.arg(aliases=["--deterministic"])] = field(
+        default=False, metadata=RESUMABLE
+    )
+    """On GPUs, take only algorithms that give the same bits each time, which are slower; on CPUs all of them do."""
     compile: Literal["auto", True, False] = field(default="auto", metadata=RESUMABLE)
     """torch.compile the model; auto = on a GPU, where steps become much faster and take less memory."""
     checkpoint_every: Count = field(default=500, metadata=RESUMABLE)
@@ -219,14 +241,26 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of the initial weights and of the windows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.precision != "fp8":
+            return
+        width, multiple = self.model.n_embd, FP8_MULTIPLE
+        if width % multiple or width < FP8_LEAST_WIDTH:
+            needs = f"train.precision=fp8 needs a model.n_embd of at least {FP8_LEAST_WIDTH}, a multiple of {multiple}"
+            raise ValueError(f"{needs}, not {width}; pass --train.precision bf16")
+        if self.model.seq_len % multiple:
+            needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
+            raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")
 
 
 def load_config(path: Path | str) -> Config:

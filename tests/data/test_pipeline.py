@@ -16,6 +16,7 @@ from conftest import make_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_decoder import decode
+from waiting import HANG_S
 
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import pipeline
@@ -184,7 +185,7 @@ if __name__ == "__main__":
     elif end == "raise":
         raise SystemExit(0)
     else:
-        time.sleep(60)
+        time.sleep(3600)
 """
 
 
@@ -193,7 +194,7 @@ if __name__ == "__main__":
 def test_a_loader_that_is_closed_or_left_ends_without_a_word(config, tmp_path, workers, end):
     (tmp_path / "trainer.py").write_text(_TRAINER)
     command = [sys.executable, tmp_path / "trainer.py", config.data.rows, str(workers), end]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0 and not done.stderr
     assert not any(_alive(int(pid)) for pid in done.stdout.split())
 
@@ -207,7 +208,7 @@ def test_workers_end_themselves_when_the_trainer_is_killed(config, tmp_path):
     assert len(workers) >= 2
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(_alive(pid) for pid in workers)
@@ -217,9 +218,9 @@ def test_a_worker_whose_trainer_died_before_it_began_ends_too():
     code = (
         "import time; from ping_llm.system.processes import end_with_parent\n"
         "end_with_parent(1 << 30, 0, 1)  # no process has this number\n"
-        "time.sleep(60)"
+        "time.sleep(3600)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 1
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANG_S).returncode == 1
 
 
 def _alive(pid: int) -> bool:

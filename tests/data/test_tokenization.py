@@ -103,6 +103,74 @@ def to_fields(window_list):
     )
 
 
+def test_two_windows_by_hand():
+    """192.0.2.1 → 198.51.x (a prefix) at 1,700,000,000 = 0x6553F100; a failed ping 256 s later; then a window of its own.
+
+    50 ms are 50,000 µs = 2^15 · 1.52588; 0.52588 · 2048 = 1077 to the nearest, so the code is 15 · 2048 + 1077 = 0x7C35.
+    """
+    b = [11 + value for value in range(256)]
+    ping = {"src": pack_address("192.0.2.1"), "dst": pack_address("198.51.100.1"), "src_bytes": 4, "dst_bytes": 2}
+    first = ping | {"rtt_ms": 50.0, "time_s": 1_700_000_000, "order": ("src", "dst", "result", "time")}
+    later = ping | {"rtt_ms": -1.0, "time_s": 1_700_000_256, "order": ("time", "result", "dst", "src"), "src_bytes": 0}
+    ipv6 = {"src": pack_address("2001:db8::5"), "dst": pack_address("2001:db8::9"), "src_bytes": 3, "dst_bytes": 16}
+    other = ipv6 | {"rtt_ms": 50.0, "time_s": None, "order": ("dst", "src", "time", "result")}
+    tokens, starts = tk.encode(to_fields([[first, later], [first, later | {"time_s": 1_700_000_255}, other]]))
+    of_first = [0, 1, b[192], b[0], b[2], b[1], 3, b[198], b[51], 8, b[0x7C], b[0x35],
+                5, *[b[0]] * 4, b[0x65], b[0x53], b[0xF1], b[0x00]]  # fmt: skip
+    of_later = [0, 7, b[0], b[0], b[1], b[0], 10, 3, b[198], b[51], 1]
+    of_sooner = [0, 6, b[255], 10, 3, b[198], b[51], 1]
+    of_other = [0, 4, b[0x20], b[1], b[0xD], b[0xB8], *[b[0]] * 11, b[9], 2, b[0x20], b[1], b[0xD], 8, b[0x7C], b[0x35]]
+    parts = [of_first, of_later, of_first, of_sooner, of_other]
+    assert tokens.tolist() == [token for part in parts for token in part] and tokens.dtype == np.int16
+    assert starts.tolist() == [0, *np.cumsum(list(map(len, parts)))]
+    assert tk.decode(of_first + of_later) == [
+        tk.Decoded("192.0.2.1", 32, "198.51.0.0", 16, float(tk.decode_rtt(np.array(0x7C35))), 1_700_000_000),
+        tk.Decoded("0.0.0.0", 0, "198.51.0.0", 16, -1.0, 1_700_000_256),
+    ]
+    assert tk.decode(of_other)[0].dst == "2001:db8::9" and tk.decode(of_other)[0].src == "2001:d00::"
+    assert tk.decode(of_other)[0].time_s is None
+
+
+def test_rtt_codes_and_their_borders_by_hand():
+    """1 µs is code 0, and each step there 2⁻¹¹ of it; 2 µs begin the next exponent; the last code ends at 2³² µs."""
+    step_ms = 0.001 / 2048
+    assert tk.encode_rtt(np.array([0.001, 0.001 + step_ms, 0.002, 50.0])).tolist() == [0, 1, 2048, 0x7C35]
+    assert tk.decode_rtt(np.array([0, 1, 2048, 4096])).tolist() == pytest.approx([0.001, 0.001 + step_ms, 0.002, 0.004])
+    edges = tk.rtt_code_edges_ms()
+    assert edges[:3] == pytest.approx([0.001 - step_ms / 2, 0.001 + step_ms / 2, 0.001 + 1.5 * step_ms], rel=1e-12)
+    end, last_step = 2**32 / 1000, 2**20 / 1000
+    assert edges[-2:] == pytest.approx([end - 1.5 * last_step, end - last_step / 2], rel=1e-12)
+    at_borders = np.array([-1.0, edges[0], np.nextafter(edges[0], 0), edges[-1], np.nextafter(edges[-1], 0)])
+    assert [tk.clamped_rtts(np.array([each])) for each in at_borders] == [0, 0, 1, 1, 0]
+
+
+def test_an_answer_within_the_clock_is_no_failure():
+    for rtt_ms, result in ((0.0, [8, 11, 11]), (-1.0, [10])):
+        measurement = MINIMAL | {"rtt_ms": rtt_ms, "time_s": None, "order": FIELD_NAMES}
+        assert tk.encode(to_fields([[measurement]]))[0].tolist() == [0, 1, 3, 11 + 198, *result]
+
+
+def test_names_of_tokens_by_hand():
+    assert [tk.token_name(token) for token in (0, 10, 11, 42, 266)] == [
+        "MEASUREMENT_START",
+        "FAILED",
+        "0x00",
+        "0x1f",
+        "0xff",
+    ]
+    assert [tk.token_name(token) for token in (-1, 267)] == ["-1, which is no token", "267, which is no token"]
+
+
+@pytest.mark.parametrize("leap_s", [-1, 2**32])
+def test_a_leap_that_no_delta_holds_is_refused_and_the_longest_is_not(leap_s):
+    def times(*times_s):
+        return to_fields([[MINIMAL | {"time_s": time_s, "order": FIELD_NAMES} for time_s in times_s]])
+
+    with pytest.raises(ValueError, match=r"^timestamps of a window must not decrease, nor leap more than 136 years"):
+        tk.encode(times(5, 5 + leap_s))
+    assert tk.encode(times(5, 5, 2**32 + 4))[0][-4:].tolist() == [266] * 4
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(windows(), min_size=1, max_size=3))
 def test_vectorised_encoder_equals_the_reference(window_list):

@@ -8,7 +8,7 @@ from ping_llm.config import ModelConfig
 from ping_llm.data.measurement import format_address, pack_address
 from ping_llm.eval.columns import Measurements
 from ping_llm.eval.metrics import QUANTILE_LEVELS
-from ping_llm.eval.model import ModelMethod, fitted, model_queries
+from ping_llm.eval.model import ModelMethods, fitted, model_queries
 from ping_llm.eval.queries import Seen, SplitQueries, learned_from
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
@@ -21,7 +21,7 @@ def model() -> PingModel:
     generator = torch.Generator().manual_seed(0)
     for parameter in gpt.parameters():  # zero-initialised projections would make every answer alike
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return PingModel(gpt, torch.device("cpu"))
+    return PingModel(gpt, torch.device("cpu"), least_mass=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def test_what_fits_is_what_the_prompt_of_the_model_holds(queries):
 @pytest.mark.parametrize("src_known", ["all", "none", "auto"])
 def test_scores_are_those_of_single_answers(model, queries, src_known):
     queries = queries.given(5)
-    scores = ModelMethod(model, src_known).scores(queries, np.random.default_rng(0))
+    together = ModelMethods(model, ("all", "none", "auto")).scores(queries, np.random.default_rng(0))
+    scores = together[f"ping-llm, source {src_known}"]
     table = queries.measurements
     text = [format_address(address.tobytes()) for address in table.addresses]
     assert (np.diff(queries.src_id) < 0).any() and (queries.rtt_ms < 0).any()  # they are put in order, and back

@@ -8,10 +8,10 @@ import pytest
 from random_model import random_model
 
 from ping_llm.inference import batch
-from ping_llm.inference.batch import ANSWER_COLUMNS, SCORE_COLUMNS, answer_table
+from ping_llm.inference.batch import ANSWER_COLUMNS, SCORE_COLUMNS
 from ping_llm.inference.distribution import QUANTILES
 from ping_llm.inference.model import PingModel
-from ping_llm.inference.query import Endpoint
+from ping_llm.inference.query import Endpoint, Query
 
 SOURCES = ("192.0.2.1", "192.0.2.9", "2001:db8::1")
 CONTEXT = [
@@ -34,6 +34,12 @@ QUERIES = [
     {"src_addr": "192.0.2.1", "dst_addr": "198.51.100.7", "event_time": 9_500, "rtt": 99.0},
     {"src_addr": "192.0.2.9", "dst_addr": "198.51.96.0/20", "event_time": 9_500, "rtt": 7.0},
 ]
+
+
+def answer_table(model, queries, *context, **options):
+    """Answers to records as a table."""
+    table = pa.Table.from_pylist(queries) if isinstance(queries, list) else queries
+    return batch.answer_table(model, table, *context, **options)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +140,13 @@ def assert_equal_answers(table, expected):
         ({"dst_addr": "198.51.100.0/33"}, "must be a number from 0 to 32"),
         ({"src_addr": None, "dst_addr": None}, "give the source or the destination of the ping, or both"),
         ({"event_time": "yesterday"}, "'yesterday' is not a time"),
-        ({"rtt": -5.0}, "rtt -5.0 must be ms, or −1 for a failed ping"),
+        ({"rtt": -5.0}, "rtt -5 must be ms, or −1 for a failed ping"),
         ({"rtt": float("inf")}, "must be ms"),
     ],
 )
 def test_a_bad_row_says_why_and_the_rest_is_answered(model, spoil, message):
     good = QUERIES[0] | {"event_time": "1970-01-01T02:38:20Z"}
-    table = answer_table(model, [good, good | spoil, good])
+    table = pa.Table.from_pylist(batch.answer_table(model, [good, good | spoil, good]))
     first, bad, last = table.to_pylist()
     assert message in bad["error"] and "\n" not in bad["error"]
     assert all(bad[name] is None for name in ANSWER_COLUMNS + SCORE_COLUMNS)
@@ -167,7 +173,7 @@ def test_a_context_of_its_own_that_does_not_belong_to_a_query_is_an_error_of_tha
         ([QUERIES[0] | {"src_addr": "192.0.2.1"}, {}], [{"rtt": 1.0}], "the context has no column src_addr"),
         ([{"src_addr": "192.0.2.1", "dst_addr": "192.0.2.9", "rtt_ms": 1.0}], None, "rtt_ms; did you mean rtt?"),
         ([{"src_addr": "192.0.2.1", "dst_addr": "192.0.2.9", "start_time": 1}], None, "did you mean event_time?"),
-        (QUERIES, [CONTEXT[0] | {"rtt": -3.0}], "context row 1: rtt -3.0 must be ms"),
+        (QUERIES, [CONTEXT[0] | {"rtt": -3.0}], "context row 1: rtt -3 must be ms"),
         (QUERIES, [CONTEXT[0], CONTEXT[1] | {"dst_addr": "x"}], "context row 2: 'x' is not an IPv4"),
         (QUERIES, [CONTEXT[0] | {"query_id": 1}], "give both or neither one"),
         ("queries.csv", None, "is no table"),
@@ -206,7 +212,38 @@ def test_rtt_many_takes_tables_of_arrow_and_of_others_that_hand_out_arrow(model)
 
     answers = model.rtt_many(table, "all", pa.Table.from_pylist(CONTEXT))
     assert model.rtt_many(Frame(), "all", CONTEXT).equals(answers)
-    assert model.rtt_many(QUERIES, "all", CONTEXT).equals(answers)
+    assert model.rtt_many(QUERIES, "all", CONTEXT) == answers.to_pylist()
+
+
+def test_answers_and_scores_are_of_the_kind_that_was_given(model):
+    expected = answer_table(model, QUERIES, CONTEXT, "all")
+    assert model.rtt_many(QUERIES, "all", CONTEXT) == expected.to_pylist()
+    columns = {name: [row[name] for row in QUERIES] for name in QUERIES[0]}
+    assert model.rtt_many(columns, "all", CONTEXT) == expected.to_pydict()
+    scored = model.score(pa.Table.from_pylist(CONTEXT), src_known="all")
+    assert model.score(CONTEXT, src_known="all") == scored.to_pylist()
+    with pytest.raises(ValueError, match="a list of Query is no table"):
+        model.rtt_many([Query.parse("192.0.2.1", None), QUERIES[0]])
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_frame_is_answered_by_a_frame(model, library):
+    frames = pytest.importorskip(library)
+    rows = [row | {"query_id": f"q{i}"} for i, row in enumerate(QUERIES)]
+    given, context = frames.DataFrame(rows), frames.DataFrame(CONTEXT)
+    if library == "pandas":
+        given.index = range(9, 0, -1)
+    answers, scored = model.rtt_many(given, "all", context), model.score(context, src_known="all", anomaly_at=0.5)
+    assert type(answers) is type(scored) is frames.DataFrame
+    assert library == "polars" or list(answers.index) == list(range(9, 0, -1))
+    expected = model.rtt_many(rows, "all", CONTEXT)
+    assert list(answers.columns) == list(expected[0]) and list(answers["query_id"]) == [row["query_id"] for row in rows]
+    for name in ANSWER_COLUMNS + SCORE_COLUMNS:
+        wanted = [float("nan") if row[name] is None else row[name] for row in expected]
+        found = [float("nan") if value is None else value for value in answers[name]]
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    assert list(scored.columns) == [*CONTEXT[0], "nll_nats", "pit", "p_value", "anomaly"]
+    assert list(scored["rtt"]) == [row["rtt"] for row in CONTEXT] and set(scored["anomaly"]) <= {True, False}
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string(), pa.timestamp("ns"), pa.timestamp("s", "UTC")])

@@ -20,7 +20,7 @@ def ping(src: str = SRC, time_s: int = AT - 1, rtt: float = 80.0, dst: str = "19
 
 
 def in_batch(context, one_host: bool, **own) -> float:
-    row = MODEL.rtt_many([ping(dst=DST, time_s=AT) | own], "all", context, one_host=one_host).to_pylist()[0]
+    row = MODEL.rtt_many([ping(dst=DST, time_s=AT) | own], "all", context, one_host=one_host)[0]
     if row.get("error"):
         raise ValueError(row["error"])
     return row["nll_nats"]
@@ -37,7 +37,7 @@ def log_prob(context, one_host: bool) -> float:
 
 def in_score(context, one_host: bool) -> float:
     rows = [*context, ping(dst=DST, time_s=AT)]
-    return MODEL.score(rows, src_known="all", one_host=one_host).column("nll_nats").to_pylist()[-1]
+    return MODEL.score(rows, src_known="all", one_host=one_host)[-1]["nll_nats"]
 
 
 def found(addresses) -> float:
@@ -130,7 +130,7 @@ def test_measurements_of_one_second_have_the_same_past_and_none_of_each_other():
     times = [q.context.time_s.tolist() for q in History(Context.parse(rows), 2).queries(range(5))]
     assert times == [[], [AT - 9], [AT - 9, AT - 5], [AT - 9, AT - 5], [AT, AT]]
     past = MODEL.rtt(SRC, "198.51.100.9", AT, rows[:2])
-    scored = MODEL.score(rows).column("nll_nats").to_pylist()
+    scored = [row["nll_nats"] for row in MODEL.score(rows)]
     assert scored[2:4] == pytest.approx([-past.log_density(80.0), -past.log_density(5.0)], abs=1e-4)
 
 
@@ -163,8 +163,8 @@ rows_of = st.lists(
 @settings(max_examples=12, deadline=None)
 @given(rows_of, st.booleans())
 def test_score_and_batch_give_the_same_answer_after_the_same_history(rows, one_host):
-    scored = MODEL.score(rows, history=len(rows), one_host=one_host).column("nll_nats").to_numpy()
-    answered = MODEL.rtt_many(rows, "auto", rows, one_host=one_host).column("nll_nats").to_numpy()
+    scored = [row["nll_nats"] for row in MODEL.score(rows, history=len(rows), one_host=one_host)]
+    answered = [row["nll_nats"] for row in MODEL.rtt_many(rows, "auto", rows, one_host=one_host)]
     np.testing.assert_allclose(scored, answered, atol=1e-4)
     for row, nll in zip(rows, scored, strict=True):  # and rtt, where the history is found by its definition
         past = [

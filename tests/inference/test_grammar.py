@@ -108,7 +108,7 @@ def test_every_window_of_training_is_legal(count, seed, ipv6_share, src_dropout,
     row = make_row(count, seed, ipv6_share)
     config = DataConfig(src_prefix_dropout=src_dropout, dst_prefix_dropout=dst_dropout)
     windows = [sample_window(row, config, 300, np.random.default_rng((seed, i))) for i in range(8)]
-    encoded = encode_windows([(row, window) for window in windows], 300).astype(np.int64)
+    encoded = encode_windows(windows, 300).astype(np.int64)
     grammar = Grammar(8, whole_addresses=False)
     for at in range(encoded.shape[1]):
         going = encoded[:, at] != tk.PADDING
@@ -124,7 +124,7 @@ def test_windows_without_dropout_are_legal_where_addresses_must_be_whole(count, 
     window = sample_window(
         row, DataConfig(src_prefix_dropout=0, dst_prefix_dropout=0), 300, np.random.default_rng(seed)
     )
-    line = encode_windows([(row, window)], 300)[0]
+    line = encode_windows([window], 300)[0]
     grammar = Grammar(1)
     follow(grammar, line[line != tk.PADDING])  # ValueError at a token that is not legal
     assert grammar.legal()[0, tk.MEASUREMENT_START]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_model import random_model
 
 from ping_llm.config import ModelConfig
 from ping_llm.data import tokenization as tk
@@ -18,7 +19,8 @@ from ping_llm.inference import mixture
 from ping_llm.inference.calibration import LEAST_SHARE, Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
-from ping_llm.inference.mixture import LEAST_WEIGHT
+from ping_llm.inference.engine import Focus
+from ping_llm.inference.mixture import LEAST_WEIGHT, distributions_under
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
 from ping_llm.model.gpt import GPT
@@ -290,3 +292,22 @@ def test_bf16_answers_as_fp32_does(seed):
     some = [query for query in queries() if query.dst is None or not query.dst.extra_bits]
     fp32, bf16 = (next(model_of(gpt, precision=precision).distributions(some, "all")) for precision in ("fp32", "bf16"))
     assert 0 < total_variation(fp32, bf16).max() < 0.02
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_what_is_wanted_of_an_answer_is_that_of_the_whole_distribution(known):
+    """Quantiles and the density of a result lie in bytes that are followed; the rest is bounded by what is not."""
+    model = dataclasses.replace(random_model(16, 128, knows_bytes=True), least_mass=1e-7)
+    some = [query for query in queries() if not query.has_partial_byte]
+    observed, levels = np.geomspace(0.1, 900, len(some)), np.array([0.05, 0.5, 0.95])
+    (full,) = dataclasses.replace(model, least_mass=0.0).distributions(some, known)
+    focus = Focus.on(levels, len(some), np.arange(len(some)), observed)
+    (wanted,) = model.distributions(some, known, focus)
+    assert wanted.unresolved.max() > 0.01 and (wanted.unresolved < 0.256).all()  # of 256 values less than 1e-3 each
+    np.testing.assert_allclose(wanted.p_fail, full.p_fail, rtol=1e-6)
+    np.testing.assert_allclose(wanted.quantile(levels), full.quantile(levels), rtol=1e-5)
+    np.testing.assert_allclose(wanted.log_density(observed), full.log_density(observed), atol=1e-5)
+    assert (np.abs(wanted.pit(observed) - full.pit(observed)) < 1e-6).all()
+    np.testing.assert_allclose(wanted.crps(observed), full.crps(observed), rtol=2e-3)
+    together = next(distributions_under(model, some, [known, "all"], focus))
+    np.testing.assert_allclose(together[0].quantile(levels), full.quantile(levels), rtol=1e-5)

@@ -62,7 +62,8 @@ def test_answer_equals_brute_force_enumeration(model, at, context):
     np.testing.assert_allclose(distribution.code_probability, np.exp(answers) / mass, rtol=1e-4, atol=1e-12)
     assert distribution.p_fail == pytest.approx(failed / mass, rel=1e-4)
     assert distribution.total_probability == pytest.approx(mass / (1 - other), rel=1e-4)
-    assert distribution.code_probability.sum() + distribution.p_fail == pytest.approx(1, abs=1e-9)
+    total = distribution.code_probability.sum(dtype=np.float64) + distribution.p_fail
+    assert total == pytest.approx(1, abs=1e-6)
     assert distribution.forward_passes == 2 and distribution.context_measurements == len(context or [])
 
 
@@ -81,8 +82,8 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(model):
 
 def test_two_forward_passes_are_counted_honestly(model, monkeypatch):
     calls = []
-    forward = model.gpt.forward
-    monkeypatch.setattr(model.gpt, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    states = model.gpt.states
+    monkeypatch.setattr(model.gpt, "states", lambda *a, **k: calls.append(1) or states(*a, **k))
     distribution = model.rtt("192.0.2.1", "198.51.100.7", context=CONTEXT, src_known="all")
     assert len(calls) == distribution.forward_passes == 2
 
@@ -144,7 +145,7 @@ def test_prefixes_are_encoded_as_fewer_bytes():
             "context row 1: 'x'",
         ),
         ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": "fast"}], "context row 1: rtt 'fast' must be ms"),
-        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt nan must be ms"),
+        ("192.0.2.1", "198.51.100.7", None, [CONTEXT[0] | {"rtt": float("nan")}], "context row 1: rtt is missing"),
         ("192.0.2.1", "198.51.100.7", None, [{"src_addr": "192.0.2.1", "rtt": 1.0}], "no column dst_addr"),
     ],
 )
@@ -167,6 +168,32 @@ def test_a_prefix_goes_before_a_whole_address_so_that_no_byte_of_it_can_follow()
 
 def test_no_query_is_no_answer(model):
     assert model.rtt_many([]) == []
+
+
+@pytest.mark.parametrize("end", ["src", "dst"])
+def test_an_empty_address_is_not_any(model, end):
+    with pytest.raises(ValueError, match="an address is empty; give one, or a prefix, or None for any"):
+        model.rtt(**{"src": "192.0.2.1", "dst": "198.51.100.7"} | {end: ""})
+    with pytest.raises(ValueError, match="'' is not a time"):
+        model.rtt("192.0.2.1", "198.51.100.7", at="")
+
+
+def test_addresses_may_be_objects():
+    import ipaddress
+
+    query = Query.parse(ipaddress.ip_address("192.0.2.1"), ipaddress.ip_network("198.51.100.0/24"))
+    assert (str(query.src), str(query.dst)) == ("192.0.2.1", "198.51.100.0/24")
+
+
+def test_a_query_of_the_package_takes_a_table_as_context(model):
+    from ping_llm import Query as Exported
+
+    query = Exported.parse("192.0.2.1", "198.51.100.7", "2026-01-03", CONTEXT)
+    (one,) = model.rtt_many([query], "all")
+    assert one.median == model.rtt("192.0.2.1", "198.51.100.7", "2026-01-03", CONTEXT, "all").median
+    assert one.context_measurements == len(CONTEXT)
+    other = [row | {"src_addr": "192.0.2.9"} for row in CONTEXT]
+    assert len(Exported.parse("192.0.2.1", None, None, other, one_host=True).context) == len(CONTEXT)
 
 
 def test_times_without_a_zone_are_utc():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from paths import CONFIGS
 
-from ping_llm.config import Config, ModelConfig, TrainConfig, load_config
+from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
 from ping_llm.launch.plan import GPU, PRICES, activation_bytes, fixed_bytes, plan_cost
+from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.training.optimizer import Optimizer
 
 SMALL, FULL = load_config(CONFIGS / "small.toml"), load_config(CONFIGS / "full.toml")
 ROUND = GPU("round", memory_gb=100, dollars_per_hour=2.0, peak_flops=1e15)
@@ -43,6 +46,42 @@ def test_weights_and_optimizer_by_hand():
     """One block of width 64: 12·64² = 49,152 weights of matrices at 14 bytes, 2·267·64 of the vocabulary at 18; Muon's
     largest stack holds 4·64² weights at 8 bytes."""
     assert fixed_bytes(ModelConfig(n_layer=1, n_embd=64, n_head=2)) == 14 * 49_152 + 18 * 34_176 + 8 * 16_384
+
+
+FIELD_AWARE = ModelConfig(n_layer=1, n_embd=64, n_head=2, field_aware=True, prefix_rows=1024)
+
+
+def test_the_tables_of_fields_count_with_both_moments_of_adamw_by_hand():
+    """11 roles of 18 places, 1,024 prefixes, 28 features of values: 1,250 vectors of 64 at 18 bytes."""
+    plain = dataclasses.replace(FIELD_AWARE, field_aware=False)
+    assert fixed_bytes(FIELD_AWARE) - fixed_bytes(plain) == 18 * 1_250 * 64
+    assert fixed_bytes(dataclasses.replace(FIELD_AWARE, prefix_rows=2048)) - fixed_bytes(FIELD_AWARE) == 18 * 1024 * 64
+
+
+@pytest.mark.parametrize("field_aware", [False, True])
+def test_weights_gradients_and_moments_are_as_large_as_the_plan_counts(field_aware):
+    """Beside the bf16 copies and Muon's stack, and the 53 rows by which the vocabulary's two tables are padded."""
+    config = dataclasses.replace(FIELD_AWARE, field_aware=field_aware)
+    model = GPT(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = Optimizer(model, OptimConfig())
+    optimizer.step(0.9, 0.0)
+    held = [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.state_dict().values()]
+    counted = fixed_bytes(config) - 2 * parameter_count(config) - 8 * 4 * 64**2
+    steps = 4 * len(optimizer.adamw.param_groups)  # AdamW counts them in fp32
+    assert sum(tensor.nbytes for tensor in held) == counted + 16 * 2 * 53 * 64 + steps
+
+
+def test_fp8_is_planned_as_bf16_and_says_so():
+    config = with_train(FULL, precision="fp8")
+    bf16, fp8 = plan_cost(FULL, GPU.named("h100"), 8), plan_cost(config, GPU.named("h100"), 8)
+    assert fp8.lines[:-1] == bf16.lines and "its gain has not been measured" in fp8.lines[-1]
+    assert (fp8.hours, fp8.largest_micro_batch) == (bf16.hours, bf16.largest_micro_batch)
+    with pytest.raises(
+        ValueError, match=r"^train.precision=fp8 needs a GPU that multiplies it, which a100 does not; take"
+    ):
+        plan_cost(config, GPU.named("a100"), 8)
 
 
 def test_the_largest_batch_is_the_largest_that_fits():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from paths import ROOT
+from waiting import HANG_S
 
 from ping_llm import cli
 from ping_llm.data.ingest.prepare import prepare
@@ -23,7 +24,7 @@ no_slurm = slurm_cluster.problem()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(no_slurm), reason=no_slurm or "SLURM is there")]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-JOB_TIMEOUT_S = 240
+JOB_TIMEOUT_S = HANG_S
 SITE = """\
 PARTITION= CPU_PARTITION= ACCOUNT= GRES={gres} MODULES=() VENV={venv} LOCAL_DISK={disk} RANKS_PER_NODE={ranks}
 """
@@ -60,7 +61,7 @@ class Job:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=HANG_S,
             check=True,
         )
         return dict(pair.split("=", 1) for pair in shown.stdout.splitlines()[-1].split() if "=" in pair)
@@ -80,7 +81,7 @@ class Job:
                 # Not now: in the second in which a job is put back, nodes refuse it.
                 command = ["scontrol", "update", f"JobId={self.number}", "StartTime=now+3"]
                 command += ["TimeLimit=10"] if int(fields["Restarts"]) == turns_of_a_minute else []
-                subprocess.run(command, env=self.environment, capture_output=True, timeout=30, check=True)
+                subprocess.run(command, env=self.environment, capture_output=True, timeout=HANG_S, check=True)
             time.sleep(0.5)
         return fields["JobState"]
 
@@ -109,7 +110,7 @@ class Cluster:
             cwd=folder,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=HANG_S,
         )
         assert submitted.returncode == 0, submitted.stderr
         return Job(int(submitted.stdout), environment, folder)
@@ -140,7 +141,7 @@ def training(rows, run_dir, *options):
 def train_here(arguments):
     command = [sys.executable, "-m", "ping_llm.train", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=HANG_S)
 
 
 def losses(run_dir):
@@ -321,9 +322,9 @@ def test_a_cluster_that_goes_down_leaves_no_process(tmp_path):
         environment = os.environ | slurm_cluster.up(folder, nodes=1, gpus=0, cpus=1)
         wait = ["sbatch", "--parsable", "--output=/dev/null", "--wrap", "trap '' TERM; sleep 1234 & wait; wait"]
         job = subprocess.run(
-            wait, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=30
+            wait, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=HANG_S
         )
-        end = time.monotonic() + 30
+        end = time.monotonic() + HANG_S
         while Job(int(job.stdout), environment, tmp_path).fields()["JobState"] != "RUNNING":
             assert time.monotonic() < end
             time.sleep(0.2)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ping_llm.config import FIELDS, LossConfig
-from ping_llm.model.loss import count_results, field_losses, field_weights, token_fields
+from ping_llm.data import tokenization as tk
+from ping_llm.model.loss import count_results, field_losses, field_masks, field_weights, token_fields
 
 STRUCTURE, SRC, DST, TIME, RTT = range(5)
-ROLE_FIELDS = torch.tensor([STRUCTURE] * 10 + [RTT])
-BYTE_FIELDS = torch.tensor([STRUCTURE, SRC, SRC, DST, DST, TIME, TIME, TIME, RTT, STRUCTURE, STRUCTURE])
+ROLE_FIELDS = torch.tensor(tk.FIELD_OF_ROLE)
+BYTE_FIELDS = torch.tensor(tk.FIELD_OF_BYTES_AFTER)
 
 
 def fields_of(tokens: list[list[int]]) -> list[list[int]]:
@@ -74,7 +74,36 @@ def test_results_are_counted_once_each():
     assert count_results(tokens, fields) == 4
 
 
-def test_the_vocabulary_lists_the_same_fields():
-    tokenization = pytest.importorskip("ping_llm.data.tokenization")
-    np.testing.assert_array_equal(tokenization.FIELD_OF_ROLE, ROLE_FIELDS.numpy())
-    np.testing.assert_array_equal(tokenization.FIELD_OF_BYTES_AFTER, BYTE_FIELDS.numpy())
+def test_the_fields_of_an_encoded_window_are_those_of_what_was_encoded():
+    """Two measurements: of an IPv4 pair, answered, with an absolute time; and of an IPv6 pair, failed, a minute later."""
+    fields = tk.Fields(
+        src=np.array([[*[0] * 10, 255, 255, 192, 0, 2, 1], [0x20, 1, 0xD, 0xB8, *[0] * 11, 1]], dtype=np.uint8),
+        dst=np.array([[*[0] * 10, 255, 255, 198, 51, 100, 1], [0x20, 1, 0xD, 0xB8, *[0] * 11, 2]], dtype=np.uint8),
+        src_bytes=np.array([4, 16]),
+        dst_bytes=np.array([4, 16]),
+        rtt_ms=np.array([12.5, -1.0]),
+        time_s=np.array([1_700_000_000, 1_700_000_060]),
+        timed=np.array([True, True]),
+        order=np.array([[0, 1, 2, 3]] * 2, dtype=np.float32),
+        window=np.zeros(2, dtype=np.int64),
+    )
+    tokens = tk.encode(fields)[0]
+    first = [0, 0, *[SRC] * 4, 0, *[DST] * 4, 0, RTT, RTT, 0, *[TIME] * 8]
+    second = [0, 0, *[SRC] * 16, 0, *[DST] * 16, RTT, 0, TIME]
+    assert fields_of([tokens.tolist()])[0] == first + second
+
+
+def test_a_start_of_a_measurement_is_a_target_and_padding_is_none():
+    masks = field_masks(torch.tensor([[0, 1, -1]]), torch.tensor([[STRUCTURE, STRUCTURE, STRUCTURE]]))
+    assert masks[:, 0].tolist() == [[True, True, False], *[[False] * 3] * 4]
+
+
+def test_everything_stays_on_the_device_of_the_tokens_and_in_a_byte_each():
+    """Tensors of the device "meta" have a shape and no values, and no operation takes them together with others."""
+    tokens, role_fields, byte_fields = (
+        each.to("meta") for each in (torch.zeros(2, 9).long(), ROLE_FIELDS, BYTE_FIELDS)
+    )
+    fields = token_fields(tokens, role_fields, byte_fields)
+    sums, counts = field_losses(torch.empty(2, 9, 267, device="meta"), tokens, fields)
+    assert fields.dtype == torch.uint8 and fields.shape == (2, 9)
+    assert {each.device.type for each in (fields, sums, counts, count_results(tokens, fields))} == {"meta"}

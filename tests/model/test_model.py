@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,16 +12,17 @@ from paths import CONFIGS
 from reference_gpt import plain_logits
 
 from ping_llm.config import ModelConfig, load_config
-from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count, sibling_mask
+from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count
 
 SMALL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
+@pytest.fixture(scope="module", params=["plain", "field_aware"])
+def model(request) -> GPT:
     """A model whose every weight matters: zero-initialised ones are filled, and the head speaks up."""
     generator = torch.Generator().manual_seed(1)
-    model = GPT(SMALL, generator=generator).eval()
+    config = dataclasses.replace(SMALL, field_aware=request.param == "field_aware", prefix_rows=1024)
+    model = GPT(config, generator=generator).eval()
     with torch.no_grad():
         for block in model.blocks:
             for linear in (block.attention.out, block.mlp.down):
@@ -30,7 +32,10 @@ def model() -> GPT:
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(267, shape, generator=torch.Generator().manual_seed(seed))
+    """A fifth of them roles."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, roles = (torch.randint(most, shape, generator=generator) for most in (267, 11))
+    return torch.where(torch.rand(shape, generator=generator) < 0.2, roles, tokens)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("tiny", 1_314_240), ("small", 98_645_760), ("full", 680_297_472)])
@@ -130,7 +135,12 @@ def test_order_matters_and_only_relative_positions_do(model):
     tokens = random_tokens(1, 20)
     swapped = tokens[:, [1, 0, *range(2, 20)]]
     assert (model(tokens)[:, -1] - model(swapped)[:, -1]).abs().max() > 1e-3
-    torch.testing.assert_close(model(tokens, positions=torch.arange(30, 50)[None]), model(tokens), atol=1e-3, rtol=1e-3)
+    expected, rotation = model(tokens), model.rotation.clone()
+    try:
+        model.rotation.copy_(rotation.roll(-30, dims=0))  # the first token stands at position 30
+        torch.testing.assert_close(model(tokens), expected, atol=1e-3, rtol=1e-3)
+    finally:
+        model.rotation.copy_(rotation)
 
 
 @torch.no_grad()
@@ -178,11 +188,21 @@ def test_siblings_equal_separate_sequences(model):
     prompts = random_tokens(2, 9).masked_fill(torch.arange(9) >= lengths[:, None], -1)
     cache = KVCache()
     model(prompts, cache)
-    positions = lengths[:, None].expand(2, 256)
-    together = model(siblings.expand(2, 256), cache.fork(), positions, sibling_mask(cache, 256))
+    together = model(siblings.expand(2, 256), cache.fork(), branches=256)
     for row, length in enumerate(lengths.tolist()):
         sequences = torch.cat([prompts[row, :length].expand(256, length), siblings[:, None]], dim=1)
         torch.testing.assert_close(together[row], model(sequences)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_branches_of_several_tokens_equal_separate_sequences(model):
+    """Also where they go on in the middle of an address or of an RTT."""
+    for end in ([1, 20, 30], [8, 60], [3, 5, 6]):
+        prompt, branches, cache = torch.tensor([[0, 3, 11, *end]]), random_tokens(1, 5, 3, seed=4), KVCache()
+        model(prompt, cache)
+        together = model(branches.view(1, 15), cache.fork(), branches=5).view(5, 3, 267)
+        alone = model(torch.cat([prompt.expand(5, -1), branches[0]], dim=1))[:, prompt.shape[1] :]
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -205,16 +225,90 @@ def test_select_repeats_and_reorders_prompts(model):
 
 
 @torch.no_grad()
-def test_a_token_sees_itself_under_any_mask(model):
-    tokens = random_tokens(2, 6)
-    nothing, itself = torch.zeros(6, 6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)
-    assert torch.equal(model(tokens, mask=nothing), model(tokens, mask=itself))
-    alone = model(tokens.view(12, 1)).view(2, 6, 267)
-    torch.testing.assert_close(model(tokens, mask=nothing), alone, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
 def test_a_prompt_of_padding_alone_stays_finite(model):
     cache = KVCache()
     assert model(torch.tensor([[3, 4, 5], [-1, -1, -1]]), cache).isfinite().all()
     assert model(torch.tensor([[-1], [8]]), cache).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_start_of_a_measurement_is_a_token_and_no_padding(model):
+    """Its number is 0."""
+    tokens, cache = torch.tensor([[0, 1, 0, 0], [5, 0, 0, 9]]), KVCache()
+    logits = torch.cat([model(piece, cache) for piece in tokens.split((2, 1, 1), dim=1)], dim=1)
+    assert cache.valid.all() and cache.lengths().tolist() == [4, 4]
+    torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [(63, 1), (1, 63), (60, 2, 2)])
+def test_a_cache_reaches_to_the_last_position(model, pieces):
+    tokens, cache = random_tokens(2, 64), KVCache()
+    logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_an_empty_cache_holds_nothing_and_its_forks_neither():
+    for cache in (KVCache(), KVCache().fork(), KVCache().select(torch.tensor([0]))):
+        assert cache.size == 0 and cache.valid is None and not cache.keys and not cache.values
+
+
+def test_a_cache_keeps_no_more_than_keys_and_values(model):
+    """Else a view would hold the queries, too."""
+    cache = KVCache()
+    model(random_tokens(2, 8), cache)
+    for held in cache.keys + cache.values:
+        assert held.is_contiguous() and held.untyped_storage().nbytes() == held.numel() * 4
+
+
+def test_attention_multiplies_in_the_precision_of_the_products(model, monkeypatch):
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(random_tokens(1, 8))
+    assert seen == [{torch.bfloat16}] * 2 + [{torch.float32}] * 2
+
+
+@pytest.mark.parametrize("field_aware", [False, True])
+def test_everything_stays_on_the_device_of_the_tokens(monkeypatch, field_aware):
+    """Tensors of the device "meta" have a shape and no values, and no operation takes them together with others."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # which knows no such device
+    model, cache = GPT(dataclasses.replace(SMALL, field_aware=field_aware)).to("meta"), KVCache()
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    for logits in (
+        model(tokens),
+        model(tokens, cache),
+        model(tokens, cache),
+        model(tokens, branches=5),
+    ):
+        assert logits.device.type == "meta" and logits.shape == (2, 5, 267)
+    assert cache.size == 10 and {each.device.type for each in (*cache.keys, cache.valid)} == {"meta"}
+
+
+def test_the_rotation_is_there_even_where_weights_are_not():
+    """A checkpoint brings the weights alone."""
+    with torch.device("meta"):
+        empty = GPT(SMALL)
+    assert empty.head.weight.is_meta and torch.equal(empty.rotation, GPT(SMALL).rotation)
+    assert "rotation" not in empty.state_dict() and empty.rotation.dtype == torch.float32
+
+
+def test_a_rotation_by_hand():
+    """Heads of 4: pair 0 turns by the position, pair 1 by a hundredth of it, for base 10,000."""
+    rotation = GPT(ModelConfig(n_layer=1, n_embd=8, n_head=2, seq_len=64)).rotation
+    for position in (0, 1, 50):
+        angles = (position, position / 100)
+        expected = [*map(math.cos, angles), *map(math.sin, angles)]
+        assert rotation[position].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_logits_beyond_the_vocabulary_are_not_given():
+    model = GPT(SMALL)
+    assert model.embedding.weight.shape == model.head.weight.shape == (320, 32)
+    assert model(random_tokens(1, 3)).shape == (1, 3, 267)

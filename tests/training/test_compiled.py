@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_runs import MODEL, make_config, make_windows
 
-from ping_llm.config import ModelConfig
+from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
 from ping_llm.model.gpt import GPT
+from ping_llm.system.hardware import deterministic
 from ping_llm.training import objective
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.objective import HOPPER_ATTENTION, Objective, attention_order, resolve_compile
+from ping_llm.training.objective import (
+    HOPPER_ATTENTION,
+    Objective,
+    attention_order,
+    resolve_compile,
+    resolve_compile_optimizer,
+)
+from ping_llm.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 
@@ -38,6 +48,40 @@ def test_auto_compiles_on_a_gpu_only():
     ]
 
 
+def test_the_optimizer_is_compiled_on_a_gpu_where_the_model_is():
+    cuda = torch.device("cuda")
+    assert [resolve_compile_optimizer(choice, cuda) for choice in ("auto", True, False)] == [True, True, False]
+    assert not any(resolve_compile_optimizer(choice, CPU) for choice in ("auto", True, False))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_compiled_optimizer_takes_the_eager_steps_and_rates_that_change_compile_nothing(monkeypatch, world):
+    """Two graphs for each of the three shapes of matrices: before and after the exchange of the processes. With three
+    processes, of which the others send zeros, this one makes its share of the matrices."""
+    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
+    courses = []
+    for compiled in (False, True):
+        model = GPT(MODEL, torch.Generator().manual_seed(0))
+        ranks = Ranks(CPU)
+        if world > 1:
+            gather = lambda mine: torch.cat([torch.zeros_like(mine), mine, torch.zeros_like(mine)])  # noqa: E731
+            ranks = types.SimpleNamespace(device=CPU, rank=1, world=world, gather=gather)
+        optimizer = Optimizer(model, OptimConfig(), ranks, compiled)
+        optimizer.muon.dtype = torch.float32
+        for step in range(5):
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.set_lrs(1 - step / 10)
+            optimizer.step(momentum=0.85 + step / 100, weight_decay=0.1 - step / 50)
+        courses.append(model.state_dict() | optimizer.state_dict())
+    for name, eager in courses[0].items():
+        assert (courses[1][name] - eager).norm() <= 1e-6 * eager.norm(), name
+    assert counter.frame_count == 2 * 3 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 * 3
+
+
 def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypatch):
     """Micro-batches of 4 windows; 10 windows of val end in a part of 2."""
     counter, compiler = CompileCounter(), torch.compile
@@ -55,6 +99,7 @@ def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypa
 
 
 def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch._C._get_sdp_priority_order()
     for capability, expected in (
         ((8, 0), before),
@@ -65,28 +110,33 @@ def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monke
         with attention_order(torch.device("cuda")):
             assert torch._C._get_sdp_priority_order()[:4] == expected[:4]
     assert torch._C._get_sdp_priority_order() == before and HOPPER_ATTENTION[0] is SDPBackend.CUDNN_ATTENTION
+    with deterministic(True), attention_order(torch.device("cuda")):  # cuDNN's gradients may differ from run to run
+        assert torch._C._get_sdp_priority_order()[:3] == [int(each) for each in HOPPER_ATTENTION[1:]]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     with attention_order(CPU):
         assert torch._C._get_sdp_priority_order() == before
 
 
-def config_of(layers: int) -> ModelConfig:
-    return ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64)
+def model_of(layers: int, fp8: bool) -> GPT:
+    model = GPT(ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64))
+    model.learn_in_fp8(fp8)
+    return model
 
 
-def eager_bytes(layers: int, windows: int) -> int:
+def eager_bytes(layers: int, windows: int, fp8: bool = False) -> int:
     """Of the tensors that a forward pass keeps for the backward pass, each once."""
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         return kept.setdefault(tensor.untyped_storage()._cdata, tensor)
 
-    model, tokens = GPT(config_of(layers)), torch.zeros(windows, 64, dtype=torch.int64)
+    model, tokens = model_of(layers, fp8), torch.zeros(windows, 64, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         model(tokens)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def compiled_bytes(layers: int, windows: int) -> int:
+def compiled_bytes(layers: int, windows: int, fp8: bool = False) -> int:
     """Of what the backward graph takes in."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -104,7 +154,7 @@ def compiled_bytes(layers: int, windows: int) -> int:
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    model = torch.compile(GPT(config_of(layers)), backend=backend, dynamic=False)
+    model = torch.compile(model_of(layers, fp8), backend=backend, dynamic=False)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="ignore"):
         model(torch.zeros(windows, 64, dtype=torch.int64)).sum().backward()
     return sum(taken)
@@ -116,5 +166,14 @@ def compiled_bytes(layers: int, windows: int) -> int:
 def test_a_block_keeps_as_many_bytes_of_each_token_and_channel_as_the_plan_counts(count, planned):
     """What another block adds for two more windows of 64 tokens of 64 channels; on a CPU, where the norms of eager steps
     keep fp32 copies as they do under CUDA's autocast."""
-    added = (count(3, 4) - count(2, 4)) - (count(3, 2) - count(2, 2))
-    assert added / (2 * 64 * 64) == pytest.approx(planned, abs=0.75)
+    assert added_bytes(count) == pytest.approx(planned, abs=0.75)
+
+
+@pytest.mark.parametrize("count", [eager_bytes, compiled_bytes])
+def test_a_block_keeps_less_in_fp8_than_in_bf16(count):
+    assert added_bytes(count, fp8=True) < added_bytes(count) - 4
+
+
+def added_bytes(count: Callable[..., int], **options: bool) -> float:
+    added = (count(3, 4, **options) - count(2, 4, **options)) - (count(3, 2, **options) - count(2, 2, **options))
+    return added / (2 * 64 * 64)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,14 @@ from training_runs import (
     wait_until,
     write_config,
 )
+from waiting import HANG_S
 
 from ping_llm import cli
 from ping_llm.config import Config, load_config
 from ping_llm.data.loader import training_batches, validation_windows
+from ping_llm.model import checkpoint
 from ping_llm.model.checkpoint import load_latest
+from ping_llm.training import objective
 from ping_llm.training.trainer import Feed, train
 
 KILLS = 20
@@ -41,8 +45,11 @@ pytestmark = pytest.mark.slow
 
 
 def command(argv: list[str]) -> None:
-    """`ping-llm …` in a process that was forked for it."""
+    """`ping-llm …` in a process that was forked for it, at a pace at which a test sees each save and hits each step."""
     torch.set_num_threads(1)
+    write, backward = checkpoint._write_tensors, objective.Objective.backward
+    checkpoint._write_tensors = lambda *given: (time.sleep(0.02), write(*given))[1]
+    objective.Objective.backward = lambda *given, **named: (time.sleep(0.01), backward(*given, **named))[1]
     sys.exit(cli.main(argv))
 
 
@@ -57,7 +64,7 @@ def uninterrupted(rows_folder, tmp_path_factory) -> Path:
     """The run folder of a run that nothing happened to."""
     config = write_config(tmp_path_factory.mktemp("whole") / "config.toml", rows_folder, **LIMITS)
     process = fork(config)
-    process.join(120)
+    process.join(HANG_S)
     assert process.exitcode == 0
     return config.parent / "run"
 
@@ -101,7 +108,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_been(rows_
         cut_saves += bool(saves_under_way(run_dir) - left)
     assert cut_saves >= 3 and 20 < last_step(run_dir) < 120
     process = fork(config)
-    process.join(120)
+    process.join(HANG_S)
     assert process.exitcode == 0
     assert_same_run(run_dir, uninterrupted)
     assert not saves_under_way(run_dir)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.model.gpt import GPT
+from ping_llm.training import muon as muon_module
+from ping_llm.training.distributed import Ranks
 from ping_llm.training.muon import Matrix, Muon, orthogonalize
 from ping_llm.training.optimizer import Optimizer
 
@@ -48,6 +53,90 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     assert values.max() < 1.25 and values.median() > 0.65
     if shape[1] != shape[2]:
         assert values.min() > 0.65
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_the_scale_of_a_matrix_does_not_matter(scale):
+    matrices = normal(2, 24, 16, seed=0)
+    torch.testing.assert_close(orthogonalize(scale * matrices, torch.float32), orthogonalize(matrices, torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(3, 80, 20), (3, 20, 80)])
+def test_the_iterations_multiply_on_the_short_side(shape):
+    """Five times: the Gram matrix and its product with x, 20·80·20 each, and its square, 20·20·20; two FLOPs each."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(normal(*shape, seed=0), torch.float32)
+    assert counter.get_total_flops() == 5 * 3 * 2 * (2 * 20 * 80 * 20 + 20**3)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_iterations_run_in_bf16_where_it_is_native(monkeypatch, native):
+    monkeypatch.setattr(muon_module, "native_bf16", lambda _: native)
+    dtype = torch.bfloat16 if native else torch.float32
+    assert Muon({"weight": Matrix(nn.Parameter(torch.ones(4, 4)))}, 0.1).dtype == dtype
+    assert orthogonalize(normal(1, 4, 4, seed=0), dtype).dtype == dtype
+
+
+def test_each_process_sends_an_equal_share_of_the_matrices_of_a_shape():
+    """Three matrices of a shape, two processes: the first sends two, the second one and zeros; all are used in order."""
+    weights, sent = [normal(6, 4, seed=seed) for seed in range(3)], {}
+    updates = normal(4, 6, 4, seed=9).to(
+        torch.bfloat16
+    )  # what the processes have computed together; the last is padding
+    for rank in range(2):
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        ranks = types.SimpleNamespace(device=torch.device("cpu"), rank=rank, world=2)
+        ranks.gather = lambda values, rank=rank: sent.setdefault(rank, values) is values and updates
+        muon = Muon({str(i): Matrix(parameter) for i, parameter in enumerate(parameters)}, 0.5, ranks)
+        muon.dtype = torch.bfloat16
+        for i, parameter in enumerate(parameters):
+            parameter.grad = normal(6, 4, seed=10 + i)
+        muon.step(momentum=0.0, weight_decay=0.0)
+        for parameter, weight, update in zip(parameters, weights, updates.float(), strict=False):
+            torch.testing.assert_close(parameter.detach(), weight - 0.5 * 1.5**0.5 * update)
+    gradients = torch.stack([normal(6, 4, seed=10 + i) for i in range(3)])
+    assert {values.dtype for values in sent.values()} == {torch.bfloat16}
+    assert torch.equal(sent[0], orthogonalize(gradients[:2], torch.bfloat16))
+    assert torch.equal(sent[1], orthogonalize(torch.stack([gradients[2], torch.zeros(6, 4)]), torch.bfloat16))
+
+
+def test_adamw_of_embedding_and_head_by_hand():
+    """Three steps of m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², both corrected for their start at 0, and no decay."""
+    config = OptimConfig(embedding_lr=0.3, head_lr=0.05, adam_beta1=0.7, adam_beta2=0.9, adam_eps=0.02)
+    model = GPT(TINY)
+    optimizer = Optimizer(model, config)
+    assert optimizer.adamw.defaults["fused"]  # one pass over the memory
+    for name in ("embedding", "head"):
+        rate = getattr(config, f"{name}_lr") * (32 / 768) ** -0.5
+        weight = getattr(model, name).weight
+        expected, m, v = weight.detach().clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+        for step in range(1, 4):
+            give_gradients(model.parameters(), step)
+            m, v = 0.7 * m + 0.3 * weight.grad, 0.9 * v + 0.1 * weight.grad**2
+            expected -= rate * (m / (1 - 0.7**step)) / ((v / (1 - 0.9**step)).sqrt() + 0.02)
+            optimizer.adamw.step()
+        torch.testing.assert_close(weight.detach(), expected)
+        model, optimizer = (fresh := GPT(TINY)), Optimizer(fresh, config)
+
+
+def test_the_processes_of_a_run_share_the_work_of_its_matrices():
+    ranks = Ranks(torch.device("cpu"), rank=1, world=2)
+    assert Optimizer(GPT(TINY), OptimConfig(), ranks).muon.ranks is ranks
+    assert Optimizer(GPT(TINY), OptimConfig()).muon.ranks == Ranks(torch.device("cpu"))
+
+
+def test_a_restored_optimizer_shares_no_memory_with_what_it_was_restored_from():
+    first, second = (Optimizer(GPT(TINY), OptimConfig()) for _ in range(2))
+    for number, group in enumerate(first.adamw.param_groups):
+        give_gradients(group["params"], number)
+    first.adamw.step()
+    state = first.state_dict()
+    second.load_state_dict(state)
+    before = {name: value.clone() for name, value in second.state_dict().items()}
+    for value in state.values():
+        value.add_(1)
+    assert before.keys() == state.keys()
+    assert all(torch.equal(value, before[name]) for name, value in second.state_dict().items())
 
 
 def test_a_matrix_without_gradient_does_not_disturb_its_batch():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from waiting import HANG_S
 
 from ping_llm.model import checkpoint
 from ping_llm.model.checkpoint import load_latest
@@ -29,7 +30,7 @@ def slow_writes(monkeypatch):
     def write(*arguments):
         under_way[0] += 1
         under_way[1] = max(under_way)
-        assert go.wait(20)
+        assert go.wait(HANG_S)
         time.sleep(0.01)
         folder = save(*arguments)
         under_way[0] -= 1

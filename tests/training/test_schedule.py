@@ -42,12 +42,19 @@ def test_progress_is_by_steps_or_by_time_whichever_is_further():
     assert schedule.progress(1, 0, 120, by_both) == 1
 
 
+def test_without_a_rise_or_a_fall_the_rate_is_the_peak():
+    config = OptimConfig(warmup_share=0.0, cooldown_share=0.0)
+    assert [schedule.lr_scale(done, config) for done in (0.0, 0.5, 1.0)] == [1, 1, 1]
+
+
 def test_cosine_table():
     config = OptimConfig(schedule="cosine", warmup_share=0.2, final_lr_share=0.1)
     scales = [schedule.lr_scale(step / 10, config) for step in range(11)]
     falling = [1, 0.965746, 0.868198, 0.722208, 0.55, 0.377792, 0.231802, 0.134254, 0.1]
     assert scales == pytest.approx([0.1, 0.55, *falling], abs=1e-6)
-    assert schedule.lr_scale(0.5, OptimConfig(schedule="cosine", warmup_share=1.0, cooldown_share=0.0)) > 0
+    assert schedule.lr_scale(1.3, config) == pytest.approx(0.1)  # as a run by the clock may end
+    rising = OptimConfig(schedule="cosine", warmup_share=1.0, cooldown_share=0.0, final_lr_share=0.1)
+    assert [schedule.lr_scale(done, rising) for done in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.55, 1.0])
 
 
 def test_rates_of_the_last_step_of_a_run_are_those_of_its_progress_before():

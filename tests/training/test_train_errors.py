@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_row, write_rows
+from torch._dynamo.exc import BackendCompilerFailed
 from training_runs import write_config
 
 from ping_llm import cli
@@ -86,10 +87,11 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, error_of, rows):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_run_folder_of_another_run_is_left_as_it_is(tmp_path, error_of, rows):
+def test_a_run_folder_of_another_run_is_left_as_it_is(tmp_path, error_of, rows, capsys):
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "config.toml", rows, total_steps=4, checkpoint_every=2)
     assert cli.main(["train", str(config)]) == 0
+    capsys.readouterr()
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     line = error_of(rows, "--model.n-layer", 1, "--optim.muon-lr", 0.5)
     assert line == (
@@ -98,6 +100,22 @@ def test_a_run_folder_of_another_run_is_left_as_it_is(tmp_path, error_of, rows):
     other = rows_of(tmp_path / "other", train=ROWS[:2], val=ROWS[:1])
     assert f"{run_dir} holds a run with another data.rows; " in error_of(other)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_that_cannot_be_compiled_is_one_line(error_of, rows, monkeypatch):
+    def compile_first(self, *_):
+        raise BackendCompilerFailed("inductor", RuntimeError("no working C++ compiler"), None)
+
+    monkeypatch.setattr(Objective, "evaluate", compile_first)
+    error = error_of(rows)
+    assert error.startswith("the model cannot be compiled (") and "no working C++ compiler" in error
+    assert error.endswith("install a C++ compiler (or set CXX to it), or pass --train.compile False")
+
+
+def test_an_environment_that_wandb_refuses_is_one_line(error_of, rows, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    error = error_of(rows, "--train.wandb", "offline")
+    assert error.startswith("Weights & Biases did not start (") and "sometimes" in error
 
 
 def test_exhausted_memory_and_hopeless_gradients_keep_the_last_checkpoint(tmp_path, error_of, rows, monkeypatch):

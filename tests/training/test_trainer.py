@@ -14,12 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from training_runs import MODEL, assert_same_weights, losses, make_batches, make_config, make_windows, metrics, run
+from training_runs import (
+    MODEL,
+    Clock,
+    assert_same_weights,
+    losses,
+    make_batches,
+    make_config,
+    make_windows,
+    metrics,
+    run,
+)
 
 from ping_llm.config import Config
 from ping_llm.model.checkpoint import load_latest
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import pick_device
+from ping_llm.training import trainer
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 
@@ -192,10 +203,11 @@ def test_another_config_in_the_run_folder_is_refused_by_name(uninterrupted):
         run(other)
 
 
-def test_a_time_budget_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path):
-    config = make_config(tmp_path, total_steps=10**6, max_minutes=0.3 / 60, eval_every=10**6, checkpoint_every=10**6)
+def test_a_time_budget_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "time", Clock())  # a step lasts two looks
+    config = make_config(tmp_path, total_steps=10**6, max_minutes=0.5, eval_every=10**6, checkpoint_every=10**6)
     state = run(config)
-    assert 0.3 <= state.elapsed_s < 5 and state.step < 10**5
+    assert (state.elapsed_s, state.step) == (30, 16)  # how long a step took is known to all processes with the next
     assert load_latest(tmp_path).step == state.step and metrics(config.train.run_dir)[-1]["val_loss"] == state.val_loss
 
 
@@ -257,6 +269,7 @@ def test_checkpoints_without_their_config_are_not_continued(tmp_path):
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "")  # is as if it were not set
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
     run(make_config(tmp_path / "run", total_steps=1, wandb="offline"))

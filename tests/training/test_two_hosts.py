@@ -33,6 +33,8 @@ from ping_llm.training.trainer import train
 TOLERANCE = 1e-4  # of a loss, relative: sums are taken in another order, and bf16 inside Muon enlarges the difference
 TOOLS = ("ip", "unshare", "hostname")
 PORT = 29400  # in namespaces of the test's own
+HANGS_S = 600.0
+"""Nothing takes so long but what hangs. torchrun itself waits up to 300 s, if one of its agents leaves without a word."""
 # Found by every process of the two hosts: steps that last long enough to be interrupted.
 SITECUSTOMIZE = """\
 import os, time
@@ -149,10 +151,10 @@ def test_a_run_on_two_hosts_outlives_the_crash_of_one(hosts, rows_folder, tmp_pa
 
     there, here = torchrun(b, a, config, 0.3, tmp_path), torchrun(a, a, config, 0.3, tmp_path)
     try:
-        wait_until(lambda: last_step(run_dir) >= 6, here)
+        wait_until(lambda: last_step(run_dir) >= 6, here, HANGS_S)
         b.crash()
     finally:
-        (_, _, errors), (killed, _, _) = finish(here), finish(there)
+        (_, _, errors), (killed, _, _) = finish(here, HANGS_S), finish(there, HANGS_S)
     assert here.returncode not in (0, None) and killed == -signal.SIGKILL
     (line,) = error_lines(errors)
     assert re.search(r"process [01] of 2 stops, because another one of this run ended", line), errors
@@ -161,7 +163,7 @@ def test_a_run_on_two_hosts_outlives_the_crash_of_one(hosts, rows_folder, tmp_pa
     assert step in (4, 8) and last_step(run_dir) < 12
 
     there, here = torchrun(b, a, config, 0.0, tmp_path), torchrun(a, a, config, 0.0, tmp_path)
-    ends = [finish(process) for process in (here, there)]
+    ends = [finish(process, HANGS_S) for process in (here, there)]
     assert [code for code, *_ in ends] == [0, 0], ends
     said = "".join(out for _, out, _ in ends)
     assert f"continues after step {step}: " in said and "2 processes" in said
@@ -176,6 +178,6 @@ def test_hosts_know_each_other_by_name_and_no_one_else(hosts):
     a, b = hosts
     code = "import socket; print(socket.gethostname(), socket.gethostbyname('host-a'), socket.if_nameindex())"
     for host in hosts:
-        _, out, errors = finish(host.start(sys.executable, "-c", code))
+        _, out, errors = finish(host.start(sys.executable, "-c", code), HANGS_S)
         assert out.split()[:2] == [host.name, a.address] and host.interface in out, errors
     assert not {a.interface, b.interface} & set(dict(socket.if_nameindex()).values())

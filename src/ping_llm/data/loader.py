@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from ping_llm.config import Config
+from ping_llm.config import Config, DataConfig
 from ping_llm.data.pipeline import WindowBlocks, block_iterator
 from ping_llm.data.rows import RowReader
 
@@ -15,7 +16,10 @@ from ping_llm.data.rows import RowReader
 def training_batches(
     config: Config, start_step: int, device: torch.device, rank: int = 0, world: int = 1
 ) -> Iterator[torch.Tensor]:
-    """Endless batches from `start_step` on: (batch_size / world, seq_len + 1) int64 on the device, padding −1."""
+    """Endless batches from `start_step` on: (batch_size / world, seq_len + 1) int64 on the device, padding −1.
+
+    Muted tokens are below that.
+    """
     rows = RowReader(config.data.rows, "train")
     blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read, rank, world)
     first_block, skipped = divmod(start_step, blocks.steps)
@@ -31,7 +35,11 @@ def training_batches(
 
 
 def validation_windows(config: Config) -> torch.Tensor:
-    """The fixed windows of val that every evaluation of a run scores: (eval_windows, seq_len + 1) int64, padding −1."""
+    """The fixed windows of val that every evaluation of a run scores: (eval_windows, seq_len + 1) int64, padding −1.
+
+    They are the same for every recipe: drawn by the default shares, which augment nothing.
+    """
+    config = dataclasses.replace(config, data=DataConfig(rows=config.data.rows))
     blocks = WindowBlocks(RowReader(config.data.rows, "val"), config, config.train.eval_windows, windows_per_read=1)
     return torch.from_numpy(blocks[0][0]).long()
 

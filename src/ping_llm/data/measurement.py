@@ -12,10 +12,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import pyarrow as pa
+
+from ping_llm.data.special_purpose import is_public as is_public
 
 FAILED_RTT_MS = -1.0
 ADDRESS_BYTES = 16
@@ -88,34 +89,3 @@ def is_ipv4(packed: np.ndarray) -> np.ndarray:
     """True where (…, 16) packed addresses are IPv4."""
     words, prefix = np.ascontiguousarray(packed).view(np.uint32), np.frombuffer(IPV4_MAPPED_PREFIX, dtype=np.uint32)
     return (words[..., 0] == prefix[0]) & (words[..., 1] == prefix[1]) & (words[..., 2] == prefix[2])
-
-
-# IANA special-purpose registries: addresses that name no host on the public Internet.
-_NOT_PUBLIC = (
-    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
-    *("192.168.0.0/16", "224.0.0.0/4", "240.0.0.0/4"),
-    *("::/128", "::1/128", "fe80::/10", "fc00::/7", "ff00::/8"),
-)
-
-
-def is_public(packed: np.ndarray) -> np.ndarray:
-    """True where (…, 16) packed addresses are neither private, shared, loopback, link-local, multicast nor reserved.
-
-    Documentation prefixes (192.0.2.0/24, 2001:db8::/32 …) count as public: tests and examples are written with them.
-    """
-    public = np.ones(packed.shape[:-1], dtype=bool)
-    for base, mask in _not_public():
-        public &= ((packed & mask) != base).any(axis=-1)
-    return public
-
-
-@cache
-def _not_public() -> list[tuple[np.ndarray, np.ndarray]]:
-    """First address and mask of each network, (16,) uint8."""
-    found = []
-    for network in map(ipaddress.ip_network, _NOT_PUBLIC):
-        length = network.prefixlen + (96 if network.version == 4 else 0)
-        mask = ((1 << 128) - (1 << (128 - length))).to_bytes(ADDRESS_BYTES, "big")
-        base = pack_address(str(network.network_address))
-        found.append((np.frombuffer(base, dtype=np.uint8), np.frombuffer(mask, dtype=np.uint8)))
-    return found

@@ -45,7 +45,8 @@ def block_steps(windows_per_read: int) -> int:
 
 
 class WindowBlocks:
-    """Random access to blocks: self[b] is (steps, batch, seq_len + 1) int16, PADDING where a row ran out.
+    """Random access to blocks: self[b] is (steps, batch, seq_len + 1) int16, PADDING where a row ran out and below it where
+    a token is muted.
 
     `batch` is this rank's share of the batch: every world-th window, beginning with window `rank`.
     """
@@ -73,7 +74,7 @@ class WindowBlocks:
         mine = range(self.rank, self.batch_size, self.world)
         out = np.empty((self.steps, len(mine), self.tokens), dtype=np.int16)
         for column, place in enumerate(mine):
-            out[:, column] = encode_windows(self.draw(block, place), self.tokens)
+            out[:, column] = encode_windows([window for _, window in self.draw(block, place)], self.tokens)
         return out
 
     def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:

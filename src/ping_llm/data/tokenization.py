@@ -41,6 +41,7 @@ ROLE_NAMES = (
 BYTE_0 = len(ROLE_NAMES)
 VOCAB_SIZE = BYTE_0 + 256
 PADDING = -1
+MUTED = -2  # a token t that is read but no target of training stands as MUTED − t
 
 # Which of config.FIELDS (structure, src, dst, time, rtt) a role is reported under, and the bytes after it. A role chooses
 # what comes next, which is structure, but FAILED is itself a result.
@@ -109,10 +110,14 @@ class Fields:
     timed: np.ndarray  # (n,) bool: whether the time is known
     order: np.ndarray  # (n, 4) sort keys of src, dst, result, time within the measurement; ties are not allowed
     window: np.ndarray  # (n,) number of the window, ascending: the first timestamp in each is absolute
+    muted: np.ndarray | None = None  # (n,) bool: the bytes of the RTT are no targets of training
 
 
 def encode(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all measurements, one after the other, as (N,) int16, and the (n + 1,) offsets where each starts."""
+    """Tokens of all measurements, one after the other, as (N,) int16, and the (n + 1,) offsets where each starts.
+
+    Muted ones are below PADDING.
+    """
     n = len(fields.src)
     src4, dst4 = is_ipv4(fields.src), is_ipv4(fields.dst)
     failed = fields.rtt_ms < 0
@@ -140,6 +145,10 @@ def encode(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
     code = encode_rtt(fields.rtt_ms[replied])
     tokens[at[RESULT, replied] + 1] = BYTE_0 + (code >> 8)
     tokens[at[RESULT, replied] + 2] = BYTE_0 + (code & 0xFF)
+    if fields.muted is not None:
+        muted = at[RESULT, np.flatnonzero(fields.muted & ~failed)]
+        for place in (muted + 1, muted + 2):
+            tokens[place] = MUTED - tokens[place]
     for role, width in _TIME_BYTES.items():
         chosen = np.flatnonzero(fields.timed & (time_role == role))
         if len(chosen):

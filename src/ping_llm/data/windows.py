@@ -8,7 +8,9 @@ A window is a random look at one probe's history, drawn by `sample_window` as a 
 - its timestamps are full (time order), partial (10–90 % of the measurements lose theirs; those are shuffled among the
   others) or none (all shuffled);
 - its source is whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one; each destination
-  is whole or cut on its own, to at least 1 byte.
+  is whole or cut on its own, to at least 1 byte;
+- the fields of its measurements stand in one order, source, destination, time, result, or each in an order of its own;
+- it may tell of pseudonyms and of shifted pairs: see augmentation.py.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ping_llm.config import DataConfig
+from ping_llm.data.augmentation import pseudonyms, shift_pairs
 from ping_llm.data.rows import ProbeRow
-from ping_llm.data.tokenization import DELTA1_MAX_S, PADDING, Fields, encode
+from ping_llm.data.tokenization import DELTA1_MAX_S, PADDING, RESULT_LAST, Fields, encode
 
 TIME_MODES = ("full", "partial", "none")
 MAX_WINDOWS_PER_ROW = 16
@@ -33,13 +36,18 @@ _LENGTH_SAMPLE = 64
 
 @dataclass(frozen=True)
 class Window:
-    """k measurements of a row, in sequence order, and how much of each is shown."""
+    """k measurements of a row, in sequence order, and what is shown of each."""
 
     index: np.ndarray  # (k,) into the row
-    timed: np.ndarray  # (k,) bool
+    src: np.ndarray  # (k, 16) uint8, packed
+    dst: np.ndarray  # (k, 16) uint8, packed
     src_bytes: np.ndarray  # (k,) known bytes of the source
     dst_bytes: np.ndarray  # (k,) known bytes of the destination
+    rtt_ms: np.ndarray  # (k,) −1 = failed
+    time_s: np.ndarray  # (k,) int64
+    timed: np.ndarray  # (k,) bool
     order: np.ndarray  # (k, 4) sort keys of src, dst, result, time
+    muted: np.ndarray  # (k,) bool: the RTT is no target
     mode: str  # one of TIME_MODES
 
 
@@ -58,44 +66,43 @@ def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random
     dst_bytes = np.where(cut, 1 + (rng.random(count) * (dst_width - 1)).astype(np.int64), dst_width)
     kept = _fitting(_token_lengths(row, index, timed, src_bytes + dst_bytes), tokens, rng)
     order = rng.random((len(kept), 4), dtype=np.float32)
-    return Window(index[kept], timed[kept], src_bytes[kept], dst_bytes[kept], order, mode)
+    index = index[kept]
+    src, dst, rtt_ms = row.src_addresses[row.src[index]], row.dst_addresses[row.dst[index]], row.rtt_ms[index]
+    muted = np.zeros(len(index), dtype=bool)
+    canonical, shifted, hidden = rng.random(3) < (config.canonical_order, config.shifted_pairs, config.pseudonyms)
+    if canonical or shifted:  # what comes after an RTT that is not the pair's own would be learned from it
+        order = np.tile(RESULT_LAST, (len(index), 1))
+    if shifted:
+        rtt_ms, muted = shift_pairs(row.src[index].astype(np.int64) << 32 | row.dst[index], rtt_ms, rng)
+    if hidden:
+        which = rng.integers(3)  # sources, destinations or both
+        src, dst = (pseudonyms(src, rng) if which != 1 else src), (pseudonyms(dst, rng) if which else dst)
+    times = row.times(index)
+    return Window(index, src, dst, src_bytes[kept], dst_bytes[kept], rtt_ms, times, timed[kept], order, muted, mode)
 
 
-def encode_windows(drawn: Sequence[tuple[ProbeRow, Window]], tokens: int) -> np.ndarray:
-    """Tokens of W windows, each with its row: (W, tokens) int16, cut after the last measurement that fits, then PADDING.
+def encode_windows(windows: Sequence[Window], tokens: int) -> np.ndarray:
+    """Tokens of W windows: (W, tokens) int16, cut after the last measurement that fits, then PADDING.
 
     All are encoded in one call: its fixed cost is that of some ten windows.
     """
-    encoded, starts = encode(window_fields(drawn))
-    counts = [len(window.index) for _, window in drawn]
-    out = np.full((len(drawn), tokens), PADDING, dtype=np.int16)
+    encoded, starts = encode(window_fields(windows))
+    out = np.full((len(windows), tokens), PADDING, dtype=np.int16)
     last = 0
-    for line, count in zip(out, counts, strict=True):
-        first, last = last, last + count
+    for line, window in zip(out, windows, strict=True):
+        first, last = last, last + len(window.index)
         borders = starts[first : last + 1]
         end = borders[np.searchsorted(borders, borders[0] + tokens, "right") - 1]
         line[: end - borders[0]] = encoded[borders[0] : end]
     return out
 
 
-def window_fields(drawn: Sequence[tuple[ProbeRow, Window]]) -> Fields:
-    """The fields of W windows, each with its row, one after the other."""
-    columns = [
-        (
-            row.src_addresses[row.src[window.index]],
-            row.dst_addresses[row.dst[window.index]],
-            window.src_bytes,
-            window.dst_bytes,
-            row.rtt_ms[window.index],
-            row.times(window.index),
-            window.timed,
-            window.order,
-        )
-        for row, window in drawn
-    ]
-    number = np.repeat(np.arange(len(drawn)), [len(window.index) for _, window in drawn])
-    src, dst, src_bytes, dst_bytes, rtt_ms, time_s, timed, order = map(np.concatenate, zip(*columns, strict=True))
-    return Fields(src, dst, src_bytes, dst_bytes, rtt_ms, time_s, timed, order, window=number)
+def window_fields(windows: Sequence[Window]) -> Fields:
+    """The fields of W windows, one after the other."""
+    names = ("src", "dst", "src_bytes", "dst_bytes", "rtt_ms", "time_s", "timed", "order", "muted")
+    columns = {name: np.concatenate([getattr(window, name) for window in windows]) for name in names}
+    number = np.repeat(np.arange(len(windows)), [len(window.index) for window in windows])
+    return Fields(**columns, window=number)
 
 
 def windows_per_row(measurements: np.ndarray, ipv6_measurements: np.ndarray, tokens: int) -> np.ndarray:

@@ -16,23 +16,23 @@ from ping_llm.eval.options import PartOptions
 from ping_llm.eval.report import print_lines
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
+from ping_llm.system.files import try_file
 
 PREFIX_BYTES = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
 """Given of a destination, by the width of its address: /8 … /32, and /32, /48, /64, /128."""
 
 
 def print_look(options: PartOptions, look: Callable[[PingModel, Queries], list[dict[str, Any]]]) -> None:
-    """Prints, and writes to `json`, the lines of a look at the model and queries of the part; else ends with one line."""
-    try:
-        model, split = open_queries(options, 200)
-        print_lines(look(model, split.recent), options.json)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    """Prints, and writes to `json`, the lines of a look at the model and queries of the part."""
+    try_file(options.json)
+    model, split = open_queries(options, 200)
+    print_lines(look(model, split.recent), options.json)
 
 
 def score_queries(model: PingModel, queries: list[Query], rtt_ms: np.ndarray, src_known: str) -> dict[str, float]:
     """Means over n queries and their answers (n,): NLL and CRPS in log-ms, median relative error, P(fail)."""
-    scores = score_answers(model, queries, rtt_ms, src_known).columns()
+    (answers,) = score_answers(model, queries, rtt_ms, [src_known])
+    scores = answers.columns()
     means = {name: float(np.nanmean(scores[name])) for name in ("nll_nats", "crps_log")}
     error = {"median_rel_error": float(np.nanmedian(scores["relative_error"]))}
     return {"questions": len(queries)} | means | error | {"p_fail": float(scores["p_fail"].mean())}

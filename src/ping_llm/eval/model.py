@@ -17,6 +17,9 @@ from ping_llm.eval.metrics import QUANTILE_LEVELS, Scores
 from ping_llm.eval.options import EvalOptions, PartOptions
 from ping_llm.eval.queries import FAMILIES, Seen, SplitQueries, learned_from
 from ping_llm.inference.context import Context
+from ping_llm.inference.distribution import RTTDistribution
+from ping_llm.inference.engine import Focus
+from ping_llm.inference.mixture import distributions_under
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import fitting_places
 from ping_llm.inference.query import Endpoint, Query
@@ -32,56 +35,68 @@ _TRUE_LEVELS = np.r_[0, 10.0 ** np.arange(-7, -2), np.linspace(0.005, 0.995, 397
 
 
 @dataclass(frozen=True)
-class ModelMethod:
-    """The model, given as much of the source as `src_known` says."""
+class ModelMethods:
+    """The model, given as much of the source as each of `src_known` says: a method each, by name."""
 
     model: PingModel
-    src_known: str
+    src_known: tuple[str, ...]
 
     @classmethod
-    def load(cls, options: EvalOptions) -> list[ModelMethod]:
+    def load(cls, options: EvalOptions) -> ModelMethods:
         """The model of the run under each of `src_known`."""
         model = PingModel.load(options.trained, options.device, options.precision)
-        return [cls(replace(model, least_mass=LEAST_MASS), known) for known in options.src_known]
+        return cls(replace(model, least_mass=LEAST_MASS), options.src_known)
 
     @property
-    def name(self) -> str:
-        return f"ping-llm, source {self.src_known}"
+    def names(self) -> list[str]:
+        """One for each of `src_known`."""
+        return [f"ping-llm, source {known}" for known in self.src_known]
 
     def scores(
         self, queries: Queries, rng: np.random.Generator, advance: Callable[[float], None] = lambda n: None
-    ) -> Scores:
-        """The scores of q queries."""
+    ) -> dict[str, Scores]:
+        """The scores of q queries, of each method, from one set of passes."""
         # neighbours share their context
         order = np.lexsort((queries.measurements.time_s[queries.rows], queries.src_id))
         sorted_ = queries.take(order)
-        found = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
-        found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))
-        failed = -np.log(np.maximum(found.p_fail, LEAST_CHANCE))
-        return replace(found, nll_nats=np.where(found.rtt_ms < 0, failed, found.nll_nats))
+        every = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
+        scores = {}
+        for name, found in zip(self.names, every, strict=True):
+            found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))
+            failed = -np.log(np.maximum(found.p_fail, LEAST_CHANCE))
+            scores[name] = replace(found, nll_nats=np.where(found.rtt_ms < 0, failed, found.nll_nats))
+        return scores
 
 
 def score_answers(
     model: PingModel,
     queries: Sequence[Query],
     rtt_ms: np.ndarray,
-    src_known: str = "auto",
+    every: Sequence[str] = ("auto",),
     rng: np.random.Generator | None = None,
     advance: Callable[[float], None] = lambda n: None,
-) -> Scores:
-    """The scores of the model's answers to q queries with these results (q,), −1 = failed.
+) -> list[Scores]:
+    """The scores of the model's answers to q queries with these results (q,), −1 = failed, under each of `every`.
 
     With `rng` the PIT is randomised within a code: RTTs are reported in steps.
     """
     answers, done, levels = [], 0, np.array(QUANTILE_LEVELS)
-    for found in model.distributions(queries, src_known):
-        observed = rtt_ms[done : done + len(found)].astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            nll_nats = np.minimum(-found.log_density(observed), LARGEST_NLL)
-        answers.append((found.p_fail, nll_nats, found.crps(observed), found.pit(observed, rng), found.quantile(levels)))
-        done += len(found)
-        advance(len(found))
-    return Scores(rtt_ms, *(np.concatenate(column) for column in zip(*answers, strict=True)))
+    focus = Focus.on(levels, len(queries), np.arange(len(queries)), rtt_ms)
+    for under in distributions_under(model, queries, every, focus):
+        observed = rtt_ms[done : done + len(under[0])].astype(np.float64)
+        answers.append([_columns(found, observed, levels, rng) for found in under])
+        done += len(observed)
+        advance(len(observed))
+    return [Scores(rtt_ms, *map(np.concatenate, zip(*own, strict=True))) for own in zip(*answers, strict=True)]
+
+
+def _columns(
+    found: RTTDistribution, observed: np.ndarray, levels: np.ndarray, rng: np.random.Generator | None
+) -> tuple[np.ndarray, ...]:
+    """Of answers to queries with these results, all columns of `Scores` but the first."""
+    with np.errstate(invalid="ignore"):
+        nll_nats = np.minimum(-found.log_density(observed), LARGEST_NLL)
+    return found.p_fail, nll_nats, found.crps(observed), found.pit(observed, rng), found.quantile(levels)
 
 
 def model_queries(queries: Queries) -> list[Query]:

@@ -283,7 +283,7 @@ def print_lines(lines: Sequence[Mapping[str, Any]], path: Path | None = None) ->
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print("\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows))
     if path:
-        path.write_text(json.dumps(lines, indent=1) + "\n")
+        write_atomically(path, json.dumps(lines, indent=1) + "\n")
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ from ping_llm.eval.borrowed import RESULTS_NAME, TABLE_NAME, BorrowedScores, all
 from ping_llm.eval.columns import Measurements, Queries
 from ping_llm.eval.diagnose import model_extras
 from ping_llm.eval.metrics import Scores, score
-from ping_llm.eval.model import ModelMethod, TrueDistribution, fitted
+from ping_llm.eval.model import ModelMethods, TrueDistribution, fitted
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.plots import plot_results
 from ping_llm.eval.queries import (
@@ -32,10 +32,10 @@ from ping_llm.eval.queries import (
     learned_from,
     mixed_queries,
 )
-from ping_llm.eval.report import write_report
+from ping_llm.eval.report import REPORT_NAME, write_report
 from ping_llm.eval.results import CellScores, comparator_of, make_resamples, score_writer, summaries, summarize_cell
 from ping_llm.model.checkpoint import load_config, load_model
-from ping_llm.system.files import file_sha256, write_atomically
+from ping_llm.system.files import file_sha256, try_folder, write_atomically
 from ping_llm.system.progress import show_progress
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
@@ -50,6 +50,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     ModuleNotFoundError without LightGBM.
     """
     options.check()
+    if options.run is None or options.run.is_dir():  # else there is nothing to do
+        try_folder(options.folder, RESULTS_NAME, REPORT_NAME, TABLE_NAME)
     borrowed = [BorrowedScores.load(folder) for folder in options.scores]
     held = all_methods(borrowed)
     fits = not options.model_only and not any(one["kind"] == "baseline" for one in held.values())
@@ -62,12 +64,11 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     truth = [TrueDistribution(Truth.load(options.truth))] if options.truth else []
     methods = {one.name: {"kind": "baseline", "choices": one.choices} for one in baselines} | held
     methods |= {one.name: {"kind": "truth", "choices": {}} for one in truth}
-    methods |= {one.name: {"kind": "model", "choices": {}} for one in models}
+    methods |= {name: {"kind": "model", "choices": {}} for name in (models.names if models else ())}
     described: dict[str, dict[str, dict[str, Any]]] = {}
     for one in splits:
         band, _, number = one.split.rpartition("-")
         described.setdefault(band or EXTERNAL, {}).setdefault(one.family, {})[number] = one.describe()
-    options.folder.mkdir(parents=True, exist_ok=True)
     kinds = {name: one["kind"] for name, one in methods.items()}
     cells = _answer_all(options, splits, [*baselines, *truth], models, borrowed, kinds)
 
@@ -95,7 +96,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if models:
         tested = [split for split in splits if split.is_val == options.val_only]
         bayes, beside = DestinationBayes(train, val), baselines[-1] if baselines else None
-        results |= model_extras(models[0].model, options, bayes, tested, beside)
+        results |= model_extras(models.model, options, bayes, tested, beside)
     text = json.dumps(results, default=lambda value: value.tolist())
     results = json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are null
     write_atomically(options.folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
@@ -112,10 +113,10 @@ def _fit_baselines(train: Measurements, val: Queries, quick: bool) -> list[Basel
     return baselines
 
 
-def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
+def _open_run(options: EvalOptions) -> tuple[ModelMethods | None, str, Path]:
     """The model under each of `src_known`, why it may know the answers, and the rows that baselines learn from."""
     if options.run is None or options.baselines_only:
-        return [], "", options.train_rows or options.rows
+        return None, "", options.train_rows or options.rows
     _, config, state = load_model(options.trained)
     run = options.trained if load_config(options.trained) else options.trained.parent.parent  # one checkpoint was named
     problem = leak_problem(run, config.data.rows, state["rows_sha256"], options.rows)
@@ -128,7 +129,7 @@ def _open_run(options: EvalOptions) -> tuple[list[ModelMethod], str, Path]:
         raise ValueError(f"{problem}; give rows of other measurements, or --allow-leak to see the numbers anyway")
     if not (train_rows / MANIFEST_NAME).is_file():
         raise ValueError(f"the rows {train_rows}, that {run} learned from, are gone; name them with --train-rows")
-    return ModelMethod.load(options), problem, train_rows
+    return ModelMethods.load(options), problem, train_rows
 
 
 def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> str:
@@ -183,7 +184,7 @@ def _answer_all(
     options: EvalOptions,
     splits: Sequence[SplitQueries],
     predictors: Sequence[Baseline | TrueDistribution],
-    models: Sequence[ModelMethod],
+    models: ModelMethods | None,
     borrowed: Sequence[BorrowedScores],
     kinds: Mapping[str, str],
 ) -> list[CellScores]:
@@ -191,7 +192,7 @@ def _answer_all(
 
     Models answer the first queries of a cell. All methods are given what of a context fits in a prompt of the model.
     """
-    seq_len = options.seq_len or min((model.model.seq_len for model in models), default=0)
+    seq_len = options.seq_len or (models.model.seq_len if models else 0)
     resamples, done = make_resamples(splits, options.seed), list[CellScores]()
     cells = [cell for split in splits if len(split) for cell in split.cells() if cell.k in options.counts]
     if seq_len:
@@ -200,7 +201,8 @@ def _answer_all(
         for cell in cells:
             folder.check(cell)
     first = slice(options.model_queries_per_cell)
-    total = sum(len(predictors) * len(c.queries) + len(models) * len(c.queries.take(first)) for c in cells)
+    answered = len(predictors), int(models is not None)
+    total = sum(np.dot(answered, (len(c.queries), len(c.queries.take(first)))) for c in cells)
     with score_writer(options.folder / TABLE_NAME) as write, show_progress("answer", total, "queries") as advance:
         for number, cell in enumerate(cells):
             queries, view, scores = cell.queries, cell.queries.view(), dict[str, Scores]()
@@ -211,8 +213,8 @@ def _answer_all(
                 prediction = predictor.predict(view)
                 scores[predictor.name] = score(prediction.distributions, prediction.p_fail, queries.rtt_ms)
                 advance(len(view))
-            for model in models:
-                scores[model.name] = model.scores(queries.take(first), rng, advance)
+            if models:
+                scores |= models.scores(queries.take(first), rng, advance)
             write(cell, scores)
             context_fitted = float((queries.context >= 0).sum(axis=1).mean())
             comparator = comparator_of(cell, done, kinds)

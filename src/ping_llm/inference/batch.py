@@ -12,10 +12,12 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
+from ping_llm.data.in_memory import extended, held
 from ping_llm.data.measurement import FAILED_RTT_MS
-from ping_llm.inference.context import as_table
+from ping_llm.data.text_table import table_of
+from ping_llm.inference.context import Records
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
-from ping_llm.inference.engine import Reader
+from ping_llm.inference.engine import Focus, Reader
 from ping_llm.inference.mixture import CHUNK, distributions
 from ping_llm.inference.query import Endpoint, SrcKnown, known_lengths
 from ping_llm.inference.table import ContextTable, QueryTable
@@ -29,41 +31,44 @@ log = logging.getLogger(__name__)
 
 def answer_table(
     reader: Reader,
-    queries: object,
-    context: object = None,
+    queries: Records,
+    context: Records | None = None,
     src_known: SrcKnown = "auto",
     advance: Callable[[float], None] = lambda rows: None,
     *,
     one_host: bool = False,
-) -> pa.Table:
-    """The distribution of the result of each query, in the order of the queries.
+) -> Records:
+    """The distribution of the result of each query, in the order of the queries: a table of the kind that was given.
 
-    `queries` is what `as_table` takes: columns src_addr and dst_addr (an address, a prefix, or null for any), optionally
-    query_id, event_time, and rtt (ms, −1 = failed), by which the answer is scored. `context` has src_addr, dst_addr, rtt
-    and, optionally, event_time and query_id: a row with a query_id is context of that query, and one without is context
-    of every query of its source, if it is from an earlier second. With `one_host` all sources of the context are addresses
-    of one host: a row without a query_id is context of every later query that names a source. Columns out: query_id (the
-    number of the row, if none was given), ANSWER_COLUMNS; SCORE_COLUMNS, if there is an rtt; and error, if some row is bad.
-    `advance` is called with rows done.
+    `queries` has the columns src_addr and dst_addr (an address, a prefix, or null for any), optionally query_id,
+    event_time, and rtt (ms, −1 = failed), by which the answer is scored. `context` has src_addr, dst_addr, rtt and,
+    optionally, event_time and query_id: a row with a query_id is context of that query, and one without is context of
+    every query of its source, if it is from an earlier second. With `one_host` all sources of the context are addresses of
+    one host: a row without a query_id is context of every later query that names a source. A query_id is any text, and
+    compared as it is written (for numbers see data.as_text). Columns out: query_id as it was given (the number of the row,
+    if none was), ANSWER_COLUMNS; SCORE_COLUMNS, if there is an rtt; and error, if some row is bad. `advance` is called with
+    rows done.
     """
-    given = as_table(queries)
+    queries = held(queries)
+    given = table_of(queries)
     table = QueryTable.parse(given)
     known_lengths(src_known, Endpoint.parse("::1"))  # what is invalid for every source is not the error of a row
-    named = "query_id" in given.column_names
-    measured = None if context is None else as_table(context)
+    named = "query_id" in given.names
+    measured = None if context is None else table_of(held(context))
     if measured is not None and not measured.num_rows:
         log.warning("the context has no rows: it is a context of nothing")
         measured = None
     contexts = None if measured is None else ContextTable.parse(measured, table.rows if named else (), one_host)
     most = reader.seq_len // LEAST_TOKENS + 1
-    columns = np.full((given.num_rows, len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
+    columns = np.full((len(table.rows), len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
     order, used = table.order(), contexts is None
     for first in range(0, len(order), CHUNK):
         rows = order[first : first + CHUNK]
         valid, distinct, place = table.distinct(rows, contexts, most, src_known)
         used |= any(len(query.context) for query in distinct)
         done = 0
-        for found in distributions(reader, distinct, src_known):
+        focus = Focus.on(np.array(QUANTILES), len(distinct), place, table.rtt_ms[valid])
+        for found in distributions(reader, distinct, src_known, focus):
             here = (place >= done) & (place < done + len(found))
             which = valid[here]
             columns[which] = _statistics(found, place[here] - done, table.rtt_ms[which])
@@ -71,14 +76,14 @@ def answer_table(
         advance(len(rows))
     if not used:
         log.warning("no query is of a source of the context, at a later time; the context was not used")
-    answers = pa.table({"query_id": given.column("query_id") if named else np.arange(given.num_rows)})
-    names = ANSWER_COLUMNS + (SCORE_COLUMNS if "rtt" in given.column_names else ())
-    for name, values in zip(names, columns.T, strict=False):
-        answers = answers.append_column(name, pa.array(values, from_pandas=True))  # NaN is null
+    answers = {} if named else {"query_id": pa.array(np.arange(len(table.rows)))}
+    names = ANSWER_COLUMNS + (SCORE_COLUMNS if "rtt" in given.names else ())
+    answers |= {
+        name: pa.array(values, from_pandas=True) for name, values in zip(names, columns.T, strict=False)
+    }  # NaN is null
     if table.errors:
-        messages = [table.errors.get(row) for row in range(given.num_rows)]
-        answers = answers.append_column("error", pa.array(messages, pa.string()))
-    return answers
+        answers["error"] = pa.array([table.errors.get(row) for row in range(len(table.rows))], pa.string())
+    return extended(queries, ["query_id"] if named else [], pa.table(answers))
 
 
 def _statistics(found: RTTDistribution, which: np.ndarray, rtt_ms: np.ndarray) -> np.ndarray:

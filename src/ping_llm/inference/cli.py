@@ -100,6 +100,10 @@ def rtt(
     from ping_llm.inference.files import print_distributions, print_json
     from ping_llm.inference.query import Query
 
+    if plot:
+        from ping_llm.inference.plots import check_picture
+
+        check_picture(plot, len(destinations) or 1)
     given = known.read()
     context = Context.parse(given["context"], known.one_host)
     queries = [Query.parse(src or None, to, given["at"], context) for to in destinations or [None]]
@@ -132,7 +136,7 @@ def batch(
     """Answer a table of queries, row for row. Exit code 3 if some rows could not be answered; these say why.
 
     Args:
-        input: queries (.parquet, .csv, .json, .jsonl; - is CSV or JSON on standard input): src_addr and dst_addr, each an
+        input: queries (.parquet, .csv, .json, .jsonl; - is standard input): src_addr and dst_addr, each an
             address, a prefix, or nothing for any; if wanted query_id, event_time, and rtt (ms, −1 = failed) to score by.
         output: answers, in the order of the queries (by the suffix; - is standard output).
         context: earlier measurements: src_addr, dst_addr, rtt, event_time, query_id. Without query_id, a row is context of
@@ -141,19 +145,22 @@ def batch(
             from a later second that names a source.
         src_known: how much of the sources is known: all, none, a prefix length, or auto.
     """
+    from ping_llm.data.in_memory import count_rows
     from ping_llm.inference.batch import answer_table
-    from ping_llm.inference.files import check_output, read_context, read_input, write_table
+    from ping_llm.inference.files import as_arrow, check_output, read_context, read_input, write_table
     from ping_llm.system.progress import show_progress
 
     check_output(output)
     queries, suffix = read_input(input)
     earlier, reader = read_context(context), model.load()
-    with show_progress("answer", queries.num_rows, "queries") as advance:
+    count = count_rows(queries)
+    with show_progress("answer", count, "queries") as advance:
         answers = answer_table(reader, queries, earlier, src_known, advance, one_host=one_host)
     write_table(answers, output, suffix)
-    bad = answers.num_rows - answers.column("error").null_count if "error" in answers.column_names else 0
+    answers = as_arrow(answers)
+    bad = count - answers.column("error").null_count if "error" in answers.column_names else 0
     if bad:
-        print(f"warning: {bad:,} of {answers.num_rows:,} queries are bad; their column error says why", file=sys.stderr)
+        print(f"warning: {bad:,} of {count:,} queries are bad; their column error says why", file=sys.stderr)
     return _BAD_ROWS if bad else 0
 
 
@@ -267,6 +274,7 @@ def score(
     src_known: str = "auto",
     top: int = 10,
     json: Flag = False,
+    keep_going: Flag = False,
 ) -> None:
     """How surprising measured pings are: nats, and a p-value, of each after the ones before it.
 
@@ -281,19 +289,21 @@ def score(
         src_known: how much of the sources is known: all, none, a prefix length, or auto.
         top: the most surprising ones are shown, so many, with what was expected.
         json: print one JSON object.
+        keep_going: score what can be read of a damaged dump instead of stopping.
     """
     import pyarrow.compute as pc
 
-    from ping_llm.inference.files import check_output, read_measurements, show, write_table
+    from ping_llm.inference.files import as_arrow, check_output, read_measurements, show, write_table
 
     check_output(output)
     if top < 1:
         raise ValueError(f"--top {top} must be at least 1")
-    table = read_measurements(input)
+    table = read_measurements(input, keep_going)
     reader = model.load()
     scored = reader.score(table, history, src_known, anomaly_at, one_host=one_host)
     if output is not None:
         return write_table(scored, output)
+    scored = as_arrow(scored)
     total = {"measurements": scored.num_rows, "mean_nll_nats": pc.mean(scored.column("nll_nats")).as_py()}
     if anomaly_at is not None:
         total["anomalies"] = pc.sum(scored.column("anomaly")).as_py() or 0

@@ -1,22 +1,26 @@
-"""Tables of measurements in, their checked columns out. Addresses, RTTs and times are parsed here and nowhere else."""
+"""Tables of measurements in, their checked columns out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, byte_matrix, pack_address
-from ping_llm.data.times import parse_time
+from ping_llm.data.measurement import ADDRESS_BYTES, byte_matrix
+from ping_llm.data.text_table import TextTable, table_of
+from ping_llm.data.text_values import Errors, addresses, are_missing, rtts_ms, times_s
 
-Records: TypeAlias = "pa.Table | Sequence[dict[str, Any]]"
-"""A table of Arrow, of pandas, or of records."""
-Errors = dict[int, str]
-"""What is wrong, by row."""
+Records: TypeAlias = Any
+"""A table of Arrow, pandas or polars, a list of records, or a dict of columns: see data.in_memory."""
+
+_REMEDIES = {
+    "event_time": "; give it in every row, or in none",
+    "rtt": "; it must be ms, or −1 for a failed ping",
+}
 
 log = logging.getLogger(__name__)
 
@@ -74,80 +78,31 @@ def warn_of_order(orders: Sequence[np.ndarray]) -> None:
 
 
 def columns_of(measurements: object, what: str = "the table", row_name: str = "row", one_host: bool = False) -> Context:
-    """The columns of a table (see `as_table`), in its order: src_addr, dst_addr, rtt (ms, −1 = failed), maybe event_time.
+    """The columns of a table (see `Records`), in its order: src_addr, dst_addr, rtt (ms, −1 = failed), maybe event_time.
 
-    They may be of several sources. ValueError names the column of `what`, or the row, as `row_name`, that is wrong.
+    They may be of several sources. A time stands in every row or in none. ValueError names the column of `what`, or the
+    row, as `row_name`, that is wrong.
     """
-    table = as_table(measurements)
+    table = measurements if isinstance(measurements, TextTable) else table_of(measurements)
+    text = table.read_text(["src_addr", "dst_addr", "rtt", "event_time"])
     if not table.num_rows:
         nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
         return Context(nothing, nothing, np.zeros(0), None, one_host)
-    parsers: dict[str, Callable[[Any], Any]] = {"src_addr": _packed, "dst_addr": _packed, "rtt": _result_ms}
-    for name in parsers:
-        if name not in table.column_names:
-            raise ValueError(f"{what} has no column {name}; it has {', '.join(table.column_names)}")
-    parsers |= {"event_time": parse_time} if "event_time" in table.column_names else {}
-    columns = []
-    for name, parse in parsers.items():
-        values, errors = parse_column(table.column(name), parse)
-        for row, error in errors.items():
-            raise ValueError(f"{row_name} {row + 1}: {error}")
-        columns.append(np.array(values))
-    src, dst, rtt_ms, *time_s = columns
-    return Context(src, dst, rtt_ms.astype(np.float64), time_s[0].astype(np.int64) if time_s else None, one_host)
-
-
-def parse_column(column: pa.ChunkedArray | pa.Array, parse: Callable[[Any], Any]) -> tuple[list[Any], Errors]:
-    """`parse` of every row, each distinct value parsed once; None, and an error, where that is a ValueError."""
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)  # Python knows no nanoseconds
-    values = column.to_pylist()
-    values = list(map(str, values)) if pa.types.is_nested(column.type) else values
-    parsed: dict[Any, Any] = {}
-    wrong: dict[Any, str] = {}
-    for value in set(values):
-        try:
-            parsed[value] = parse(value)
-        except ValueError as error:
-            wrong[value] = str(error)
-    errors = {row: wrong[value] for row, value in enumerate(values) if value in wrong} if wrong else {}
-    return [parsed.get(value) for value in values], errors
-
-
-def optional_rtt_ms(value: object) -> float:
-    """An RTT in ms, −1 = failed, NaN = not given; ValueError if it is neither."""
-    return float("nan") if value is None or value == "" else _result_ms(value)
-
-
-def optional_time_s(value: object) -> int | None:
-    """Unix seconds, None if not given; ValueError if it is no time."""
-    return None if value is None or value == "" or value != value else parse_time(value)  # NaN is no time
-
-
-def as_table(table: object) -> pa.Table:
-    """A table of Arrow, pandas or whatever else hands out Arrow data; records, or columns, as dicts; ValueError if none."""
-    if isinstance(table, pa.Table):
-        return table
-    try:
-        if isinstance(table, Sequence) and not isinstance(table, str):
-            return pa.Table.from_pylist(list(table))
-        return pa.table(table)
-    except (pa.ArrowException, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"a {type(table).__name__} is no table ({reason}); pass one of Arrow or pandas") from None
-
-
-def _packed(text: object) -> np.ndarray:
-    if not isinstance(text, str):
-        raise ValueError(f"{text!r} is not an IPv4 or IPv6 address")
-    return np.frombuffer(pack_address(text), dtype=np.uint8)
-
-
-def _result_ms(value: Any) -> float:
-    try:
-        rtt_ms = float(value)
-    except (TypeError, ValueError):
-        rtt_ms = float("nan")
-    if not (0 <= rtt_ms < float("inf") or rtt_ms == FAILED_RTT_MS):
-        raise ValueError(f"rtt {value!r} must be ms, or −1 for a failed ping")
-    return rtt_ms
+    for name in ("src_addr", "dst_addr", "rtt"):
+        if name not in text.column_names:
+            raise ValueError(f"{what} has no column {name}; it has {', '.join(table.names)}")
+    parsed: dict[str, np.ndarray] = {}
+    errors: Errors = {}
+    for name, parse in (("event_time", times_s), ("rtt", rtts_ms), ("dst_addr", addresses), ("src_addr", addresses)):
+        column = (
+            text.column(name).combine_chunks() if name in text.column_names else pa.nulls(text.num_rows, pa.string())
+        )
+        missing = are_missing(column, numbers=name in _REMEDIES)
+        if name == "event_time" and missing.all():
+            continue
+        parsed[name], wrong = parse(column)
+        errors |= {int(row): f"{name} is missing" + _REMEDIES.get(name, "") for row in np.flatnonzero(missing)} | wrong
+    if errors:
+        row = min(errors)
+        raise ValueError(f"{row_name} {row + 1}: {errors[row]}")
+    return Context(parsed["src_addr"], parsed["dst_addr"], parsed["rtt"], parsed.get("event_time"), one_host)

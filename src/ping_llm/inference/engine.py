@@ -7,7 +7,7 @@ nothing is sampled. Values of byte 1 of hardly any probability are left out of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,11 +23,13 @@ from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.grammar import Grammar, follow
 from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, Prompt, byte_tokens
-from ping_llm.model.gpt import GPT, KVCache, sibling_mask
+from ping_llm.model.gpt import GPT, KVCache
 
 LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""
-SECOND_PASS_PROMPTS = 16  # prompts whose second bytes are computed together: they follow about as many values of byte 1
+FOCUS_MASS = 1e-3
+"""Likewise where only some statistics are wanted, and the value does not decide any of them."""
+SECOND_PASS_TOKENS = 2048  # values of byte 1 that are followed together
 _LINES = 256  # token sequences read together
 _BYTES = slice(tk.BYTE_0, tk.VOCAB_SIZE)
 _RESULTS = (tk.RTT_START, tk.FAILED)
@@ -102,69 +104,131 @@ def read_contexts(reader: Reader, contexts: Sequence[np.ndarray]) -> ReadContext
     return ReadContexts(cache, log_likelihood.cpu().numpy())
 
 
+@dataclass(frozen=True, eq=False)
+class Focus:
+    """What is wanted of distributions: values of byte 1 that neither hold it nor are likely are not followed.
+
+    Beside P(answer), mean and CRPS, which a value of little probability hardly changes, those are the quantiles at `levels`
+    (Q,), and what is said of results that were observed: `observed` (n, 256) holds their byte 1, for each of n queries.
+    """
+
+    levels: np.ndarray
+    observed: np.ndarray | None = None
+
+    @classmethod
+    def on(cls, levels: np.ndarray, queries: int, query: np.ndarray, rtt_ms: np.ndarray) -> Focus:
+        """With the results (m,) ms, −1 or NaN = no RTT, of the queries numbered (m,)."""
+        observed, answered = np.zeros((queries, 256), dtype=bool), rtt_ms >= 0
+        observed[query[answered], tk.encode_rtt(rtt_ms[answered]) >> 8] = True
+        return cls(levels, observed)
+
+    def take(self, rows: np.ndarray) -> Focus:
+        """That of some queries."""
+        return Focus(self.levels, None if self.observed is None else self.observed[rows])
+
+    def values(self, byte_1: Tensor) -> Tensor:
+        """Which values of byte 1 hold what is wanted, (n, 256) bool, where the values have the probabilities (n, 256)."""
+        below = byte_1.cumsum(1) / byte_1.sum(1, keepdim=True)
+        levels = torch.from_numpy(self.levels).to(below).expand(len(below), -1).contiguous()
+        wanted = torch.zeros_like(byte_1, dtype=torch.bool)
+        wanted.scatter_(1, torch.searchsorted(below.contiguous(), levels).clamp(max=255), True)
+        return wanted if self.observed is None else wanted | torch.from_numpy(self.observed).to(wanted.device)
+
+
 @torch.inference_mode()
 def result_distributions(
     reader: Reader,
     prompts: Sequence[Prompt],
     read: ReadContexts | None = None,
     context_of: Sequence[int] | np.ndarray = (),
+    owner: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    focus: Focus | None = None,
 ) -> RTTDistribution:
     """The distributions of the results that come after B prompts, normalised over all results.
 
-    With `read`, the context of prompt i is its `context_of[i]`-th and is not read again. `total_probability` is the mass
-    that results had among all that the model could say but what is legal there and no result: a query is about its result
-    now, not whether a timestamp comes first. `unresolved` is the probability of RTTs of which only byte 1 was computed,
-    which bounds the error of any probability.
+    With `read`, the context of prompt i is its `context_of[i]`-th and is not read again. With `owner`, (B,) ascending from
+    0 to n − 1, there are n mixtures of the distributions that belong together, whose `weights` (B,) sum to 1; with weights
+    (M, B) there are M times n, those of the first weights first. `focus` says what is wanted of the n. `total_probability`
+    is the mass that results had among all that the model could say but what is legal there and no result: a query is about
+    its result now, not whether a timestamp comes first. `unresolved` is the probability of RTTs of which only byte 1 was
+    computed, which bounds the error of any probability. Where the least mass of the reader is 0, all is computed.
     """
     own = [prompt.tokens if read is None else prompt.tokens[prompt.context_length :] for prompt in prompts]
     tokens, lengths = reader.pad([np.append(line, tk.RTT_START) for line in own])
     cache = KVCache() if read is None else read.cache.select(torch.tensor(list(context_of), device=tokens.device))
+    device, batch, end = tokens.device, torch.arange(len(prompts), device=tokens.device), lengths - 1
     with reader.autocast():
-        logits = reader.gpt(tokens, cache)  # (B, T, V)
-    batch, end = torch.arange(len(prompts), device=tokens.device), lengths - 1  # end: place of RTT_START
-    role = logits[batch, end - 1].double().softmax(-1)  # (B, V) after the last field of the prompt
-    first = logits[batch, end].double().softmax(-1)[:, _BYTES]  # (B, 256) after RTT_START
-    mass_1 = role[:, tk.RTT_START, None] * first  # (B, 256)
-    followed = mass_1 >= reader.least_mass * role[:, list(_RESULTS)].sum(1, keepdim=True)
-    with reader.autocast():
-        second, passes = _second_bytes(reader.gpt, cache, followed)  # (B, 256, 256)
+        states = reader.gpt.states(tokens, cache)  # (B, T, D)
+        logits = reader.gpt.logits(torch.stack([states[batch, end - 1], states[batch, end]]))  # (2, B, V)
+    role, first = logits.double().softmax(-1)  # (B, V) after the last field of the prompt, and after RTT_START
+    first = first[:, _BYTES]  # (B, 256)
+    mass_1, failed = role[:, tk.RTT_START, None] * first, role[:, tk.FAILED]  # (B, 256), (B,)
+    mixing = torch.arange(len(prompts)) if owner is None else torch.from_numpy(owner)
+    weight = torch.ones(1, len(prompts)) if weights is None else torch.from_numpy(np.atleast_2d(weights))
+    mixing, weight = mixing.to(device), weight.to(device, torch.float64)
+    M, n = len(weight), int(mixing[-1]) + 1
 
-    codes = mass_1[..., None] * second
-    failed = role[:, tk.FAILED]
-    mass = codes.sum((1, 2)) + failed
+    def mixed(columns: Tensor) -> Tensor:  # (M, B, …) to (M, n, …)
+        return columns.new_zeros(M, n, *columns.shape[2:]).index_add_(1, mixing, columns)
+
+    # Of a mixture, up to tokens that are no bytes, (M, B, 256).
+    share = mass_1 * (weight / (mass_1.sum(1) + failed))[..., None]
+    focus = focus if reader.least_mass else None
+    followed = (share >= (reader.least_mass if focus is None else max(FOCUS_MASS, reader.least_mass))).any(0)
+    if focus is not None:
+        wanted = torch.stack([focus.values(values) for values in mixed(share)])  # (M, n, 256)
+        followed |= (wanted[:, mixing] & (share >= reader.least_mass)).any(0)
+
+    codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.head.weight.dtype)
+    mass, passes = torch.zeros_like(failed), 0  # mass: of all results of each prompt
+    with reader.autocast():
+        for rows, (place, byte_1), second in _second_bytes(reader.gpt, cache, followed):
+            row = rows[place]  # (f,) of each value that is followed
+            within = mass_1[row, byte_1, None] * second  # (f, 256)
+            mass.index_add_(0, row, within.sum(1))
+            mass[rows] += (mass_1 * ~followed)[rows].sum(1) + failed[rows]
+            for one, scale in zip(codes, (weight / mass)[:, row, None], strict=True):
+                one.view(-1, 256).index_add_(0, mixing[row] * 256 + byte_1, (within * scale).to(one))
+            passes += 1
+    scale = weight / mass  # (M, B)
+    unfollowed = mixed(mass_1 * ~followed * scale[..., None])  # (M, n, 256)
+    codes += (unfollowed / 256).to(codes)[..., None]
     no_result = torch.stack([row[torch.from_numpy(p.also_legal)].sum() for row, p in zip(role, prompts, strict=True)])
+    total = weight * (mass / (1 - no_result)).clamp(max=1.0)
+    context = torch.tensor([prompt.context_measurements for prompt in prompts], device=device)
+    context = context.new_zeros(n).scatter_reduce(0, mixing, context, "amax").repeat(M)
     return RTTDistribution(
-        (codes / mass[:, None, None]).flatten(1).cpu().numpy(),
-        (failed / mass).cpu().numpy(),
-        total_probability=(mass / (1 - no_result)).clamp(max=1.0).cpu().numpy(),
+        codes.view(M * n, -1).cpu().numpy(),
+        mixed(failed * scale).flatten().cpu().numpy(),
+        total_probability=mixed(total).flatten().cpu().numpy(),
         forward_passes=1 + passes + (read is not None),
-        context_measurements=np.array([prompt.context_measurements for prompt in prompts]),
-        unresolved=((mass_1 * ~followed).sum(1) / mass).cpu().numpy(),
+        context_measurements=context.cpu().numpy(),
+        unresolved=unfollowed.sum(2).flatten().cpu().numpy(),
     )
 
 
-def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> tuple[Tensor, int]:
-    """P(byte 2 | byte 1), (B, 256, 256), and the passes it took; uniform where byte 1 is not `followed`, (B, 256) bool."""
-    B = len(followed)
-    second = followed.new_full((B, 256, 256), 1 / 256, dtype=torch.float64)
+def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], Tensor]]:
+    """P(byte 2 | byte 1) of the values of byte 1 that are `followed`, (B, 256) bool, some prompts at a time.
+
+    Of each pass: the rows (b,) of its prompts; of each of f values the place among these rows and byte 1, (f,) both; and
+    P(byte 2), (f, 256). Prompts that follow about equally many stand together.
+    """
     counts = followed.sum(1)
     order = counts.argsort()
-    passes = 0
-    for rows in order.split(SECOND_PASS_PROMPTS):  # prompts that follow about equally many stand together
-        width = int(counts[rows].max())
-        if not width:
-            continue
+    first = 0
+    while first < len(order):
+        widths = counts[order[first:]].clamp(min=1) * torch.arange(1, len(order) - first + 1, device=order.device)
+        taken = max(1, int((widths <= SECOND_PASS_TOKENS).sum()))
+        rows, first = order[first : first + taken], first + taken
+        width = max(1, int(counts[rows].max()))
         byte_1 = followed[rows].int().argsort(dim=1, descending=True, stable=True)[:, :width]  # followed ones first
         used = torch.arange(width, device=rows.device) < counts[rows, None]  # (b, width)
         tokens = torch.where(used, byte_1 + tk.BYTE_0, tk.PADDING)
-        prompts = cache if B <= SECOND_PASS_PROMPTS and torch.equal(rows, order.sort().values) else cache.select(rows)
-        positions = prompts.lengths()[:, None].expand(-1, width)
-        logits = gpt(tokens, prompts.fork(), positions, sibling_mask(prompts, width))  # (b, width, V)
-        p = logits.double().softmax(-1)[..., _BYTES]  # (b, width, 256)
+        everything = taken == len(order) and torch.equal(rows, order.sort().values)
+        states = gpt.states(tokens, cache.fork() if everything else cache.select(rows), branches=width)  # (b, width, D)
         row, place = used.nonzero(as_tuple=True)
-        second[rows[row], byte_1[row, place]] = p[row, place]
-        passes += 1
-    return second, passes
+        yield rows, (row, byte_1[row, place]), gpt.logits(states[row, place]).double().softmax(-1)[:, _BYTES]
 
 
 @torch.inference_mode()

@@ -9,22 +9,30 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from ping_llm.data.as_text import text_of
+from ping_llm.data.in_memory import count_rows
 from ping_llm.data.measurement import format_address
 from ping_llm.data.rows import MANIFEST_NAME, RowReader, read_manifest
+from ping_llm.data.text_table import Number, open_table
+from ping_llm.data.text_values import rtts_ms
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.plots import Drawable
 from ping_llm.inference.table import check_columns
-from ping_llm.system.files import move_atomically
+from ping_llm.system.files import move_atomically, try_file
+from ping_llm.system.streams import check_standard_output, print_data
 
-_READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}  # of DuckDB
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".arrow", ".feather")
+Table: TypeAlias = "pa.Table | dict[str, list[Any]]"
+"""A table of Arrow or, as those of JSON are given, lists of values by the name of their column."""
 STANDARD = Path("-")  # standard input or output
 _PROBABILITY = ("p_", "probability", "share")  # beginnings of the names of columns shown in percent
 _MOST_ROWS = 40  # shown
@@ -34,74 +42,91 @@ _WIDTH = 160  # columns of text where there is no terminal to ask
 log = logging.getLogger(__name__)
 
 
-def read_table(path: Path) -> pa.Table:
-    """A table of measurements or queries from .parquet, .csv, .json or .jsonl."""
-    import duckdb
-
-    if not path.is_file():
+def read_table(path: Path) -> Table:
+    """A table of measurements or queries, with its values as they are written in the file."""
+    if not path.exists() or path.is_dir():
         raise ValueError(f"no file {path}")
-    if path.suffix not in _READERS:
-        raise ValueError(f"{path}: a table must be .parquet, .csv, .json or .jsonl")
-    query = f"SELECT * FROM {_READERS[path.suffix]}($path)"
-    try:
-        return duckdb.connect().sql(query, params={"path": str(path)}).to_arrow_table()
-    except duckdb.Error as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if path.is_file() and path.suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{path}: a table must be {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}")
+    return open_table(path).read_as_given()
 
 
-def read_input(path: Path) -> tuple[pa.Table, str]:
-    """A table from a file, or, for `-`, from CSV or JSON on standard input; and the suffix that names its format."""
-    if path != STANDARD:
-        return read_table(path), path.suffix
-    text = sys.stdin.read()
-    if not text.strip():
-        raise ValueError("nothing came on standard input; give CSV with a header, or one JSON object a line")
-    suffix = ".jsonl" if text.lstrip()[0] in "[{" else ".csv"
-    with tempfile.TemporaryDirectory(prefix="ping-llm-") as scratch:
-        file = Path(scratch) / f"input{suffix}"
-        file.write_text(text)
-        try:
-            return read_table(file), suffix
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(file), "standard input")) from None
+def read_input(path: Path) -> tuple[Table, str]:
+    """A table from a file, or, for `-`, from standard input in any of the formats; .jsonl if it is JSON, else .csv."""
+    if path == STANDARD:
+        given = getattr(sys.stdin, "buffer", None)
+        content = given.read() if given else sys.stdin.read().encode()
+        if not content.strip():
+            raise ValueError("nothing came on standard input; give CSV with a header, or one JSON object a line")
+        table = open_table(io.BytesIO(content), "standard input").read_as_given()
+    else:
+        table = read_table(path)
+    return table, ".jsonl" if isinstance(table, dict) else ".csv"
 
 
-def read_measurements(path: Path) -> pa.Table:
-    """The measurements of a table, a dump or a folder: src_addr, dst_addr, rtt, event_time."""
-    is_table = path == STANDARD or (path.suffix in _READERS and not path.is_dir())
-    if path.suffix in (".json", ".jsonl") and path.is_file():
-        with path.open("rb") as file:
-            is_table = b'"result"' not in file.read(1 << 16)  # an Atlas result holds one for each packet
-    if is_table:
+def read_measurements(path: Path, keep_going: bool = False) -> Table:
+    """The measurements of a table, a dump or a folder: src_addr, dst_addr, rtt, event_time. `keep_going`: see dump_table."""
+    if path == STANDARD or (path.suffix in TABLE_SUFFIXES and not path.is_dir() and not _is_dump(path)):
         table, _ = read_input(path)
-        if "pings" not in table.column_names:
-            check_columns(table, str(path), ("src_addr", "dst_addr", "rtt"))
-            return table
+        names = list(table) if isinstance(table, dict) else table.column_names
+        check_columns(names, str(path), ("src_addr", "dst_addr", "rtt"))
+        return _with_numbers(table)
     if not path.exists():
         raise ValueError(f"no file or folder {path}")
-    return dump_table(path)
+    return dump_table(path, keep_going)
 
 
-def read_context(path: Path | None) -> pa.Table | None:
+def _is_dump(path: Path) -> bool:
+    """Whether a file of JSON or Parquet holds results of Atlas and not a table: of a table a row has one RTT."""
+    if not path.is_file():
+        return False
+    table = open_table(path)
+    if table.format == "parquet":
+        return "pings" in table.names
+    if table.format != "json" or "rtt" in table.names:
+        return False
+    words = ("src", "source", "dst", "dest", "rtt", "latency")
+    is_table = any(word in name.lower() for name in table.names for word in words)
+    return not is_table or bool({"result", "fw", "msm_id", "prb_id"} & set(table.names))
+
+
+def _with_numbers(table: Table) -> Table:
+    """A table with the RTTs as numbers where they are text, as those of CSV are."""
+    if isinstance(table, dict) or table.schema.field("rtt").type != pa.string():
+        return table
+    rtt_ms, errors = rtts_ms(table.column("rtt").combine_chunks())
+    if errors:  # the reader of its measurements says which
+        return table
+    place = table.column_names.index("rtt")
+    return table.set_column(place, "rtt", pa.array(rtt_ms, from_pandas=True))
+
+
+def read_context(path: Path | None) -> Table | None:
     """The context that a file holds, None with a warning if that has no rows; ValueError if it can be no context."""
     if path is None:
         return None
     table = read_table(path)
-    if not table.num_rows:
+    if not count_rows(table):
         log.warning("%s holds no measurements: it is a context of nothing", path)
         return None
-    check_columns(table, f"the context {path}", ("src_addr", "dst_addr", "rtt"))
+    names = list(table) if isinstance(table, dict) else table.column_names
+    check_columns(names, f"the context {path}", ("src_addr", "dst_addr", "rtt"))
     return table
 
 
-def dump_table(path: Path) -> pa.Table:
-    """The measurements of an Atlas dump, a folder of dumps, or a folder of rows: src_addr, dst_addr, event_time, rtt."""
+def dump_table(path: Path, keep_going: bool = False) -> pa.Table:
+    """The measurements of an Atlas dump, a folder of dumps, or a folder of rows: src_addr, dst_addr, event_time, rtt.
+
+    Damage is a ValueError or, with `keep_going`, a warning, and what can be read is used.
+    """
     if (path / MANIFEST_NAME).is_file():
         return _rows_table(path)
     from ping_llm.data.ingest.prepare import prepare
 
     with tempfile.TemporaryDirectory(prefix="ping-llm-") as scratch:
-        prepare([str(path)], Path(scratch) / "rows", split="none", keep_going=True)
+        manifest = prepare([path], Path(scratch) / "rows", split="none", keep_going=keep_going)
+        for problem in (dump["problem"] for dump in manifest["inputs"] if "problem" in dump):
+            log.warning("%s: what can be read of it is used", problem)
         return _rows_table(Path(scratch) / "rows")
 
 
@@ -125,43 +150,69 @@ def _rows_table(folder: Path) -> pa.Table:
 
 def check_output(path: Path | None) -> None:
     """ValueError, before any work is done, if `write_table` could not write there."""
-    if path is None or path == STANDARD:
+    if path is None:
         return
+    if path == STANDARD:
+        return check_standard_output()
     if path.suffix not in _WRITERS:
         raise ValueError(f"{path}: a table is written as {', '.join(_WRITERS)}, or to - (standard output)")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    try_file(path)
 
 
-def write_table(table: pa.Table, path: Path, suffix: str = ".csv") -> None:
+def write_table(table: Table, path: Path, suffix: str = ".csv") -> None:
     """Writes by the suffix of the name, complete or not at all; to standard output as CSV, or JSON as `suffix` says."""
     if path == STANDARD:
         text = io.BytesIO()
         _WRITERS[".jsonl" if suffix.startswith(".json") else ".csv"](table, text)
-        sys.stdout.write(text.getvalue().decode())
-        return
+        return print_data(text.getvalue().decode())
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("wb") as file:
         _WRITERS[path.suffix](table, file)
     move_atomically(aside, path)
 
 
-def records(table: pa.Table) -> list[dict]:
+def as_arrow(table: Table) -> pa.Table:
+    """The table as one of Arrow; numbers of JSON as numbers, but for those that are ids, which stay as they are written."""
+    if isinstance(table, pa.Table):
+        return table
+    return pa.table({name: _arrow_column(values, name) for name, values in table.items()})
+
+
+def _arrow_column(values: list[Any], name: str) -> pa.Array:
+    there = [value for value in values if value is not None]
+    if there and all(isinstance(value, Number) for value in there):
+        whole = all(len(value) < 19 and value.lstrip("-").isdigit() and str(int(value)) == value for value in there)
+        if whole or name != "query_id":
+            return pa.array([value and (int(value) if whole else float(value)) for value in values])
+    if not any(isinstance(value, str | list | dict) for value in there):
+        return pa.array(values)
+    return pa.array([_json_text(v) if isinstance(v, list | dict) else text_of(v) for v in values], pa.string())
+
+
+def records(table: Table) -> list[dict]:
     """Rows as JSON can say them: times as ISO 8601, and null for what is no finite number."""
-    return [{name: _json_value(value) for name, value in row.items()} for row in table.to_pylist()]
+    rows = table.to_pylist() if isinstance(table, pa.Table) else _rows(table)
+    return [{name: _json_value(value) for name, value in row.items()} for row in rows]
 
 
-def show(table: pa.Table, title: str, output: Path | None, as_json: bool, note: str = "", **more: object) -> None:
+def _rows(lists: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True))
+
+
+def show(table: Table, title: str, output: Path | None, as_json: bool, note: str = "", **more: object) -> None:
     """Writes the table to `output`; else prints one JSON object with `rows` and `more`, or the first rows to a person,
     probabilities in percent."""
     if output is not None:
         return write_table(table, output)
     if as_json:
-        return print_json({"rows": records(table), **{name: _json_value(value) for name, value in more.items()}})
+        return print_json(
+            {"rows": records(as_arrow(table)), **{name: _json_value(value) for name, value in more.items()}}
+        )
+    from rich import table as rich_table
     from rich.console import Console
-    from rich.table import Table
 
-    shown = Table()
+    table = as_arrow(table)
+    shown = rich_table.Table()
     for name, kind in zip(table.column_names, table.schema.types, strict=True):
         is_number = pa.types.is_floating(kind) or pa.types.is_integer(kind)
         shown.add_column(name, justify="right" if is_number else "left", overflow="fold")  # a cut address would be none
@@ -224,9 +275,18 @@ def _json_value(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_WRITERS: dict[str, Callable[[pa.Table, io.IOBase], object]] = {
-    ".parquet": pyarrow.parquet.write_table,
-    ".csv": pyarrow.csv.write_csv,
-    ".json": lambda table, file: file.write(("[" + ",\n".join(map(json.dumps, records(table))) + "]\n").encode()),
-    ".jsonl": lambda table, file: file.write("".join(json.dumps(row) + "\n" for row in records(table)).encode()),
+def _json_text(value: Any) -> str:
+    """JSON, in which a number is as it was written."""
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)}: {_json_text(one)}" for name, one in value.items()) + "}"
+    return "[" + ", ".join(map(_json_text, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+_WRITERS: dict[str, Callable[[Table, io.IOBase], object]] = {
+    ".parquet": lambda table, file: pyarrow.parquet.write_table(as_arrow(table), file),
+    ".csv": lambda table, file: pyarrow.csv.write_csv(as_arrow(table), file),
+    ".json": lambda table, file: file.write(("[" + ",\n".join(map(_json_text, records(table))) + "]\n").encode()),
+    ".jsonl": lambda table, file: file.write("".join(_json_text(row) + "\n" for row in records(table)).encode()),
 }

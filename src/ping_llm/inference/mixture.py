@@ -15,6 +15,8 @@ import numpy as np
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import (
+    Focus,
+    ReadContexts,
     Reader,
     line_log_prob,
     next_byte_log_p,
@@ -22,33 +24,96 @@ from ping_llm.inference.engine import (
     read_contexts,
     result_distributions,
 )
-from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, address_tokens, build_prompt, fitting_places, opening
-from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_name
+from ping_llm.inference.prompt import (
+    DST_ROLES,
+    SRC_ROLES,
+    Prompt,
+    address_tokens,
+    build_prompt,
+    fitting_places,
+    opening,
+)
+from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_lengths, known_name
 
-CHUNK = 64  # queries answered together: their distributions take 33 MB
+CHUNK = 64  # queries answered together at most: their distributions take 17 MB
+TOKENS_AT_ONCE = 12_000  # of contexts and prompts, whose keys and values are in memory together: 61 MB of a tiny model
 LEAST_WEIGHT = 1e-4  # known lengths of the source of less weight are left out
+CONTEXT_TOKENS = 20  # about, of a measurement
+PARTS_LEFT_OUT = 1e4  # the least likely prefixes one byte longer, of so many times `least_mass` together
 
 
-def distributions(reader: Reader, queries: Sequence[Query], src_known: SrcKnown = "auto") -> Iterator[RTTDistribution]:
-    """The distributions of the queries' results, in order, in batches of at most CHUNK; a shared context is read once."""
+def distributions(
+    reader: Reader, queries: Sequence[Query], src_known: SrcKnown = "auto", focus: Focus | None = None
+) -> Iterator[RTTDistribution]:
+    """The distributions of the queries' results, in order, in batches of at most CHUNK; a shared context is read once.
+
+    `focus` says what is wanted of them, if not all.
+    """
+    for (found,) in distributions_under(reader, queries, [src_known], focus):
+        yield found
+
+
+def distributions_under(
+    reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown], focus: Focus | None = None
+) -> Iterator[list[RTTDistribution]]:
+    """`distributions` under each of several `src_known`, from one set of passes."""
     for first in range(0, len(queries), CHUNK):
         some = queries[first : first + CHUNK]
-        if any(query.has_partial_byte for query in some):
-            each = [_of_partial_bytes if query.has_partial_byte else _of_whole_bytes for query in some]
-            yield RTTDistribution.concatenate([of(reader, [q], src_known) for of, q in zip(each, some, strict=True)])
+        wanted = None if focus is None else focus.take(np.arange(first, first + len(some)))
+        yield _answers(reader, some, every, wanted)
+
+
+def _answers(
+    reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown], focus: Focus | None
+) -> list[RTTDistribution]:
+    """The distributions of some queries, in order, under each of `every`."""
+    groups = list(_groups(reader, queries, every))
+    parts: list[list[RTTDistribution]] = []
+    for rows in groups:
+        some, wanted = [queries[i] for i in rows], None if focus is None else focus.take(rows)
+        if some[0].has_partial_byte:
+            parts.append([_of_partial_bytes(reader, some, known, wanted) for known in every])
         else:
-            yield _of_whole_bytes(reader, some, src_known)
+            parts.append(_of_whole_bytes(reader, some, every, wanted))
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(np.concatenate(groups))
+    return [RTTDistribution.concatenate(own)[order] for own in zip(*parts, strict=True)]
+
+
+def _groups(reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown]) -> Iterator[np.ndarray]:
+    """Which queries are answered in the same passes: those of one context, and those of prompts of about equal length.
+
+    One whose prefix does not end on a byte is many, and has a group of its own.
+    """
+    contexts: dict[int, int] = {}
+    shared = np.array([contexts.setdefault(id(query.context), len(contexts)) for query in queries])
+    ends = np.array([sum(end.known_bytes for end in (query.src, query.dst) if end) for query in queries])
+    partial = np.array([query.has_partial_byte for query in queries])
+    group: list[int] = []
+    taken = 0
+    for i in np.lexsort((ends, shared, partial)):
+        query = queries[i]
+        variants = 1 if query.src is None else len(_lengths(every, query.src))
+        tokens = variants * min(ends[i] + len(query.context) * CONTEXT_TOKENS, reader.seq_len)
+        if group and (partial[i] or taken + tokens > TOKENS_AT_ONCE):
+            yield np.array(group)
+            group, taken = [], 0
+        group.append(int(i))
+        taken += tokens
+    yield np.sort(group)
 
 
 def weighted_variants(reader: Reader, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
     """The query with as much of the source known as `src_known` says, and the weights of these variants, which sum to 1."""
-    variants = _variants(reader, query, src_known)
+    variants = _variants(reader, query, [src_known])
     evidence = np.zeros(len(variants))
     if len(variants) > 1 and len(query.context):
         contexts = [build_prompt(variant, reader.seq_len).context for variant in variants]
         evidence = read_contexts(reader, contexts).log_likelihood
-    prior, _ = _log_priors(reader, [variants])
-    weights = _weights(prior + evidence, np.zeros(len(variants), dtype=np.int64))
+    owner = np.zeros(len(variants), dtype=np.int64)
+    prior, _ = _log_priors(reader, variants, owner)
+    weights = _weights(prior + evidence, owner)
     used = np.flatnonzero(weights >= LEAST_WEIGHT)
     return [variants[i] for i in used], weights[used] / weights[used].sum()
 
@@ -75,58 +140,92 @@ def source_log_prob(reader: Reader, sources: Sequence[Endpoint]) -> np.ndarray:
     return np.array([log_p[src.packed] for src in sources])
 
 
-def _of_whole_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
-    variants = [_variants(reader, query, src_known) for query in queries]
+def _lengths(every: Sequence[SrcKnown], src: Endpoint) -> list[int]:
+    """Bytes of a source that are known under any of them, ascending."""
+    return sorted({length for known in every for length in known_lengths(known, src)})
+
+
+def _of_whole_bytes(
+    reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown], focus: Focus | None
+) -> list[RTTDistribution]:
+    variants = [_variants(reader, query, every) for query in queries]
     owner = np.repeat(np.arange(len(queries)), [len(own) for own in variants])  # (B,) query of each prompt
     flat = [variant for own in variants for variant in own]
-    prompts = [build_prompt(variant, reader.seq_len) for variant in flat]
+    mixed = len(flat) > len(queries)
+    prompts, read, context_of = _read(reader, flat, likelihoods=mixed)
+    if not mixed:
+        return [result_distributions(reader, prompts, read, context_of, focus=focus)] * len(every)
+    evidence = np.zeros(len(prompts)) if read is None else read.log_likelihood[context_of]
+    weights, prior_passes = np.zeros((len(every), len(prompts))), 0
+    several = np.zeros((len(every), len(queries)), dtype=bool)
+    for own, mixes, known in zip(weights, several, every, strict=True):
+        of_query = [set(known_lengths(known, query.src)) if query.src else set() for query in queries]
+        among = [v.src is None or v.src.known_bytes in of_query[i] for i, v in zip(owner, flat, strict=True)]
+        member = np.flatnonzero(among)  # (m,)
+        prior, passes = _log_priors(reader, [flat[i] for i in member], owner[member])
+        own[member] = _weights(prior + evidence[member], owner[member])
+        mixes[:] = np.bincount(owner[member]) > 1
+        prior_passes = max(passes, prior_passes)
+    used = np.flatnonzero((weights >= LEAST_WEIGHT).any(axis=0))
+    owner, weights = owner[used], weights[:, used] * (weights[:, used] >= LEAST_WEIGHT)
+    weights = np.stack([own / np.bincount(owner, own)[owner] for own in weights])
+    found = result_distributions(reader, [prompts[i] for i in used], read, context_of[used], owner, weights, focus)
+    answers = []
+    for number, (own, mixes) in enumerate(zip(weights, several, strict=True)):
+        names: np.ndarray = np.array([{} for _ in queries], dtype=object)
+        for i, query, weight in zip(used, owner, own.tolist(), strict=True):
+            if weight and mixes[query]:
+                names[query][known_name(flat[i].src)] = weight
+        answer = found[number * len(queries) : (number + 1) * len(queries)] if len(every) > 1 else found
+        passes = answer.forward_passes + prior_passes
+        answers.append(dataclasses.replace(answer, forward_passes=passes, src_weights=names))
+    return answers
+
+
+def _read(
+    reader: Reader, queries: Sequence[Query], likelihoods: bool = False
+) -> tuple[list[Prompt], ReadContexts | None, np.ndarray]:
+    """The prompts of B queries, and the place of each one's context, (B,), among the contexts that were read.
+
+    They are read if some queries share one, or if their `likelihoods` are wanted.
+    """
+    prompts = [build_prompt(query, reader.seq_len) for query in queries]
     places: dict[bytes, int] = {}
     context_of = np.array([places.setdefault(prompt.context.tobytes(), len(places)) for prompt in prompts])
     contexts = [np.frombuffer(context, dtype=np.int64) for context in places]
-    mixed = len(prompts) > len(queries)
-    shared = len(contexts) < len(prompts) or (mixed and any(len(context) for context in contexts))
-    read = read_contexts(reader, contexts) if shared and any(map(len, contexts)) else None
-    if not mixed:
-        return result_distributions(reader, prompts, read, context_of)
-    evidence = np.zeros(len(prompts)) if read is None else read.log_likelihood[context_of]
-    prior, prior_passes = _log_priors(reader, variants)
-    weights = _weights(prior + evidence, owner)
-    used = np.flatnonzero(weights >= LEAST_WEIGHT)
-    names = [known_name(flat[i].src) for i in used]
-    each = result_distributions(reader, [prompts[i] for i in used], read, context_of[used])
-    found = each.mixture(weights[used], owner[used], names)
-    named = [shares if len(own) > 1 else {} for shares, own in zip(found.src_weights, variants, strict=True)]
-    passes = found.forward_passes + prior_passes
-    return dataclasses.replace(found, forward_passes=passes, src_weights=np.array(named, dtype=object))
+    wanted = (likelihoods or len(contexts) < len(prompts)) and any(map(len, contexts))
+    return prompts, read_contexts(reader, contexts) if wanted else None, context_of
 
 
-def _variants(reader: Reader, query: Query, src_known: SrcKnown) -> list[Query]:
+def _variants(reader: Reader, query: Query, every: Sequence[SrcKnown]) -> list[Query]:
     """The query under each known length, the shortest first, all after the context that fits where most is known.
 
     So their likelihoods are of the same measurements: the length under which fewest fit would win by that alone.
     """
-    variants = list(query.variants(src_known))
+    if query.src is None:
+        return [query]
+    variants = [dataclasses.replace(query, src=query.src.cut(length)) for length in _lengths(every, query.src)]
     if len(variants) == 1 or not len(query.context):
         return variants
     context = query.context.take(fitting_places(variants[-1], reader.seq_len))
     return [dataclasses.replace(variant, context=context) for variant in variants]
 
 
-def _log_priors(reader: Reader, variants: Sequence[Sequence[Query]]) -> tuple[np.ndarray, int]:
-    """Logarithm of the weight of each variant of each query before its context is read, (B,), and passes it took.
+def _log_priors(reader: Reader, variants: Sequence[Query], owner: np.ndarray) -> tuple[np.ndarray, int]:
+    """Logarithm of the weight of each variant of the query `owner` (B,) before its context is read, (B,); passes it took.
 
-    That is its share on val, if the source is as familiar to the model as those of val are.
+    That is its share on val, if the source is as familiar to the model as those of val are. One alone has weight 1.
     """
-    calibration = reader.calibration
-    whole = [src for own in variants if (src := own[-1].src) is not None and not src.is_prefix]
+    calibration, priors = reader.calibration, np.zeros(len(variants))
+    of_query = [rows for rows in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1) if len(rows) > 1]
+    known = [[src for i in rows if (src := variants[i].src) is not None] for rows in of_query]
+    whole = [sources[-1] for sources in known if not sources[-1].is_prefix]
     passes = int(bool(calibration.familiar) and bool(whole))
     log_p = dict(zip(whole, source_log_prob(reader, whole), strict=True)) if passes else {}
-    priors = []
-    for own in variants:
-        known = [query.src for query in own if query.src is not None]  # all of them or, without a source, none
-        novelty = calibration.novelty(known[-1], log_p[known[-1]]) if known and known[-1] in log_p else 0.0
-        priors.append(calibration.log_weights(known, novelty) if known else np.zeros(len(own)))
-    return np.concatenate(priors), passes
+    for rows, sources in zip(of_query, known, strict=True):
+        novelty = calibration.novelty(sources[-1], log_p[sources[-1]]) if sources[-1] in log_p else 0.0
+        priors[rows] = calibration.log_weights(sources, novelty)
+    return priors, passes
 
 
 def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -136,18 +235,36 @@ def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return weight / np.bincount(owner, weight)[owner]
 
 
-def _of_partial_bytes(reader: Reader, queries: Sequence[Query], src_known: SrcKnown) -> RTTDistribution:
+def _of_partial_bytes(
+    reader: Reader, queries: Sequence[Query], src_known: SrcKnown, focus: Focus | None
+) -> RTTDistribution:
+    """Of one query. The least likely of its parts are left out, and count as unresolved."""
     (query,) = queries
     parts, weights, names = whole_byte_queries(reader, query, src_known)
-    chunks, masses, passes, done = [], [], 0, 0
-    for some in distributions(reader, parts, "all"):
-        own = weights[done : done + len(some)]
-        done, passes = done + len(some), passes + int(some.forward_passes.max())
-        if own.sum() > 0:
-            chunks.append(some.mixture(own / own.sum()))
-            masses.append(own.sum())
-    found = RTTDistribution.concatenate(chunks).mixture(np.array(masses) / np.sum(masses))
-    return dataclasses.replace(found, forward_passes=passes, src_weights=names if len(names) > 1 else {})
+    ascending = np.argsort(weights)
+    left_out = ascending[: int((np.cumsum(weights[ascending]) < PARTS_LEFT_OUT * reader.least_mass).sum())]
+    kept = np.setdiff1d(np.arange(len(parts)), left_out)
+    found, masses = [], []
+    for rows in np.split(kept, range(CHUNK, len(kept), CHUNK)):
+        mass = weights[rows].sum()
+        if mass > 0:
+            mixing = np.zeros(len(rows), dtype=np.int64)
+            found.append(_together(reader, [parts[i] for i in rows], mixing, weights[rows] / mass, focus))
+            masses.append(mass)
+    total = sum(masses)
+    mixture = RTTDistribution.concatenate(found).mixture(np.array(masses) / total, np.zeros(len(found), dtype=np.int64))
+    passes = sum(int(some.forward_passes[0]) for some in found)
+    unresolved = 1 - (1 - mixture.unresolved) * total
+    named = np.array([names if len(names) > 1 else {}], dtype=object)
+    return dataclasses.replace(mixture, forward_passes=passes, unresolved=unresolved, src_weights=named)
+
+
+def _together(
+    reader: Reader, queries: Sequence[Query], owner: np.ndarray, weights: np.ndarray, focus: Focus | None
+) -> RTTDistribution:
+    """Mixtures of the answers to queries of whole bytes, as of `result_distributions`; a shared context is read once."""
+    prompts, read, context_of = _read(reader, queries)
+    return result_distributions(reader, prompts, read, context_of, owner, weights, focus)
 
 
 def _parts(reader: Reader, query: Query) -> tuple[list[Query], np.ndarray]:

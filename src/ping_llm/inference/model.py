@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import pyarrow as pa
+from typing import Any, Literal
 
 from ping_llm.inference import batch, mixture
 from ping_llm.inference import destinations as search
@@ -79,15 +77,16 @@ class PingModel(Reader):
         context: Records | None = None,
         *,
         one_host: bool = False,
-    ) -> list[RTTDistribution] | pa.Table:
+    ) -> Any:
         """The distribution of each query's result; queries that share a context read it once.
 
-        Of a table of queries (Arrow, pandas, or records), with or without a table of context, the answers are a table of
+        Of a list of Query the answer is a list of RTTDistribution. Of a table of queries (Arrow, pandas, polars, a list of
+        records, a dict of columns), with or without a table of context, it is a table of the same kind, which holds
         statistics: see `batch.answer_table`.
         """
-        listed = [query for query in queries if isinstance(query, Query)] if isinstance(queries, Sequence) else None
-        if listed is None or len(listed) < len(queries):
+        listed = isinstance(queries, Sequence) and all(isinstance(query, Query) for query in queries)
+        if not listed or isinstance(queries, str):
             return batch.answer_table(self, queries, context, src_known, one_host=one_host)
         if context is not None or one_host:
             raise ValueError("a Query holds its own context; pass a table of queries, or neither context nor one_host")
-        return [one for some in self.distributions(listed, src_known) for one in some]
+        return [one for some in self.distributions(queries, src_known) for one in some]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ping_llm.system.axes import label_log_ticks
+from ping_llm.system.files import try_file
 
 _COLORS = ("#1f6feb", "#8250df", "#1a7f37", "#bf3989", "#57606a", "#0e8a8a", "#9a6700", "#cf222e")
 _TRUTH = "#d1660f"
@@ -26,6 +27,18 @@ class Drawable(Protocol):
     def median(self) -> float: ...
     def cdf(self, rtt_ms: Any) -> Any: ...
     def quantile(self, q: Any) -> Any: ...
+
+
+def check_picture(path: Path, distributions: int) -> None:
+    """ValueError, or ModuleNotFoundError without matplotlib, before any work is done, if `plot_rtt` could not draw there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path}: a picture is drawn as .png, .svg, .pdf or one of {', '.join(sorted(kinds))}")
+    if distributions > len(_COLORS):
+        raise ValueError(f"{distributions} distributions are too many for one picture; draw at most {len(_COLORS)}")
+    try_file(path)
 
 
 def plot_rtt(shown: Mapping[str, Drawable], path: Path, title: str, truth: Drawable | None = None) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ping_llm.data.as_text import text_of
 from ping_llm.data.measurement import IPV4_MAPPED_PREFIX, format_address, is_ipv4, pack_address
 from ping_llm.data.times import parse_time
-from ping_llm.inference.context import Context
+from ping_llm.inference.context import Context, Records
 
 Time = dt.datetime | str | float | None
 SrcKnown = str | int
@@ -96,6 +97,8 @@ class Endpoint:
     @classmethod
     def parse(cls, text: str) -> Endpoint:
         """Reads `192.0.2.1`, `192.0.2.0/24`, `2001:db8::/47`; ValueError says what is wrong."""
+        if not text:
+            raise ValueError("an address is empty; give one, or a prefix, or None for any")
         address, slash, length = text.partition("/")
         packed = pack_address(address)
         whole = cls.whole(packed)
@@ -122,14 +125,34 @@ class Query:
     context: Context
 
     @classmethod
-    def parse(cls, src: str | None, dst: str | None, at: Time = None, context: Context | None = None) -> Query:
+    def parse(
+        cls,
+        src: str | None,
+        dst: str | None,
+        at: Time = None,
+        context: Context | Records | None = None,
+        *,
+        one_host: bool = False,
+    ) -> Query:
+        """Reads addresses or prefixes, None for any, a time, None for any, and a table of measurements as context.
+
+        Checks what belongs together: ValueError says what does not. `one_host`: see Context.
+        """
+        source, destination = (None if end is None else Endpoint.parse(text_of(end) or "") for end in (src, dst))
+        earlier = context if isinstance(context, Context) else Context.parse(context, one_host)
+        return cls.of(source, destination, None if at is None else parse_time(at), earlier)
+
+    @classmethod
+    def of(
+        cls, source: Endpoint | None, destination: Endpoint | None, time_s: int | None, context: Context | None = None
+    ) -> Query:
         """Checks what belongs together; ValueError says what does not."""
-        source, destination = (Endpoint.parse(text) if text else None for text in (src, dst))
-        time_s = None if at is None else parse_time(at)
         if source is None and destination is None:
             raise ValueError("give the source or the destination of the ping, or both")
         if destination is not None and not destination.known_bits:
-            raise ValueError(f"{dst!r} covers every destination; give a longer prefix, or none for any destination")
+            raise ValueError(
+                f"{destination} covers every destination; give a longer prefix, or none for any destination"
+            )
         if source is not None and destination is not None and source.width != destination.width:
             both = "%s and %s are of two families, which do not ping each other; the model answers"
             log.warning(both, source, destination)

@@ -62,7 +62,7 @@ def rank(
     if not len(candidates):
         raise ValueError("no candidates to rank; give at least one address")
     earlier = Context.parse(context, one_host)
-    queries = [Query.parse(src, candidate, at, earlier) for candidate in candidates]
+    queries = [Query.parse(src, candidate or None, at, earlier) for candidate in candidates]
     named = [query.dst for query in queries]
     for place, endpoint in enumerate(named):
         if endpoint is None:

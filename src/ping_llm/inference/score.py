@@ -7,7 +7,7 @@ a field sum to 1 and orders can be compared. `score` is how unexpected a result 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data import tokenization as tk
+from ping_llm.data.in_memory import extended, held, taken
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.inference.context import Context, Records, as_table, columns_of
+from ping_llm.data.text_table import table_of
+from ping_llm.inference.context import Context, Records, columns_of
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader, line_log_prob
 from ping_llm.inference.mixture import distributions
@@ -89,30 +91,32 @@ def score(
     anomaly_at: float | None = None,
     *,
     one_host: bool = False,
-) -> pa.Table:
+) -> Records:
     """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
 
-    The context of each are measurements of the same source from earlier seconds or, without the column event_time, from
-    the rows before it: the last `history` at least, and at most what a sequence of the model holds (see `Windows`); with
-    `history` 0 none. With `one_host` all sources are addresses of one host, and count as one. `nll_nats` is −log of the
-    density per log-ms times P(answer), or −log p_fail; `pit` is null for a failure. `p_value` is the share of results at
-    least as surprising: under the model's own distribution (see `Foreseen.p_value`), read against what that was on val, if
-    the model is calibrated. With `anomaly_at`, `anomaly` says p_value ≤ anomaly_at.
+    The answer is a table of the kind that was given, with all its columns as they are. The context of each are measurements
+    of the same source from earlier seconds or, without the column event_time, from the rows before it: the last `history` at
+    least, and at most what a sequence of the model holds (see `Windows`); with `history` 0 none. With `one_host` all sources
+    are addresses of one host, and count as one. `nll_nats` is −log of the density per log-ms times P(answer), or −log
+    p_fail; `pit` is null for a failure. `p_value` is the share of results at least as surprising: under the model's own
+    distribution (see `Foreseen.p_value`), read against what that was on val, if the model is calibrated. With `anomaly_at`,
+    `anomaly` says p_value ≤ anomaly_at.
     """
     if history < 0:
         raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
     if anomaly_at is not None and not 0 < anomaly_at < 1:
         raise ValueError(f"anomaly_at={anomaly_at} must be a p-value between 0 and 1")
-    table = as_table(measurements)
+    measurements = held(measurements)
+    table = table_of(measurements)
     measured = columns_of(table, "the table of measurements", one_host=one_host)
-    with show_progress("score", table.num_rows, "measurements") as advance:
+    with show_progress("score", len(measured), "measurements") as advance:
         rows, foreseen = foresee(reader, Windows(measured, history, reader.seq_len), src_known, advance)
-    nll, pit, own = (np.empty(table.num_rows) for _ in range(3))
+    nll, pit, own = (np.empty(len(measured)) for _ in range(3))
     nll[rows], pit[rows], own[rows] = foreseen.nll_nats, foreseen.pit, foreseen.p_value
     p_value = reader.calibration.surprise.calibrated(own)
     columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
     columns |= {} if anomaly_at is None else {"anomaly": p_value <= anomaly_at}
-    return _with_columns(table, columns)
+    return extended(measurements, [name for name in table.names if name not in columns], pa.table(columns))
 
 
 def expected(
@@ -123,30 +127,24 @@ def expected(
     src_known: SrcKnown = "auto",
     *,
     one_host: bool = False,
-) -> pa.Table:
+) -> Records:
     """Some rows of the measurements with what was expected there: columns p_fail, and the quantiles q0.05, q0.5 and q0.95
     of an answer in ms, null where failure is certain.
 
     Whole distributions are computed, after the same history as in `score`.
     """
-    table = as_table(measurements)
-    windows = Windows(columns_of(table, "the table of measurements", one_host=one_host), history, reader.seq_len)
-    batches = list(distributions(reader, windows.queries(rows), src_known))
-    table = table.take(pa.array(rows, pa.int64()))
+    measurements = held(measurements)
+    measured = columns_of(table_of(measurements), "the table of measurements", one_host=one_host)
+    windows = Windows(measured, history, reader.seq_len)
+    chosen: list[int] = np.asarray(rows).tolist()
+    some, batches = taken(measurements, chosen), list(distributions(reader, windows.queries(chosen), src_known))
     if not batches:
-        return table
+        return some
     foreseen = RTTDistribution.concatenate(batches)
     answers = {f"q{q:g}": foreseen.quantile(q) for q in (0.05, 0.5, 0.95)}
     answers = {name: pa.array(rtt_ms, mask=np.isnan(rtt_ms)) for name, rtt_ms in answers.items()}
-    return _with_columns(table, {"p_fail": foreseen.p_fail, **answers})
-
-
-def _with_columns(table: pa.Table, columns: Mapping[str, np.ndarray | pa.Array]) -> pa.Table:
-    """The table with these columns at its end, in place of those of the same names."""
-    table = table.drop_columns([name for name in columns if name in table.column_names])
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values))
-    return table
+    columns = {"p_fail": foreseen.p_fail, **answers}
+    return extended(some, [name for name in table_of(some).names if name not in columns], pa.table(columns))
 
 
 def _check_context(earlier: Context, measured: Context) -> None:

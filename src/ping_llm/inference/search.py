@@ -144,10 +144,8 @@ class AddressSearch(Iterator[Found]):
         cache, device = self._read.cache, self._read.logits.device
         M, N, T = len(cache.lengths()), len(branches), max(map(len, branches))
         tokens = torch.tensor([[*branch, *[tk.PADDING] * (T - len(branch))] for branch in branches], device=device)
-        positions = cache.lengths()[:, None] + torch.arange(T, device=device).repeat(N)  # (M, N·T)
-        own = torch.kron(torch.eye(N, device=device), torch.ones(T, T, device=device).tril()).bool()  # (N·T, N·T)
-        mask = torch.cat([own.new_ones(N * T, cache.size), own], dim=1)[None, None]
-        logits = self._reader.gpt(tokens.view(1, -1).expand(M, -1), cache.fork(), positions, mask).view(M, N, T, -1)
+        side_by_side = tokens.view(1, -1).expand(M, -1)  # (M, N·T)
+        logits = self._reader.gpt(side_by_side, cache.fork(), branches=N).view(M, N, T, -1)
         ends = torch.tensor([len(branch) - 1 for branch in branches], device=device)
         return logits[:, torch.arange(N, device=device), ends]
 

@@ -6,21 +6,15 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.measurement import ADDRESS_BYTES
-from ping_llm.inference.context import (
-    Context,
-    Errors,
-    columns_of,
-    optional_rtt_ms,
-    optional_time_s,
-    parse_column,
-    warn_of_order,
-)
+from ping_llm.data.text_table import TextTable
+from ping_llm.data.text_values import Errors, rtts_ms, times_s
+from ping_llm.inference.context import Context, columns_of, warn_of_order
 from ping_llm.inference.query import Endpoint, Query, SrcKnown, check_context, known_lengths
 
 # Words of a column name that are taken for a slip, where the column itself is missing.
@@ -38,16 +32,16 @@ _Name = TypeVar("_Name", str, bytes)
 log = logging.getLogger(__name__)
 
 
-def check_columns(table: pa.Table, what: str, needed: Sequence[str] = ("src_addr", "dst_addr")) -> None:
+def check_columns(names: Sequence[str], what: str, needed: Sequence[str] = ("src_addr", "dst_addr")) -> None:
     """ValueError if a needed column is missing, or another one looks like a slip for one that is."""
     for known, hints in _HINTS.items():
-        if known in table.column_names:
+        if known in names:
             continue
-        slip = next((name for name in table.column_names if any(hint in name.lower() for hint in hints)), None)
+        slip = next((name for name in names if any(hint in name.lower() for hint in hints)), None)
         if slip is not None:
             raise ValueError(f"{what} has an unknown column {slip}; did you mean {known}?")
         if known in needed:
-            raise ValueError(f"{what} has no column {known}; it has {', '.join(table.column_names) or 'none'}")
+            raise ValueError(f"{what} has no column {known}; it has {', '.join(names) or 'none'}")
 
 
 class History:
@@ -90,7 +84,10 @@ class History:
 
 
 class QueryRow(NamedTuple):
-    """A query as it is given in a table, each None if it is not."""
+    """A query as it is given in a table, each None if it is not.
+
+    `query_id` is text, and compared as it is written.
+    """
 
     src: str | None
     dst: str | None
@@ -107,21 +104,18 @@ class QueryTable:
     errors: Errors
 
     @classmethod
-    def parse(cls, table: pa.Table) -> QueryTable:
+    def parse(cls, table: TextTable) -> QueryTable:
         """ValueError if a column is missing; what is wrong with a row goes into `errors`."""
+        text = table.read_text(["src_addr", "dst_addr", "event_time", "rtt", "query_id"])
         if not table.num_rows:
             raise ValueError("there are no queries; give at least one row with src_addr and dst_addr")
-        check_columns(table, "the table of queries")
-        columns: list[list[Any]] = []
-        errors: Errors = {}
-        parsers = {"src_addr": _text, "dst_addr": _text, "event_time": optional_time_s, "query_id": _text}
-        for name, parse in (parsers | {"rtt": optional_rtt_ms}).items():
-            column = table.column(name) if name in table.column_names else pa.nulls(table.num_rows)
-            values, wrong = parse_column(column, parse)
-            columns.append(values)
-            errors |= wrong
-        *keys, rtt_ms = columns
-        return cls(list(map(QueryRow, *keys)), np.array(rtt_ms, dtype=np.float64), errors)
+        check_columns(table.names, "the table of queries")
+        src, dst, ids = (_texts(text, name) for name in ("src_addr", "dst_addr", "query_id"))
+        seconds, wrong_times = times_s(_column(text, "event_time"))
+        rtt_ms, wrong_rtts = rtts_ms(_column(text, "rtt"))
+        times = [None if second < 0 else int(second) for second in seconds]
+        ends = ([one and (one.strip() or None) for one in column] for column in (src, dst))
+        return cls(list(map(QueryRow, *ends, times, ids)), rtt_ms, wrong_times | wrong_rtts)
 
     def order(self) -> list[int]:
         """The rows to answer, those that may share a context or an answer one after the other."""
@@ -149,7 +143,8 @@ class QueryTable:
             try:
                 own = _NO_ROWS if contexts is None else contexts.rows(self.rows[row], most)
                 context = None if contexts is None else contexts.measurements.take(own)
-                query = Query.parse(src, dst, time_s, context)
+                source, destination = (Endpoint.parse(text) if text else None for text in (src, dst))
+                query = Query.of(source, destination, time_s, context)
                 if query.src is not None:
                     known_lengths(src_known, query.src)
             except ValueError as error:
@@ -176,14 +171,13 @@ class ContextTable:
     ]  # packed source → places of the measurements for all, ascending; one host: all under b""
 
     @classmethod
-    def parse(cls, table: pa.Table, queries: Sequence[QueryRow], one_host: bool = False) -> ContextTable:
+    def parse(cls, table: TextTable, queries: Sequence[QueryRow], one_host: bool = False) -> ContextTable:
         """ValueError names the row that is wrong; `queries` are those with a query_id."""
-        check_columns(table, "the context", ("src_addr", "dst_addr", "rtt"))
-        column = table.column("query_id") if "query_id" in table.column_names else pa.nulls(table.num_rows)
-        given, _ = parse_column(column, _text)
+        check_columns(table.names, "the context", ("src_addr", "dst_addr", "rtt"))
+        measurements = columns_of(table, "the context", "context row", one_host)
+        given = _texts(table.read_text(["src_addr", "query_id"]), "query_id")
         if any(given) and not queries:
             raise ValueError("the context has a query_id, but the queries have none; give both or neither one")
-        measurements = columns_of(table, "the context", "context row", one_host)
         order = measurements.time_order()
         measurements, own = measurements.take(order), [given[row] or None for row in order]
         sources = [_ONE_HOST if one_host else address.tobytes() for address in measurements.src]
@@ -236,5 +230,11 @@ def _places(names: Sequence[_Name | None]) -> dict[_Name, np.ndarray]:
     return {name: np.array(rows) for name, rows in places.items()}
 
 
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+def _column(text: pa.Table, name: str) -> pa.Array:
+    """A column of a table of text, nulls if there is none."""
+    return text.column(name).combine_chunks() if name in text.column_names else pa.nulls(text.num_rows, pa.string())
+
+
+def _texts(text: pa.Table, name: str) -> list[str | None]:
+    """Those of a column, None where one is missing."""
+    return _column(text, name).to_pylist()

@@ -6,7 +6,6 @@ Such a machine may be taken away at any time: a signal announces it, and what wa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -21,8 +20,9 @@ from typing import Any
 import ping_llm
 from ping_llm.config import Config, parse_config
 from ping_llm.launch.job import checkpoints
+from ping_llm.system.hardware import gpu_kind
 from ping_llm.system.signals import on_signals
-from ping_llm.training.metrics import MACHINE_NAME, read_metrics
+from ping_llm.training.metrics import read_machines, read_metrics
 
 POLL_S = 0.2
 MAX_GPUS = 8  # of one machine
@@ -70,7 +70,7 @@ class Order:
         from ping_llm.model.gpt import flops_per_token
 
         gpu, rate, train = GPU.named(self.gpu), self.tokens_per_s, self.config.train
-        if not rate and measured and measured["processes"] == self.gpus and gpu.name.upper() in measured["device"]:
+        if not rate and measured and (gpu_kind(measured["device"]), measured["processes"]) == (gpu.kind, self.gpus):
             rate = measured["tokens_per_s"]
         hours = train.max_minutes / 60
         dollars = hours * self.gpus * gpu.dollars_per_hour
@@ -97,8 +97,8 @@ def parse_gpu(text: str) -> tuple[str, int]:
 def measured(run_dir: Path) -> dict[str, Any] | None:
     """The last `tokens_per_s` that a run has logged, the `device` and the `processes`; None before there are any."""
     try:
-        _, rates = read_metrics(run_dir).known("tokens_per_s")
-        machine = json.loads((run_dir / MACHINE_NAME).read_text())
+        steps, rates = read_metrics(run_dir).known("tokens_per_s")
+        *_, machine = (machine for machine in read_machines(run_dir) if machine.get("from_step", 0) < steps[-1])
         return {"tokens_per_s": float(rates[-1]), "device": machine["device"], "processes": machine["processes"]}
     except (OSError, ValueError, LookupError):
         return None

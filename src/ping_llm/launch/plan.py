@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
 from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
-from ping_llm.system.hardware import named_peak_flops
+from ping_llm.system.hardware import WITHOUT_FP8, gpu_kind, named_peak_flops
 
 PRICES = Path(__file__).with_name("prices.toml")
 ASSUMED_MFU = 0.40
@@ -27,6 +27,11 @@ class GPU:
     memory_gb: float
     dollars_per_hour: float
     peak_flops: float  # dense bf16, a second
+
+    @property
+    def kind(self) -> str:
+        """As that of a device, see `gpu_kind`."""
+        return gpu_kind(self.name)
 
     @classmethod
     def named(cls, name: str, prices: Path = PRICES) -> GPU:
@@ -63,8 +68,11 @@ class CostPlan:
 def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> CostPlan:
     """What the run of `config` takes; ValueError if its batch cannot be dealt, or its length is a time.
 
-    FLOPs are those of `flops_per_token`, spent at `mfu` of the peak.
+    FLOPs are those of `flops_per_token`, spent at `mfu` of the peak in bf16. A run in fp8 is counted as one in bf16, which
+    takes no less memory: how much faster it is has not been measured. ValueError for fp8 on a GPU without it.
     """
+    if config.train.precision == "fp8" and gpu.kind in WITHOUT_FP8:
+        raise ValueError(f"train.precision=fp8 needs a GPU that multiplies it, which {gpu.name} does not; take bf16")
     if gpus < 1:
         raise ValueError(f"gpus={gpus} must be at least 1")
     config.train.check_processes(gpus)
@@ -103,16 +111,20 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
         f"{'compiled' if compiled else 'eager'}",
         f"largest batch   {largest:>16,}   windows a GPU and micro-batch; {advice}",
     ]
+    if config.train.precision == "fp8":
+        lines.append(
+            "fp8             counted as bf16: its gain has not been measured; give --mfu what bench_train.py shows"
+        )
     return CostPlan(steps, tokens, tokens_per_s, hours, dollars, micro_batch, largest, lines)
 
 
 def fixed_bytes(model: ModelConfig) -> int:
     """Bytes that a GPU holds whatever the batch: fp32 weights and gradients, their bf16 copies, the optimiser's state, and
     the largest stack of matrices that Muon works on (in fp32 and twice in bf16)."""
-    vocabulary = 2 * VOCAB_SIZE * model.n_embd  # AdamW keeps two moments of these, Muon one of the rest
-    matrices = parameter_count(model) - vocabulary
+    matrices = 12 * model.n_layer * model.n_embd**2  # Muon keeps one moment of these
+    others = parameter_count(model) - matrices  # AdamW keeps two of the vocabulary's and the fields' tables
     stack = 4 * model.n_layer * model.n_embd**2
-    return 10 * (matrices + vocabulary) + 4 * matrices + 8 * vocabulary + 8 * stack
+    return 10 * (matrices + others) + 4 * matrices + 8 * others + 8 * stack
 
 
 def activation_bytes(model: ModelConfig, compiled: bool = True) -> int:

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from ping_llm.config import Config, parse_config
 from ping_llm.launch.job import DONE, PREEMPTED, check_run, copy_rows, local_rows, saved
+from ping_llm.system.streams import steady_streams
 
 REQUEUE = os.EX_TEMPFAIL
 POLL_S = 0.2
@@ -189,4 +190,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with steady_streams():
+        sys.exit(main(sys.argv[1:]))

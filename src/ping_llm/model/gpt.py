@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
+from ping_llm.model.fields import PLACES, VALUE_FEATURES, FieldEmbedding, FieldState, read_fields
+from ping_llm.model.fp8 import Linear
 
 VOCAB_SIZE = 267
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
@@ -34,6 +36,7 @@ class KVCache:
         self.keys: list[Tensor] = []  # L tensors of (B, H, S, K), rotated to their positions
         self.values: list[Tensor] = []  # L tensors of (B, H, S, K)
         self.valid: Tensor | None = None  # (B, S) bool, False where the token was padding
+        self.field: FieldState | None = None  # the field that the last real token of each prompt is in
 
     @property
     def size(self) -> int:
@@ -67,6 +70,7 @@ class KVCache:
         mapped = KVCache()
         mapped.keys, mapped.values = [function(k) for k in self.keys], [function(v) for v in self.values]
         mapped.valid = None if self.valid is None else function(self.valid)
+        mapped.field = None if self.field is None else self.field.map(function)
         return mapped
 
 
@@ -76,8 +80,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: all queries, all keys, all values
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)  # rows: all queries, all keys, all values
+        self.out = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None) -> Tensor:
         B, T, D = x.shape
@@ -96,8 +100,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -168,6 +172,7 @@ class GPT(nn.Module):
         self.config = config
         rows = -(-VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(rows, config.n_embd)
+        self.fields = FieldEmbedding(config) if config.field_aware else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         self.rotation: Tensor  # (seq_len, K); no weight, so it is not saved, and it is made even where weights are not
@@ -191,72 +196,106 @@ class GPT(nn.Module):
         bound = (3 / self.config.n_embd) ** 0.5  # of a uniform distribution with deviation D^−½
         nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
+        if self.fields is not None:
+            self.fields.init_weights(generator)
         for block in cast(Iterable[Block], self.blocks):
             for linear in (block.attention.qkv, block.mlp.up):
                 nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.zeros_(linear.weight)
 
-    def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Logits of the token after each given one, (B, T, V) fp32.
+    def learn_in_fp8(self, wanted: bool) -> None:
+        """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = wanted
 
-        `tokens` is (B, T) int, −1 = padding, which stands at the right of a prompt. With `cache` the tokens continue
-        the cached ones and are appended to them. `positions` is (B, T); they count on from the cached tokens by default,
-        and only padding may stand at seq_len or beyond.
-        `mask` is bool, broadcastable to (B, 1, T, S): True where a token may see a key; causal by default. Whatever the
-        mask says, padding in the cache is never seen by a later pass, and a token always sees itself.
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
+        """Logits of the token after each given one, (B, T, V) fp32; see `states`."""
+        return self.logits(self.states(tokens, cache, branches))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of the token after each state, (…, D) to (…, V) fp32."""
+        logits = self.head(_rms_norm(states))[..., :VOCAB_SIZE].float()
+        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def states(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
+        """The residual stream after the last block, (B, T, D).
+
+        `tokens` is (B, T) int, −1 = padding, which stands at the right of a prompt and is never seen by a later pass. With
+        `cache` the tokens continue the cached ones and are appended to them. With `branches` the T tokens of a prompt are
+        that many continuations of T / branches tokens side by side: each sees what is cached and itself, never another;
+        the cache that took them can not be continued.
         """
-        T = tokens.shape[1]
-        cached = cache.size if cache is not None else 0
-        if positions is None and cached:
-            assert cache is not None
-            positions = torch.arange(T, device=tokens.device) + cache.lengths()[:, None]
-        if cache is not None:
-            cache.valid = tokens >= 0 if cache.valid is None else torch.cat([cache.valid, tokens >= 0], dim=1)
-        if mask is not None or cached:
-            queries = torch.arange(cached, cached + T, device=tokens.device)[:, None]  # (T, 1)
-            keys = torch.arange(cached + T, device=tokens.device)  # (S,)
-            mask = mask if mask is not None else (keys <= queries)[None, None]
-            if cache is not None and cache.valid is not None:
-                mask = mask & cache.valid[:, None, None, :]
-            mask = mask | (keys == queries)  # (B or 1, 1, T, S); a row that sees nothing would be NaN, and spread
-        dtype = self.embedding.weight.dtype  # of the residual stream: that in which linear layers answer
-        if torch.is_autocast_enabled(tokens.device.type):
-            dtype = torch.get_autocast_dtype(tokens.device.type)
-        # The table is normalised rather than each token; its gradients are summed up before they are cast.
-        table = _rms_norm(self.embedding.weight)
-        x = F.embedding(tokens.clamp(min=0), table).to(dtype)  # (B, T, D)
+        B, T = tokens.shape
+        positions, mask = self._places(tokens, cache, branches or 1)
+        own = tokens if branches is None else tokens.reshape(B * branches, T // branches)  # continuations as prompts
+        x = self._embed(own, cache, branches).view(B, T, -1)
         last = self.config.seq_len - 1
         # (B or none, T, K)
         angles = self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
-        cos, sin = angles.to(dtype)[..., None, :].chunk(2, dim=-1)
+        cos, sin = angles.to(x.dtype)[..., None, :].chunk(2, dim=-1)
         rotation = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # of a head, and of its swapped halves
         for block in self.blocks:
             x = block(x, rotation, cache, mask)
-        logits = self.head(_rms_norm(x))[..., :VOCAB_SIZE].float()  # (B, T, V)
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return x
 
+    def _places(self, tokens: Tensor, cache: KVCache | None, branches: int) -> tuple[Tensor | None, Tensor | None]:
+        """Positions of the tokens, (B, T), and what they see, (B or 1, 1, T, S) bool; None: 0 to T − 1, all before."""
+        T, cached = tokens.shape[1], 0 if cache is None else cache.size
+        positions = None
+        if cached or branches > 1:
+            positions = torch.arange(T // branches, device=tokens.device).repeat(branches).expand_as(tokens)
+            if cache is not None and cached:
+                positions = positions + cache.lengths()[:, None]
+        if cache is not None:
+            cache.valid = tokens >= 0 if cache.valid is None else torch.cat([cache.valid, tokens >= 0], dim=1)
+        if positions is None:
+            return None, None
+        place = torch.arange(T, device=tokens.device)
+        branch = place // (T // branches)
+        seen = (place <= place[:, None]) & (branch == branch[:, None])  # (T, T)
+        mask = torch.cat([seen.new_ones(T, cached), seen], dim=1)[None, None]
+        if cache is not None and cache.valid is not None:
+            mask = mask & cache.valid[:, None, None, :]
+        itself = torch.eye(T, dtype=torch.bool, device=tokens.device)
+        # A row that sees nothing would be NaN, and spread.
+        return positions, mask | torch.cat([itself.new_zeros(T, cached), itself], dim=1)
 
-def sibling_mask(cache: KVCache, siblings: int) -> Tensor:
-    """Mask under which new tokens see the cached ones and themselves, never each other; (1, 1, siblings, S)."""
-    itself = torch.eye(siblings, dtype=torch.bool, device=cache.keys[0].device)
-    return torch.cat([itself.new_ones(siblings, cache.size), itself], dim=1)[None, None]
+    def _embed(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> Tensor:
+        """Input of the first block, (B, T, D) in the dtype of the residual stream: that in which linear layers answer."""
+        dtype = self.embedding.weight.dtype
+        if torch.is_autocast_enabled(tokens.device.type):
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        if self.fields is None:
+            # The table is normalised rather than each token; its gradients are summed up before they are cast.
+            return F.embedding(tokens.clamp(min=0), _rms_norm(self.embedding.weight)).to(dtype)
+        state = None if cache is None else cache.field
+        if state is not None and branches is not None:
+            state = state.map(lambda tensor: tensor.repeat_interleave(branches, dim=0))
+        features, after = read_fields(tokens, state)
+        if cache is not None:
+            cache.field = after if branches is None else None
+        return _rms_norm(F.embedding(tokens.clamp(min=0), self.embedding.weight) + self.fields(features)).to(dtype)
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D."""
-    return 12 * config.n_embd**2 * config.n_layer + 2 * VOCAB_SIZE * config.n_embd
+    """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D, and those of the field's embedding."""
+    of_fields = 0
+    if config.field_aware:
+        of_fields = (PLACES + config.prefix_rows + VALUE_FEATURES) * config.n_embd
+    return 12 * config.n_embd**2 * config.n_layer + 2 * VOCAB_SIZE * config.n_embd + of_fields
 
 
 def flops_per_token(config: ModelConfig) -> int:
     """Floating-point operations to train on one token of a full window: 6·(12·D²·L + V·D) + 12·L·D·T.
 
-    Six for each weight that is multiplied (the embedding is looked up), and attention by the usual convention, which
-    also counts the pairs of tokens that the causal mask hides.
+    Six for each weight that is multiplied (tables are looked up; the value's matrix is multiplied), and attention by the
+    usual convention, which also counts the pairs of tokens that the causal mask hides.
     """
-    multiplied = parameter_count(config) - VOCAB_SIZE * config.n_embd
+    multiplied = (12 * config.n_embd * config.n_layer + VOCAB_SIZE) * config.n_embd
+    if config.field_aware:
+        multiplied += VALUE_FEATURES * config.n_embd
     return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len
 
 

@@ -1,1 +1,1 @@
-"""What any room may use: files, disks, processes, progress, hardware, the axes of pictures."""
+"""What any room may use: files, streams, processes, progress, hardware, the axes of pictures."""

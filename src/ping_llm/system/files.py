@@ -7,17 +7,24 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TextIO, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_TRIED_BYTES = 1 << 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk, the user's share of it, or the size that a file may have, is used up."""
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_TRIES = 100
+
+log = logging.getLogger(__name__)
 
 
 def file_sha256(path: Path) -> str:
@@ -43,19 +50,73 @@ def move_atomically(aside: Path, path: Path) -> None:
     sync(path.parent)
 
 
-@contextmanager
-def write_lock(folder: Path, file: Path) -> Iterator[None]:
-    """Keeps a second process from writing into a folder, by a lock on a file of it; ValueError if one does.
+def try_file(path: Path | None) -> None:
+    """ValueError, before any work is done, if a file could not be written at `path`, if there is one: by writing one beside
+    it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    aside = path.with_name(f"{path.name}.tmp")  # as `write_atomically` names it
+    try:
+        aside.write_bytes(bytes(_TRIED_BYTES))
+        aside.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise ValueError(f"{path} cannot be written ({error.strerror})") from None
 
-    It ends with the process, however that ends.
+
+def try_folder(folder: Path, *names: str) -> None:
+    """Makes the folder; ValueError, before any work is done, if it cannot be made, if files could not be written in it, or
+    if one of those names is taken by a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+    except (FileExistsError, NotADirectoryError):
+        file_in_the_way = next(path for path in (folder, *folder.parents) if path.exists())
+        raise ValueError(f"{file_in_the_way} is a file, no folder; move it away or name another folder") from None
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror})") from None
+    if taken := [folder / name for name in names if (folder / name).is_dir()]:
+        raise ValueError(f"{taken[0]} is a folder, where a file is to be written; move it away")
+
+
+@contextmanager
+def write_lock(folder: Path, file: Path, shared: bool = False) -> Iterator[None]:
+    """Keeps other processes from writing into a folder, by a lock on a file; ValueError if one does.
+
+    Processes that share it may write together. It ends with the process, however that ends. Its holder may delete the file.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process writes to {folder}; wait for it, or choose another folder") from None
+    with _locked_file(folder, file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
         yield
+
+
+def _locked_file(folder: Path, file: Path, kind: int) -> TextIO:
+    """The open file, locked; a file that its last holder deleted meanwhile locks nothing, so another is made."""
+    for _ in range(_TRIES):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(file.open("a+"))  # over NFS a shared lock reads, and the other one writes
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                    continue
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise ValueError(f"another process writes to {folder}; wait for it, or choose another folder") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s lies where files cannot be locked: see that no other process writes to it", folder)
+            stack.pop_all()
+            return lock
+    raise ValueError(f"{file} cannot be made, or vanishes again and again; check the folder")
 
 
 def sync(path: Path) -> None:

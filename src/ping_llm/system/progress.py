@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 LINE_EVERY_S = 10.0
@@ -24,7 +24,7 @@ def show_progress(title: str, total: float, unit: str) -> Iterator[Callable[[flo
     """Gives a function to call with the units just done, of `total` in all."""
     done, begin = 0.0, time.monotonic()
     last = begin
-    with _bar() if sys.stderr.isatty() else nullcontext() as bar:
+    with _bar() if sys.stderr and sys.stderr.isatty() else nullcontext() as bar:
         task = bar and bar.add_task(title, total=total, text="")
 
         def advance(units: float) -> None:
@@ -38,9 +38,16 @@ def show_progress(title: str, total: float, unit: str) -> Iterator[Callable[[flo
             elif done >= total * (1 - 1e-9) or now - last >= LINE_EVERY_S:
                 last = now
                 left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
-                print(f"{title}: {text}{left}", file=sys.stderr, flush=True)
+                say(f"{title}: {text}{left}")
 
         yield advance
+
+
+def say(line: str) -> None:
+    """Prints a line on standard error; in a program whose standard error is closed, broken or full, it is lost."""
+    with suppress(OSError, ValueError):  # ValueError: closed
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
 
 
 def by_part(advance: Callable[[float], None]) -> Callable[[Hashable, float], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -95,7 +96,7 @@ class RunLog:
         """Prints samples of the model and adds them to samples.txt."""
         self.note(text)
         try:
-            with (self.run_dir / SAMPLES_NAME).open("a") as file:
+            with (self.run_dir / SAMPLES_NAME).open("a", encoding="utf-8") as file:
                 file.write(f"step {step}\n{text}\n\n")
         except OSError as error:
             self.note(f"warning: {SAMPLES_NAME} misses the samples of step {step} ({error.strerror})")
@@ -155,6 +156,8 @@ def _start_wandb(config: Config) -> Any:
     """A Weights & Biases run, None if it is disabled."""
     if config.train.wandb == "disabled":
         return None
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # set to nothing is not set; wandb takes it for a value, and a wrong one
     import wandb
 
     id_file = config.train.run_dir / "wandb_id"  # drawn once: a continued run goes on in the same curves
@@ -164,7 +167,7 @@ def _start_wandb(config: Config) -> Any:
     named: dict[str, Any] = {"project": train.wandb_project, "name": train.run_dir.name, "dir": train.run_dir}
     try:
         return wandb.init(config=config_to_dict(config), mode=train.wandb, id=run_id, resume="allow", **named)
-    except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: of its settings, which are in the environment, too
+        reason = ": ".join(line.strip() for line in str(error).splitlines()[:3])
         advice = 'run "wandb login", or pass --train.wandb offline'
         raise ValueError(f"Weights & Biases did not start ({reason}); {advice}") from None

@@ -1,4 +1,8 @@
-"""The metrics.jsonl of a training run in, columns out; and how its columns are called where people read them."""
+"""The metrics.jsonl and machine.json of a training run in, columns and machines out; and how people read the columns.
+
+machine.json holds the facts of the machine that trained last, with `from_step`, the step after which it began, and
+`earlier`, a list of such facts of the machines before it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ping_llm.config import FIELDS
+from ping_llm.system.files import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 MACHINE_NAME = "machine.json"
@@ -108,3 +113,30 @@ def parse_line(line: str) -> dict[str, Any] | None:
 def _finite(value: Any) -> float:
     """The value, or NaN if it is no finite number."""
     return value if type(value) in (int, float) and math.isfinite(value) else math.nan
+
+
+def read_machines(run_dir: Path) -> list[dict[str, Any]]:
+    """The facts of each machine that a run was on, in order; none without machine.json. ValueError if it is damaged."""
+    path = run_dir / MACHINE_NAME
+    try:
+        facts = json.loads(path.read_bytes())
+        return [*facts.pop("earlier", []), facts]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise ValueError(f"{path} is damaged; remove it to go on without it") from None
+
+
+def add_machine(machines: list[dict[str, Any]], facts: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """The machines of a run that goes on after `step` on one with these facts; those whose steps are all lost are not of
+    it, and one that goes on is the same one."""
+    kept = [machine for machine in machines if machine.get("from_step", 0) < step]
+    if kept and {**kept[-1], "from_step": 0} == {**facts, "from_step": 0}:
+        return kept
+    return [*kept, facts | {"from_step": step}]
+
+
+def write_machines(run_dir: Path, machines: list[dict[str, Any]]) -> None:
+    """Writes machine.json."""
+    values = machines[-1] | {"earlier": machines[:-1]}
+    write_atomically(run_dir / MACHINE_NAME, json.dumps(values, indent=1) + "\n")

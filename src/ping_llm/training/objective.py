@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import FIELDS, Config
-from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE
+from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, MUTED, PADDING
 from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
-from ping_llm.system.hardware import native_bf16
+from ping_llm.system.hardware import FP8_CAPABILITY, device_name, native_bf16, native_fp8
 from ping_llm.training.distributed import Ranks
 
 HOPPER_ATTENTION = (
@@ -25,11 +25,18 @@ HOPPER_ATTENTION = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DETERMINISTIC_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16; `auto` is bf16 where the device multiplies it natively."""
+    """fp32, bf16, fp16 or fp8; `auto` is bf16 where the device multiplies it natively. ValueError without FP8 there."""
+    if name == "fp8" and not native_fp8(device):
+        least = ".".join(map(str, FP8_CAPABILITY))
+        needs = f"an NVIDIA GPU of capability {least} or more (Ada, Hopper, Blackwell)"
+        raise ValueError(
+            f"train.precision=fp8 needs {needs}, not {device_name(device)}; a run that begins in bf16 does not"
+        )
     return name if name != "auto" else "bf16" if native_bf16(device) else "fp32"
 
 
@@ -38,9 +45,16 @@ def resolve_compile(choice: str | bool, device: torch.device) -> bool:
     return device.type == "cuda" if isinstance(choice, str) else choice
 
 
+def resolve_compile_optimizer(choice: str | bool, device: torch.device) -> bool:
+    """Whether the optimiser's step is compiled: on a GPU where the model is, never on a CPU."""
+    return device.type == "cuda" and resolve_compile(choice, device)
+
+
 def attention_order(device: torch.device) -> AbstractContextManager[object]:
     """The implementations of attention in the order in which they are tried, as a context: on a Hopper cuDNN's is the
-    fastest, but it is not what torch takes by itself."""
+    fastest, but it is not what torch takes by itself. Deterministic runs do without it, for its backward pass is not."""
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return sdpa_kernel(list(DETERMINISTIC_ATTENTION), set_priority=True)
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return nullcontext()
     return sdpa_kernel(list(HOPPER_ATTENTION), set_priority=True)
@@ -50,17 +64,19 @@ class Objective:
     """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
 
     A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches. Gradients are averaged over
-    the processes while those of the last one are still being computed.
+    the processes while those of the last one are still being computed. `precision` is what the run began with; without
+    it, that of the config.
     """
 
-    def __init__(self, config: Config, model: GPT, ranks: Ranks) -> None:
+    def __init__(self, config: Config, model: GPT, ranks: Ranks, precision: str | None = None) -> None:
         self.model, self.ranks, self.device = model, ranks, ranks.device
         config.train.check_processes(ranks.world)
         self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
         self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
         self.weights = field_weights(config.loss).to(self.device)  # (5,)
-        self.precision = resolve_precision(config.train.precision, self.device)
+        self.precision = precision or resolve_precision(config.train.precision, self.device)
+        model.learn_in_fp8(self.precision == "fp8")
         self.parallel: DistributedDataParallel | None = None
         if ranks.world > 1:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
@@ -76,13 +92,18 @@ class Objective:
             self.forward_alone = torch.compile(model, dynamic=False) if self.parallel else self.forward
 
     def autocast(self) -> torch.autocast:
-        """The precision of the forward pass, as a context."""
+        """The precision of the forward pass, as a context; in fp8, that of everything but the matrices that learn."""
         dtype = _AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
-    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets (B, T), −1 = ignored, and their fields (B, T) of windows (B, T+1)."""
-        return tokens[:, 1:], token_fields(tokens, self.role_fields, self.byte_fields)[:, 1:]
+    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B, T), targets (B, T), −1 = ignored, and their fields (B, T) of windows (B, T+1).
+
+        Padding is put in as token 0; it stands at the right, so no target depends on it. Muted tokens are put in, too.
+        """
+        read = torch.where(tokens <= MUTED, MUTED - tokens, tokens)
+        fields = token_fields(read, self.role_fields, self.byte_fields)
+        return read[:, :-1].clamp(min=0), tokens[:, 1:].clamp(min=PADDING), fields[:, 1:]
 
     def sums(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
         """Sum of the cross-entropy of each field in nats, (5,), of this process."""
@@ -96,19 +117,19 @@ class Objective:
         Returns the sums of the cross-entropy (5,) fp32 of this process, and float64 of all: the counts of targets (5,),
         then the sums of the `votes` that each of them cast. Nothing here waits for the device.
         """
-        targets, fields = self.targets(tokens)
+        inputs, targets, fields = self.targets(tokens)
         counts = field_masks(targets, fields).sum(dim=(1, 2))
         ballot = torch.tensor(votes, dtype=torch.float64).to(self.device, non_blocking=True)
         totals = self.ranks.sum(torch.cat([counts.double(), ballot]))
         # Of all micro-batches and processes, so that a token weighs the same in each; DDP divides by their number.
         scale = self.ranks.world * loss_scale / (self.weights * totals[: len(FIELDS)]).sum()
         sums = torch.zeros(len(FIELDS), device=self.device)
-        parts = (tensor.split(self.micro_batch) for tensor in (tokens[:, :-1].clamp(min=0), targets, fields))
+        parts = (tensor.split(self.micro_batch) for tensor in (inputs, targets, fields))
         micro_batches = list(zip(*parts, strict=True))
-        for number, (inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
+        for number, (micro_inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
             # Gradients are exchanged once, with those of the last micro-batch.
             with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
-                micro_sums = self.sums(self.forward, inputs, micro_targets, micro_fields)
+                micro_sums = self.sums(self.forward, micro_inputs, micro_targets, micro_fields)
                 ((self.weights * micro_sums).sum() * scale).float().backward()
             sums += micro_sums.detach()
         return sums, totals
@@ -123,8 +144,8 @@ class Objective:
             # of another shape it would be compiled again
             missing = self.micro_batch - len(part) if self.compiled else 0
             tokens = F.pad(part, (0, 0, 0, missing), value=-1).to(self.device)
-            targets, fields = self.targets(tokens)
-            sums = self.sums(self.forward_alone, tokens[:, :-1].clamp(min=0), targets, fields)
+            inputs, targets, fields = self.targets(tokens)
+            sums = self.sums(self.forward_alone, inputs, targets, fields)
             counts = field_masks(targets, fields).sum(dim=(1, 2))
             totals += torch.cat([sums, counts, count_results(targets, fields)[None]])
         sums, counts, results = self.ranks.sum(totals).split([len(FIELDS), len(FIELDS), 1])

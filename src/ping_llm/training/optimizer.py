@@ -1,4 +1,4 @@
-"""A model with gradients in, a model after one step out: Muon for the block matrices, AdamW for embedding and head."""
+"""A model with gradients in, a model after one step out: Muon for the block matrices, AdamW for embeddings and head."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ from ping_llm.training.distributed import Ranks
 from ping_llm.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
+VALUES_LR_SHARE = 0.1  # of the embedding's rate: a matrix that every RTT byte moves, no table of rows
 
 
 class Optimizer:
     """Both optimisers; each parameter of the model is in exactly one group.
 
-    `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head". Embedding and head have no weight
-    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the
-    processes that share the work of a step; this one alone by default.
+    `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
+    "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay, and their
+    rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the processes that share the
+    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the
+    rate is its argument.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
         matrices = {
             name: matrix for block in model.blocks.named_parameters("blocks") for name, matrix in _matrices(*block)
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-        self.muon = Muon(matrices, config.muon_lr, ranks)
+        self.muon = Muon(matrices, config.muon_lr, ranks, compiled)
         groups = [
             {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
             {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
         ]
+        if model.fields is not None:
+            for name, share in (("places", 1.0), ("prefixes", 1.0), ("values", VALUES_LR_SHARE)):
+                weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale
+                groups.append({"name": name, "params": [weight], "lr": rate})
         betas = config.adam_beta1, config.adam_beta2
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.initial_lrs = {"matrices": config.muon_lr} | {g["name"]: g["lr"] for g in self.adamw.param_groups}

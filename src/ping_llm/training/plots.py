@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ping_llm.system.axes import label_log_ticks
+from ping_llm.system.files import try_folder
 from ping_llm.training.metrics import COLUMNS, METRICS_NAME, Metrics, read_metrics
 
 if TYPE_CHECKING:
@@ -61,13 +62,13 @@ def plot_run(run_dir: Path, out: Path | None = None) -> list[Path]:
     run_dir = Path(run_dir)
     metrics = read_metrics(run_dir)
     out = run_dir / PLOTS_NAME if out is None else Path(out)
+    try_folder(out, *(f"{picture}.png" for picture in _PICTURES))
     name = run_dir.absolute().name
     name = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
     paths = []
     for picture, all_panels in _PICTURES.items():
         panels = [p for p in all_panels if any(len(p.curve(metrics, name)[0]) for name in (p.train, p.val))]
         if panels:
-            out.mkdir(parents=True, exist_ok=True)
             paths.append(out / f"{picture}.png")
             _draw(metrics, panels, f"{name}: {picture}", paths[-1], columns=3 if picture == "loss" else 1)
     if not paths:

@@ -13,18 +13,20 @@ import numpy as np
 from ping_llm.config import FIELDS, Config, TrainConfig, config_to_dict
 from ping_llm.model.checkpoint import load_config
 from ping_llm.system.files import write_atomically
-from ping_llm.training.metrics import COLUMNS, MACHINE_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import COLUMNS, Metrics, read_machines, read_metrics
 from ping_llm.training.plots import plot_run
 
 REPORT_NAME = "report.md"
 _VALIDATION = ("val_loss", *(f"val_loss_{name}" for name in FIELDS), "val_rtt_bits", "val_median_rel_error")
 _SPEEDS = {"tokens_per_s": ",.0f", "mfu": ".1f", "data_wait_share": ".2f", "padding": ".2f"}
 _MACHINE_NAMES = {
+    "host": "host",
     "device": "device",
     "processes": "processes",
     "host_cores": "cores of the host",
     "precision": "precision",
     "compiled": "compiled",
+    "deterministic": "deterministic",
     "parameters": "parameters",
     "peak_flops": "peak of a device (TFLOP/s)",
     "torch": "PyTorch",
@@ -47,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
         "": _summary(metrics, config.train if config else None),
         "## Validation\n\n": _validation(metrics),
         "## Throughput\n\n": _throughput(metrics),
-        "## Machine\n\n": _machine(run_dir / MACHINE_NAME),
+        "## Machine\n\n": _machines(run_dir),
         "## Curves\n\n": curves,
         "## Config\n\n": _config(config) if config else [],
     }
@@ -125,28 +127,28 @@ def _throughput(metrics: Metrics) -> list[str]:
     return lines
 
 
-def _machine(path: Path) -> list[str]:
-    """Known entries first, by their names, others as they are called; null is unknown."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged; remove it to report without it")
-    if isinstance(values.get("peak_flops"), int | float):
-        values["peak_flops"] /= 1e12
-    rows = []
-    for name in [*_MACHINE_NAMES, *sorted(values.keys() - _MACHINE_NAMES.keys())]:
-        value = values.get(name)
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
-        elif isinstance(value, int | float):
-            value = f"{value:,}" if isinstance(value, int) else _number(value)
-        if value is not None:
-            rows.append((_MACHINE_NAMES.get(name, name), str(value)))
-    return _table(("", ""), rows) if rows else []
+def _machines(run_dir: Path) -> list[str]:
+    """A column for each machine. Known entries first, by their names, others as they are called; null is unknown."""
+    machines = read_machines(run_dir)
+    steps = [machine.pop("from_step", 0) for machine in machines]
+    names = dict.fromkeys([*_MACHINE_NAMES, *sorted(set().union(*machines))])
+    rows = [
+        (_MACHINE_NAMES.get(name, name), *(_fact(name, machine.get(name)) for machine in machines)) for name in names
+    ]
+    rows = [row for row in rows if any(row[1:])]
+    head = [f"after step {step:,}" for step in steps] if len(machines) > 1 else [""]
+    return _table(("", *head), rows) if rows else []
+
+
+def _fact(name: str, value: Any) -> str:
+    """An entry of machine.json as people read it; empty if it is unknown."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "peak_flops" and isinstance(value, int | float):
+        value = value / 1e12
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else _number(value) if isinstance(value, float) else str(value)
 
 
 def _config(config: Config) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 
 from ping_llm.config import Config, TrainConfig, differing_fields
 from ping_llm.data.rows import MANIFEST_NAME
-from ping_llm.model.checkpoint import Checkpoint, load_config, load_latest, save_config
+from ping_llm.model.checkpoint import CONFIG_NAME, Checkpoint, load_config, load_latest, save_config
 from ping_llm.model.gpt import GPT, parameter_count
-from ping_llm.system.files import write_atomically, write_lock
+from ping_llm.system.files import try_folder, write_atomically, write_lock
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.distributed import Ranks
-from ping_llm.training.metrics import MACHINE_NAME
+from ping_llm.training.metrics import MACHINE_NAME, METRICS_NAME, add_machine, read_machines, write_machines
 from ping_llm.training.objective import resolve_compile, resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
@@ -41,11 +40,12 @@ class RunState:
     loss_scale: float = 1.0  # of fp16
     unskipped_in_a_row: int = 0
     val_loss: float | None = None  # of these very weights, None if they were not evaluated
+    precision: str = "fp32"  # of the forward pass: `auto` stays what it was on the machine where the run began
 
     @classmethod
     def new(cls, rows_sha256: str, precision: str) -> RunState:
         """Of a run that has not begun."""
-        return cls(rows_sha256, loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else 1.0)
+        return cls(rows_sha256, loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else 1.0, precision=precision)
 
     def count(self, config: Config, tokens: int, elapsed_s: float, skipped: bool) -> None:
         """Counts one step."""
@@ -77,6 +77,7 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) ->
         lock.enter_context(write_lock(run_dir, run_dir / ".lock"))
     except OSError as error:
         raise _unwritable(run_dir, error) from None
+    try_folder(run_dir, CONFIG_NAME, MACHINE_NAME, ROWS_MANIFEST_NAME, METRICS_NAME, "samples.txt", "report.md")
     resumed, old = load_latest(run_dir), load_config(run_dir)
     if resumed is not None and old is None:
         raise ValueError(f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir")
@@ -86,15 +87,22 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) ->
     if names:
         differs = f"{run_dir} holds a run with another {', '.join(names)}"
         raise ValueError(f"{differs}; pass another --train.run-dir, or what it had")
+    machines = read_machines(run_dir)
+    precision = resolve_precision(config.train.precision, ranks.device)
+    if resumed is not None:  # the first checkpoints did not hold it
+        began = machines[0].get("precision") if machines else None
+        precision = resumed.state.setdefault("precision", began or precision)
     facts = machine_facts(ranks.device) | {
         "processes": ranks.world,
-        "precision": resolve_precision(config.train.precision, ranks.device),
+        "precision": precision,
         "compiled": resolve_compile(config.train.compile, ranks.device),
+        "deterministic": config.train.deterministic,
         "parameters": parameter_count(config.model),
     }
+    machines = add_machine(machines, facts, resumed.step if resumed else 0)
     try:
         save_config(run_dir, config)
-        write_atomically(run_dir / MACHINE_NAME, json.dumps(facts, indent=1) + "\n")
+        write_machines(run_dir, machines)
         if (manifest := config.data.rows / MANIFEST_NAME).is_file():
             write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
     except OSError as error:

@@ -25,12 +25,13 @@ from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.calibration import calibrate
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
-from ping_llm.training.objective import Objective
+from ping_llm.training.objective import Objective, resolve_compile_optimizer
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.report import write_report
 from ping_llm.training.run_state import RunState, open_run, restore
@@ -70,7 +71,13 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
     non-finite. ConnectionError: another process ended.
     """
     feed = feed or Feed.of_rows()
-    with processes(config.train.device) as ranks, _stop_flag() as stop, _memory_advice(config.train, ranks):
+    with (
+        deterministic(config.train.deterministic),
+        processes(config.train.device) as ranks,
+        _stop_flag() as stop,
+        _memory_advice(config.train, ranks),
+        _compile_advice(),
+    ):
         with ExitStack() as lock:
             training = Training.begin(config, feed, ranks, lock)
             training.run(stop)
@@ -121,10 +128,11 @@ class Training:
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
         torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
-        optimizer = Optimizer(model, config.optim, ranks)
+        compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
+        optimizer = Optimizer(model, config.optim, ranks, compiled)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer) if checkpoint else None
-        objective = Objective(config, model, ranks)
+        objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
 
@@ -187,7 +195,8 @@ class Training:
             if line:
                 log.write(state.step, **line)
             if self.ranks.is_main and train.sample_every and (over or state.step % train.sample_every == 0):
-                log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
+                with deterministic(False):  # samples need sums that are not, on GPUs; nothing depends on them
+                    log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
             if over or (not stopped and state.step % train.checkpoint_every == 0):
                 speed.held_s += self._save(saver, clock)
         if stopped and progress < 1:
@@ -268,6 +277,22 @@ def _stop_flag() -> Iterator[threading.Event]:
 
     with on_signals(STOP_SIGNALS, request):
         yield stop
+
+
+@contextmanager
+def _compile_advice() -> Iterator[None]:
+    """Turns a model that cannot be compiled, mostly for want of a compiler, into one line with advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # heavy where nothing is compiled
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        advice = "install a C++ compiler (or set CXX to it), or pass --train.compile False"
+        raise ValueError(f"the model cannot be compiled ({reason}); {advice}") from None
 
 
 @contextmanager

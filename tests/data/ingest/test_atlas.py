@@ -13,7 +13,8 @@ from ping_llm.data.measurement import MEASUREMENT_SCHEMA, format_address
 
 NOT_PUBLIC = [
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"),
-    *("224.0.0.0/4", "240.0.0.0/4", "::/128", "::1/128", "fe80::/10", "fc00::/7", "ff00::/8"),
+    *("192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4"),
+    *("::/128", "::1/128", "100::/64", "2001:2::/48", "fe80::/10", "fec0::/10", "fc00::/7", "ff00::/8"),
 ]
 
 
@@ -76,6 +77,8 @@ def test_a_result_becomes_a_measurement_of_the_schema(tmp_path):
         (ping(dst_addr="::ffff:10.0.0.1"), "private_destination"),
         (ping(dst_addr="fe80::1%eth0"), "private_destination"),
         (ping(dst_addr="224.0.0.1"), "private_destination"),
+        (ping(dst_addr="198.18.0.1"), "private_destination"),
+        (ping(dst_addr="64:ff9b::10.0.0.1"), "private_destination"),
         (ping(dst_addr="ff02::1"), "private_destination"),
         (ping(src_addr=None, result=[{"error": "address not allowed"}]), "local_error"),
         (ping(sent=0, result=[{"error": "connect failed: Network is unreachable"}]), "local_error"),
@@ -98,6 +101,13 @@ def test_a_bad_line_goes_to_its_counter_and_its_neighbours_live(tmp_path, line, 
     rows, dropped = parse(tmp_path, ping(timestamp=1_700_000_001), line, ping(timestamp=1_700_000_002))
     assert dropped == {counter: 1}
     assert [row["time_s"] for row in rows] == [1_700_000_001, 1_700_000_002]
+
+
+@pytest.mark.parametrize("src", ["192.168.0.5", "192.0.0.2", "198.18.0.1", "100::5", "fec0::1", "2002:c0a8:1::1"])
+def test_the_public_from_takes_over_where_src_addr_is_no_host(tmp_path, src):
+    rows, _ = parse(tmp_path, ping(src_addr=src), ping(src_addr=src, from_="192.0.0.1"), packets="all")
+    assert {format_address(row["src"]) for row in rows} == {"203.0.113.9"}
+    assert reason(tmp_path, ping(src_addr=src, from_="192.0.0.1")) == {"no_source": 1}
 
 
 def test_the_limit_of_the_clock_is_an_option(tmp_path):
@@ -257,7 +267,7 @@ def is_one_line(b: bytes) -> bool:
 ADDRESSES = st.sampled_from(
     [
         *("192.0.2.1", "198.51.100.7", "2001:db8::1", "10.1.2.3", "172.31.0.1", "100.100.0.1", "224.0.0.5", "x.y"),
-        *("fd00::1", "fe80::1%2", "::ffff:192.0.2.77", "", None),
+        *("fd00::1", "fe80::1%2", "::ffff:192.0.2.77", "", None, "192.0.0.2", "198.19.0.1", "100::1", "fec0::1"),
     ]
 )
 ENTRIES = st.lists(

@@ -57,17 +57,41 @@ def counter_by_tags(tags: list[str], result: dict) -> str:
     return "kept"
 
 
-def test_real_results_land_in_the_right_counter(tmp_path):
-    if not REAL.exists():
-        pytest.skip("needs the real results in ../shared/data, which are not part of the project")
+def counted_by_tags(folder: Path, tagged: list[tuple[list[str], dict]]) -> Counter:
+    """What became of results, which must be what their tags say."""
     counted = Counter()
-    for line in REAL.read_text().splitlines():
-        tags, result = (json.loads(line)[name] for name in ("tags", "result"))
-        got = outcome(tmp_path, result)
+    for tags, result in tagged:
+        got = outcome(folder, result)
         want = counter_by_tags(tags, result)
         assert (got if isinstance(got, str) else "kept") == want, tags
         counted[want] += 1
         if want == "kept":
             packets = [entry for entry in result["result"] if "dup" not in entry]
             assert got["rtt_ms"] == pytest.approx([entry.get("rtt", -1) for entry in packets])
+    return counted
+
+
+def test_results_that_are_odd_in_several_ways_land_in_the_right_counter(tmp_path):
+    errors = [{"error": "connect failed: Network is unreachable"}]
+    tagged = [
+        (["dup"], ping(result=[{"rtt": 30.5}, {"rtt": 61.5, "dup": 1}, {"rtt": 29.5}])),
+        (["timeout"], ping(result=[{"x": "*"}, {"rtt": 2000.5}, {"x": "*"}])),
+        (["error", "no_src"], ping(result=errors, src_addr=None)),
+        (["error"], ping(result=[{"error": "sendto failed: no route"}, {"rtt": 5.5}])),
+        (["error"], ping(result=[{"error": "sendto failed: no route"}] * 3)),
+        (["no_from"], ping(src_addr="192.168.1.7", from_="")),
+        (["no_src"], ping(src_addr=None)),
+        (["lts_bad"], ping(lts=-1)),
+        (["lts_bad"], ping(lts=86_401)),
+        (["lts_bad"], ping(lts=86_400)),
+        (["old"], ping(fw=4460, mver=None, type=None)),
+    ]
+    assert counted_by_tags(tmp_path, tagged) == {"kept": 7, "local_error": 1, "no_source": 1, "unsynced_clock": 2}
+
+
+def test_real_results_land_in_the_right_counter(tmp_path):
+    if not REAL.exists():
+        pytest.skip("needs the real results in ../shared/data, which are not part of the project")
+    lines = map(json.loads, REAL.read_text().splitlines())
+    counted = counted_by_tags(tmp_path, [(line["tags"], line["result"]) for line in lines])
     assert counted == {"kept": 95, "local_error": 10, "no_source": 11, "unsynced_clock": 8}

@@ -1,12 +1,14 @@
 import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from paths import SHARED_DATA
 from pings import ndjson, ping, read_lines, write
+from traceroutes import reply, trace
 
 from ping_llm.data.ingest import prepare as prepare_module
 from ping_llm.data.ingest import tasks
@@ -226,9 +228,9 @@ def test_of_two_processes_that_finish_one_task_the_first_stays(dumps, tmp_path, 
 
 
 def test_a_dump_with_a_problem_is_looked_at_again(tmp_path):
-    path = write(tmp_path / "a.json", b"")
+    path = write(tmp_path / "a.json", b"<html>")
     task = tasks.MapTask(path, "a.json", tmp_path / "input-00000", 2, "one", 86_400)
-    assert "is empty" in tasks.map_dump(task)["problem"]
+    assert "no Atlas dump" in tasks.map_dump(task)["problem"]
     write(path, ndjson(ping()))
     report = {
         "lines": 1,
@@ -259,6 +261,15 @@ def test_shards_without_a_manifest_are_not_overwritten(dumps, tmp_path):
     assert (tmp_path / "train-00000-of-00001.arrayrecord").read_bytes() == b"precious"
 
 
+def tar_of(content):
+    archive, member = io.BytesIO(), tarfile.TarInfo("a.json")
+    member.size = len(content)
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        file.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+COMMAS = ndjson(*[ping()] * 9).replace(b"\n", b",\n")
 HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head>\n<body>Not found</body></html>\n"
 
 
@@ -266,13 +277,20 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head>\n<body>Not found
     ("name", "content", "message"),
     [
         ("a.bz2", None, "no file .*a.bz2; check the name"),
-        ("a.json", b"", "a.json is empty: it holds no results; get it again or leave it out"),
-        ("a.bz2", b"", "a.bz2 is empty"),
-        ("a.json", b"[]", "a.json is empty"),
-        ("a.json", b"\n\n", "a.json is empty"),
         ("a.json", HTML, "a.json is no Atlas dump: none of its 3 lines is a JSON result"),
         ("a.gz", HTML, "a.gz is no Atlas dump"),
         ("a.json", b"[[[[", r"a\.json is cut off"),
+        (
+            "a.json",
+            ndjson(*[ping()] * 9).replace(b"\n", b",\n"),
+            r"of its 9 lines is a JSON result, such as line 1, '.* … '.*},'; ",
+        ),
+        (
+            "a.json",
+            ndjson(ping(), b"x", ping(), b"y", b"z"),
+            r"mostly no Atlas dump: 3 of its 5 lines .*, such as line 2, 'x'; ",
+        ),
+        ("a.gz", tar_of(ndjson(*[ping()] * 9)), "a.gz is a tar archive, which is not read; unpack it first"),
     ],
 )
 def test_a_bad_dump_is_one_clear_line(dumps, tmp_path, name, content, message):
@@ -304,6 +322,12 @@ def test_keep_going_counts_the_lines_of_what_is_no_dump(dumps, tmp_path):
     path = write(tmp_path / "x.json", HTML)
     manifest = prepare([*dumps, path], tmp_path / "out", workers=1, keep_going=True)
     assert manifest["lines"]["counters"]["malformed_json"] == 1 + 3
+
+
+def test_a_half_that_is_malformed_is_not_most(dumps, tmp_path):
+    path = write(tmp_path / "x.json", ndjson(ping(), b"", b"x", ping(), b"y", b""))
+    counters = prepare([*dumps, path], tmp_path / "out", workers=1)["lines"]["counters"]
+    assert counters["malformed_json"] == 1 + 2 and counters["blank_line"] == 1 + 2
 
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
@@ -340,6 +364,21 @@ def test_the_manifest_names_no_path_of_the_machine(dumps, tmp_path):
     prepare(dumps, tmp_path, workers=1)
     text = (tmp_path / "manifest.json").read_text()
     assert os.sep not in text.replace("salt/field/", "")
+
+
+def test_all_lines_of_pings_and_traceroutes_together_are_accounted_for(dumps, tmp_path):
+    path = [[reply("192.168.1.1", 0.5)], [reply("203.0.113.1", 5.5)] * 3, [reply("198.51.100.7", 19.5), {"x": "*"}]]
+    traces = [trace(*path, timestamp=1_700_000_000 + 60 * i, prb_id=i) for i in range(20)]
+    hops = write(tmp_path / "traceroute.bz2", ndjson(*traces, traces[0], trace(result=[])))
+    manifest = prepare([*dumps, hops], tmp_path / "out", workers=1, traceroute="hops")
+    lines, measurements = manifest["lines"], manifest["measurements"]
+    assert lines["read"] == sum(lines["counters"].values()) == 3 * 480 + 50 + 3 + 22
+    counters = {name: count for name, count in lines["counters"].items() if count}
+    bad = {"blank_line": 1, "malformed_json": 1, "unsynced_clock": 1, "no_result": 1}
+    assert counters == {"kept": 3 * 480 + 20, "duplicate": 50 + 1} | bad
+    assert measurements["reply_used"] == 2 * 21  # of each hop one
+    kept_pings = sum(measurements[name] for name in SINCE_PARSED) - measurements["reply_used"]
+    assert kept_pings == 3 * 480 + 50
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from pings import ndjson, ping, write
 from traceroutes import reply, trace
+from waiting import HANG_S
 
 OPTIONS = ("--traceroute", "hops", "--packets", "all", "--shards", "3")
 
@@ -23,7 +24,7 @@ def command(*argv) -> list[str]:
 
 
 def run(*argv, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*argv), capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command(*argv), capture_output=True, text=True, timeout=HANG_S, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -100,7 +101,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes_and_leaves_no_p
     done = run(*dumps, "--out", tmp_path / "rows", "--workers", workers, *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "rows") == want
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while any(map(processes_of_session, sessions)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(processes_of_session, sessions))
@@ -174,7 +175,7 @@ def test_a_shard_that_could_not_be_closed_is_not_published(dumps, whole, tmp_pat
     argv = command(*dumps, "--out", tmp_path, "--workers", 1, *OPTIONS)
     argv[1:4] = ["-c", code]
     argv.insert(3, "prepare")
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANG_S)
     assert_full(done, tmp_path)
     assert not list(tmp_path.glob("*.arrayrecord"))
     assert run(*dumps, "--out", tmp_path, "--workers", 1, *OPTIONS).returncode == 0

@@ -1,6 +1,5 @@
 """The parts keep apart what they are to keep apart, on meshes of probes that all ping each other through odd addresses."""
 
-import zlib
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -92,26 +91,6 @@ def held_by_hash(rule, columns, band):
     held = rule.prefix_bands(addresses(*hosts)) == BANDS[band]
     groups = {key for key, its in zip(keys, bands, strict=True) if its == BANDS[band]}
     return groups, {prefix_of(host) for host, yes in zip(hosts, held, strict=True) if yes}
-
-
-@given(data=st.binary(min_size=24, max_size=24), salt=st.binary(max_size=20))
-def test_crc32_is_that_of_zlib(data, salt):
-    keys = np.frombuffer(data, dtype=np.uint8).reshape(3, 8)
-    assert hashing.crc32(keys, salt).tolist() == [zlib.crc32(salt + key.tobytes()) for key in keys]
-
-
-def test_hashes_do_not_change_between_machines_and_versions():
-    keys = hashing.int64_bytes(np.array([0, 1, 1_700_000_000]), np.array([-1, 5, 7]))
-    assert keys[2].tobytes() == (1_700_000_000).to_bytes(8, "big") + (7).to_bytes(8, "big")
-    assert hashing.mix(np.array([0, 1, 0xDEADBEEF], dtype=np.uint32)).tolist() == [0, 0x514E28B7, 0x0DE5C6A9]
-
-
-def test_mixed_hashes_of_neighbouring_keys_are_even_and_independent():
-    hashes = hashing.hash_keys(hashing.int64_bytes(np.arange(60_000)), b"salt")
-    draws = hashing.hash_below(hashes, 6)
-    counts = np.bincount(draws[1:] * 6 + draws[:-1], minlength=36)
-    assert ((counts - 60_000 / 36) ** 2 / (60_000 / 36)).sum() < 66.6  # chi², 35 degrees of freedom, p = 0.001
-    assert abs((hashing.hash_below(hashes, 100) < 5).mean() - 0.05) < 0.003
 
 
 def test_groups_are_probes_and_source_addresses_where_the_probe_is_unknown():
@@ -249,7 +228,7 @@ def test_destinations_are_held_out_by_24_and_48(one, same, other):
     v4 = [bands(*(form.format(i) for i in range(250))) for form in (one, same, other)]
     v6 = [
         bands(*(form.format(i) for i in range(1, 250)))
-        for form in ("2001:db8:{:x}::7", "2001:db8:{:x}:ff::9", "2001:db9:{:x}::7")
+        for form in ("2001:db8:{:x}::7", "2001:db8:{:x}:ff00::9", "2001:db9:{:x}::7")
     ]
     for first, second, third in (v4, v6):
         assert set(first.tolist()) == {TRAIN, VAL, TEST}
@@ -368,6 +347,7 @@ def test_an_address_belongs_to_the_least_key_of_the_groups_that_it_joins():
     sources = collect_sources(keys, addresses("192.0.2.1", "192.0.2.1", "192.0.2.0"), RULE)
     assert sources.addresses.tolist() == addresses("192.0.2.0", "192.0.2.1").tolist()
     assert sources.owner[:, -1].tolist() == [7, 4]
+    assert sources.band.dtype == RULE.prefix_bands(sources.addresses).dtype == np.uint8
 
 
 @given(st.permutations(range(40)))
@@ -385,16 +365,3 @@ def test_a_chain_of_shared_addresses_makes_one_owner(order):
 def test_no_sources_are_no_error():
     sources = collect_sources(np.zeros((0, KEY_BYTES), dtype=np.uint8), np.zeros((0, 16), dtype=np.uint8), RULE)
     assert sources.addresses.shape == (0, 16) and sources.owner.shape == (0, KEY_BYTES)
-
-
-def test_the_manifest_holds_every_number_of_the_rule():
-    assert RULE.describe() | {"hash": ""} == {
-        "name": "pingbench",
-        "version": 2,
-        "salt": "pingbench",
-        "group_percent": [3, 5],
-        "prefix_percent": [3, 5],
-        "pair_percent": [4, 10],
-        "time_percent": [10, 15],
-        "hash": "",
-    }

@@ -15,6 +15,7 @@ from ping_llm.data.ingest.prepare import prepare
 from ping_llm.data.ingest.results import DROPPED_LINES
 from ping_llm.data.ingest.unpack import DamagedDump
 from ping_llm.data.measurement import format_address
+from ping_llm.data.rows import RowReader
 
 WHEN = dt.datetime(2023, 11, 14, 22, 13, 20, 700_000)
 TIME_S = 1_700_000_000
@@ -165,14 +166,6 @@ def test_lists_that_are_wrapped_in_structs_are_lists(tmp_path):
     assert parse(tmp_path, table) == parse(tmp_path, plain)
 
 
-def test_rows_of_one_second_are_repeats_only_if_they_are_equal(tmp_path):
-    rows = [row(rtt=1.5), row(rtt=2.5), row(rtt=-1.0), row(rtt=2.5)]
-    manifest = prepare([save(tmp_path / "a.parquet", rows)], tmp_path / "out", workers=1, split="none")
-    counters = manifest["lines"]["counters"]
-    assert (manifest["lines"]["read"], counters["kept"], counters["duplicate"]) == (4, 3, 1)
-    assert manifest["measurements"]["written"] == 3
-
-
 def test_a_table_is_recognised_by_content_and_prepared_beside_dumps(tmp_path):
     rows = [row(event_time=WHEN + dt.timedelta(seconds=i), src_addr=f"192.0.2.{i}") for i in range(200)]
     table = save(tmp_path / "no_suffix", rows, row_group_size=30)
@@ -193,19 +186,19 @@ def test_batches_leave_no_trace(tmp_path, monkeypatch):
     [
         (
             {"a": [1]},
-            r"is no table of pings: it has the columns a, but needed are src_addr, dst_addr, event_time and rtt",
+            r"a\.parquet is a table with no address of the source .*, no address of the dest.*: it has a; leave it out",
         ),
         (
             {"src_addr": ["192.0.2.1"], "dst_addr": ["192.0.2.2"], "rtt": [1.0], "event_time": ["today"]},
-            "event_time is of type string; make it a timestamp",
+            r"no measurement is left of 1 lines \(no_timestamp 1\)",
+        ),
+        (
+            {"src_addr": ["192.0.2.1"], "dst_addr": ["192.0.2.2"], "pings": [[{"rtt": 1.0}]], "start_time": ["today"]},
+            "start_time is of type string; make it a timestamp",
         ),
         (
             {"src_addr": ["192.0.2.1"], "dst_addr": ["192.0.2.2"], "pings": [1.0], "start_time": [1]},
             "pings is of type double; make it a list of structs",
-        ),
-        (
-            {"src_addr": ["192.0.2.1"], "dst_addr": ["192.0.2.2"], "rtt": np.float16([1]), "event_time": [1]},
-            "rtt is of type halffloat; make it a float or a double",
         ),
     ],
 )
@@ -213,6 +206,30 @@ def test_another_table_is_one_clear_line(tmp_path, table, message):
     path = save(tmp_path / "a.parquet", pa.table(table))
     with pytest.raises(ValueError, match=message):
         prepare([path], tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rtt": np.float16([19.5])},
+        {"event_time": ["2023-11-14T22:13:20.7"]},
+        {"event_time": [TIME_S + 0.7]},
+        {"rtt": ["19.5"]},
+        {"src_addr": pa.array(["192.0.2.1"]).dictionary_encode(), "event_time": [str(TIME_S)]},
+    ],
+)
+def test_values_of_other_types_are_read_as_text(tmp_path, changes):
+    columns = {
+        "msm_id": [5],
+        "event_time": [TIME_S],
+        "src_addr": ["192.0.2.1"],
+        "dst_addr": ["192.0.2.2"],
+        "rtt": [19.5],
+    }
+    path = save(tmp_path / "a.parquet", pa.table(columns | changes))
+    prepare([path], tmp_path / "out", workers=1, split="none")
+    (found,) = next(iter(RowReader(tmp_path / "out", "train"))).to_measurements().to_pylist()
+    assert (found["time_s"], round(found["rtt_ms"], 2), found["msm_id"]) == (TIME_S, 19.5, 5)
 
 
 def test_a_cut_table_names_the_byte_and_a_corrupt_one_keeps_what_is_before(tmp_path):

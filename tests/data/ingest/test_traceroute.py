@@ -104,6 +104,9 @@ def test_a_destination_that_did_not_answer_in_the_last_hop_gives_nothing_to_targ
         (reply("10.188.1.2", 5.5), "reply_private_address"),
         (reply("240.1.2.3", 5.5), "reply_private_address"),
         (reply("fe80::1%2", 5.5), "reply_private_address"),
+        (reply("192.0.0.1", 5.5), "reply_private_address"),
+        (reply("198.18.0.9", 5.5), "reply_private_address"),
+        (reply("64:ff9b::10.0.0.1", 5.5), "reply_private_address"),
     ],
 )
 def test_a_bad_reply_goes_to_its_counter_and_its_neighbours_live(tmp_path, entry, counter):

@@ -140,6 +140,32 @@ def test_inspect_of_a_dump_shows_where_each_line_went(tmp_path, capsys):
     assert "unsynced_clock" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shape", [["--json"], []])
+def test_inspect_of_what_is_mostly_no_dump_shows_it_and_fails_unless_it_may_keep_going(tmp_path, capsys, shape):
+    results = [ping(timestamp=1_700_000_000 + i) for i in range(30)]
+    commas = ndjson(*results).replace(b"}\n", b"},\n")
+    dump = write(tmp_path / "a.gz", ndjson(*results[:29]) + commas)
+    assert main(["inspect", str(dump), *shape]) == 1
+    out, err = capsys.readouterr()
+    assert "29" in out and err.splitlines()[-1].startswith(
+        "error: a.gz is mostly no Atlas dump: 30 of its 59 lines are no"
+    )
+    assert main(["inspect", str(dump), "--keep-going", *shape]) == 0
+    assert "mostly no Atlas dump" in capsys.readouterr().out
+    write(dump, ndjson(*results) + commas)  # a half is not most
+    assert main(["inspect", str(dump), *shape]) == 0
+
+
+def test_inspect_of_rows_that_were_prepared_of_damaged_dumps_is_no_failure(tmp_path, capsys):
+    dump = write(tmp_path / "a.gz", ndjson(*(ping(timestamp=1_700_000_000 + i) for i in range(2000))))
+    dump.write_bytes(dump.read_bytes()[:-100])
+    assert main(["inspect", str(dump)]) == 1
+    assert main(["prepare", str(dump), "--out", str(tmp_path / "rows"), "--workers", "1", "--keep-going"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "rows")]) == 0
+    assert "is cut off" in capsys.readouterr().out
+
+
 def test_inspect_writes_pictures(rows_folder, tmp_path, capsys):
     assert main(["inspect", str(rows_folder), "--plots", str(tmp_path / "plots"), "--networks", "16"]) == 0
     named = [line for line in capsys.readouterr().err.splitlines() if line.endswith(".png")]

@@ -7,7 +7,6 @@ import json
 import random
 import re
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from ping_llm.system.files import write_atomically
+from ping_llm.system.progress import say
 
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0  # if a server demands a longer wait, the command says so and ends
@@ -117,7 +117,7 @@ class Client:
 
         def announce(state: Any) -> None:
             error, seconds = state.outcome.exception(), state.next_action.sleep
-            print(f"{name}: {error}; again in {seconds:.1f} s", file=sys.stderr, flush=True)
+            say(f"{name}: {error}; again in {seconds:.1f} s")
             if error.wait_s:
                 with self._lock:  # all threads wait
                     self._next_turn = max(self._next_turn, self._clock.now() + seconds)

@@ -4,7 +4,7 @@
 DIR/.partial/tasks.json and ends with code 75. `python -m ping_llm.data.ingest.job_array FILE` prints how many, and with
 FIRST STRIDE it runs every STRIDE-th of them, on any machine that sees the folders. Then repeat the command: it goes on,
 and the third time it publishes the rows. slurm/prepare.sbatch does so. A task that was in the file and is still not done
-has failed, so this comes to an end.
+has failed, so this comes to an end. Tasks run side by side, but no other `prepare` may write into DIR meanwhile.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 
 import cattrs
 
-from ping_llm.data.ingest.tasks import REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
-from ping_llm.system.files import write_atomically
+from ping_llm.data.ingest.tasks import LOCK_NAME, REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
+from ping_llm.system.files import write_atomically, write_lock
+from ping_llm.system.streams import steady_streams
 
 Report = dict[str, Any]  # of a finished task, as JSON
 TASKS_NAME = "tasks.json"
@@ -87,11 +88,14 @@ def run_strided(path: Path, first: int, stride: int) -> None:
     """Runs every `stride`th task of a file, from number `first` on, and says what each did."""
     if not 0 <= first < stride:
         raise ValueError(f"{first=} must be at least 0 and below {stride=}")
-    function, tasks = read_tasks(path)
-    for task in tasks[first::stride]:
-        report = function(task)
-        said = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, (int, str)))
-        print(f"{task.folder.name}: {said}", flush=True)
+    if not path.exists():
+        read_tasks(path)  # says so
+    with write_lock(path.parent.parent, path.parent / LOCK_NAME, shared=True):
+        function, tasks = read_tasks(path)
+        for task in tasks[first::stride]:
+            report = function(task)
+            said = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, (int, str)))
+            print(f"{task.folder.name}: {said}", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,4 +114,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with steady_streams():
+        sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Names and sizes of dumps in, the plan of their preparation out: its tasks, and what they will take.
+"""Kinds and sizes of dumps in, the plan of their preparation out: its tasks, and what they will take.
 
 Every number but the sizes of the files is an estimate. Rates are of one core at about 3 GHz, by scripts/bench_prepare.py.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from math import ceil
 
 from ping_llm.data.ingest.choices import Packets
+from ping_llm.data.ingest.shuffle import MAX_BUCKETS, PORTION_MEASUREMENTS
 from ping_llm.data.ingest.splits import PARTS
+from ping_llm.data.ingest.tasks import CHUNK_BYTES
 
 BUCKET_MEASUREMENTS = (
     1_000_000  # aimed at; sorting and writing takes about 300 bytes each, and groups are of uneven size
@@ -23,10 +25,14 @@ _KINDS = {
     ".bz2": (30, 37, 95_000),
     ".gz": (40, 55, 600_000),
     ".zst": (40, 55, 2_000_000),
+    ".csv": (50, 70, float("inf")),  # a packet a row
+    ".log": (60, 80, float("inf")),
     ".parquet": (10, 11, 10_000_000),
 }
 PARSE_RESULTS_PER_S = 500_000
 REDUCE_MEASUREMENTS_PER_S = 500_000
+BATCH_WRITE_S, BATCH_READ_S = 0.00008, 0.0002  # of a bucket's share of a piece, by `bench_prepare.py --scale`
+PORTION_MEASUREMENTS_PER_S = 2_000_000
 ROW_BYTES = 7  # of a measurement in the finished rows
 SHARD_BYTES = 90_000  # of a shard that holds next to nothing: ArrayRecord fills blocks of 64 kB
 SCRATCH_BYTES = 25  # of a measurement in the pieces between the two rounds
@@ -34,7 +40,7 @@ SCRATCH_BYTES = 25  # of a measurement in the pieces between the two rounds
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done with dumps of known (name, bytes)."""
+    """What is to be done with dumps of known (suffix of such content, bytes)."""
 
     dumps: tuple[tuple[str, int], ...]
     packets: Packets
@@ -45,11 +51,29 @@ class Plan:
     @property
     def results(self) -> float:
         """Lines of all dumps."""
-        return sum(size / _kind(name)[1] for name, size in self.dumps)
+        return sum(size / _kind(suffix)[1] for suffix, size in self.dumps)
 
     @property
     def measurements(self) -> float:
         return self.results * (PACKETS_OF_A_RESULT if self.packets == "all" else 1)
+
+    @property
+    def pieces(self) -> int:
+        """Files of parsed results between the two rounds of tasks, a batch of each bucket in each."""
+        return sum(ceil(size / _kind(suffix)[1] * _PLAIN[1] / CHUNK_BYTES) for suffix, size in self.dumps)
+
+    @property
+    def portions(self) -> int:
+        """Parts of a bucket that are sorted one after another."""
+        share = self.measurements / self.buckets / PORTION_MEASUREMENTS
+        return 1 if share <= 1.5 else ceil(share)
+
+    @property
+    def shuffle_seconds(self) -> float:
+        """Processor time of writing and reading the batches of pieces, once more where buckets are cut into portions."""
+        reads = 1 if self.portions == 1 else 2 + 1.5 / self.portions  # to count, to cut, and what was read before that
+        seconds = self.pieces * self.buckets * (BATCH_WRITE_S + reads * BATCH_READ_S)
+        return seconds + (self.measurements / PORTION_MEASUREMENTS_PER_S if self.portions > 1 else 0)
 
     @property
     def row_bytes(self) -> float:
@@ -59,9 +83,9 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Wall-clock time of all tasks, were they spread evenly."""
-        unpack = sum(size / _kind(name)[1] / _kind(name)[2] for name, size in self.dumps)
+        unpack = sum(size / _kind(suffix)[1] / _kind(suffix)[2] for suffix, size in self.dumps)
         parse, reduce = self.results / PARSE_RESULTS_PER_S, self.measurements / REDUCE_MEASUREMENTS_PER_S
-        return (unpack + parse + reduce) / self.workers
+        return (unpack + parse + self.shuffle_seconds + reduce) / self.workers
 
     def describe(self) -> str:
         """The plan as a table of text."""
@@ -71,6 +95,10 @@ class Plan:
             ("executor", f"{self.executor}, {self.workers:,} workers"),
             ("unpack, parse", f"{len(self.dumps):,} tasks, about {_rounded(self.results)} results"),
             ("group, sort, split", f"{self.buckets:,} tasks, about {_rounded(self.measurements)} measurements"),
+            (
+                "shuffle",
+                f"{self.pieces:,} pieces × {self.buckets:,} buckets, about {_duration(self.shuffle_seconds)} of a core",
+            ),
             ("shards", f"at most {self.buckets:,} of each part"),
             ("scratch", f"about {_megabytes(self.measurements * SCRATCH_BYTES)}"),
             ("rows", f"about {_megabytes(self.row_bytes)}"),
@@ -80,18 +108,19 @@ class Plan:
 
 
 def bucket_count(dumps: Sequence[tuple[str, int]], packets: Packets) -> int:
-    """So many that a bucket fits well in memory; by the inputs alone, so that the shards are the same everywhere."""
-    results = sum(size / _kind(name)[0] for name, size in dumps)
-    return max(MIN_BUCKETS, round(results * (PACKETS_OF_A_RESULT if packets == "all" else 1) / BUCKET_MEASUREMENTS))
+    """So many that a bucket fits well in memory, up to MAX_BUCKETS; by the inputs alone: shards are the same everywhere."""
+    results = sum(size / _kind(suffix)[0] for suffix, size in dumps)
+    buckets = round(results * (PACKETS_OF_A_RESULT if packets == "all" else 1) / BUCKET_MEASUREMENTS)
+    return min(max(buckets, MIN_BUCKETS), MAX_BUCKETS)
 
 
-def packed_share(name: str) -> float:
+def packed_share(suffix: str) -> float:
     """Bytes in a dump of one plain byte."""
-    return _kind(name)[1] / _PLAIN[1]
+    return _kind(suffix)[1] / _PLAIN[1]
 
 
-def _kind(name: str) -> tuple[int, int, float]:
-    return _KINDS.get(PurePath(name).suffix, _PLAIN)
+def _kind(suffix: str) -> tuple[int, int, float]:
+    return _KINDS.get(suffix, _PLAIN)
 
 
 def _rounded(count: float) -> str:

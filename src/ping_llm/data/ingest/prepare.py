@@ -7,15 +7,15 @@ not on the number of workers, nor on the order of the inputs.
 
 from __future__ import annotations
 
-import glob
 import json
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Executor
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -25,13 +25,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
-from ping_llm.data.ingest.executors import LOCAL, check_executor, open_executor, run_tasks
+from ping_llm.data.ingest.executors import ARRAY, LOCAL, check_executor, open_executor, run_tasks
+from ping_llm.data.ingest.inputs import Dump, find_inputs, packed_suffix, read_inputs, spooled, streams
 from ping_llm.data.ingest.plan import Plan, bucket_count, packed_share
 from ping_llm.data.ingest.results import DROPPED_LINES, MAX_CLOCK_SKEW_S
+from ping_llm.data.ingest.shuffle import MAX_BUCKETS
 from ping_llm.data.ingest.splits import PARTS, SplitRule, TimeCut
 from ping_llm.data.ingest.tasks import (
     ASIDE,
     CHUNK_BYTES,
+    LOCK_NAME,
     MapTask,
     ReduceTask,
     map_dump,
@@ -39,32 +42,16 @@ from ping_llm.data.ingest.tasks import (
     reduce_bucket,
 )
 from ping_llm.data.ingest.traceroute import REPLIES
+from ping_llm.data.measurement import is_public, pack_addresses
 from ping_llm.data.rows import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, read_manifest, shard_name
-from ping_llm.system.files import file_sha256, full_disk_is_one_line, move_atomically, write_atomically
+from ping_llm.system.files import full_disk_is_one_line, move_atomically, write_atomically, write_lock
 from ping_llm.system.progress import by_part, cores, show_progress
 
 PARTIAL_NAME = ".partial"
-DUMP_SUFFIXES = (".bz2", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet")
 IDENTITY_NAME = "identity.json"
-STDIN = "-"
-_NO_DUMPS = ("truth.json", "fetch.json")  # the truth of a synthetic dump, the record of a fetch
 
 WATCH_EVERY_S = 1.0
 INLINE_S = 1.0  # what takes less is done in this process by default: to start others takes as long
-
-
-@dataclass(frozen=True)
-class Dump:
-    """One input, as the manifest names it: equal dumps give equal rows."""
-
-    path: Path
-    name: str
-    bytes: int
-    sha256: str
-
-    def identity(self) -> dict[str, Any]:
-        """Equal for equal dumps."""
-        return {name: value for name, value in vars(self).items() if name != "path"}
 
 
 @full_disk_is_one_line
@@ -80,39 +67,77 @@ def prepare(
     executor: str | Executor = LOCAL,
     traceroute: Traceroute = "off",
     time_cut: TimeCut | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Turns Atlas dumps into probe rows in `out`; gives the manifest.
 
-    inputs: dumps (.bz2, .gz, .zst, plain, .parquet), folders of them, patterns like dump/*.bz2, "-" for standard input.
-    workers: processes; 0 = one a core. shards: of each part, at most; 0 = by the size of the inputs.
-    keep_going: use what can be read of damaged dumps, and name them in the manifest.
+    inputs: dumps, tables, logs of ping, plain or packed; pipes, folders, patterns like dump/*.bz2, "-" for standard input.
+    workers: processes; 0 = one a core. shards: of each part, at most (256 are the most); 0 = by the size of the inputs.
+    keep_going: use what can be read of damaged dumps and of those that are mostly no dumps, and name them in the manifest.
     traceroute: count and drop traceroutes, or measure their targets, or all hops (see traceroute.py).
     time_cut: when val and test begin, instead of where the quantiles of all measurements lie (see splits.py).
+    source: the public address of the source, for inputs that name none: logs and tables of ping.
     executor: where the tasks run, by a name of executors.py, or an open one whose workers see the same folders.
-    A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder.
+    A folder that holds these rows already is left as it is. ValueError says what was wrong with an input or the folder, such
+    as that another process writes there.
     """
     out = Path(out)
     if max_clock_skew_s < 0:
         raise ValueError(f"{max_clock_skew_s=} must be 0 or more")
     if time_cut:
         check_time_cut(time_cut, split)
+    if source:
+        check_source(source)
+    if isinstance(executor, str):
+        check_executor(executor)
     partial = out.absolute() / PARTIAL_NAME  # workers elsewhere may run in another folder
-    paths = _find_inputs(inputs, partial)
-    plan = _plan(paths, workers, packets, shards, executor)
-    dumps = _read_inputs(paths)
-    options: dict[str, Any] = {"packets": packets, "split": split, "shards": shards}
-    options |= {"max_clock_skew_s": max_clock_skew_s, "traceroute": traceroute}
-    options["time_cut"] = asdict(time_cut) if time_cut else None
-    identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
-    if (out / MANIFEST_NAME).exists():
-        return _finished(out, identity)
-    _begin(out, partial, identity)
-    rule = SplitRule() if split == "pingbench" else None
+    named = find_inputs(inputs)
+    if executor == ARRAY and streams(named):
+        raise ValueError(f"{streams(named)[0]} can be read only once, and by no other job; name files")
+    with _only_writer(out, partial), spooled(named, partial) as paths:
+        plan = _plan(paths, workers, packets, shards, executor)
+        dumps = read_inputs(paths)
+        options: dict[str, Any] = {"packets": packets, "split": split, "shards": shards}
+        options |= {"max_clock_skew_s": max_clock_skew_s, "traceroute": traceroute}
+        options["time_cut"] = asdict(time_cut) if time_cut else None
+        options |= {"source": source} if source else {}
+        identity = {"format_version": FORMAT_VERSION, "inputs": [dump.identity() for dump in dumps], "options": options}
+        if (out / MANIFEST_NAME).exists():
+            return _finished(out, identity)
+        _begin(out, partial, identity)
+        manifest = _make_rows(out, partial, identity, dumps, plan, executor, keep_going, time_cut)
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # a process of a killed run may live for a second yet, and write there
+        return manifest
+
+
+def _make_rows(
+    out: Path,
+    partial: Path,
+    identity: dict[str, Any],
+    dumps: Sequence[Dump],
+    plan: Plan,
+    executor: str | Executor,
+    keep_going: bool,
+    time_cut: TimeCut | None,
+) -> dict[str, Any]:
+    """Runs all tasks and publishes the rows; gives the manifest."""
+    options = identity["options"]
+    rule = SplitRule() if options["split"] == "pingbench" else None
     with open_executor(executor, plan.workers) if isinstance(executor, str) else nullcontext(executor) as pool:
         folders = [partial / f"input-{number:05d}" for number in range(len(dumps))]
-        options_of_map = (plan.buckets, packets, max_clock_skew_s, traceroute)
+        names = ("packets", "max_clock_skew_s", "traceroute", "source")
+        options_of_map = (plan.buckets, *map(options.get, names))
         maps = [MapTask(d.path, d.name, folder, *options_of_map) for d, folder in zip(dumps, folders, strict=True)]
         map_reports = _run_maps(pool, maps, dumps, keep_going)
+        if all(map(_is_empty, map_reports)):
+            who = (
+                f"{dumps[0].name} is empty: it holds"
+                if len(dumps) == 1
+                else f"all {len(dumps)} inputs are empty: they hold"
+            )
+            raise ValueError(f"{who} no results; get others")
         merge_sources(folders, partial / "sources.arrow", rule or SplitRule())
         cut = time_cut or _time_cut(map_reports, rule) if rule else None
         reduces = [
@@ -124,7 +149,6 @@ def prepare(
     manifest = _manifest(identity, map_reports, reduce_reports, rule, cut)
     manifest |= _publish([task.folder for task in reduces], out)
     write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(partial, ignore_errors=True)  # a process of a killed run may live for a second yet, and write there
     return manifest
 
 
@@ -136,13 +160,25 @@ def check_time_cut(time_cut: TimeCut, split: Split) -> None:
         raise ValueError(f"{time_cut} must name two times, the earlier one first")
 
 
+def check_source(source: str) -> None:
+    """ValueError if it is not the address of a host on the public Internet."""
+    packed, valid = pack_addresses([source])
+    if not valid[0]:
+        raise ValueError(f"--source {source} is not an IPv4 or IPv6 address")
+    if not is_public(packed)[0]:
+        raise ValueError(f"--source {source} is private or reserved; give the public address that others see")
+
+
 def plan_rows(
     inputs: Sequence[str | Path], workers: int = 0, packets: Packets = "one", shards: int = 0, executor: str = LOCAL
 ) -> Plan:
     """What `prepare` of the same arguments would do; reads nothing but the sizes of the files, and writes nothing."""
-    if STDIN in map(str, inputs):
-        raise ValueError("standard input cannot be planned for, its size is not known; name files")
-    return _plan(_find_inputs(inputs, Path()), workers, packets, shards, executor)
+    paths = find_inputs(inputs)
+    if streams(paths):
+        names = {"stdin": "standard input"}
+        name = streams(paths)[0]
+        raise ValueError(f"{names.get(name, name)} cannot be planned for, its size is not known; name files")
+    return _plan(paths, workers, packets, shards, executor)
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -152,56 +188,44 @@ def summary(manifest: dict[str, Any]) -> str:
     table += [(f"  {name}", count, DROPPED_LINES.get(name, "")) for name, count in lines["counters"].items() if count]
     table += [(f"measurements {name}", count, REPLIES.get(name, "")) for name, count in measurements.items()]
     table += [(f"  {part}", count, f"{manifest['rows'][part]:,} rows") for part, count in manifest["parts"].items()]
+    if empty := manifest.get("empty_inputs"):
+        table.append(("empty inputs", empty, f"of {len(manifest['inputs']):,}"))
     text = [f"{name:<40} {count:>15,}  {note}".rstrip() for name, count, note in table]
     return "\n".join(text + [f"kept going: {entry['problem']}" for entry in manifest["inputs"] if "problem" in entry])
 
 
-def _find_inputs(inputs: Sequence[str | Path], partial: Path) -> dict[Path, str]:
-    """The path of every input, and its name."""
-    if not inputs:
-        raise ValueError("no input; name the dumps, for example dump/ping-*.bz2, or their folder")
-    paths = {}
-    for path in map(Path, inputs):
-        if str(path) == STDIN:
-            partial.mkdir(parents=True, exist_ok=True)
-            with (partial / "stdin").open("wb") as file:  # another process can read it, and a second look can hash it
-                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-            paths[partial / "stdin"] = "stdin"
-        elif path.is_dir():
-            dumps = [one for one in path.iterdir() if one.suffix in DUMP_SUFFIXES and one.name not in _NO_DUMPS]
-            if not dumps:
-                raise ValueError(f"{path} holds no dumps, that is, no files ending in {', '.join(DUMP_SUFFIXES)}")
-            paths |= {dump.resolve(): dump.name for dump in dumps}
-        elif not path.exists():
-            matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file()]
-            if not matches:
-                raise ValueError(f"no file {path}; check the name")
-            paths |= {match.resolve(): match.name for match in matches}
-        else:
-            paths[path.resolve()] = path.name
-    return paths
+@contextmanager
+def _only_writer(out: Path, partial: Path) -> Iterator[None]:
+    """Keeps other processes from writing into `out`; at the end nothing is left of that but what was made meanwhile."""
+    if (out / MANIFEST_NAME).exists() and not os.access(out, os.W_OK):
+        yield  # nobody writes there
+        return
+    is_new = not out.exists()
+    with write_lock(out, partial / LOCK_NAME):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # all of it is in use, or gone
+                if [path.name for path in partial.iterdir()] == [LOCK_NAME]:
+                    (partial / LOCK_NAME).unlink()
+                    partial.rmdir()
+                    if is_new:
+                        out.rmdir()
 
 
 def _plan(paths: dict[Path, str], workers: int, packets: Packets, shards: int, executor: str | Executor) -> Plan:
     """The plan for dumps at paths with names."""
     if workers < 0 or shards < 0:
         raise ValueError(f"{workers=} and {shards=} must be 0 or more")
-    dumps = tuple((name, path.stat().st_size) for path, name in paths.items())
+    dumps = tuple((packed_suffix(path), path.stat().st_size) for path in paths)
     if isinstance(executor, str):
         check_executor(executor)
     name = executor if isinstance(executor, str) else type(executor).__name__
-    plan = Plan(dumps, packets, shards or bucket_count(dumps, packets), workers or cores(), name)
+    buckets = min(shards, MAX_BUCKETS) or bucket_count(dumps, packets)
+    plan = Plan(dumps, packets, buckets, workers or cores(), name)
     if not workers and name == LOCAL and plan.seconds < INLINE_S:
         return replace(plan, workers=1)
     return replace(plan, workers=min(plan.workers, max(len(dumps), plan.buckets)))
-
-
-def _read_inputs(paths: dict[Path, str]) -> list[Dump]:
-    """Every input with its hash, in an order that depends on names and contents alone."""
-    with ThreadPoolExecutor(cores()) as threads:
-        hashes = list(threads.map(file_sha256, paths))
-    dumps = [Dump(path, name, path.stat().st_size, h) for (path, name), h in zip(paths.items(), hashes, strict=True)]
-    return sorted(dumps, key=lambda dump: (dump.name, dump.sha256))
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +242,10 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 def _begin(out: Path, partial: Path, identity: dict[str, Any]) -> None:
     """Makes the scratch folder ready: with what an interrupted run of the same plan left in it, else empty."""
     shards = [path for part in PARTS for path in out.glob(f"{part}-?????-of-?????.arrayrecord")]
-    if shards and not partial.exists():
-        raise ValueError(f"{out} holds shards but no {MANIFEST_NAME}; choose another --out or delete the folder")
     text = json.dumps(identity, indent=1)
     there = partial / IDENTITY_NAME
+    if shards and not there.exists():
+        raise ValueError(f"{out} holds shards but no {MANIFEST_NAME}; choose another --out or delete the folder")
     if not there.exists() or there.read_text() != text:
         for old in (*partial.glob("input-*"), *partial.glob("bucket-*")):
             shutil.rmtree(old)
@@ -265,7 +289,7 @@ def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[C
                 written = Counter(piece.parent.name.partition(".")[0] for piece in scratch.glob(f"*{ASIDE}/piece-*"))
                 for name, pieces in written.items():
                     dump = dumps[numbers[name]]
-                    size = min(pieces * CHUNK_BYTES * packed_share(dump.name), 0.95 * dump.bytes)
+                    size = min(pieces * CHUNK_BYTES * packed_share(packed_suffix(dump.path)), 0.95 * dump.bytes)
                     reach(numbers[name], size / 1e6)
 
         watcher = Thread(target=watch, daemon=True)
@@ -275,6 +299,11 @@ def _map_progress(tasks: Sequence[MapTask], dumps: Sequence[Dump]) -> Iterator[C
         finally:
             over.set()
             watcher.join()
+
+
+def _is_empty(report: dict[str, Any]) -> bool:
+    """Whether an input holds nothing, as where a measurement gave no results."""
+    return not report["problem"] and report["lines"] == report["counters"].get("blank_line", 0)
 
 
 def _time_cut(maps: Sequence[dict], rule: SplitRule) -> TimeCut | None:
@@ -308,6 +337,7 @@ def _manifest(
     ]
     return identity | {
         "inputs": inputs,
+        "empty_inputs": sum(map(_is_empty, maps)),
         "packets": identity["options"]["packets"],
         "lines": {"read": read, "counters": counters},
         "measurements": measurements,

@@ -4,6 +4,8 @@ What is read from JSON or from a table is first brought to the same columns, her
 
     malformed_json, traceroute_off, not_ping, no_timestamp, unsynced_clock, has_error     bool
     probe_id, msm_id, time_s     int64          src, from, dst     text          packets     list of RTT in ms, −1 = lost
+
+and, where the packets of one line have times and numbers of their own, lists of them: times, numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from ping_llm.data.measurement import MEASUREMENT_SCHEMA, binary_column, is_ipv4
 RESULT_SCHEMA = MEASUREMENT_SCHEMA.append(pa.field("packet", pa.uint32())).append(pa.field("first_of_line", pa.bool_()))
 """A measurement; `packet` numbers those of one result, alike in each copy of it; one of each line is `first_of_line`."""
 
+ROW_PACKET = 2**32 - 1
+"""The `packet` of a row of one packet, of which nothing says which of its ping's it is (see repeats)."""
+
 MAX_TIME_S = 2**32 - 1
 MIN_RTT_MS = 1e-6
 MAX_RTT_MS = 4_294_967.0  # 2³² µs, 71 minutes, the end of the RTT code; a longer one is an error of the probe
@@ -38,9 +43,10 @@ DROPPED_LINES = {
     "no_timestamp": "without a timestamp between 1970 and 2106",
     "no_destination": "without a destination address, most often because its name was not resolved",
     "bad_destination": "whose destination is not an address",
-    "private_destination": "whose destination is private, link-local, multicast or reserved",
+    "private_destination": "whose destination is private, link-local, multicast, reserved or otherwise no host",
     "local_error": "of packets that never left: address not allowed, socket, bind or connect failed",
-    "no_result": "without a packet known to be answered or lost; of traceroutes, without a reply that is used",
+    "no_result": "without a packet known to be answered or lost, as the first line of a log; of traceroutes, without a "
+    "reply that is used",
     "no_source": "with neither a public src_addr nor a public from",
     "unsynced_clock": "whose clock was last set longer ago than allowed, or never (lts −1)",
 }
@@ -69,7 +75,7 @@ def measure_pings(
 
     `packets` "one" keeps one packet a result, picked by a hash of probe, measurement and time, so that a packet's chance
     to be kept does not depend on its RTT; "all" keeps each. `rows_are_packets`: results of one packet each, of which several
-    may be of one ping; they repeat another only if they are as long.
+    may be of one ping.
     """
     src, other_src, dst = read_addresses(*(fields[name] for name in ("src", "from", "dst")))
     src = src.or_else(other_src)
@@ -81,10 +87,15 @@ def measure_pings(
     kept = fields.select(["probe_id", "msm_id", "time_s", "packets"]).filter(pa.array(keep))
     line, taken, packet = _take_packets(kept, packets)
     rtt_ms = pc.list_flatten(kept["packets"]).to_numpy()[taken]
-    if rows_are_packets:
-        packet = rtt_ms.astype(np.float32).view(np.uint32)
     at = np.flatnonzero(keep)[line]
-    return result_table(fields, at, src.packed[at], dst.packed[at], rtt_ms, packet), dropped
+    time_s = fields["time_s"].to_numpy()[at]
+    if rows_are_packets:
+        packet = np.full(len(packet), ROW_PACKET)
+    elif "times" in fields.column_names:
+        time_s, packet = (
+            pc.list_flatten(fields[name].filter(pa.array(keep))).to_numpy()[taken] for name in ("times", "numbers")
+        )
+    return result_table(fields, at, src.packed[at], dst.packed[at], rtt_ms, packet, time_s=time_s), dropped
 
 
 @cache
@@ -136,13 +147,15 @@ def result_table(
     rtt_ms: np.ndarray,
     packet: np.ndarray,
     kind: np.ndarray | int = 0,
+    time_s: np.ndarray | None = None,
 ) -> pa.Table:
     """n measurements with (n, 16) addresses as a table of RESULT_SCHEMA; `line` (n,) ascends and is their row in fields.
 
-    `kind` indexes KINDS.
+    `kind` indexes KINDS. `time_s` (n,) is that of the line unless given.
     """
     columns = [
-        *(fields[name].to_numpy()[line] for name in ("probe_id", "msm_id", "time_s")),
+        *(fields[name].to_numpy()[line] for name in ("probe_id", "msm_id")),
+        fields["time_s"].to_numpy()[line] if time_s is None else time_s,
         binary_column(src),
         binary_column(dst),
         np.where(is_ipv4(dst), 4, 6).astype(np.uint8),

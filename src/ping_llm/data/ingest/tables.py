@@ -33,6 +33,21 @@ def is_parquet(path: Path) -> bool:
         return False
 
 
+def is_typed(path: Path) -> bool:
+    """Whether a Parquet file has the columns of one of these kinds, of their types; else its values are read as text."""
+    try:
+        schema = pq.ParquetFile(path).schema_arrow
+    except (pa.ArrowException, OSError):
+        return True  # reading it says what is wrong
+    if "pings" in schema.names:
+        return True
+    time = next((schema.field(name).type for name in _TIME_COLUMNS if name in schema.names), None)
+    if time is None or not {"src_addr", "dst_addr", "rtt"} <= set(schema.names):
+        return False
+    halves = any(pa.types.is_float16(field.type) for field in schema)
+    return (pa.types.is_timestamp(time) or pa.types.is_integer(time)) and not halves
+
+
 def read_rows(path: Path) -> Iterator[pa.Table]:
     """The rows of a Parquet file, at most BATCH_ROWS at a time; DamagedDump at the end of what is readable."""
     try:

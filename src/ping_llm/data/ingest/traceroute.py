@@ -27,7 +27,7 @@ REPLIES = {
     "reply_icmp_error": "of a router that could not forward (!N, !H, !A …): it may have waited before it said so",
     "reply_without_rtt": "without an RTT between 1 ns and 71 minutes",
     "reply_bad_address": "of what is not an address",
-    "reply_private_address": "of a private, link-local, multicast or reserved address",
+    "reply_private_address": "of a private, link-local, multicast, reserved or other address that is no host",
     "reply_not_of_target": "not of the destination, or before the last hop (--traceroute target)",
     "reply_of_dropped_line": "of lines that were dropped for another reason",
     "reply_not_picked": "of hops of which another reply was kept (--packets one)",

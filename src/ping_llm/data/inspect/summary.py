@@ -62,6 +62,11 @@ class Summary:
                 advance(sum(map(len, batch)))
 
     @property
+    def problems(self) -> list[str]:
+        """Why not all of a dump was read, or most of it is none, of each for which that holds."""
+        return [entry["problem"] for entry in self.manifest.get("inputs", ()) if "problem" in entry]
+
+    @property
     def measurements(self) -> np.ndarray:
         """(2,) of each family."""
         return self.over_time.sum(axis=1)
@@ -117,6 +122,7 @@ class Summary:
         return {
             "name": self.name,
             "lines": self.manifest.get("lines"),
+            "problems": self.problems,
             "parts": self.manifest["parts"],
             "measurements": int(self.measurements.sum()),
             "rows": len(self.row_measurements),

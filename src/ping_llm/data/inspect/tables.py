@@ -34,10 +34,9 @@ def _counters(summary: Summary) -> Table:
     _count_row(table, "measurements", sum(parts.values()), sum(parts.values()))
     for name, count in parts.items() if len(parts) > 1 else ():
         _count_row(table, f"  {name}", count, sum(parts.values()))
-    for entry in manifest.get("inputs", ()):
-        if "problem" in entry:
-            table.add_section()
-            table.add_row(Text(entry["problem"], style="red"))
+    for problem in summary.problems:
+        table.add_section()
+        table.add_row(Text(problem, style="red"))
     return table
 
 

@@ -1,0 +1,150 @@
+"""Tokens in, what they mean within their field out: the place, the address prefix so far, the RTT so far.
+
+To a byte-level model all bytes look alike: that the third byte of a familiar prefix stands here, or the lower half of an
+RTT, is left to attention to find out. These parts of the input say it outright. They are exact functions of the tokens so
+far, the same in training, over a cache and for the continuations of a prompt that stand side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ping_llm.config import ModelConfig
+
+ROLES = 11  # tokens below are roles, the others bytes; the model's tests hold these numbers against the vocabulary's
+_ADDRESSES = (1, 2, 3, 4)  # SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6
+_RTT = 8  # RTT_START
+_WIDTH = 18  # the role at index 0, up to 16 bytes, and one index for what is too long for any field
+PLACES = ROLES * _WIDTH
+_OCTAVES = 14
+VALUE_FEATURES = 2 * _OCTAVES
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; its powers weigh the bytes of a prefix, modulo 2^64
+
+
+@dataclass(frozen=True)
+class FieldState:
+    """The field that a prompt is in after its last token: what the embedding of the next one depends on."""
+
+    role: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64, bytes since the role
+    prefix: Tensor  # (B,) int64, sum over the bytes so far
+    code: Tensor  # (B,) int64, sum of the first two bytes, the first 256-fold
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FieldState:
+        """The state of other prompts: each tensor is replaced."""
+        return FieldState(*map(function, (self.role, self.index, self.prefix, self.code)))
+
+
+@dataclass(frozen=True)
+class FieldFeatures:
+    """What the tokens (B, T) mean; padding means something, and nothing of it is used."""
+
+    place: Tensor  # (B, T) int64, below PLACES
+    prefix: Tensor  # (B, T) int64, a 63-bit hash of the role and the bytes so far; 0 where the token is no address byte
+    half_codes: Tensor  # (B, T) int64, of the RTT so far, twice its code; −1 where the token is no byte of an RTT
+
+
+def read_fields(tokens: Tensor, state: FieldState | None = None) -> tuple[FieldFeatures, FieldState]:
+    """Features of tokens (B, T), −1 = padding at the right, that come after `state`; and the state after them."""
+    B, T = tokens.shape
+    if state is None:  # a window begins with a role, so this one is never read
+        zero = tokens.new_zeros(B)
+        state = FieldState(zero, zero, zero, zero)
+    place = torch.arange(T, device=tokens.device).expand(B, T)
+    is_role = (tokens >= 0) & (tokens < ROLES)
+    last = place.masked_fill(~is_role, -1).cummax(dim=1).values  # (B, T) of the last role, −1 before the first
+    begun = last >= 0
+    at = last.clamp(min=0)
+    role = torch.where(begun, tokens.gather(1, at), state.role[:, None])
+    index = torch.where(begun, place - last, state.index[:, None] + 1 + place).clamp(max=_WIDTH - 1)
+    byte = torch.where(tokens >= ROLES, tokens - ROLES, 0)
+    weights = _byte_weights(tokens.device)[index]  # (B, T)
+    prefix = _since(torch.where(tokens >= ROLES, (byte + 1) * weights, 0), at, begun, state.prefix)
+    code = _since(byte * ((index == 1) * 256 + (index == 2)), at, begun, state.code)
+
+    of_address = (role >= _ADDRESSES[0]) & (role <= _ADDRESSES[-1]) & (index > 0)
+    half_codes = 2 * code + (index == 1) * 255  # the middle of the codes that begin with byte 1
+    of_rtt = (role == _RTT) & ((index == 1) | (index == 2))
+    features = FieldFeatures(
+        role.clamp(0, ROLES - 1) * _WIDTH + index,
+        torch.where(of_address, _mix(prefix + role * _MULTIPLIER), 0),
+        torch.where(of_rtt, half_codes, -1),
+    )
+    real = (tokens >= 0).sum(dim=1)  # (B,)
+    after = (real - 1).clamp(min=0)[:, None]
+    return features, FieldState(
+        *(
+            torch.where(real > 0, new.gather(1, after)[:, 0], old)
+            for new, old in (
+                (role, state.role),
+                (index, state.index),
+                (prefix, state.prefix),
+                (code, state.code),
+            )
+        )
+    )
+
+
+class FieldEmbedding(nn.Module):
+    """The parts of a token's embedding that its field decides, one table or matrix each; (B, T, D) fp32, their sum."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.places = nn.Embedding(PLACES, config.n_embd)
+        self.prefixes = nn.Embedding(config.prefix_rows, config.n_embd)
+        self.values = nn.Linear(VALUE_FEATURES, config.n_embd, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal: the tables with deviation 1, as the tokens' own is, and so is the product with the value's matrix."""
+        nn.init.normal_(self.places.weight, std=1.0, generator=generator)
+        nn.init.normal_(self.prefixes.weight, std=1.0, generator=generator)
+        nn.init.normal_(self.values.weight, std=_OCTAVES**-0.5, generator=generator)
+
+    def forward(self, features: FieldFeatures) -> Tensor:
+        """The sum of the parts, (B, T, D)."""
+        rows = self.prefixes.num_embeddings
+        of_address, of_rtt = (features.prefix != 0)[..., None], (features.half_codes >= 0)[..., None]
+        prefix = torch.where(of_address, self.prefixes(features.prefix & (rows - 1)), 0.0)
+        octave = torch.arange(_OCTAVES, device=features.half_codes.device)
+        # Half a turn over all codes to 2^13 half turns, (B, T, 14); whole turns are dropped before anything is rounded.
+        part = (features.half_codes[..., None] << octave) & ((1 << 18) - 1)
+        angle = part.float() * (math.pi / (1 << 17))
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        value = torch.where(of_rtt, self.values(waves), 0.0)
+        return self.places(features.place) + prefix + value
+
+
+def _since(amounts: Tensor, at: Tensor, begun: Tensor, before: Tensor) -> Tensor:
+    """Sums (B, T) of `amounts` since the last role at place `at`, whose own amount is 0; `before` counts where none was."""
+    total = amounts.cumsum(dim=1)
+    return total - torch.where(begun, total.gather(1, at), -before[:, None])
+
+
+def _byte_weights(device: torch.device) -> Tensor:
+    """What a byte at each index of a field is multiplied by in the sum of a prefix, (18,) int64, modulo 2^64; all odd."""
+    weights, value = [], 1
+    for _ in range(_WIDTH):
+        weights.append(value - (1 << 64) if value >= 1 << 63 else value)
+        value = value * (_MULTIPLIER % (1 << 64)) % (1 << 64)
+    return torch.tensor(weights, device=device)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A 63-bit hash above 0 whose low bits depend on all bits of the value: the finaliser of SplitMix64.
+
+    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014.
+    """
+    value = (value ^ _shifted(value, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    value = (value ^ _shifted(value, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return ((value ^ _shifted(value, 31)) & ((1 << 63) - 1)).clamp(min=1)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """int64 shifted right as if it were unsigned."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,148 @@
+"""Every script starts, runs to its end, and writes what it measured."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import make_row, write_rows
+from paths import SCRIPTS
+
+from ping_llm.cli import exit_code
+from ping_llm.config import Config, ModelConfig
+
+RUN_ELSEWHERE = {
+    "bench_train": "training/test_bench_train.py",
+    "profile_training": "training/test_bench_train.py",
+    "train_variants": "training/test_bench_train.py",
+    "eval_conditional_rtt": "eval/test_eval_scripts.py",
+    "eval_partial_ip": "eval/test_eval_scripts.py",
+    "train/modal_wrapper": "launch/test_modal.py",
+}
+NEEDS_MORE = {"mutants": "mutmut, which is no part of what the tests need"}
+sys.path.append(str(SCRIPTS))  # as for the scripts themselves, and for the processes that they start
+CONFIG = "[model]\nn_layer = 1\nn_embd = 32\nn_head = 2\nseq_len = 256\n"
+
+
+def measured(script: ModuleType, folder: Path, *argv: object) -> dict:
+    """What a script writes as JSON; numbers in it are finite."""
+    path = folder / "numbers.json"
+    assert exit_code(lambda: script.main([*map(str, argv), "--json", str(path)])) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_every_script_is_run_by_a_test():
+    here = {name.removeprefix("test_").removesuffix("_measures") for name in globals() if name.startswith("test_")}
+    scripts = {str(path.relative_to(SCRIPTS).with_suffix("")) for path in SCRIPTS.rglob("*.py")}
+    assert scripts - here == set(RUN_ELSEWHERE) | set(NEEDS_MORE)
+    for name, file in RUN_ELSEWHERE.items():
+        assert name.rpartition("/")[2] in (SCRIPTS.parent / "tests" / file).read_text()
+
+
+@pytest.mark.slow
+def test_bench_loader_measures(tmp_path, monkeypatch):
+    script = importlib.import_module("bench_loader")
+    config_of = script.config_of
+
+    def few_and_short(*given) -> Config:
+        config = config_of(*given)
+        model, train = ModelConfig(seq_len=96), dataclasses.replace(config.train, batch_size=16)
+        return dataclasses.replace(config, model=model, train=train)
+
+    monkeypatch.setattr(script, "config_of", few_and_short)
+    monkeypatch.setattr(script, "LARGEST_ROW", 100_000)
+    monkeypatch.setattr(script, "QUICK", {"seconds": 0.01, "rounds": 1})
+    numbers = measured(script, tmp_path, "--quick")
+    of_kinds = [numbers["small rows"], numbers["8 MB rows"]]
+    assert numbers["tokens_per_s_per_worker"] == min(one["tokens_per_s_per_worker"] for one in of_kinds) > 0
+    for one in of_kinds:
+        assert one["scaling_2_workers"] == round(one["tokens_per_s_2_workers"] / one["tokens_per_s_per_worker"], 2)
+        assert set(one["us_per_window"]) == {"read", "decode", "sample", "encode", "batch", "transfer"}
+    assert numbers["encoder_ratio_to_plain"] > 0 and 0 <= numbers["padding"] < 1
+
+
+@pytest.mark.slow
+def test_bench_prepare_measures(tmp_path, monkeypatch):
+    script = importlib.import_module("bench_prepare")
+    monkeypatch.setattr(script, "DAYS", 0.05)
+    monkeypatch.setattr(script, "QUICK_PROBES", 8)
+    monkeypatch.setattr(script, "sagan_rate", lambda sample, folder: None)  # it is fetched from a package index
+    numbers = measured(script, tmp_path, "--quick", "--results", 2_000)
+    assert 0 < numbers["results"] < 8 * 50 * 2 and numbers["sagan_results_per_s"] is None
+    assert numbers["memory_lines"] > numbers["memory_tenth_lines"] > 0
+    assert numbers["peak_rss_mb"] > 50 and numbers["cpu_ratio_to_unpack"] > 0
+
+
+@pytest.mark.slow
+def test_bench_score_measures(tmp_path, monkeypatch):
+    script = importlib.import_module("bench_score")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.toml").write_text(CONFIG)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "DEMO", tmp_path / "out" / "demo")
+    numbers = measured(script, tmp_path, "--quick", "--device", "cpu")
+    assert [(case["src_known"], case["history"]) for case in numbers["cases"]] == [
+        ("all", script.HISTORY),
+        ("all", 10),
+        ("auto", script.HISTORY),
+        ("auto", 10),
+    ]
+    for case in numbers["cases"]:
+        assert case["least_ratio"] <= case["ratio"] <= case["most_ratio"] and case["mean_history"] > 5
+        assert case["windows_nll"] == pytest.approx(case["prompts_nll"], abs=1.0)
+
+
+@pytest.mark.slow
+def test_bench_inference_measures(tmp_path, monkeypatch, capsys):
+    script = importlib.import_module("bench_inference")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.toml").write_text(CONFIG)
+    monkeypatch.setattr(script, "ROOT", tmp_path)  # a checkout where `make demo` has not run
+    monkeypatch.setattr(script, "QUICK_QUERIES", 40)
+    numbers = measured(script, tmp_path, "--quick", "--device", "cpu")
+    assert numbers.pop("model") == "untrained model of the size of tiny" and numbers.pop("precision") == "fp32"
+    assert numbers.pop("threads") == script.THREADS and len(numbers) == 7
+    for label, pair in numbers.items():
+        assert len(pair["ratios"]) == 2 and min(pair["ms"] + pair["ratios"]) > 0, label
+    assert "destination /20 ÷ /16, auto" in capsys.readouterr().out
+
+
+def test_bench_synth_measures(tmp_path):
+    numbers = measured(importlib.import_module("bench_synth"), tmp_path, "--quick")
+    ratio = numbers["results_per_s"] / numbers["json_dumps_results_per_s"]
+    assert numbers["results"] > 1000 and numbers["ratio_to_json_dumps"] == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    rows = [make_row(200 + 50 * i, seed=i, probe_id=i) for i in range(4)]
+    return write_rows(tmp_path_factory.mktemp("rows"), {"train": rows}, shards=1)
+
+
+def test_report_windows_measures(tmp_path, rows):
+    numbers = measured(importlib.import_module("report_windows"), tmp_path, rows, "--seq-len", 96, "--windows", 1)
+    modes = {mode: columns for mode, columns in numbers.items() if mode != "all"}
+    assert numbers["all"]["windows"] == sum(one["windows"] for one in modes.values()) == 64 * 64
+    for columns in modes.values():
+        assert columns["measurements a window"] <= 96 / columns["tokens a measurement"]
+
+
+def test_a_script_refuses_a_place_for_its_numbers_before_it_measures(tmp_path, capsys):
+    script = importlib.import_module("bench_synth")
+    assert exit_code(lambda: script.main(["--quick", "--json", str(tmp_path)])) == 1
+    assert capsys.readouterr() == ("", f"error: {tmp_path} is a folder; name a file\n")
+
+
+@pytest.mark.parametrize("name", ["bench_synth", "report_windows"])
+def test_a_script_starts_as_a_program(name):
+    import subprocess
+
+    done = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout

@@ -177,7 +177,7 @@ def test_few_results_leave_p_values_near_what_they_were():
         assert Surprise.fit(np.array([only])).calibrated(some) == pytest.approx(some, rel=0.5)
     own = (np.arange(40) + 0.5) / 40
     calibrated = Surprise.fit(own).calibrated(np.array([0.01, 0.1, 0.25, 0.75, 1.0]))
-    assert calibrated == pytest.approx([0.01, 0.1, 0.25, 0.75, 1.0], rel=0.25)
+    assert calibrated == pytest.approx([0.01, 0.1, 0.25, 0.75, 1.0], rel=0.5)
     assert (np.diff(Surprise.fit(own).calibrated(np.linspace(0, 1, 999))) >= 0).all()
     assert Surprise.fit(np.zeros(50)).calibrated(np.array([0.0, 0.5])).max() <= 1  # impossible results of val
 

@@ -210,6 +210,8 @@ def print_variants(found: dict) -> None:
     title = f"{found['layers']} layers, {found['batch_size']} windows; a step in another form ÷ as it is"
     rows = [(name, "–" if ratio is None else f"{ratio:.3f}") for name, ratio in found["ratios"].items()]
     print("\n" + markdown_table((title, ""), rows) + "\n", flush=True)
+    for name, reason in found["skipped"].items():
+        print(f"{name}: skipped, {reason}", flush=True)
 
 
 def cell(case: dict, place: str, form: str) -> str:

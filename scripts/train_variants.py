@@ -1,7 +1,8 @@
 """A config in, the time of a step in other forms over that of the step as it is out; for bench_train.py.
 
-Each form undoes one choice of the model or of how it is run, on few layers of the config's width, so that it compiles soon.
-All are compiled first and then take turns.
+Each form undoes one choice of the model or of how it is run, or takes one that is not the default, on few layers of the
+config's width, so that it compiles soon. All are compiled first and then take turns. A form that this device cannot take is
+skipped and says why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import profile_training
 import torch
 import torch.nn.functional as F
 from profile_training import Effort, compare, new_training, synthetic_tokens, take_step, with_train
@@ -32,14 +34,16 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of the step: what is replaced while it is compiled and run, and the config that it takes."""
+    """A form of the step: what is replaced while it is made, compiled and run, and the config that it takes."""
 
     replaced: Callable[[], AbstractContextManager[object]] = nullcontext
     config: Callable[[Config], Config] = lambda config: config
+    lacking: str | None = None  # why this device cannot take it
 
 
 def variants(config: Config, device: torch.device) -> dict[str, Variant]:
     """What is compared with the step as it is."""
+    no_gpu = None if device.type == "cuda" else "needs a GPU"
     width = 64 if config.model.n_embd % 64 == 0 else 32
     forms = {
         "eager": Variant(config=lambda config: with_train(config, compile=False)),
@@ -48,24 +52,42 @@ def variants(config: Config, device: torch.device) -> dict[str, Variant]:
         "residual stream in fp32": Variant(lambda: patch.object(gpt.Block, "forward", _fp32_stream)),
         "angles anew in each kernel": Variant(lambda: patch.object(gpt, "_rotate", _angles_anew)),
         "three matrices for q, k, v": Variant(lambda: patch.object(gpt.Attention, "forward", _three_matrices)),
+        "without the compiled optimiser": Variant(
+            lambda: patch.object(profile_training, "resolve_compile_optimizer", lambda *_: False), lacking=no_gpu
+        ),
+        "fp8": Variant(config=lambda config: with_train(config, precision="fp8"), lacking=without_fp8(config, device)),
     }
-    if device.type == "cuda":
-        for name, backend in (("torch's choice", None), ("flash", SDPBackend.FLASH_ATTENTION)):
-            forms[f"attention: {name}"] = Variant(
-                lambda backend=backend: patch.object(objective, "attention_order", lambda _: attention(backend))
-            )
+    for name, backend in (("torch's choice", None), ("flash", SDPBackend.FLASH_ATTENTION)):
+        forms[f"attention: {name}"] = Variant(
+            lambda backend=backend: patch.object(objective, "attention_order", lambda _: attention(backend)),
+            lacking=no_gpu,
+        )
     return forms
 
 
+def without_fp8(config: Config, device: torch.device) -> str | None:
+    """Why steps of the config cannot be taken in FP8; None if they can."""
+    try:
+        objective.resolve_precision("fp8", device)
+        with_train(config, precision="fp8")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def variant_ratios(config: Config, device: torch.device, effort: Effort) -> dict[str, Any]:
-    """Seconds of a step of each variant over those of the step as it is; None where it could not run."""
+    """Seconds of a step of each variant over those of the step as it is; None, and why, where it could not run."""
     torch._dynamo.config.recompile_limit = 64  # all of them are compiled from the same code
     model = dataclasses.replace(config.model, n_layer=min(LAYERS, config.model.n_layer))
     config = with_train(dataclasses.replace(config, model=model), compile=True)
-    ready, started = {}, time.perf_counter()
+    ready, skipped, started = {}, {}, time.perf_counter()
     forms = {"as it is": Variant()} | variants(config, device)
     for name, variant in forms.items():
-        training, tokens = new_training(variant.config(config), device), synthetic_tokens(config, device)
+        if variant.lacking:
+            skipped[name] = variant.lacking
+            continue
+        with variant.replaced():
+            training, tokens = new_training(variant.config(config), device), synthetic_tokens(config, device)
 
         def step(variant: Variant = variant, training: Training = training, tokens: Tensor = tokens) -> None:
             with variant.replaced():
@@ -75,14 +97,15 @@ def variant_ratios(config: Config, device: torch.device, effort: Effort) -> dict
             for _ in range(_WARM_UP_STEPS):
                 step()
         except (TorchDynamoException, RuntimeError) as error:  # out of memory, too
-            print(f"{name}: {str(error).strip().splitlines()[0]}")
+            skipped[name] = str(error).strip().splitlines()[0]
             continue
         ready[name] = step
     prepared_s = time.perf_counter() - started
     seconds = compare(ready, device, effort.rounds, effort.steps)
     base = seconds.get("as it is")
     ratios = {name: seconds[name] / base if base and name in seconds else None for name in forms}
-    return {"layers": model.n_layer, "batch_size": config.train.batch_size, "compile_s": prepared_s, "ratios": ratios}
+    found = {"layers": model.n_layer, "batch_size": config.train.batch_size, "compile_s": prepared_s}
+    return found | {"ratios": ratios, "skipped": skipped}
 
 
 def with_heads(config: Config, width: int) -> Config:

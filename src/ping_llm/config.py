@@ -251,6 +251,7 @@ class Config(Section):
     """Seed of the initial weights and of the windows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train.precision != "fp8":
             return
         width, multiple = self.model.n_embd, FP8_MULTIPLE

@@ -275,14 +275,20 @@ def test_attention_multiplies_in_the_precision_of_the_products(model, monkeypatc
     assert seen == [{torch.bfloat16}] * 2 + [{torch.float32}] * 2
 
 
-def test_everything_stays_on_the_device_of_the_tokens(monkeypatch):
+@pytest.mark.parametrize("field_aware", [False, True])
+def test_everything_stays_on_the_device_of_the_tokens(monkeypatch, field_aware):
     """Tensors of the device "meta" have a shape and no values, and no operation takes them together with others."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # which knows no such device
-    model, cache = GPT(SMALL).to("meta"), KVCache()
+    model, cache = GPT(dataclasses.replace(SMALL, field_aware=field_aware)).to("meta"), KVCache()
     tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
-    for logits in (model(tokens), model(tokens, cache), model(tokens, cache), model(tokens, cache, branches=5)):
+    for logits in (
+        model(tokens),
+        model(tokens, cache),
+        model(tokens, cache),
+        model(tokens, branches=5),
+    ):
         assert logits.device.type == "meta" and logits.shape == (2, 5, 267)
-    assert cache.size == 15 and {each.device.type for each in (*cache.keys, cache.valid)} == {"meta"}
+    assert cache.size == 10 and {each.device.type for each in (*cache.keys, cache.valid)} == {"meta"}
 
 
 def test_the_rotation_is_there_even_where_weights_are_not():

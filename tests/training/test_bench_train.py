@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -92,23 +93,62 @@ def test_every_variant_is_a_step_that_learns_the_same(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     config, tokens, norms = CONFIG, profiling.synthetic_tokens(CONFIG, CPU), {}
     forms = {"as it is": train_variants.Variant()} | train_variants.variants(config, CPU)
+    assert forms.pop("fp8").lacking
     for name, variant in forms.items():
+        norms[name] = gradient_norm_of(variant, config, tokens)
+    assert norms.pop("heads of 32") != pytest.approx(norms["as it is"], rel=1e-4)
+    assert len(norms) == 9 and all(norm == pytest.approx(norms["as it is"], rel=1e-4) for norm in norms.values())
+
+
+def gradient_norm_of(variant: train_variants.Variant, config: Config, tokens: torch.Tensor) -> float:
+    """Of a model whose every weight matters."""
+    with variant.replaced():
         training = profiling.new_training(variant.config(config), CPU)
         with torch.no_grad():
             for number, weight in enumerate(training.model.parameters()):
                 weight.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
-        with variant.replaced():
-            training.objective.backward(tokens)
-        norms[name] = training.gradient_norm()
-    assert norms.pop("heads of 32") != pytest.approx(norms["as it is"], rel=1e-4)
-    assert len(norms) == 6 and all(norm == pytest.approx(norms["as it is"], rel=1e-4) for norm in norms.values())
+        training.objective.backward(tokens)
+    return training.gradient_norm()
+
+
+def test_the_step_in_fp8_learns_nearly_the_same(monkeypatch):
+    """On a CPU that is taken for a GPU with FP8."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(train_variants.objective, "native_fp8", lambda _: True)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, n_embd=128))
+    config, tokens = profiling.with_train(config, precision="bf16"), profiling.synthetic_tokens(config, CPU)
+    fp8 = train_variants.variants(config, CPU)["fp8"]
+    assert fp8.lacking is None
+    norm, expected = (gradient_norm_of(form, config, tokens) for form in (fp8, train_variants.Variant()))
+    assert norm != expected and norm == pytest.approx(expected, rel=0.05)
+
+
+def test_the_optimizer_is_compiled_on_a_gpu_but_for_the_variant_without(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    monkeypatch.setattr(profiling, "resolve_compile_optimizer", lambda *_: True)  # as there
+    without = train_variants.variants(CONFIG, CPU)["without the compiled optimiser"]
+    for form, count in ((train_variants.Variant(), 2), (without, 0)):
+        with form.replaced():
+            profiling.new_training(CONFIG, CPU)
+        assert len(compiled) == count
+        compiled.clear()
+
+
+def test_variants_that_this_machine_cannot_take_are_skipped_and_say_why():
+    forms = train_variants.variants(load_config(CONFIGS / "small.toml"), CPU)
+    lacking = {name: form.lacking for name, form in forms.items() if form.lacking}
+    optimizer, choice, flash = "without the compiled optimiser", "attention: torch's choice", "attention: flash"
+    assert {lacking.pop(name) for name in (optimizer, choice, flash)} == {"needs a GPU"}
+    assert lacking.pop("fp8").startswith("train.precision=fp8 needs an NVIDIA GPU") and not lacking
 
 
 def test_variants_are_timed_against_the_step_as_it_is(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     found = train_variants.variant_ratios(CONFIG, CPU, ONCE)
-    assert found["ratios"]["as it is"] == 1 and len(found["ratios"]) == 7 and found["layers"] == 2
-    assert all(ratio > 0 for ratio in found["ratios"].values())
+    assert found["ratios"]["as it is"] == 1 and len(found["ratios"]) == 11 and found["layers"] == 2
+    assert found["skipped"].keys() == {name for name, ratio in found["ratios"].items() if ratio is None}
+    assert len(found["skipped"]) == 4 and all(ratio > 0 for ratio in found["ratios"].values() if ratio is not None)
 
 
 def test_a_machine_without_a_compiler_takes_eager_steps(monkeypatch):

@@ -157,7 +157,7 @@ def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt
         model = PingModel(gpt, device, Calibration({"ipv4": SHARES}, familiar={"ipv4": limit}))
         distribution = model.rtt("192.0.2.1", "198.51.100.7")
         weights[name] = distribution.src_weights
-        assert distribution.forward_passes == 4  # the address, the prompts, and their second bytes in two parts
+        assert distribution.forward_passes == 3  # the address, the prompts, their second bytes
     assert weights["familiar"] == pytest.approx(SHARES, rel=1e-3)
     rest = dict.fromkeys(SHARES, LEAST_SHARE / (1 + 4 * LEAST_SHARE))
     assert weights["unfamiliar"] == pytest.approx(rest | {"none": 1 / (1 + 4 * LEAST_SHARE)}, rel=1e-3)

@@ -51,7 +51,7 @@ def fields(tokens: torch.Tensor) -> torch.Tensor:
 
 def test_precision_is_the_given_one_or_that_of_the_device(model, tmp_path, monkeypatch):
     for native, auto in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(module, "native_bf16", lambda _, native=native: native)
+        monkeypatch.setattr(module, "native_bf16", lambda device, native=native: device == CPU and native)
         assert [resolve_precision(name, CPU) for name in ("auto", "fp32", "bf16", "fp16")] == [
             auto,
             "fp32",
@@ -63,7 +63,9 @@ def test_precision_is_the_given_one_or_that_of_the_device(model, tmp_path, monke
         assert Objective(config, model, Ranks(CPU), "fp16").precision == "fp16"  # as the run began
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_the_forward_pass_is_of_the_precision(model, tmp_path, precision, dtype):
     with objective_of(model, tmp_path, precision=precision).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
@@ -71,12 +73,12 @@ def test_the_forward_pass_is_of_the_precision(model, tmp_path, precision, dtype)
 
 def test_sums_and_counts_are_those_of_each_field(model, tmp_path):
     tokens = make_windows(8, seed=1)
-    sums, totals = objective_of(model, tmp_path, grad_accum=2).backward(tokens, 1.0, 2.5)
+    sums, totals = objective_of(model, tmp_path, grad_accum=2).backward(tokens, 1.0, 2.0**24 + 1)
     cost, field = nats(model, tokens), fields(tokens)
     for number in range(5):
         assert sums[number].item() == pytest.approx(cost[field == number].sum().item(), rel=1e-4)
         assert totals[number] == (field == number).sum()
-    assert totals[5:].tolist() == [1.0, 2.5] and totals.dtype == torch.float64 and not sums.requires_grad
+    assert totals[5:].tolist() == [1.0, 2.0**24 + 1] and totals.dtype == torch.float64 and not sums.requires_grad
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
@@ -161,10 +163,11 @@ def test_processes_share_the_windows_of_an_evaluation(model, tmp_path, monkeypat
         objective_of(model, tmp_path, Twin()).evaluate(tokens := make_windows(10, seed=5))
     assert torch.equal(torch.cat(seen), tokens[1::2, :-1].clamp(min=0))
     seen.clear()
-    objective_of(model, tmp_path, types.SimpleNamespace(device=CPU, rank=1, world=2, sum=lambda v: v + 1)).evaluate(
-        tokens[:1]
+    idle = types.SimpleNamespace(
+        device=CPU, rank=1, world=2, sum=lambda values: seen.append(values.dtype) or values + 1
     )
-    assert not seen
+    objective_of(model, tmp_path, idle).evaluate(tokens[:1])
+    assert seen == [torch.float64]  # one exchange, and no pass
 
 
 @pytest.mark.parametrize(("world", "compiled"), [(1, True), (1, False), (2, True)])
@@ -183,7 +186,12 @@ def test_what_is_compiled_has_one_shape(model, tmp_path, monkeypatch, world, com
         assert step.forward == step.forward_alone == ("compiled", model)
     assert all(options == {"dynamic": False} for _, options in made)
     step.forward_alone = lambda tokens: shapes.append(tuple(tokens.shape)) or model(tokens)
-    step.evaluate(make_windows(11, seed=6))
+    values = step.evaluate(make_windows(11, seed=6))
+    if world == 1:
+        assert len(made) == compiled
+        step.compiled = False
+        assert values == pytest.approx(step.evaluate(make_windows(11, seed=6)), nan_ok=True)
+        shapes = shapes[:2]
     size = step.micro_batch
     assert shapes == ([(8, 64), (8, 64)] if compiled else [(8, 64), (3, 64)]) if world == 1 else [(size, 64)] * 2
 

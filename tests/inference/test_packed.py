@@ -23,9 +23,9 @@ CALIBRATION = Calibration(SHARES, familiar={"ipv4": -14.0, "ipv6": -60.0})
 SEQ_LEN = 128
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model(16, SEQ_LEN, knows_bytes=True, calibration=CALIBRATION)
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "field_aware"])
+def model(request):
+    return random_model(16, SEQ_LEN, True, CALIBRATION, request.param)
 
 
 def pings(count: int, seed: int, timed: bool = True, one_host: bool = False) -> Context:
@@ -189,6 +189,12 @@ def test_the_tail_of_a_generalised_pareto_distribution_is_found_again():
 def test_few_results_leave_p_values_near_what_they_were():
     assert Surprise().calibrated(np.array([0.3])).tolist() == [0.3]
     assert Surprise.fit(np.zeros(0)) == Surprise()
+    some = np.array([0.01, 0.1, 0.25, 0.5, 0.75, 1.0])
+    for only in (0.02, 0.3, 0.9):  # one result says little
+        assert Surprise.fit(np.array([only])).calibrated(some) == pytest.approx(some, rel=0.5)
+    # Beyond the end of a tail that has one, what is less surprising still comes later.
+    ends = dataclasses.replace(Surprise.fit(np.linspace(0.01, 1, 400)), shape=-0.5)
+    assert ends.calibrated(np.array([1e-9, 1e-8])) == pytest.approx([20 * 1e-9 / 420, 20 * 1e-8 / 420])
     own = (np.arange(40) + 0.5) / 40
     calibrated = Surprise.fit(own).calibrated(np.array([0.1, 0.25, 0.75, 1.0]))
     assert calibrated == pytest.approx([0.1, 0.25, 0.75, 1.0], rel=0.1)

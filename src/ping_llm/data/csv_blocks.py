@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -20,7 +18,6 @@ BLOCK_BYTES = 1 << 20
 _PARSED_BYTES = 8 << 20  # of rows at once, and of one at most
 _DELIMITERS = ",\t;|"
 _END = "\x03"  # the character for the end of a text
-_RELEASE_S = 10.0  # at most
 
 
 def header_of(text: str) -> tuple[tuple[str, ...], str]:
@@ -75,22 +72,19 @@ def _read_by_arrow(
 ) -> Iterator[pa.RecordBatch]:
     """The batches of a CSV; rows with another number of fields go into `bad`.
 
-    Arrow reads ahead in a thread. If that still holds an object of Python when Python ends, it aborts the process, whatever
-    its exit code was to be; so the end of this is that it has let go of both.
+    Arrow reads ahead in a thread. If that lets go of an object of Python while Python ends, it aborts the process, whatever
+    its exit code was to be. So it reads in one thread alone, which at the end is given something else to do, and has done it.
     """
+    threads = pa.io_thread_count()
 
     def note(row: Any) -> str:
         bad.append(row)
         return "skip"
 
-    file = io.BufferedReader(source, BLOCK_BYTES)
-    released = [threading.Event(), threading.Event()]
-    for held, event in zip((file, note), released, strict=True):
-        weakref.finalize(held, event.set)
-    del held
+    pa.set_io_thread_count(1)
     try:
         yield from pyarrow.csv.open_csv(
-            pa.PythonFile(file, mode="r"),
+            pa.PythonFile(io.BufferedReader(source, BLOCK_BYTES), mode="r"),
             pyarrow.csv.ReadOptions(column_names=columns, use_threads=False, block_size=_PARSED_BYTES),
             pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
             pyarrow.csv.ConvertOptions(
@@ -103,9 +97,10 @@ def _read_by_arrow(
         )
     finally:
         source.stop()
-        del file, note
-        for event in released:
-            event.wait(_RELEASE_S)
+        nothing = pa.allocate_buffer(1)  # memory of Arrow, not of Python
+        memoryview(nothing)[:] = b"x"
+        pyarrow.csv.open_csv(pa.BufferReader(nothing))
+        pa.set_io_thread_count(threads)
 
 
 class BlockFile(io.RawIOBase):

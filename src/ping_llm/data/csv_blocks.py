@@ -73,7 +73,8 @@ def _read_by_arrow(
     """The batches of a CSV; rows with another number of fields go into `bad`.
 
     Arrow reads ahead in a thread. If that lets go of an object of Python while Python ends, it aborts the process, whatever
-    its exit code was to be. So it reads in one thread alone, which at the end is given something else to do, and has done it.
+    its exit code was to be. So it reads in one thread alone, which at the end is given something else to do, and has done
+    it.
     """
     threads = pa.io_thread_count()
 

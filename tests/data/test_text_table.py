@@ -158,7 +158,7 @@ def test_what_stands_after_many_rows_is_read_as_what_stands_before(late):
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_a_table_comes_in_batches_while_it_is_read(kind):
-    rows, taken = BATCH_ROWS * (40 if kind == "csv" else 5), []
+    rows, taken = BATCH_ROWS * (60 if kind == "csv" else 5), []
 
     def content():
         yield b"a,b\n" if kind == "csv" else b""

@@ -55,6 +55,8 @@ def test_dates_and_the_ends_of_what_is_a_time(written, seconds):
         (20260104, "may be a date or seconds"),
         (20260104.0, "may be a date or seconds"),
         ("202601041200", "may be a date or seconds"),
+        (202601, "may be a date or seconds"),
+        ("9999-12-31T23:59:59-00:01", "not a time between 1970 and 9999"),
         ("20260104120000", "of milliseconds give a thousandth"),
         (1_767_441_600_000, "of milliseconds give a thousandth"),
         (str(LAST_TIME_S + 1), "of milliseconds give a thousandth"),

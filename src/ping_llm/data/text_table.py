@@ -17,7 +17,6 @@ file, never by its name, and a name is never a pattern. A file is read in pieces
 from __future__ import annotations
 
 import codecs
-import csv
 import io
 import json
 import re
@@ -28,11 +27,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ping_llm.data import in_memory
 from ping_llm.data.as_text import Column, Malformed, text_column
+from ping_llm.data.csv_blocks import BLOCK_BYTES, BlockFile, csv_batches, header_of
 
 Format = Literal["csv", "json", "parquet", "arrow", "memory"]
 BATCH_ROWS = 50_000
@@ -41,8 +40,6 @@ MOST_BYTES = 1 << 20
 """Of a header, and of a JSON object."""
 
 _JSON_ROWS = 10_000
-_BLOCK_BYTES = 1 << 20
-_DELIMITERS = ",\t;|"
 _GAP = re.compile(r"[\s,\[\]]*")
 _STREAM_OF_ARROW = b"\xff\xff\xff\xff"
 _Chunk = tuple[int, int, Mapping[str, Column]]  # number of the first row, from 1; how many rows; the columns
@@ -129,31 +126,30 @@ def open_table(source: Path | BinaryIO | Iterable[bytes], name: str = "") -> Tex
             source = source.open("rb")
         except OSError as error:
             raise ValueError(f"{name} cannot be read ({error.strerror})") from None
-    file: Any = source if hasattr(source, "read") else io.BufferedReader(_Blocks(source), _BLOCK_BYTES)
+    file: Any = source if hasattr(source, "read") else io.BufferedReader(BlockFile(source), BLOCK_BYTES)
     name = name or "the table"
-    head = file.read(_BLOCK_BYTES)
+    head = file.read(BLOCK_BYTES)
     if head.startswith(b"PAR1"):
         return _parquet(_rewound(file, head), name)
     if head.startswith((b"ARROW1", _STREAM_OF_ARROW)):
         return _arrow(_rewound(file, head), name, stream=not head.startswith(b"ARROW1"))
-    text = _utf8(chain([head], iter(lambda: file.read(_BLOCK_BYTES), b"")))
+    text = _utf8(chain([head], iter(lambda: file.read(BLOCK_BYTES), b"")))
     first = next(text)
     blocks = chain([first], text)
     return _json(blocks, name) if first.lstrip()[:1] in (b"{", b"[") else _csv(first, blocks, name)
 
 
 def _csv(first: bytes, blocks: Iterator[bytes], name: str) -> TextTable:
-    text = first.decode("utf-8", "replace").lstrip("\r\n")
-    line = text.splitlines()[0] if text else ""
-    delimiter = max(_DELIMITERS, key=line.count)
-    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-    names = tuple(column.strip() for column in header)
+    try:
+        names, delimiter = header_of(first.decode("utf-8", "replace"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
     def chunks(columns: Sequence[str] | None, malformed: Malformed | None) -> Iterator[_Chunk]:
         places = _places(names, columns, name)
         row = 0  # the header is read as a row
         for batch in (
-            _csv_batches(blocks, name, len(names), list(places.values()), delimiter, malformed) if names else ()
+            csv_batches(blocks, name, len(names), list(places.values()), delimiter, malformed) if names else ()
         ):
             batch = batch.slice(0 if row else 1)
             row = row or 1
@@ -161,46 +157,6 @@ def _csv(first: bytes, blocks: Iterator[bytes], name: str) -> TextTable:
             row += batch.num_rows
 
     return TextTable("csv", names, chunks)
-
-
-def _csv_batches(
-    blocks: Iterator[bytes], name: str, width: int, wanted: list[int], delimiter: str, malformed: Malformed | None
-) -> Iterator[pa.RecordBatch]:
-    """The wanted ones of the columns 0 to `width` − 1 as bytes, the header as first row."""
-    bad: list[Any] = []
-
-    def note(row: Any) -> str:
-        bad.append(row)
-        return "skip"
-
-    def tell() -> None:
-        for one in bad:
-            why = f"it has {one.actual_columns} fields, the header {one.expected_columns}"
-            if malformed is None:
-                raise ValueError(f"{name}: row {one.number - 1}: {why}: {one.text[:80]!r}")
-            malformed(one.number - 1, why)
-        bad.clear()
-
-    columns = [f"{place}" for place in range(width)]
-    try:
-        reader = pyarrow.csv.open_csv(
-            pa.PythonFile(io.BufferedReader(_Blocks(blocks), _BLOCK_BYTES), mode="r"),
-            pyarrow.csv.ReadOptions(column_names=columns, use_threads=False, block_size=8 * MOST_BYTES),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
-            pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.binary()),
-                include_columns=[f"{place}" for place in wanted or [0]],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-                null_values=[""],
-            ),
-        )
-        for batch in reader:
-            tell()
-            yield batch
-        tell()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{name} cannot be read as CSV: {str(error).splitlines()[0]}") from None
 
 
 def _json(blocks: Iterator[bytes], name: str) -> TextTable:
@@ -333,25 +289,3 @@ def _utf8(blocks: Iterator[bytes]) -> Iterator[bytes]:
     utf16 = codecs.getincrementaldecoder("utf-16")("replace")
     for block in chain([first], blocks):
         yield utf16.decode(block).encode()
-
-
-class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file."""
-
-    def __init__(self, blocks: Iterable[bytes]) -> None:
-        self._blocks = iter(blocks)
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            block = next(self._blocks, None)
-            if block is None:
-                return 0
-            self._rest = memoryview(block)
-        taken = self._rest[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._rest = self._rest[len(taken) :]
-        return len(taken)

@@ -12,7 +12,7 @@ LAST_TIME_S = 253_402_300_799
 """9999-12-31T23:59:59Z: later times cannot be shown."""
 
 _SECONDS = re.compile(r"\d+\.?\d*([eE]\+?\d+)?", re.ASCII)
-_DIGITS_OF_A_DATE = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
+_DIGITS_OF_A_DATE = {6: "%Y%m", 8: "%Y%m%d", 12: "%Y%m%d%H%M"}
 
 
 def parse_time(value: Any) -> int:
@@ -38,7 +38,7 @@ def parse_time(value: Any) -> int:
     except ValueError:
         raise ValueError(f"{text!r} is not a time; write it like 2026-01-31T12:00:00Z") from None
     seconds = (time if time.tzinfo else time.replace(tzinfo=dt.UTC)).timestamp()
-    if seconds < 0:
+    if not 0 <= seconds <= LAST_TIME_S:
         raise ValueError(f"{text!r} is not a time between 1970 and 9999")
     return int(seconds)
 

@@ -5,7 +5,6 @@ The shape is recognised by the content: Parquet, lines of Atlas results, a log o
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from ping_llm.data.ingest.ping_log import BEGIN, read_log
 from ping_llm.data.ingest.tables import is_parquet, is_typed, parse_rows, read_rows
 from ping_llm.data.ingest.text_tables import columns_of, read_text_rows
 from ping_llm.data.ingest.unpack import DamagedDump, read_lines
-from ping_llm.data.text_table import open_table
+from ping_llm.data.text_table import header_of, open_table
 
 Parsed = Iterator[tuple[int, pa.Table, dict[str, int]]]
 """Of each chunk of a dump: its lines, their measurements, and the counters of the rest."""
@@ -28,7 +27,7 @@ Shape = Literal["results", "log", "table"]
 
 _BEGIN = re.compile(BEGIN)
 _LINES = 100  # that may show the shape
-_HEADER_NAME = re.compile(r"#?[A-Za-z_][\w .()\[\]/%#-]*")
+_HEADER_NAME = re.compile(r"(#?[A-Za-z_][\w .()\[\]/%#-]*)?")  # pandas gives its index no name
 _NEEDED = {
     "address of the source (src_addr or from)": ("src_addr", "srcaddr", "from"),
     "address of the destination (dst_addr)": ("dst_addr", "addr"),
@@ -113,9 +112,11 @@ def _keys(line: bytes) -> set[str] | None:
 
 def _is_header(line: str) -> bool:
     """Whether a line names columns, one of them of an RTT or an address."""
-    delimiter = max(",\t;|", key=line.count)
-    names = next(csv.reader([line.strip()], delimiter=delimiter), [])
-    if len(names) < 2 or not all(_HEADER_NAME.fullmatch(name.strip()) for name in names):
+    try:
+        names, _ = header_of(line)
+    except ValueError:
+        return False
+    if len(names) < 2 or not any(names) or not all(map(_HEADER_NAME.fullmatch, names)):
         return False
     columns = columns_of(names)
     return bool(columns.packets or {"src", "dst"} & columns.of.keys() or "rtt" in line.lower())

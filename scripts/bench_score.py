@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ping_llm.cli import exit_code
 from ping_llm.config import load_config
 from ping_llm.data.rows import RowReader
 from ping_llm.inference.context import Context
@@ -29,49 +32,52 @@ from ping_llm.inference.packed import Foreseen, Windows, foresee
 from ping_llm.inference.score import HISTORY
 from ping_llm.inference.table import History
 from ping_llm.model.gpt import GPT
+from ping_llm.system.files import try_file
 from ping_llm.system.hardware import device_name, pick_device
 
 ROOT = Path(__file__).parents[1]
 PROMPT_HISTORY = 10
 DEMO = ROOT / "out" / "demo"
+QUICK_COUNT = 60
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="run folder of a trained model")
     parser.add_argument("--rows", type=Path, help="rows whose test-s1 is scored")
-    parser.add_argument("--quick", action="store_true", help="80 measurements in one round instead of 400 in three")
+    parser.add_argument("--quick", action="store_true", help="60 measurements in one round instead of 300 in three")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try_file(options.json)
     torch.set_num_threads(options.threads)
     model, name = load(options.model, options.device, options.precision)
     rows = options.rows or (DEMO / "rows" if (DEMO / "rows" / "manifest.json").exists() else None)
-    count, rounds = (80, 1) if options.quick else (400, 3)
+    count, rounds = (QUICK_COUNT, 1) if options.quick else (300, 3)
     measured = made_up(count) if rows is None else of_rows(rows, count)
     print(f"{name} on {device_name(model.device)} in {model.precision}, {options.threads} threads")
     print(f"{count} measurements of {'no rows, made up' if rows is None else rows}, median of {rounds} rounds")
-    found = [compare(model, measured, src_known, history, rounds) for src_known, history in cases()]
-    print(f"{'':38}{'prompts':>10}{'windows':>10}{'ratio':>8}{'spread':>14}{'r of NLL':>10}{'mean NLL':>16}")
-    for line in found:
-        print(
-            f"src-known {line['src_known']:4}, history {line['history']:2}, {line['mean_history']:4.1f} on average "
-            f"{line['prompts_ms']:9.2f}{line['windows_ms']:10.2f}{line['ratio']:7.1f}×"
-            f"{line['least_ratio']:7.1f}–{line['most_ratio']:<6.1f}{line['nll_correlation']:10.4f}"
-            f"{line['prompts_nll']:9.4f} {line['windows_nll']:.4f}"
-        )
+    print(
+        f"{'':38}{'prompts':>10}{'windows':>10}{'ratio':>8}{'spread':>14}{'r of NLL':>10}{'mean NLL':>16}", flush=True
+    )
+    found = []
+    for src_known in ("all", "auto"):
+        for line in compare(model, measured, src_known, (HISTORY, PROMPT_HISTORY), rounds):
+            print(
+                f"src-known {src_known:4}, history {line['history']:2}, {line['mean_history']:4.1f} on average "
+                f"{line['prompts_ms']:9.2f}{line['windows_ms']:10.2f}{line['ratio']:7.1f}×"
+                f"{line['least_ratio']:7.1f}–{line['most_ratio']:<6.1f}{line['nll_correlation']:10.4f}"
+                f"{line['prompts_nll']:9.4f} {line['windows_nll']:.4f}",
+                flush=True,
+            )
+            found.append(line)
     print("ms of processor time for each measurement")
     if options.json:
         options.json.write_text(
             json.dumps({"model": name, "precision": model.precision, "cases": found}, indent=1) + "\n"
         )
-
-
-def cases() -> list[tuple[str, int]]:
-    """How much of the source is known, and the history of the windows."""
-    return [("all", HISTORY), ("auto", HISTORY), ("all", PROMPT_HISTORY), ("auto", PROMPT_HISTORY)]
 
 
 def load(run: Path | None, device: str, precision: str) -> tuple[PingModel, str]:
@@ -108,33 +114,31 @@ def made_up(count: int) -> Context:
     return Context.parse(rows)
 
 
-def compare(model: PingModel, measured: Context, src_known: str, history: int, rounds: int) -> dict:
-    """Times and answers of both ways on the same measurements; the prompts answer for every fifth of them."""
-    windows = Windows(measured, history, model.seq_len)
-    queries = windows.queries(range(len(measured)))
-    some = np.arange(0, len(measured), 5)
-    by_prompt, by_window = [], []
+def compare(
+    model: PingModel, measured: Context, src_known: str, histories: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Times and answers of both ways on the same measurements, for each history of the windows; the prompts answer for one
+    in 15."""
+    some, times = np.arange(7, len(measured), 15), []
     for _ in range(rounds):
         prompts_s, alone = seconds(lambda: with_prompts(model, measured, some, src_known))
-        windows_s, (rows, packed) = seconds(lambda: scored(model, measured, history, src_known))
-        by_prompt.append(prompts_s / len(some))
-        by_window.append(windows_s / len(measured))
-    nll = np.empty(len(measured))
-    nll[rows] = packed.nll_nats
-    ratios = np.array(by_prompt) / np.array(by_window)
-    return {
-        "src_known": src_known,
-        "history": history,
-        "mean_history": float(np.mean([len(query.context) for query in queries])),
-        "prompts_ms": 1e3 * float(np.median(by_prompt)),
-        "windows_ms": 1e3 * float(np.median(by_window)),
-        "ratio": float(np.median(ratios)),
-        "least_ratio": float(ratios.min()),
-        "most_ratio": float(ratios.max()),
-        "nll_correlation": float(np.corrcoef(nll[some], alone.nll_nats)[0, 1]),
-        "prompts_nll": float(alone.nll_nats.mean()),
-        "windows_nll": float(nll[some].mean()),
-    }
+        of_windows = [seconds(lambda h=history: scored(model, measured, h, src_known)) for history in histories]
+        times.append([prompts_s / len(some), *(own_s / len(measured) for own_s, _ in of_windows)])
+    by_prompt, *by_window = np.array(times).T  # (rounds,) each
+    lines = []
+    for history, own, (_, (rows, packed)) in zip(histories, by_window, of_windows, strict=True):
+        nll = packed.nll_nats[np.argsort(rows)][some]
+        queries = Windows(measured, history, model.seq_len).queries(range(len(measured)))
+        line = {"src_known": src_known, "history": history}
+        line |= {"mean_history": float(np.mean([len(query.context) for query in queries]))}
+        line |= {"prompts_ms": 1e3 * float(np.median(by_prompt)), "windows_ms": 1e3 * float(np.median(own))}
+        ratios = by_prompt / own
+        line |= {"ratio": float(np.median(ratios)), "least_ratio": float(ratios.min())}
+        line |= {"most_ratio": float(ratios.max())}
+        line |= {"nll_correlation": float(np.corrcoef(nll, alone.nll_nats)[0, 1])}
+        line |= {"prompts_nll": float(alone.nll_nats.mean()), "windows_nll": float(nll.mean())}
+        lines.append(line)
+    return lines
 
 
 def scored(model: PingModel, measured: Context, history: int, src_known: str) -> tuple[np.ndarray, Foreseen]:
@@ -156,7 +160,7 @@ def touch(found: Foreseen) -> Foreseen:
     return found
 
 
-def seconds(function: Callable) -> tuple[float, object]:
+def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     """Processor time of a call, and what it returned; on a GPU the time on the wall."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     start = clock()
@@ -165,4 +169,4 @@ def seconds(function: Callable) -> tuple[float, object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

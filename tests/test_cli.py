@@ -113,7 +113,7 @@ def test_a_bad_command_is_one_clear_line(tmp_path, argv, message):
         ("[modle]\nn_layer = 3", "unknown key modle; did you mean model?"),
         ("[model]\nn_layer = 'three'", "model.n_layer='three' must be of type int"),
         ("[model]\nn_embd = 650\nn_head = 7", "model.n_embd=650 must be a multiple of model.n_head=7"),
-        ("[train]\nprecision = 'fp8'", "train.precision='fp8' must be one of auto, fp32, bf16"),
+        ("[train]\nprecision = 'fp4'", "train.precision='fp4' must be one of auto, fp32, bf16"),
         ("[optim]\nfinal_lr_share = 0", "a step at rate 0 trains nothing"),
         ("[optim]\nmuon_lr = -1", "optim.muon_lr=-1.0 must be at least 0"),
         ("[optim]\nadam_beta2 = 1.5", "optim.adam_beta2=1.5 must be between 0 and 1"),

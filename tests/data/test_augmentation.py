@@ -101,7 +101,9 @@ def test_muted_tokens_are_read_but_no_targets():
     windows = [sample_window(row, config_shifted, 129, np.random.default_rng(seed)) for seed in range(4)]
     tokens = torch.from_numpy(encode_windows(windows, 129)).long()
     muted = tokens <= tk.MUTED
-    assert muted.any() and (muted.sum(dim=1) % 2 == 0).all()  # both bytes of an RTT
+    begun = tokens[:, :-2] == tk.RTT_START
+    assert muted.any() and torch.equal(muted[:, 1:-1] & begun, muted[:, 2:] & begun)  # both bytes of an RTT, or none
+    assert muted.sum() == 2 * (muted[:, 1:-1] & begun).sum()
     plain = torch.where(muted, tk.MUTED - tokens, tokens)
     for line, window in zip(plain, windows, strict=True):
         decoded = decode(line[line >= 0].numpy())

@@ -177,6 +177,21 @@ def test_a_table_comes_in_batches_while_it_is_read(kind):
     assert count == rows
 
 
+def test_the_blocks_in_which_a_file_is_read_change_nothing(monkeypatch):
+    monkeypatch.setattr("ping_llm.data.text_table.MOST_BYTES", 16)
+    monkeypatch.setattr("ping_llm.data.text_table.BATCH_ROWS", 3)
+    ids = [f"a{i}\n{'b' * (i % 40)}" for i in range(100)]
+    quoted = b"id\n" + b"".join(f'"{one}"\n'.encode() for one in ids)
+    assert text(quoted)["id"] == ids
+    with pytest.raises(ValueError, match="row 101: it has 2 fields, the header 1"):
+        text(quoted + b"c,d\n" * 100)
+    with pytest.raises(ValueError, match="row 101: id: it is no UTF-8"):
+        text(quoted + b"\xff\n")
+    table = pa.table({"id": pa.array([*[b"a"] * 100, b"\xff"])})
+    with pytest.raises(ValueError, match="row 101: id: it is no UTF-8"):
+        text(parquet(table))
+
+
 def test_all_of_a_table_has_the_types_of_its_format():
     assert open_table(io.BytesIO(CSV.encode())).read_as_given().equals(TABLE)
     typed = pa.table({"x": pa.array([12.4, None]), "z": pa.array([0, 1], pa.timestamp("ns"))})

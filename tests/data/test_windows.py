@@ -134,4 +134,4 @@ def test_the_report_adds_up_and_fits_the_terminal(rows_folder, tmp_path):
     for name, mode in report.items():
         filled = (1 - mode["padding"]) * 513
         assert mode["tokens a measurement"] * mode["measurements a window"] == pytest.approx(filled)
-        assert (mode["1-byte deltas, all"] > 0) == (name != "none")
+        assert bool(mode["1-byte deltas, all"]) == (name != "none")

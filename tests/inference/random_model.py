@@ -10,20 +10,32 @@ from ping_llm.model.gpt import GPT
 
 
 def random_model(
-    width: int, seq_len: int, knows_bytes: bool = False, calibration: Calibration | None = None
+    width: int,
+    seq_len: int,
+    knows_bytes: bool = False,
+    calibration: Calibration | None = None,
+    field_aware: bool = False,
 ) -> PingModel:
     """Of one block in double precision, with the same weights in each call; nothing is left out of its answers.
 
     One that `knows_bytes` gives no role a chance after RTT_START, as a trained one does, or after a byte; what it says of
     roles among themselves is as random as the rest.
     """
-    gpt = GPT(ModelConfig(n_layer=1, n_embd=width, n_head=2, seq_len=seq_len)).eval().double()
+    config = ModelConfig(n_layer=1, n_embd=width, n_head=2, seq_len=seq_len, field_aware=field_aware, prefix_rows=64)
+    gpt = GPT(config).eval().double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.normal_(std=0.3, generator=generator)
         if knows_bytes:
-            gpt.embedding.weight[[tk.RTT_START, *range(tk.BYTE_0, tk.VOCAB_SIZE)], 0] = 3.0
+            gpt.embedding.weight[[tk.RTT_START, *range(tk.BYTE_0, tk.VOCAB_SIZE)], 0] = 6.0 if field_aware else 3.0
+            if gpt.fields is not None:
+                for weight in (
+                    gpt.fields.places.weight[:, 0],
+                    gpt.fields.prefixes.weight[:, 0],
+                    gpt.fields.values.weight[0],
+                ):
+                    weight.zero_()
             gpt.head.weight[: tk.BYTE_0, 0], gpt.head.weight[tk.BYTE_0 :, 0] = -3.0, 3.0
             for block in gpt.blocks:  # they leave alone what says so, and do not drown it
                 for weight in (block.attention.out.weight, block.mlp.down.weight):

@@ -129,6 +129,18 @@ def test_no_event_is_off_by_more_than_the_mass_that_was_not_looked_into(exact, l
     assert distributions.unresolved.max() > 0 or least_mass < 1e-3  # so that it has been tried
 
 
+def test_an_rtt_that_was_computed_to_byte_1_is_uniform_within_it(exact):
+    left = next(dataclasses.replace(exact, least_mass=0.02).distributions([Query.parse(SRC, DST)], "all"))
+    codes, full = (
+        of.code_probability.reshape(256, 256)
+        for of in (left, next(exact.distributions([Query.parse(SRC, DST)], "all")))
+    )
+    not_followed = np.ptp(codes, axis=1) == 0
+    assert not_followed.any() and codes[not_followed].sum() == pytest.approx(left.unresolved[0], rel=1e-5)
+    # Bytes 1 keep their mass, but for what is no byte after them.
+    assert codes.sum(axis=1)[not_followed] == pytest.approx(full.sum(axis=1)[not_followed], rel=0.2)
+
+
 def total_variation(distributions: RTTDistribution, others: RTTDistribution) -> np.ndarray:
     """The largest difference of the probability of any event, (B,)."""
     codes = np.abs(distributions.code_probability - others.code_probability).sum(axis=1)
@@ -311,3 +323,25 @@ def test_what_is_wanted_of_an_answer_is_that_of_the_whole_distribution(known):
     np.testing.assert_allclose(wanted.crps(observed), full.crps(observed), rtol=2e-3)
     together = next(distributions_under(model, some, [known, "all"], focus))
     np.testing.assert_allclose(together[0].quantile(levels), full.quantile(levels), rtol=1e-5)
+
+
+def test_the_focus_of_some_queries_is_theirs():
+    focus = Focus.on(np.array([0.5]), 4, np.array([0, 1, 2, 3, 3]), np.array([1.0, 5.0, -1.0, np.nan, 80.0]))
+    (code_5, code_80) = tk.encode_rtt(np.array([5.0, 80.0])) >> 8
+    taken = focus.take(np.array([3, 1, 2])).observed
+    assert [np.flatnonzero(row).tolist() for row in taken] == [[code_80], [code_5], []]
+    byte_1 = torch.zeros(3, 256, dtype=torch.float64)
+    byte_1[:, 7], byte_1[:, 9] = 0.4, 0.3  # more than half of what answers is up to the seventh
+    held = focus.take(np.array([3, 1, 2])).values(byte_1)
+    assert [np.flatnonzero(row).tolist() for row in held] == [[7, code_80], [7, code_5], [7]]
+
+
+def test_a_length_of_hardly_any_weight_is_left_out_of_each_mixture_alone(exact, monkeypatch):
+    """Though another of the mixtures that are made of the same passes is of that length."""
+    monkeypatch.setattr(mixture, "LEAST_WEIGHT", 0.12)
+    weighing, query = dataclasses.replace(exact, calibration=Calibration({"ipv4": SHARES})), Query.parse(SRC, DST)
+    auto, none = next(distributions_under(weighing, [query], ["auto", "none"]))
+    (alone,) = next(distributions_under(weighing, [query], ["auto"]))
+    assert auto.src_weights[0] == pytest.approx(alone.src_weights[0]) and "none" not in auto.src_weights[0]
+    np.testing.assert_allclose(auto.code_probability, alone.code_probability, atol=1e-9)
+    assert np.abs(auto.code_probability - none.code_probability).max() > 1e-7

@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from random_model import random_model
 from scipy import stats
 
+from ping_llm.data import tokenization as tk
 from ping_llm.inference.calibration import Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
@@ -21,9 +23,9 @@ CALIBRATION = Calibration(SHARES, familiar={"ipv4": -14.0, "ipv6": -60.0})
 SEQ_LEN = 128
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model(16, SEQ_LEN, knows_bytes=True, calibration=CALIBRATION)
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "field_aware"])
+def model(request):
+    return random_model(16, SEQ_LEN, True, CALIBRATION, request.param)
 
 
 def pings(count: int, seed: int, timed: bool = True, one_host: bool = False) -> Context:
@@ -66,6 +68,21 @@ def test_windows_answer_as_a_prompt_for_each_measurement(model, src_known, histo
     total = found.p_fail + found.faster + found.same + found.slower
     np.testing.assert_allclose(total[answered], 1, atol=1e-12)
     assert np.isnan(total[~answered]).all()
+
+
+def test_what_is_no_byte_after_rtt_start_takes_from_answers():
+    unsure = random_model(16, SEQ_LEN, knows_bytes=True)
+    with torch.no_grad():
+        unsure.gpt.embedding.weight[tk.RTT_START, 0] = 0.0  # so roles have a chance after it, yet none after a byte
+    windows = Windows(pings(12, 1), 2, SEQ_LEN)
+    rows, found = foresee(unsure, windows, "all")
+    alone, answered = one_by_one(unsure, windows, rows, "all"), found.rtt_ms >= 0
+    np.testing.assert_allclose(found.p_fail[answered], alone.p_fail[answered], atol=1e-4)
+    np.testing.assert_allclose(found.nll_nats[answered], alone.nll_nats[answered], atol=1e-3)
+    tokens = build_prompt(windows.queries(rows[answered][:1])[0], SEQ_LEN).tokens
+    with torch.no_grad():
+        after = unsure.gpt(torch.from_numpy(np.append(tokens, tk.RTT_START))[None])[0, -1].softmax(-1)
+    assert after[: tk.BYTE_0].sum() > 0.01  # else it would be the same without
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -172,18 +189,24 @@ def test_the_tail_of_a_generalised_pareto_distribution_is_found_again():
 def test_few_results_leave_p_values_near_what_they_were():
     assert Surprise().calibrated(np.array([0.3])).tolist() == [0.3]
     assert Surprise.fit(np.zeros(0)) == Surprise()
+    some = np.array([0.01, 0.1, 0.25, 0.5, 0.75, 1.0])
+    for only in (0.02, 0.3, 0.9):  # one result says little
+        assert Surprise.fit(np.array([only])).calibrated(some) == pytest.approx(some, rel=0.5)
+    # Beyond the end of a tail that has one, what is less surprising still comes later.
+    ends = dataclasses.replace(Surprise.fit(np.linspace(0.01, 1, 400)), shape=-0.5)
+    assert ends.calibrated(np.array([1e-9, 1e-8])) == pytest.approx([20 * 1e-9 / 420, 20 * 1e-8 / 420])
     own = (np.arange(40) + 0.5) / 40
-    calibrated = Surprise.fit(own).calibrated(np.array([0.01, 0.1, 0.25, 0.75, 1.0]))
-    assert calibrated == pytest.approx([0.01, 0.1, 0.25, 0.75, 1.0], rel=0.25)
+    calibrated = Surprise.fit(own).calibrated(np.array([0.1, 0.25, 0.75, 1.0]))
+    assert calibrated == pytest.approx([0.1, 0.25, 0.75, 1.0], rel=0.1)
     assert (np.diff(Surprise.fit(own).calibrated(np.linspace(0, 1, 999))) >= 0).all()
     assert Surprise.fit(np.zeros(50)).calibrated(np.array([0.0, 0.5])).max() <= 1  # impossible results of val
 
 
 def test_what_was_expected_is_of_the_same_past_as_the_score(model):
     rows = [{"src_addr": SRC4, "dst_addr": "198.51.100.7", "rtt": 5.0 + i, "event_time": AT + 60 * i} for i in range(5)]
-    table = expected(model, rows, [4, 1], history=2, src_known="all")
-    assert table.column("rtt").to_pylist() == [9.0, 6.0]
+    last, second = expected(model, rows, [4, 1], history=2, src_known="all")
+    assert (last["rtt"], second["rtt"]) == (9.0, 6.0)
     distribution = model.rtt(SRC4, "198.51.100.7", AT + 240, rows[:4], "all")
-    assert table.column("q0.5")[0].as_py() == pytest.approx(distribution.median, rel=1e-6)
-    assert table.column("p_fail")[0].as_py() == pytest.approx(distribution.p_fail, rel=1e-6)
-    assert expected(model, rows, []).num_rows == 0
+    assert last["q0.5"] == pytest.approx(distribution.median, rel=1e-6)
+    assert last["p_fail"] == pytest.approx(distribution.p_fail, rel=1e-6)
+    assert expected(model, rows, []) == []

@@ -157,7 +157,7 @@ def test_without_times_the_past_is_what_stands_before():
 
 def test_p_values_are_read_against_those_of_val(model):
     own = np.array([row["p_value"] for row in model.score(MEASUREMENTS)])
-    surprise = Surprise.fit(np.linspace(0, 0.5, 1001))  # val was more surprising than the model says
+    surprise = Surprise.fit(np.linspace(0, 0.5, 10_001))  # val was more surprising than the model says
     calibrated = dataclasses.replace(model, calibration=Calibration(surprise=surprise)).score(MEASUREMENTS)
     assert [row["p_value"] for row in calibrated] == pytest.approx(np.minimum(2 * own, 1), abs=0.01)
     flagged = dataclasses.replace(model, calibration=Calibration()).score(MEASUREMENTS, anomaly_at=float(own[0]))

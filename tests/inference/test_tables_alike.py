@@ -22,6 +22,7 @@ from ping_llm.inference.context import Context
 MODEL = random_model(16, 128)
 ZONES = ("UTC", "America/New_York", "Asia/Tokyo")
 AT = 1_767_441_600  # 2026-01-03T12:00:00Z
+ROW = {"src_addr": "192.0.2.1", "dst_addr": "198.51.100.7", "rtt": 12.4}
 UUID = "6F9619FF-8B86-D011-B42D-00CF4FC964FF"
 IDS = ["1e3", "1000", "1.10", "1.1", "007", "7", UUID, "t", "2026-1-4", "98446744073709551615"]
 SRC = ("192.0.2.1", "2001:db8::1")
@@ -218,6 +219,19 @@ def test_a_row_that_is_wrong_is_the_same_error_in_every_kind(made):
         answer_table(MODEL, made(QUERIES), made([*context[:2], context[2] | {"rtt": -2.0}]))
     with pytest.raises(ValueError, match="context row 1: rtt is missing"):
         answer_table(MODEL, made(QUERIES), made([context[0] | {"rtt": None}, *context[1:]]))
+
+
+def test_of_several_rows_that_are_wrong_the_first_is_named():
+    rows = [ROW, ROW | {"rtt": "slow"}, ROW | {"src_addr": "x"}]
+    for order, message in (((0, 1, 2), "context row 2: rtt 'slow'"), ((0, 2, 1), "context row 2: 'x' is not an")):
+        with pytest.raises(ValueError, match=message):
+            Context.parse([rows[place] for place in order])
+
+
+def test_spaces_around_a_value_do_not_count_and_a_blank_endpoint_is_any():
+    spaced = answer_table(MODEL, [{**ROW, "src_addr": " 192.0.2.1", "rtt": " 12.4 "}, {**ROW, "src_addr": " "}])
+    plain = answer_table(MODEL, [ROW, {**ROW, "src_addr": None}])
+    assert equal([one | {"query_id": None} for one in spaced], [one | {"query_id": None} for one in plain])
 
 
 @each_shape

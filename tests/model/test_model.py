@@ -246,7 +246,6 @@ def test_a_cache_reaches_to_the_last_position(model, pieces):
     tokens, cache = random_tokens(2, 64), KVCache()
     logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model(tokens, positions=torch.arange(64)[None]), model(tokens))
 
 
 def test_an_empty_cache_holds_nothing_and_its_forks_neither():
@@ -276,16 +275,17 @@ def test_attention_multiplies_in_the_precision_of_the_products(model, monkeypatc
     assert seen == [{torch.bfloat16}] * 2 + [{torch.float32}] * 2
 
 
-def test_everything_stays_on_the_device_of_the_tokens(monkeypatch):
+@pytest.mark.parametrize("field_aware", [False, True])
+def test_everything_stays_on_the_device_of_the_tokens(monkeypatch, field_aware):
     """Tensors of the device "meta" have a shape and no values, and no operation takes them together with others."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # which knows no such device
-    model, cache = GPT(SMALL).to("meta"), KVCache()
+    model, cache = GPT(dataclasses.replace(SMALL, field_aware=field_aware)).to("meta"), KVCache()
     tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
     for logits in (
         model(tokens),
         model(tokens, cache),
         model(tokens, cache),
-        model(tokens, mask=tokens[:, None, None] > 0),
+        model(tokens, branches=5),
     ):
         assert logits.device.type == "meta" and logits.shape == (2, 5, 267)
     assert cache.size == 10 and {each.device.type for each in (*cache.keys, cache.valid)} == {"meta"}

@@ -87,10 +87,11 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, error_of, rows):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_run_folder_of_another_run_is_left_as_it_is(tmp_path, error_of, rows):
+def test_a_run_folder_of_another_run_is_left_as_it_is(tmp_path, error_of, rows, capsys):
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "config.toml", rows, total_steps=4, checkpoint_every=2)
     assert cli.main(["train", str(config)]) == 0
+    capsys.readouterr()
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     line = error_of(rows, "--model.n-layer", 1, "--optim.muon-lr", 0.5)
     assert line == (

@@ -1,4 +1,5 @@
 """Checkpoints and queries in, exact distributions of RTT out.
 
-Read in order: distribution, query, prompt, engine, mixture; then what uses them: search, score, rank, generate; model, cli.
+Read in order: distribution, query, prompt, engine, mixture; then what uses them: search, packed, score, rank, generate;
+model, cli.
 """

@@ -19,6 +19,7 @@ from ping_llm.system.files import write_atomically
 CALIBRATION_NAME = "calibration.json"
 LEAST_SHARE = 0.001  # of every known length: a context may still speak for it
 TAIL_RESULTS, TAIL_SHARE = 40, 0.1  # of the p-values of val so many, at most such a share: their tail is fitted
+_RIGHT = 20  # results that a right model would have, added to those of val, so that few say little
 _KNOTS = 60  # of the distribution function above the tail
 _SCALE_SPREAD, _SHAPE_SPREAD = 1.5, 0.3  # how far from 1 (in logs) and from 0 the tail is expected to be
 _SCALES = np.exp(np.linspace(-4, 5, 361))
@@ -61,12 +62,14 @@ class Surprise:
         return cls(len(own), tuple(shares.tolist()), tuple(quantiles.tolist()), *_fit_tail(excess))
 
     def calibrated(self, own: np.ndarray) -> np.ndarray:
-        """The share of results of val at least as surprising as those with these own p-values, (m,)."""
+        """The share of results of val, and of a few of a right model, at least as surprising as those with these own
+        p-values, (m,)."""
         if not self.count:
             return own
         excess = np.log(self.quantiles[0]) - np.log(np.maximum(own, np.finfo(float).tiny))
         tail = self.shares[0] * np.exp(_log_tail(np.maximum(excess, 0.0), self.scale, self.shape))
-        return np.where(excess > 0, tail, np.interp(own, self.quantiles, self.shares))
+        of_val = np.where(excess > 0, tail, np.interp(own, self.quantiles, self.shares))
+        return (self.count * of_val + _RIGHT * own) / (self.count + _RIGHT)
 
 
 @dataclass(frozen=True)

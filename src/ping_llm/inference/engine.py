@@ -29,7 +29,7 @@ LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""
 FOCUS_MASS = 1e-3
 """Likewise where only some statistics are wanted, and the value does not decide any of them."""
-SECOND_PASS_TOKENS = 1024  # values of byte 1 that are followed together
+SECOND_PASS_TOKENS = 2048  # values of byte 1 that are followed together
 _LINES = 256  # token sequences read together
 _BYTES = slice(tk.BYTE_0, tk.VOCAB_SIZE)
 _RESULTS = (tk.RTT_START, tk.FAILED)

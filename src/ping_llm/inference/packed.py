@@ -24,7 +24,7 @@ from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution, code_widths, log_edges
 from ping_llm.inference.engine import Reader
-from ping_llm.inference.mixture import LEAST_WEIGHT, source_log_prob
+from ping_llm.inference.mixture import source_log_prob
 from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_lengths
 from ping_llm.model.gpt import KVCache, answering_at
 
@@ -207,8 +207,6 @@ def foresee(
         evidence, columns = (np.stack(parts) for parts in zip(*read, strict=True))  # (L, n), (L, 4, n)
         log_weight = evidence + priors.log_weights(answered)
         weight = np.exp(log_weight - log_weight.max(axis=0))
-        weight /= weight.sum(axis=0)
-        weight[weight < LEAST_WEIGHT] = 0
         found.append(np.einsum("ln,lcn->cn", weight / weight.sum(axis=0), columns))
         places.append(answered)
         advance(len(answered))

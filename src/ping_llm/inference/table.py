@@ -237,5 +237,5 @@ def _column(text: pa.Table, name: str) -> pa.Array:
 
 
 def _texts(text: pa.Table, name: str) -> list[str | None]:
-    """Those of a column, None where one is missing or empty."""
-    return [one or None for one in _column(text, name).to_pylist()]
+    """Those of a column, None where one is missing."""
+    return _column(text, name).to_pylist()

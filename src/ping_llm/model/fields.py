@@ -114,7 +114,7 @@ class FieldEmbedding(nn.Module):
         octave = torch.arange(_OCTAVES, device=features.half_codes.device)
         # Half a turn over all codes to 2^13 half turns, (B, T, 14); whole turns are dropped before anything is rounded.
         part = (features.half_codes[..., None] << octave) & ((1 << 18) - 1)
-        angle = part.float() * (math.pi / (1 << 17))
+        angle = part.to(self.values.weight.dtype) * (math.pi / (1 << 17))
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
         value = torch.where(of_rtt, self.values(waves), 0.0)
         return self.places(features.place) + prefix + value

@@ -83,6 +83,9 @@ def try_folder(folder: Path, *names: str) -> None:
         file_in_the_way = next(path for path in (folder, *folder.parents) if path.exists())
         raise ValueError(f"{file_in_the_way} is a file, no folder; move it away or name another folder") from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = f"no space left in {folder} ({error.strerror})"
+            raise ValueError(f"{full}; free some and repeat the command: it continues") from None
         raise ValueError(f"{folder} cannot be written ({error.strerror})") from None
     if taken := [folder / name for name in names if (folder / name).is_dir()]:
         raise ValueError(f"{taken[0]} is a folder, where a file is to be written; move it away")

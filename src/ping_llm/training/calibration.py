@@ -27,7 +27,7 @@ from ping_llm.system.hardware import native_bf16
 from ping_llm.system.progress import show_progress
 
 UNFAMILIAR_SHARE = 0.05  # of the results of val are of sources as unfamiliar to the model as a new one may be
-SURPRISES = 40_000  # results of val that p-values are fitted to: at 0.001 that leaves an error of about an eighth
+SURPRISES = 20_000  # results of val that p-values are fitted to: at 0.001 that leaves an error of about a fifth
 LEAST_SURPRISES = 10_000
 _STRETCH = 64  # results that are drawn together
 _BACK = 256  # measurements of a probe that are searched for those of the same source

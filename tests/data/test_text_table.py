@@ -158,23 +158,25 @@ def test_what_stands_after_many_rows_is_read_as_what_stands_before(late):
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_a_table_comes_in_batches_while_it_is_read(kind):
-    rows, taken = BATCH_ROWS * (60 if kind == "csv" else 5), []
+    rows, came, in_time = BATCH_ROWS * (40 if kind == "csv" else 5), threading.Event(), []
 
     def content():
         yield b"a,b\n" if kind == "csv" else b""
         for at in range(0, rows, BATCH_ROWS):
-            taken.append(at)
+            if at == rows * 4 // 5:
+                in_time.append(came.wait(60))
             form = b"%d,abcdefghij\n" if kind == "csv" else b'{"a": %d, "b": "x"}\n'
             yield b"".join(form % i for i in range(at, at + BATCH_ROWS))
 
     batches = open_table(content()).batches(["a"])
     first = next(batches)
-    assert len(taken) * BATCH_ROWS < 0.8 * rows and first.num_rows <= BATCH_ROWS
+    came.set()
+    assert first.num_rows <= BATCH_ROWS
     count, last = first.num_rows, first
     for last in batches:
         assert last.column("a")[0].as_py() == str(count) and last.num_rows <= BATCH_ROWS
         count += last.num_rows
-    assert count == rows
+    assert count == rows and in_time == [True]
 
 
 def test_the_blocks_in_which_a_file_is_read_change_nothing(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_row, write_rows
 from torch._dynamo.exc import BackendCompilerFailed
-from training_runs import write_config
+from training_runs import ENVIRONMENT, error_lines, finish, start, write_config
 
 from ping_llm import cli
 from ping_llm.model.checkpoint import load_latest
@@ -112,10 +112,12 @@ def test_a_model_that_cannot_be_compiled_is_one_line(error_of, rows, monkeypatch
     assert error.endswith("install a C++ compiler (or set CXX to it), or pass --train.compile False")
 
 
-def test_an_environment_that_wandb_refuses_is_one_line(error_of, rows, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "sometimes")
-    error = error_of(rows, "--train.wandb", "offline")
-    assert error.startswith("Weights & Biases did not start (") and "sometimes" in error
+def test_an_environment_that_wandb_refuses_is_one_line(tmp_path, rows, monkeypatch):
+    """In a process of its own, as a command is: wandb reads its environment once in each."""
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_MODE", "sometimes")
+    code, _, errors = finish(start(write_config(tmp_path / "config.toml", rows), "--train.wandb", "offline"))
+    (line,) = error_lines(errors)
+    assert code == 1 and "Weights & Biases did not start (" in line and "sometimes" in line
 
 
 def test_exhausted_memory_and_hopeless_gradients_keep_the_last_checkpoint(tmp_path, error_of, rows, monkeypatch):

@@ -5,8 +5,11 @@ All of this also works in a single process; then nothing is sent.
 
 from __future__ import annotations
 
+import atexit
 import datetime as dt
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ping_llm.system.hardware import pick_device
+from ping_llm.system.signals import ignore_from_now_on
 
 TIMEOUT = dt.timedelta(minutes=10)  # of one exchange; a process may be compiling, or looking at samples, meanwhile
+_UNFREED: list[BaseException] = []
+"""Of an exchange that broke off: by its traceback an error holds all that took part, so that it is never freed.
+
+Where it is freed, this thread holds Python's lock and waits for gloo's thread, which waits for that lock.
+"""
 _BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """How gloo and NCCL report that an exchange broke off."""
 
@@ -91,6 +100,7 @@ def processes(device_name: str) -> Iterator[Ranks]:
             raise ValueError(f"{found}; pass --nproc-per-node {gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    atexit.register(_leave_the_unfreed)  # before whatever else is to be done at the end, so it is done last
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
@@ -106,10 +116,20 @@ def processes(device_name: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _BROKEN_OFF):
             raise
+        _UNFREED.append(error)
+        ignore_from_now_on(signal.SIGTERM)  # torchrun sends it to all others as soon as one has ended
         raise ConnectionError(
             f"process {dist.get_rank()} of {world} stops, because another one of this run ended; its own last line says "
             "why. Run the same command again to continue from the last checkpoint"
         ) from error
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not _UNFREED:
             dist.destroy_process_group()
+
+
+def _leave_the_unfreed() -> None:
+    """Ends a process whose exchange broke off, before Python would free it."""
+    if _UNFREED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

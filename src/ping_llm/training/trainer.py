@@ -73,8 +73,8 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
     feed = feed or Feed.of_rows()
     with (
         deterministic(config.train.deterministic),
+        _stop_flag() as stop,  # outside: until the last line is said, no signal may end the process
         processes(config.train.device) as ranks,
-        _stop_flag() as stop,
         _memory_advice(config.train, ranks),
         _compile_advice(),
     ):

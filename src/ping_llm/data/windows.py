@@ -73,10 +73,10 @@ def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random
     if canonical or shifted:  # what comes after an RTT that is not the pair's own would be learned from it
         order = np.tile(RESULT_LAST, (len(index), 1))
     if shifted:
-        rtt_ms, muted = shift_pairs(row.src[index].astype(np.int64) << 32 | row.dst[index], rtt_ms, rng)
+        pair = row.src[index].astype(np.int64) << 32 | row.dst[index]
+        rtt_ms, muted = shift_pairs(pair, rtt_ms, mode == "full", rng)
     if hidden:
-        which = rng.integers(3)  # sources, destinations or both
-        src, dst = (pseudonyms(src, rng) if which != 1 else src), (pseudonyms(dst, rng) if which else dst)
+        src, dst = pseudonyms(src, dst, rng)
     times = row.times(index)
     return Window(index, src, dst, src_bytes[kept], dst_bytes[kept], rtt_ms, times, timed[kept], order, muted, mode)
 

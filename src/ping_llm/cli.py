@@ -20,7 +20,7 @@ import tyro
 from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
-from ping_llm.system.files import try_file, try_folder
+from ping_llm.system.files import cache_folder, try_file, try_folder
 from ping_llm.system.streams import lost_output, steady_streams
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
@@ -243,8 +243,7 @@ def train(argv: list[str]) -> None:
     # Threads of OpenMP spin while they wait: with any other work on the machine, training would take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ping-llm" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     # Memory is taken in pieces that can grow: batches of several shapes leave no gaps.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from ping_llm.training.trainer import train

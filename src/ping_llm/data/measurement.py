@@ -89,3 +89,20 @@ def is_ipv4(packed: np.ndarray) -> np.ndarray:
     """True where (…, 16) packed addresses are IPv4."""
     words, prefix = np.ascontiguousarray(packed).view(np.uint32), np.frombuffer(IPV4_MAPPED_PREFIX, dtype=np.uint32)
     return (words[..., 0] == prefix[0]) & (words[..., 1] == prefix[1]) & (words[..., 2] == prefix[2])
+
+
+def as_text(rows: np.ndarray) -> np.ndarray:
+    """(n, k) uint8 as (n,) of k-byte strings, which NumPy sorts and searches byte by byte."""
+    return np.ascontiguousarray(rows).view(f"S{rows.shape[1]}").reshape(-1)
+
+
+def distinct_addresses(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones of (m, 16) addresses, ascending, and (m,) int32 where each stands among them."""
+    distinct, place = np.unique(as_text(packed), return_inverse=True)
+    return distinct.view(np.uint8).reshape(-1, ADDRESS_BYTES), place.astype(np.int32)
+
+
+def network_of(packed: np.ndarray, ipv4_bits: int = 24, ipv6_bits: int = 48, rest: int = 0) -> np.ndarray:
+    """(n, 16) addresses with `rest` for every byte after a prefix of whole bytes of their family."""
+    kept = np.where(is_ipv4(packed), 12 + ipv4_bits // 8, ipv6_bits // 8)
+    return np.where(np.arange(ADDRESS_BYTES) < kept[:, None], packed, rest).astype(np.uint8)

@@ -15,8 +15,7 @@ from typing import Self
 import numpy as np
 
 from ping_llm.data.hashing import hash_keys
-from ping_llm.data.ingest.splits import as_text
-from ping_llm.data.measurement import ADDRESS_BYTES, KINDS, format_address, is_ipv4
+from ping_llm.data.measurement import KINDS, distinct_addresses, format_address, network_of
 from ping_llm.data.rows import ProbeRow, RowReader, is_part_of
 
 Rows = np.ndarray | slice
@@ -73,7 +72,7 @@ class Measurements(_Columns):
     @classmethod
     def concatenate(cls, tables: Sequence[Measurements]) -> Measurements:
         """The measurements of all tables, in order, over one table of addresses; parts keep their names."""
-        addresses, place = _distinct(np.concatenate([table.addresses for table in tables]))
+        addresses, place = distinct_addresses(np.concatenate([table.addresses for table in tables]))
         starts = np.cumsum([0] + [len(table.addresses) for table in tables])
         parts = tuple(dict.fromkeys(name for table in tables for name in table.parts))
         columns = []
@@ -264,18 +263,10 @@ def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:
 
 def prefix_ids(addresses: np.ndarray, ipv4_bits: int, ipv6_bits: int) -> np.ndarray:
     """(a,) which prefix of whole bytes each of (a, 16) addresses lies in, counted from 0 in ascending order."""
-    kept = np.where(is_ipv4(addresses), 12 + ipv4_bits // 8, ipv6_bits // 8)
-    cut = np.where(np.arange(ADDRESS_BYTES) < kept[:, None], addresses, 0).astype(np.uint8)
-    return _distinct(cut)[1]
+    return distinct_addresses(network_of(addresses, ipv4_bits, ipv6_bits))[1]
 
 
 def address_texts(addresses: np.ndarray, places: np.ndarray) -> list[str]:
     """The texts of those of (a, 16) addresses at `places` (n,), each made once."""
     used, index = np.unique(places, return_inverse=True)
     return np.array([format_address(addresses[i].tobytes()) for i in used], dtype=object)[index].tolist()
-
-
-def _distinct(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct ones of (m, 16) addresses, ascending, and (m,) int32 where each stands among them."""
-    distinct, place = np.unique(as_text(addresses), return_inverse=True)
-    return distinct.view(np.uint8).reshape(-1, ADDRESS_BYTES), place.astype(np.int32)

@@ -22,6 +22,7 @@ from ping_llm.data.measurement import IPV4_MAPPED_PREFIX
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.grammar import Grammar, follow
+from ping_llm.inference.memory import Memory
 from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, Prompt, byte_tokens
 from ping_llm.model.gpt import GPT, KVCache
 
@@ -53,6 +54,7 @@ class Reader:
     calibration: Calibration = field(default_factory=Calibration)
     precision: Literal["fp32", "bf16"] = "fp32"
     least_mass: float = LEAST_MASS
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):

@@ -36,6 +36,11 @@ def file_sha256(path: Path) -> str:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept from run to run; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ping-llm" / name
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes aside, waits for the disk, renames."""
     aside = path.with_name(f"{path.name}.tmp")

@@ -18,7 +18,7 @@ import pyarrow as pa
 from ping_llm.data.hashing import hash_below, hash_keys
 from ping_llm.data.ingest import splits
 from ping_llm.data.ingest.results import RESULT_SCHEMA
-from ping_llm.data.measurement import ADDRESS_BYTES, binary_column, byte_matrix
+from ping_llm.data.measurement import ADDRESS_BYTES, as_text, binary_column, byte_matrix
 
 MAX_BUCKETS = 256
 PORTION_MEASUREMENTS = 1_000_000
@@ -63,7 +63,7 @@ def read_portions(inputs: Sequence[Path], bucket: int, scratch: Path) -> Iterato
         writers = [stack.enter_context(pa.ipc.new_stream(path, _BATCH_SCHEMA, options=_LZ4)) for path in paths]
         for table in _gathered(_batches(inputs, bucket)):
             groups, _, _ = _groups(table)
-            portion = np.searchsorted(cuts, splits.as_text(groups.keys), side="right")[groups.index]
+            portion = np.searchsorted(cuts, as_text(groups.keys), side="right")[groups.index]
             for writer, part in zip(writers, _parts(table, portion, len(paths)), strict=True):
                 if part.num_rows:
                     writer.write_batch(part)
@@ -78,7 +78,7 @@ def ranked(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """(n,) int64 indices into the (A, 16) distinct addresses of a column, ascending."""
     encoded = column.combine_chunks().dictionary_encode()
     addresses = byte_matrix(encoded.dictionary)
-    order = np.argsort(splits.as_text(addresses))
+    order = np.argsort(as_text(addresses))
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return rank[encoded.indices.to_numpy()], addresses[order]
@@ -113,7 +113,7 @@ def _cuts(inputs: Sequence[Path], bucket: int) -> np.ndarray:
     count = counts[0].sort_by("key").combine_chunks()
     before = np.cumsum(count["count"].to_numpy()) - count["count"].to_numpy()
     borders = np.flatnonzero(np.diff(before // PORTION_MEASUREMENTS)) + 1
-    return splits.as_text(byte_matrix(count["key"])[borders])
+    return as_text(byte_matrix(count["key"])[borders])
 
 
 def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ping_llm.data.hashing import crc32, hash_below, hash_keys, int64_bytes, mix
-from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
+from ping_llm.data.measurement import ADDRESS_BYTES, as_text, is_ipv4
 
 TRAIN, VAL, TEST = range(3)
 """The band of an endpoint, a pair or a moment: seen in training, or held out for val or for test."""
@@ -194,11 +194,6 @@ def assign_parts(
     shown_as_source = (src_group != group) | (src_prefix > 0) & (src_prefix != group)
     part[shown_as_source | _differ(dst_prefix, dst_group)[dst] | _differ(group, destination)] = DROPPED
     return part
-
-
-def as_text(rows: np.ndarray) -> np.ndarray:
-    """(n, k) uint8 as (n,) of k-byte strings, which NumPy sorts and searches byte by byte."""
-    return np.ascontiguousarray(rows).view(f"S{rows.shape[1]}").reshape(-1)
 
 
 def _least_joined(group: np.ndarray, address: np.ndarray, groups: int, addresses: int) -> np.ndarray:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.data.ingest.splits import as_text
-from ping_llm.data.measurement import ADDRESS_BYTES, format_address
+from ping_llm.data.measurement import ADDRESS_BYTES, as_text, format_address
 from ping_llm.data.rows import MANIFEST_NAME, ProbeRow, RowReader, read_manifest
 from ping_llm.data.tokenization import DELTA1_MAX_S, RTT_CODES, decode_rtt, encode_rtt
 from ping_llm.system.progress import show_progress

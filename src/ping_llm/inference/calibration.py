@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ping_llm.inference.experts import Experts
+from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.query import Endpoint, known_name
 from ping_llm.system.files import write_atomically
 
@@ -77,15 +78,17 @@ class Calibration:
     """Fitted on val; without it, queries without context are answered with all of the source known.
 
     `src_weights[family][known]` is the share in which the answers under each known length of the source, without context,
-    are best mixed; family is ipv4 or ipv6, known is none, a prefix length like /16, or all. `surprise` is what the model's
-    own p-values of the results of val were. All sources of val are in the training data too, so these shares do not hold for
-    new sources. `familiar[family]` recognises those: it is the log P(address of the source) that 95 % of the results of val
-    exceed. `model_sha256` is the hash of the weights that all of it was fitted for; those written before had none.
+    are best mixed; family is ipv4 or ipv6, known is none, a prefix length like /16, or all. `new_src_weights` are those of
+    sources that training has not met, as `familiar` says. `experts` are the rules of what answers beside the model.
+    `surprise` is what the model's own p-values of the results of val were. `model_sha256` is the hash of the weights that
+    all of it was fitted for; those written before had none.
     """
 
     src_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    new_src_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    familiar: Familiar | None = None
+    experts: Experts | None = None
     surprise: Surprise = field(default_factory=Surprise)
-    familiar: Mapping[str, float] = field(default_factory=dict)
     model_sha256: str | None = None
 
     @classmethod
@@ -96,11 +99,13 @@ class Calibration:
             return cls()
         try:
             values = json.loads(file.read_text())
-            surprise = values.get("p_values")  # those written before rank another kind of p-values
-            return cls(
+            familiar, experts, surprise = (values.get(name) for name in ("met", "experts", "p_values"))
+            return cls(  # those written before have less, or other p-values
                 values["src_weights"],
+                values.get("new_src_weights", {}),
+                None if familiar is None else Familiar.of_json(familiar),
+                None if experts is None else Experts.of_json(experts),
                 Surprise() if surprise is None else Surprise.of_json(surprise),
-                values["familiar"],
                 values.get("model_sha256"),
             )
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -123,27 +128,31 @@ class Calibration:
 
     def save(self, run_dir: Path) -> None:
         """Writes calibration.json."""
-        values = {"model_sha256": self.model_sha256, "src_weights": self.src_weights, "familiar": self.familiar}
-        values["p_values"] = dataclasses.asdict(self.surprise)
+        values: dict[str, Any] = {"model_sha256": self.model_sha256, "src_weights": self.src_weights}
+        values |= {"new_src_weights": self.new_src_weights, "p_values": dataclasses.asdict(self.surprise)}
+        values |= {} if self.experts is None else {"experts": self.experts.to_json()}
+        values |= {} if self.familiar is None else {"met": self.familiar.to_json()}
         write_atomically(run_dir / CALIBRATION_NAME, json.dumps(values, indent=1) + "\n")
 
-    def novelty(self, src: Endpoint, log_p: float) -> float:
-        """How likely a whole source is one that training has not shown, from log P(its address) under the model."""
-        familiar = self.familiar.get(src.family)
-        return 0.0 if familiar is None else 1 / (1 + math.exp(min(log_p - familiar, 700.0)))
+    def is_new(self, src: Endpoint) -> bool:
+        """Whether training has not met a whole source; False where it is not known what it has met."""
+        if self.familiar is None or src.is_prefix:
+            return False
+        packed = np.frombuffer(src.packed, np.uint8)[None]
+        return bool(self.familiar.known_bytes("src", packed)[0] < src.width)
 
-    def log_weights(self, known: Sequence[Endpoint], novelty: float = 0.0) -> np.ndarray:
+    def log_weights(self, known: Sequence[Endpoint]) -> np.ndarray:
         """Logarithm of the weight of each known length of one source before any context is read, (L,).
 
-        The shortest comes first; the longest stands for all that are longer too. Of a novel source the shortest counts: what
-        a model says of an address that it never saw is worse than what it says of any source.
+        The shortest comes first; the longest stands for all that are longer too. Where val was asked, a length that it gave
+        no share has none: −∞.
         """
-        weights = self.src_weights.get(known[0].family, {})
+        of_new = self.new_src_weights.get(known[0].family, {}) if self.is_new(known[-1]) else {}
+        weights = of_new or self.src_weights.get(known[0].family, {})
         shares = np.array([weights.get(known_name(src), 0.0) for src in known])
         shares[-1] = max(1 - shares[:-1].sum(), 0.0)
-        shares *= 1 - novelty
-        shares[0] += novelty
-        return np.log(np.maximum(shares, LEAST_SHARE))
+        with np.errstate(divide="ignore"):
+            return np.log(shares if weights and shares.any() else np.maximum(shares, LEAST_SHARE))
 
 
 def _file(path: Path) -> Path | None:

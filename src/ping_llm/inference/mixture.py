@@ -8,22 +8,24 @@ each weighted by the probability that the model gives its third byte, after the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ping_llm.data import tokenization as tk
+from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import (
     Focus,
     ReadContexts,
     Reader,
-    line_log_prob,
     next_byte_log_p,
     read_beginnings,
     read_contexts,
     result_distributions,
 )
+from ping_llm.inference.experts import CUTS, SITUATION, Experts, Past
+from ping_llm.inference.familiar import Familiar, Role
+from ping_llm.inference.past import pasts
 from ping_llm.inference.prompt import (
     DST_ROLES,
     SRC_ROLES,
@@ -94,7 +96,7 @@ def _groups(reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown])
     taken = 0
     for i in np.lexsort((ends, shared, partial)):
         query = queries[i]
-        variants = 1 if query.src is None else len(_lengths(every, query.src))
+        variants = 1 if query.src is None else len(_lengths(reader.calibration, every, query.src))
         tokens = variants * min(ends[i] + len(query.context) * CONTEXT_TOKENS, reader.seq_len)
         if group and (partial[i] or taken + tokens > TOKENS_AT_ONCE):
             yield np.array(group)
@@ -106,14 +108,13 @@ def _groups(reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown])
 
 def weighted_variants(reader: Reader, query: Query, src_known: SrcKnown) -> tuple[list[Query], np.ndarray]:
     """The query with as much of the source known as `src_known` says, and the weights of these variants, which sum to 1."""
-    variants = _variants(reader, query, [src_known])
+    variants = source_variants(reader, query, [src_known])
     evidence = np.zeros(len(variants))
     if len(variants) > 1 and len(query.context):
         contexts = [build_prompt(variant, reader.seq_len).context for variant in variants]
         evidence = read_contexts(reader, contexts).log_likelihood
     owner = np.zeros(len(variants), dtype=np.int64)
-    prior, _ = _log_priors(reader, variants, owner)
-    weights = _weights(prior + evidence, owner)
+    weights = _weights(_log_priors(reader, variants, owner) + evidence, owner)
     used = np.flatnonzero(weights >= LEAST_WEIGHT)
     return [variants[i] for i in used], weights[used] / weights[used].sum()
 
@@ -132,57 +133,148 @@ def whole_byte_queries(
     return [part for some, _ in parts for part in some], shares, names
 
 
-def source_log_prob(reader: Reader, sources: Sequence[Endpoint]) -> np.ndarray:
-    """Log-probability in nats of whole source addresses at the beginning of a window, (n,): how familiar they are."""
-    distinct = sorted({src.packed for src in sources})
-    lines = [np.append(tk.MEASUREMENT_START, address_tokens(SRC_ROLES, Endpoint.whole(packed))) for packed in distinct]
-    log_p = dict(zip(distinct, line_log_prob(reader, lines, np.zeros(0, dtype=np.int64)), strict=True))
-    return np.array([log_p[src.packed] for src in sources])
+def _lengths(calibration: Calibration, every: Sequence[SrcKnown], src: Endpoint) -> list[int]:
+    """Bytes of a source that are known under any of them, ascending; under auto those that have a weight."""
+    return sorted({length for known in every for length in weighted_lengths(calibration, known, src)})
 
 
-def _lengths(every: Sequence[SrcKnown], src: Endpoint) -> list[int]:
-    """Bytes of a source that are known under any of them, ascending."""
-    return sorted({length for known in every for length in known_lengths(known, src)})
+def weighted_lengths(calibration: Calibration, src_known: SrcKnown, src: Endpoint) -> list[int]:
+    """Bytes of a source that are known under `src_known`, ascending; under auto those that have a weight."""
+    lengths = known_lengths(src_known, src)
+    if len(lengths) == 1:
+        return lengths
+    weights = calibration.log_weights([src.cut(length) for length in lengths])
+    return [length for length, weight in zip(lengths, weights, strict=True) if weight > -np.inf]
 
 
 def _of_whole_bytes(
     reader: Reader, queries: Sequence[Query], every: Sequence[SrcKnown], focus: Focus | None
 ) -> list[RTTDistribution]:
-    variants = [_variants(reader, query, every) for query in queries]
+    blend = Blend.of(reader, queries) if "auto" in every else None
+    whole = [source_variants(reader, query, every) for query in queries]
+    variants = [own + blend.cut(i, own) for i, own in enumerate(whole)] if blend else whole
     owner = np.repeat(np.arange(len(queries)), [len(own) for own in variants])  # (B,) query of each prompt
     flat = [variant for own in variants for variant in own]
     mixed = len(flat) > len(queries)
-    prompts, read, context_of = _read(reader, flat, likelihoods=mixed)
+    prompts, read, context_of = read_prompts(reader, flat, likelihoods=mixed)
     if not mixed:
-        return [result_distributions(reader, prompts, read, context_of, focus=focus)] * len(every)
+        found = result_distributions(reader, prompts, read, context_of, focus=focus)
+        return [blend.apply(found) if blend and known == "auto" else found for known in every]
     evidence = np.zeros(len(prompts)) if read is None else read.log_likelihood[context_of]
-    weights, prior_passes = np.zeros((len(every), len(prompts))), 0
-    several = np.zeros((len(every), len(queries)), dtype=bool)
+    first = np.cumsum([0] + [len(own) for own in variants[:-1]])  # of each query
+    weights, several = np.zeros((len(every), len(prompts))), np.zeros((len(every), len(queries)), dtype=bool)
     for own, mixes, known in zip(weights, several, every, strict=True):
         of_query = [set(known_lengths(known, query.src)) if query.src else set() for query in queries]
-        among = [v.src is None or v.src.known_bytes in of_query[i] for i, v in zip(owner, flat, strict=True)]
-        member = np.flatnonzero(among)  # (m,)
-        prior, passes = _log_priors(reader, [flat[i] for i in member], owner[member])
+        member = np.array(
+            [
+                place
+                for i, some in enumerate(whole)
+                for place, v in enumerate(some, int(first[i]))
+                if v.src is None or v.src.known_bytes in of_query[i]
+            ]
+        )  # (m,) of the prompts
+        prior = _log_priors(reader, [flat[i] for i in member], owner[member])
         own[member] = _weights(prior + evidence[member], owner[member])
         mixes[:] = np.bincount(owner[member]) > 1
-        prior_passes = max(passes, prior_passes)
+        if blend and known == "auto":
+            for i, some in enumerate(whole):
+                own[first[i] : first[i] + len(variants[i])] = np.outer(
+                    blend.shares(i), own[first[i] : first[i] + len(some)]
+                ).ravel()
     used = np.flatnonzero((weights >= LEAST_WEIGHT).any(axis=0))
     owner, weights = owner[used], weights[:, used] * (weights[:, used] >= LEAST_WEIGHT)
     weights = np.stack([own / np.bincount(owner, own)[owner] for own in weights])
     found = result_distributions(reader, [prompts[i] for i in used], read, context_of[used], owner, weights, focus)
     answers = []
-    for number, (own, mixes) in enumerate(zip(weights, several, strict=True)):
+    for number, (own, mixes, known) in enumerate(zip(weights, several, every, strict=True)):
         names: np.ndarray = np.array([{} for _ in queries], dtype=object)
-        for i, query, weight in zip(used, owner, own.tolist(), strict=True):
+        for place, query, weight in zip(used, owner, own.tolist(), strict=True):
             if weight and mixes[query]:
-                names[query][known_name(flat[i].src)] = weight
+                name = known_name(flat[place].src)
+                names[query][name] = names[query].get(name, 0.0) + weight
         answer = found[number * len(queries) : (number + 1) * len(queries)] if len(every) > 1 else found
-        passes = answer.forward_passes + prior_passes
-        answers.append(dataclasses.replace(answer, forward_passes=passes, src_weights=names))
+        answer = dataclasses.replace(answer, src_weights=names)
+        answers.append(blend.apply(answer) if blend and known == "auto" else answer)
     return answers
 
 
-def _read(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blend:
+    """What answers some queries beside the model, and how much each part counts; see `Experts`."""
+
+    experts: Experts
+    queries: Sequence[Query]
+    cuts: np.ndarray  # (q, CUTS) bytes of the destination that are given under each, 0 where it is not cut
+    weights: np.ndarray  # (1 + CUTS + kinds, q)
+    pasts: Mapping[str, Past]
+
+    @classmethod
+    def of(cls, reader: Reader, queries: Sequence[Query], cut: bool = True) -> Blend | None:
+        """None where the reader has no experts; without `cut` the model is given every destination as it is."""
+        experts = reader.calibration.experts
+        if experts is None:
+            return None
+        situation, cuts = situations(reader.calibration.familiar, queries)
+        found = pasts(queries, reader.memory)
+        return cls(experts, queries, cuts, experts.weights(found, situation, (cuts > 0) & cut), found)
+
+    @property
+    def of_model(self) -> np.ndarray:
+        """(q,) weight of the model, whatever it is given."""
+        return self.weights[: 1 + len(CUTS)].sum(axis=0)
+
+    @property
+    def of_experts(self) -> np.ndarray:
+        """(kinds, q) weight of each expert."""
+        return self.weights[1 + len(CUTS) :]
+
+    def cut(self, i: int, variants: Sequence[Query]) -> list[Query]:
+        """The variants of a query with less of the destination, for each of CUTS that counts."""
+        dst = self.queries[i].dst
+        kept = [length for length, weight in zip(self.cuts[i], self.weights[1:, i], strict=False) if weight]
+        return [dataclasses.replace(v, dst=dst.cut(int(length))) for length in kept if dst for v in variants]
+
+    def shares(self, i: int) -> np.ndarray:
+        """Of the model's part of a query, those of the whole destination and of each of CUTS that counts; they sum to 1."""
+        own = self.weights[: 1 + len(CUTS), i]
+        own = own[(own > 0) | (np.arange(len(own)) == 0)]
+        return own / own.sum()
+
+    def apply(self, found: RTTDistribution) -> RTTDistribution:
+        """The model's answers, mixed with those of the experts."""
+        of_model, codes = self.of_model, found.code_probability
+        if (of_model < 1).any():
+            codes = codes * of_model[:, None].astype(codes.dtype)
+            for weight, (kind, expert) in zip(self.of_experts, self.experts.experts.items(), strict=True):
+                rows = np.flatnonzero(weight)
+                if len(rows):
+                    scale = (weight * found.p_answer)[rows, None]
+                    codes[rows] += (scale * expert.code_probability(self.pasts[kind].take(rows))).astype(codes.dtype)
+        return dataclasses.replace(found, code_probability=codes, unresolved=found.unresolved * of_model)
+
+
+def situations(familiar: Familiar | None, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
+    """The SITUATION of q queries (q, 3), and bytes of the destination that are given under each of CUTS (q, CUTS), 0 where
+    it is not cut: a destination that training has met, or that is no host."""
+    situation, cuts = np.zeros((len(queries), len(SITUATION))), np.zeros((len(queries), len(CUTS)), dtype=np.int64)
+    situation[:, 2] = np.log1p([len(query.context) for query in queries])
+    roles: tuple[Role, ...] = ("src", "dst")
+    for column, role in enumerate(roles):
+        ends = [getattr(query, role) for query in queries]
+        hosts = [i for i, end in enumerate(ends) if end is not None and not end.is_prefix]
+        if familiar is None or not hosts:
+            continue
+        packed = np.frombuffer(b"".join(ends[i].packed for i in hosts), np.uint8).reshape(-1, 16)
+        met = familiar.known_bytes(role, packed)
+        new = met < [ends[i].width for i in hosts]
+        situation[hosts, column] = new
+        if role == "dst":
+            shown = np.maximum(met, 1)
+            cuts[hosts] = np.where(new[:, None], np.stack([shown, np.where(shown > 1, 1, 0)], axis=1), 0)
+    return situation, cuts
+
+
+def read_prompts(
     reader: Reader, queries: Sequence[Query], likelihoods: bool = False
 ) -> tuple[list[Prompt], ReadContexts | None, np.ndarray]:
     """The prompts of B queries, and the place of each one's context, (B,), among the contexts that were read.
@@ -197,35 +289,32 @@ def _read(
     return prompts, read_contexts(reader, contexts) if wanted else None, context_of
 
 
-def _variants(reader: Reader, query: Query, every: Sequence[SrcKnown]) -> list[Query]:
+def source_variants(reader: Reader, query: Query, every: Sequence[SrcKnown]) -> list[Query]:
     """The query under each known length, the shortest first, all after the context that fits where most is known.
 
     So their likelihoods are of the same measurements: the length under which fewest fit would win by that alone.
     """
     if query.src is None:
         return [query]
-    variants = [dataclasses.replace(query, src=query.src.cut(length)) for length in _lengths(every, query.src)]
+    variants = [
+        dataclasses.replace(query, src=query.src.cut(n)) for n in _lengths(reader.calibration, every, query.src)
+    ]
     if len(variants) == 1 or not len(query.context):
         return variants
     context = query.context.take(fitting_places(variants[-1], reader.seq_len))
     return [dataclasses.replace(variant, context=context) for variant in variants]
 
 
-def _log_priors(reader: Reader, variants: Sequence[Query], owner: np.ndarray) -> tuple[np.ndarray, int]:
-    """Logarithm of the weight of each variant of the query `owner` (B,) before its context is read, (B,); passes it took.
+def _log_priors(reader: Reader, variants: Sequence[Query], owner: np.ndarray) -> np.ndarray:
+    """Logarithm of the weight of each variant of the query `owner` (B,) before its context is read, (B,): its share on val.
 
-    That is its share on val, if the source is as familiar to the model as those of val are. One alone has weight 1.
+    One alone has weight 1.
     """
-    calibration, priors = reader.calibration, np.zeros(len(variants))
-    of_query = [rows for rows in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1) if len(rows) > 1]
-    known = [[src for i in rows if (src := variants[i].src) is not None] for rows in of_query]
-    whole = [sources[-1] for sources in known if not sources[-1].is_prefix]
-    passes = int(bool(calibration.familiar) and bool(whole))
-    log_p = dict(zip(whole, source_log_prob(reader, whole), strict=True)) if passes else {}
-    for rows, sources in zip(of_query, known, strict=True):
-        novelty = calibration.novelty(sources[-1], log_p[sources[-1]]) if sources[-1] in log_p else 0.0
-        priors[rows] = calibration.log_weights(sources, novelty)
-    return priors, passes
+    priors = np.zeros(len(variants))
+    for rows in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1):
+        if len(rows) > 1:
+            priors[rows] = reader.calibration.log_weights([src for i in rows if (src := variants[i].src) is not None])
+    return priors
 
 
 def _weights(log_weight: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -263,7 +352,7 @@ def _together(
     reader: Reader, queries: Sequence[Query], owner: np.ndarray, weights: np.ndarray, focus: Focus | None
 ) -> RTTDistribution:
     """Mixtures of the answers to queries of whole bytes, as of `result_distributions`; a shared context is read once."""
-    prompts, read, context_of = _read(reader, queries)
+    prompts, read, context_of = read_prompts(reader, queries)
     return result_distributions(reader, prompts, read, context_of, owner, weights, focus)
 
 

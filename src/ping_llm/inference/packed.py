@@ -24,8 +24,8 @@ from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution, code_widths, log_edges
 from ping_llm.inference.engine import Reader
-from ping_llm.inference.mixture import source_log_prob
-from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_lengths
+from ping_llm.inference.mixture import Blend, weighted_lengths
+from ping_llm.inference.query import Endpoint, Query, SrcKnown
 from ping_llm.model.gpt import KVCache, answering_at
 
 READ_TOGETHER = 8  # windows: more do not fit the cache of a core
@@ -193,16 +193,15 @@ def foresee(
     """The rows of the measurements that the windows answer for, (n,), and what was foreseen of their results."""
     priors = _Priors(reader, windows, src_known)
     by_length = sorted(windows.windows, key=lambda window: window.end - window.first)
-    batches: dict[int, list[list[Window]]] = {4: [], 16: []}  # by the width of the sources' addresses
+    batches: dict[tuple[float, ...], list[list[Window]]] = {}  # by the shares of the sources' bytes that are known
     for window in by_length:
-        of_width = batches[priors.width(int(window.answered[0]))]
-        if not of_width or len(of_width[-1]) == READ_TOGETHER:
-            of_width.append([])
-        of_width[-1].append(window)
+        alike = batches.setdefault(priors.shares(int(window.answered[0])), [])
+        if not alike or len(alike[-1]) == READ_TOGETHER:
+            alike.append([])
+        alike[-1].append(window)
     places, found = [np.zeros(0, dtype=np.int64)], [np.zeros((4, 0))]
-    for some in batches[4] + batches[16]:
+    for shares, some in ((shares, some) for shares, alike in batches.items() for some in alike):
         answered = np.concatenate([window.answered for window in some])
-        shares = priors.shares(int(answered[0]))
         read = [_read(reader, windows, some, share, mixed=len(shares) > 1) for share in shares]
         evidence, columns = (np.stack(parts) for parts in zip(*read, strict=True))  # (L, n), (L, 4, n)
         log_weight = evidence + priors.log_weights(answered)
@@ -213,7 +212,27 @@ def foresee(
     rows = windows.order[np.concatenate(places)]
     rtt_ms, columns = windows.measured.rtt_ms[rows], np.concatenate(found, axis=1)
     columns[1:, rtt_ms < 0] = np.nan
+    if src_known == "auto" and reader.calibration.experts is not None:
+        columns = _with_experts(reader, windows.queries(rows), rtt_ms, columns)
     return rows, Foreseen(rtt_ms, *columns)
+
+
+def _with_experts(reader: Reader, queries: list[Query], rtt_ms: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """P(failed), P(faster), P(same), P(slower), (4, n), of the model, mixed with those of the experts.
+
+    A window is read with all of its destinations, so what the model says given less of one has no part here.
+    """
+    blend = Blend.of(reader, queries, cut=False)
+    assert blend is not None
+    code = tk.encode_rtt(np.maximum(rtt_ms, 0))
+    answer, mixed = 1 - columns[0], columns.copy()
+    mixed[1:] *= blend.of_model
+    for weight, kind in zip(blend.of_experts, blend.experts.experts, strict=True):
+        rows = np.flatnonzero(weight)
+        borders = np.stack([log_edges()[code[rows]], log_edges()[code[rows] + 1]], axis=1)
+        below, upto = blend.experts.experts[kind].cdf(blend.pasts[kind].take(rows), borders).T
+        mixed[1:, rows] += (weight * answer)[rows] * np.stack([below, upto - below, 1 - upto])
+    return mixed
 
 
 class _Priors:
@@ -227,28 +246,18 @@ class _Priors:
         """Of a measurement."""
         return Endpoint.whole(self.windows.measured.src[self.windows.order[place]].tobytes())
 
-    def width(self, place: int) -> int:
-        """Bytes of the source's address."""
-        return self.source(place).width
-
-    def shares(self, place: int) -> list[float]:
+    def shares(self, place: int) -> tuple[float, ...]:
         """Of the bytes of a source those that are known, ascending."""
         source = self.source(place)
-        return [known / source.width for known in known_lengths(self.src_known, source)]
+        return tuple(n / source.width for n in weighted_lengths(self.reader.calibration, self.src_known, source))
 
     def log_weights(self, places: np.ndarray) -> np.ndarray:
         """(L, n), of each known length of the source of each measurement."""
         sources = [self.source(int(place)) for place in places]
-        new = sorted({source.packed for source in sources if source not in self.of_source})
-        calibration = self.reader.calibration
-        if len(known_lengths(self.src_known, sources[0])) == 1:
-            return np.zeros((1, len(places)))
-        ends = [Endpoint.whole(packed) for packed in new]
-        log_p = source_log_prob(self.reader, ends) if ends and calibration.familiar else np.zeros(len(ends))
-        for source, own in zip(ends, log_p, strict=True):
-            known = [source.cut(length) for length in known_lengths(self.src_known, source)]
-            novelty = calibration.novelty(source, float(own)) if calibration.familiar else 0.0
-            self.of_source[source] = calibration.log_weights(known, novelty)
+        for source in set(sources) - self.of_source.keys():
+            lengths = weighted_lengths(self.reader.calibration, self.src_known, source)
+            known = [source.cut(length) for length in lengths]
+            self.of_source[source] = self.reader.calibration.log_weights(known) if len(known) > 1 else np.zeros(1)
         return np.stack([self.of_source[source] for source in sources], axis=1)
 
 

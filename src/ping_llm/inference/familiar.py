@@ -1,0 +1,74 @@
+"""Rows that a model was trained on in, which prefixes it has met as source and as destination out."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ping_llm.data.hashing import hash_keys
+from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
+from ping_llm.data.rows import ProbeRow
+
+LENGTHS = {4: (1, 2, 3, 4), 16: (4, 6, 8, 16)}
+"""Bytes of the prefixes that are looked at, by the width of an address."""
+Role = Literal["src", "dst"]
+
+
+@dataclass(frozen=True, eq=False)
+class Familiar:
+    """Hashes of the prefixes of LENGTHS that were met as source and as destination, ascending, (m,) uint64."""
+
+    src: np.ndarray
+    dst: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Familiar):
+            return NotImplemented
+        return np.array_equal(self.src, other.src) and np.array_equal(self.dst, other.dst)
+
+    __hash__ = None  # type: ignore[assignment]  # arrays change
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[ProbeRow]) -> Familiar:
+        """Of the measurements of rows."""
+        met: tuple[set[int], set[int]] = (set(), set())
+        for row in rows:
+            for own, addresses in zip(met, (row.src_addresses, row.dst_addresses), strict=True):
+                own.update(np.unique(_prefix_hashes(addresses)).tolist())
+        return cls(*(np.array(sorted(own), dtype=np.uint64) for own in met))
+
+    def known_bytes(self, role: Role, packed: np.ndarray) -> np.ndarray:
+        """(n,) int64: of the longest of LENGTHS that was met of each of (n, 16) addresses in this role, else 0."""
+        hashes = _prefix_hashes(packed)  # (n, 4)
+        met = self.src if role == "src" else self.dst
+        place = np.minimum(np.searchsorted(met, hashes), max(len(met) - 1, 0))
+        found = met[place] == hashes if len(met) else np.zeros(hashes.shape, dtype=bool)
+        lengths = np.where(is_ipv4(packed)[:, None], LENGTHS[4], LENGTHS[16])
+        return np.where(found, lengths, 0).max(axis=1)
+
+    def to_json(self) -> dict[str, str]:
+        """Both columns, of 8 bytes each, the lowest first, in base64."""
+        return {role: base64.b64encode(getattr(self, role).astype("<u8").tobytes()).decode() for role in ("src", "dst")}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, str]) -> Familiar:
+        """What `to_json` made of one; KeyError, TypeError or ValueError if it is damaged."""
+        columns = (base64.b64decode(values[role], validate=True) for role in ("src", "dst"))
+        return cls(*(np.frombuffer(column, dtype="<u8").astype(np.uint64) for column in columns))
+
+
+def _prefix_hashes(packed: np.ndarray) -> np.ndarray:
+    """(n, 4) uint64, of the prefixes of LENGTHS of (n, 16) addresses, the shortest first."""
+    ipv4 = is_ipv4(packed)
+    columns = []
+    for short, long in zip(LENGTHS[4], LENGTHS[16], strict=True):
+        kept = np.where(ipv4, ADDRESS_BYTES - 4 + short, long)
+        cut = np.where(np.arange(ADDRESS_BYTES) < kept[:, None], packed, 0).astype(np.uint8)
+        keys = np.concatenate([cut, kept[:, None].astype(np.uint8)], axis=1)
+        high, low = (hash_keys(keys, salt).astype(np.uint64) for salt in (b"familiar/high", b"familiar/low"))
+        columns.append(high << np.uint64(32) | low)
+    return np.stack(columns, axis=1)

@@ -1,0 +1,156 @@
+"""Queries in, the past results that say something of each by themselves out: from its context and from a memory.
+
+Of the pair: its own results, the newest first. Of others: of each of the sources most like the query's, its latest result to
+the destination, the most alike first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ping_llm.data.measurement import ADDRESS_BYTES, distinct_addresses
+from ping_llm.inference.context import Context
+from ping_llm.inference.experts import PAST, Past
+from ping_llm.inference.memory import ANY_TIME, Memory
+from ping_llm.inference.query import Query
+
+OTHERS = 8
+"""Sources that are asked, at most."""
+UNKNOWN_AGE_H = 24.0
+"""Hours since a result where no time is known."""
+CANDIDATES, PROFILE = (
+    256,
+    64,
+)  # sources that are compared, and destinations of the query's source that they are compared by
+_REACH = 2048  # the latest results to the destination, and of the source, among which both are looked for
+_SHRINKAGE = 2.0  # destinations of the usual distance that are added to those that two sources share
+_USUAL_DISTANCE = 1.0  # of two sources of which nothing is known, log-ms
+_BITS_CLOSER = 0.02  # log-ms that two sources are closer for each bit that their addresses share
+
+
+def pasts(queries: Sequence[Query], memory: Memory | None) -> dict[str, Past]:
+    """The past results of q queries, by kind; there are none where source or destination is not one host."""
+    log_ms = np.full((2, len(queries), PAST), np.nan)
+    first = np.zeros((2, len(queries)))
+    hosts = [i for i, query in enumerate(queries) if _between_hosts(query)]
+    found = _of_pairs([queries[i] for i in hosts], memory)
+    others = _of_others([queries[i] for i in hosts], memory) if memory is not None else []
+    for kind, answers in enumerate((found, others)):
+        for i, (values, amount) in zip(hosts, answers, strict=False):
+            log_ms[kind, i, : len(values)], first[kind, i] = values, amount
+    return {"pair": Past(log_ms[0], first[0]), "others": Past(log_ms[1], first[1])}
+
+
+def _between_hosts(query: Query) -> bool:
+    return all(end is not None and not end.is_prefix for end in (query.src, query.dst))
+
+
+def _ends(queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sources and destinations (q, 16) and seconds (q,)."""
+    packed = [b"".join(end.packed for end in (query.src, query.dst) if end) for query in queries]
+    both = np.frombuffer(b"".join(packed), np.uint8).reshape(-1, 2, ADDRESS_BYTES)
+    before_s = np.array([ANY_TIME if query.time_s is None else query.time_s for query in queries], dtype=np.int64)
+    return both[:, 0], both[:, 1], before_s
+
+
+def _of_pairs(queries: Sequence[Query], memory: Memory | None) -> list[tuple[np.ndarray, float]]:
+    """Of each query the log-RTTs of its pair, the newest first, and the hours since then."""
+    if not queries:
+        return []
+    src, dst, before_s = _ends(queries)
+    places = None if memory is None else memory.pair(src, dst, before_s, 2 * PAST)
+    found = []
+    for i, query in enumerate(queries):
+        context = query.context
+        own = np.flatnonzero((context.dst == dst[i]).all(axis=1))[::-1]
+        if not context.one_host:
+            own = own[(context.src[own] == src[i]).all(axis=1)]
+        rtt_ms, time_s = context.rtt_ms[own], None if context.time_s is None else context.time_s[own]
+        if memory is not None and places is not None:
+            held = places[i][places[i] >= 0]
+            if time_s is not None and len(time_s):
+                held = held[memory.time_s[held] < time_s.min()]  # what is later stands in the context too
+            rtt_ms = np.append(rtt_ms, memory.rtt_ms[held])
+            if time_s is not None or not len(own):
+                time_s = np.append(np.zeros(0, np.int64) if time_s is None else time_s, memory.time_s[held])
+        answered = np.flatnonzero(rtt_ms >= 0)[:PAST]
+        age_h = UNKNOWN_AGE_H
+        if len(answered) and time_s is not None and query.time_s is not None:
+            age_h = max(0.0, (query.time_s - float(time_s[answered[0]])) / 3600)
+        found.append((_log_ms(rtt_ms[answered]), age_h))
+    return found
+
+
+def _of_others(queries: Sequence[Query], memory: Memory) -> list[tuple[np.ndarray, float]]:
+    """Of each query the latest log-RTTs to its destination of the sources most like its own, and how unlike the first is.
+
+    How unlike two sources are is the mean of the absolute differences of their log-RTTs to the destinations that both have
+    pinged (profile-kNN), drawn towards what is usual where they share few, and less for each bit their addresses share.
+    """
+    if not queries:
+        return []
+    src, dst, before_s = _ends(queries)
+    source_id = memory.ids(src)
+    to_destination = memory.to_destination(dst, before_s, _REACH)
+    of_source = memory.of_source(src, before_s, _REACH)
+    found = []
+    for i, query in enumerate(queries):
+        places = to_destination[i][to_destination[i] >= 0]
+        places = places[(memory.src_id[places] != source_id[i]) & (memory.rtt_ms[places] >= 0)]
+        latest = first_of_each(places, memory.src_id)[:CANDIDATES]
+        if not len(latest):
+            found.append((np.zeros(0), 0.0))
+            continue
+        own_dst, own_log_ms = _profile(memory, of_source[i][of_source[i] >= 0], query.context, src[i], dst[i])
+        distance = _distances(memory, memory.src_id[latest], own_dst, own_log_ms, int(before_s[i]))
+        shared_bits = np.unpackbits(memory.addresses[memory.src_id[latest]] ^ src[i], axis=1).argmax(axis=1)
+        distance = distance + _BITS_CLOSER * (shared_bits.max() - shared_bits)
+        nearest = np.argsort(distance, kind="stable")[:OTHERS]
+        found.append((_log_ms(memory.rtt_ms[latest[nearest]]), float(distance[nearest[0]])))
+    return found
+
+
+def _profile(
+    memory: Memory, places: np.ndarray, context: Context, src: np.ndarray, dst: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Destinations (D, 16) of a source beside the one that is queried, and the log-RTT (D,) of its latest answer there."""
+    own = np.arange(len(context))[::-1]
+    if not context.one_host:
+        own = own[(context.src[own] == src).all(axis=1)]
+    ends = np.concatenate([context.dst[own], memory.addresses[memory.dst_id[places]]])
+    rtt_ms = np.concatenate([context.rtt_ms[own], memory.rtt_ms[places]])
+    usable = (rtt_ms >= 0) & (ends != dst).any(axis=1)
+    ends, rtt_ms = ends[usable], rtt_ms[usable]
+    if not len(ends):
+        return ends, rtt_ms
+    _, first = np.unique(distinct_addresses(ends)[1], return_index=True)
+    first = np.sort(first)[:PROFILE]
+    return ends[first], _log_ms(rtt_ms[first])
+
+
+def _distances(
+    memory: Memory, sources: np.ndarray, own_dst: np.ndarray, own_log_ms: np.ndarray, before_s: int
+) -> np.ndarray:
+    """How unlike the query's source each of C others is, (C,) log-ms, by its profile."""
+    C, D = len(sources), len(own_dst)
+    if not D:
+        return np.full(C, _USUAL_DISTANCE)
+    theirs = memory.pair(
+        memory.addresses[np.repeat(sources, D)], np.tile(own_dst, (C, 1)), np.full(C * D, before_s), 1
+    ).reshape(C, D)
+    rtt_ms = np.where(theirs >= 0, memory.rtt_ms[np.maximum(theirs, 0)], -1.0)
+    apart = np.where(rtt_ms >= 0, np.abs(_log_ms(np.maximum(rtt_ms, 0)) - own_log_ms), 0.0)
+    shared = (rtt_ms >= 0).sum(axis=1)
+    return (apart.sum(axis=1) + _SHRINKAGE * _USUAL_DISTANCE) / (shared + _SHRINKAGE)
+
+
+def first_of_each(places: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Of the places (m,) the first one with each of the ids, in their order."""
+    return places[np.sort(np.unique(ids[places], return_index=True)[1])]
+
+
+def _log_ms(rtt_ms: np.ndarray) -> np.ndarray:
+    """log of RTTs (n,) in ms ≥ 0; clocks that gave 0 count as 1 µs."""
+    return np.log(np.maximum(rtt_ms.astype(np.float64), 1e-3))

@@ -25,6 +25,7 @@ from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.model.loss import PARTS
 from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
@@ -171,22 +172,23 @@ class Training:
             sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
             grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
             (*counts, stopped, elapsed_s) = totals.tolist()
+            trained = int(sum(counts[: len(FIELDS)]))  # targets; the other counts are of some of these
             self.apply_gradients(grad_norm, lr_scale, progress)
-            state.count(self.config, int(sum(counts)), elapsed_s, skipped=not math.isfinite(grad_norm))
+            state.count(self.config, trained, elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
             step_s, progress = time.perf_counter() - started, state.progress(train)
             if speed.compiling:  # which is no training: the rates rise over minutes of steps
                 log.note(f"compiled: the first step took {step_s:.0f} s")
             else:
                 clock += step_s
-            speed.add(step_s, wait_s, sum(counts))
+            speed.add(step_s, wait_s, trained)
             log.show_progress(state.step, progress)
 
             over, line = progress >= 1, {}
             if stopped and not over:
                 self._save(saver, clock)  # first of all: a machine that is taken away may not wait for long
             if over or state.step % train.log_every == 0:
-                means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(FIELDS)])
+                means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(PARTS)])
                 line = {"time_s": clock, "tokens": state.tokens, **means, "lr": self.config.optim.muon_lr * lr_scale}
                 line |= {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, **speed.rates()}
             if over or state.step % train.eval_every == 0:

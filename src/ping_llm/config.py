@@ -204,6 +204,9 @@ class TrainConfig(Section):
     """Windows in one optimiser step, over all processes and micro-batches."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
+    average: Share = 0.0
+    """Share of the steps taken so far, the latest, over which the weights are averaged that evaluations and queries use:
+    about their mean age. 0 = the weights after the last step."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"

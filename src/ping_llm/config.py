@@ -154,6 +154,15 @@ class OptimConfig(Section):
             raise ValueError("optim.final_lr_share=0.0 must be above 0: a step at rate 0 trains nothing")
 
 
+FIELDS = (
+    "structure",
+    "src",
+    "dst",
+    "time",
+    "rtt",
+)  # of a token; its number is its place here. Each has a weight in [loss]
+
+
 @dataclass(frozen=True)
 class LossConfig(Section):
     structure: Amount = 1.0
@@ -166,14 +175,18 @@ class LossConfig(Section):
     """Weight of the timestamp bytes."""
     rtt: Amount = 1.0
     """Weight of the RTT bytes and the FAILED token."""
+    byte2: Amount = 1.0
+    """Weight of the second RTT byte as a multiple of that of the first."""
+    smoothing: Amount = 0.0
+    """Deviation of the normal distribution that training takes for its target in place of one RTT code, in codes of 1/2048
+    of an octave. 0 = the code alone."""
+    rps: Amount = 0.0
+    """Share of the ranked probability score of the first RTT byte that is added to its loss in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(getattr(self, name) for name in FIELDS):
             raise ValueError("one weight of [loss] must be above 0, else nothing is learned")
-
-
-FIELDS = tuple(f.name for f in dataclasses.fields(LossConfig))  # a field's number is its place here
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,9 @@ class TrainConfig(Section):
     """Windows in one optimiser step, over all processes and micro-batches."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
+    average: Share = 0.0
+    """Share of the steps taken so far, the latest, over which the weights are averaged that evaluations and queries use:
+    about their mean age. 0 = the weights after the last step."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -10,15 +14,36 @@ from hypothesis import strategies as st
 
 from ping_llm.config import FIELDS, LossConfig
 from ping_llm.data import tokenization as tk
-from ping_llm.model.loss import count_results, field_losses, field_masks, field_weights, token_fields
+from ping_llm.model.loss import (
+    PARTS,
+    count_results,
+    field_losses,
+    field_weights,
+    ordinal_costs,
+    part_masks,
+    token_fields,
+)
 
-STRUCTURE, SRC, DST, TIME, RTT = range(5)
+STRUCTURE, SRC, DST, TIME, RTT, RTT1, RTT2 = range(7)
 ROLE_FIELDS = torch.tensor(tk.FIELD_OF_ROLE)
 BYTE_FIELDS = torch.tensor(tk.FIELD_OF_BYTES_AFTER)
+WEIGHTS = LossConfig(src=2.0, dst=3.0, time=4.0, rtt=5.0, structure=6.0)
 
 
 def fields_of(tokens: list[list[int]]) -> list[list[int]]:
     return token_fields(torch.tensor(tokens), ROLE_FIELDS, BYTE_FIELDS).tolist()
+
+
+def window_of_results(*codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets and fields (1, 16) of a window: FAILED, the codes of a result, of a muted and of another one, and of one that
+    is cut after byte 1."""
+    read = [0, 10]
+    for code in [*codes, 0x1234, 0x5678, 0x9ABC, 0xDEF0][:4]:
+        read += [0, 8, *(tk.BYTE_0 + byte for byte in divmod(code, 256))]
+    tokens = torch.tensor([read[:-1]])
+    targets = tokens[:, 1:].clone()
+    targets[:, 7:9] = -1
+    return targets, token_fields(tokens, ROLE_FIELDS, BYTE_FIELDS)[:, 1:]
 
 
 def test_fields_of_a_window_by_hand():
@@ -48,12 +73,159 @@ def test_sums_and_counts_agree_with_one_cross_entropy_a_field():
     targets[:, 40:] = -1
     fields = torch.randint(5, (3, 50), generator=generator, dtype=torch.uint8)
     sums, counts = field_losses(logits, targets, fields)
-    for number in range(len(FIELDS)):
-        chosen = (fields == number) & (targets >= 0)
+    masks = part_masks(targets, fields)
+    for number in range(len(PARTS)):
+        chosen = (fields == number) & (targets >= 0) if number < len(FIELDS) else masks[number]
         assert counts[number] == chosen.sum()
         expected = F.cross_entropy(logits[chosen], targets[chosen], reduction="sum")
         torch.testing.assert_close(sums[number], expected, rtol=1e-5, atol=1e-4)
-    assert sums.dtype == torch.float32 and counts.sum() == (targets >= 0).sum()
+    assert sums.dtype == torch.float32 and counts[: len(FIELDS)].sum() == (targets >= 0).sum()
+    assert counts[RTT1] > 0 and counts[RTT2] > 0
+
+
+# What training adds because values are ordered
+
+
+def normal_masses(code: int, deviation: float) -> np.ndarray:
+    """A normal around a code, cut into the 65,536 codes and normalised, float64: one code at a time."""
+    edges = [math.erf((edge - 0.5 - code) / deviation / math.sqrt(2)) / 2 for edge in range(tk.RTT_CODES + 1)]
+    masses = np.diff(np.array(edges))
+    return masses / masses.sum()
+
+
+def byte_targets(code: int, deviation: float) -> tuple[np.ndarray, np.ndarray]:
+    """The marginal of byte 1 and the conditional of byte 2 after the true byte 1, (256,) each."""
+    masses = normal_masses(code, deviation).reshape(256, 256)
+    return masses.sum(axis=1), masses[code // 256] / masses[code // 256].sum()
+
+
+def trained_cost(logits: torch.Tensor, targets: torch.Tensor, fields: torch.Tensor, **options: float) -> torch.Tensor:
+    """What training makes small, for weights of 1."""
+    added = ordinal_costs(logits, targets, fields, **{"smoothing": 0.0, "rps": 0.0} | options)
+    return field_losses(logits, targets, fields)[0][: len(FIELDS)].sum() + added.sum()
+
+
+def random_logits(T: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, T, 267, generator=torch.Generator().manual_seed(seed)).mul(3).requires_grad_()
+
+
+def test_a_smoothed_code_by_hand():
+    """A deviation of one code: 38.3 % of a normal lie within half a deviation of its middle, 24.2 % in the next code."""
+    _, byte2 = byte_targets(0x1280, 1.0)
+    assert byte2[0x7E:0x83] == pytest.approx([0.0606, 0.2417, 0.3829, 0.2417, 0.0606], abs=1e-4)
+    byte1, byte2 = byte_targets(0x12FF, 1.0)  # the upper half of what is not the code itself is in the next byte 1
+    assert byte1[0x12:0x14] == pytest.approx([0.6915, 0.3085], abs=1e-4)
+    assert byte2[0xFD:] == pytest.approx([0.0606 / 0.6915, 0.2417 / 0.6915, 0.3829 / 0.6915], abs=1e-4)
+    byte1, _ = byte_targets(0x0000, 1.0)  # no code is below the first
+    assert byte1[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("deviation", [0.3, 3.0, 40.0, 3000.0])
+@pytest.mark.parametrize("code", [0x1280, 0x12FF, 0x1300, 0x0000, 0xFFFF, 0x00FF, 0xFF01])
+def test_the_gradient_of_smoothed_targets_is_foretold_minus_wanted(code, deviation):
+    targets, fields = window_of_results(code)
+    logits = random_logits(16)
+    trained_cost(logits, targets, fields, smoothing=deviation).backward()
+    foretold = logits.detach().softmax(-1)[0]
+    for place, wanted in zip((3, 4), byte_targets(code, deviation), strict=True):
+        expected = foretold[place].clone()
+        expected[tk.BYTE_0 :] -= torch.tensor(wanted, dtype=torch.float32)
+        torch.testing.assert_close(logits.grad[0, place], expected, rtol=0, atol=3e-6)
+    expected = foretold[0] - F.one_hot(torch.tensor(10), 267)  # FAILED
+    torch.testing.assert_close(logits.grad[0, 0], expected, rtol=0, atol=1e-6)
+    assert logits.grad[0, 7:9].abs().max() == 0  # muted
+
+
+def test_smoothed_costs_are_the_mean_cross_entropy_over_the_targets():
+    logits, (targets, fields) = random_logits(16).detach(), window_of_results(0x34F8)
+    targets[0, 5:] = -1
+    log_p = logits.log_softmax(-1)[0]
+    expected = [
+        -(torch.tensor(wanted) * log_p[place, tk.BYTE_0 :]).sum()
+        for wanted, place in zip(byte_targets(0x34F8, 5.0), (3, 4), strict=True)
+    ]
+    costs = field_losses(logits, targets, fields)[0][RTT1:] + ordinal_costs(logits, targets, fields, 5.0, rps=0.0)
+    torch.testing.assert_close(costs, torch.stack(expected).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_byte_1_whose_byte_2_the_window_cuts_off_stands_in_the_middle_of_its_step():
+    targets, fields = window_of_results()
+    logits = random_logits(16)
+    trained_cost(logits, targets, fields, smoothing=100.0).backward()
+    edges = torch.tensor([-384.0, -128, 128, 384]) / 100
+    expected = torch.special.ndtr(edges).diff()  # of values 0xDD, 0xDE and 0xDF
+    wanted = logits.detach().softmax(-1)[0, 15] - logits.grad[0, 15]
+    torch.testing.assert_close(wanted[tk.BYTE_0 + 0xDD : tk.BYTE_0 + 0xE0], expected, rtol=0, atol=2e-4)
+
+
+def test_a_tiny_deviation_is_no_smoothing():
+    targets, fields = window_of_results()
+    added = ordinal_costs(random_logits(16), targets, fields, smoothing=1e-3, rps=0.0)
+    assert added.abs().max() < 1e-4
+
+
+def test_ranked_probability_scores_by_hand():
+    """All mass on one value costs the distance; equal masses cost, against value 0, Σ (j / 256)² over j = 0 … 255."""
+    targets, fields = window_of_results(0x0000, 0, 0x0700)
+    targets[0, 15:] = -1
+    logits = torch.zeros(1, 16, 267)
+    logits[0, 11, tk.BYTE_0 + 4] = 40.0  # of 7
+    logits[0, 4] = torch.randn(267)  # byte 2 has no score
+    logits[0, 3, : tk.BYTE_0] = 5.0  # what is no byte does not count
+    added = ordinal_costs(logits, targets, fields, smoothing=0.0, rps=0.5)
+    uniform = 255 * 256 * 511 / 6 / 256**2
+    assert added.tolist() == pytest.approx([0.5 * (uniform + 3), 0.0], rel=1e-5)
+
+
+def test_the_gradient_of_the_ranked_probability_score_is_that_of_a_loop():
+    """d/dz_j Σ_k (F_k − y_k)² = p_j Σ_k 2 (F_k − y_k) (1[k ≥ j] − F_k)."""
+    targets, fields = window_of_results()
+    logits = random_logits(16, seed=1)
+    ordinal_costs(logits, targets, fields, smoothing=0.0, rps=2.0).sum().backward()
+    assert logits.grad[..., : tk.BYTE_0].abs().max() == 0
+    for place, byte in ((3, 0x12), (11, 0x9A), (15, 0xDE)):
+        p = logits.detach()[0, place, tk.BYTE_0 :].double().softmax(-1)
+        F_, y = p.cumsum(-1), (torch.arange(256) >= byte).double()
+        inside = (torch.arange(256) >= torch.arange(256)[:, None]).double() - F_  # (j, k)
+        expected = 2 * p * (2 * (F_ - y) * inside).sum(-1)
+        torch.testing.assert_close(logits.grad[0, place, tk.BYTE_0 :].double(), expected, rtol=1e-4, atol=1e-5)
+    others = [place for place in range(16) if place not in (3, 11, 15)]
+    assert logits.grad[0, others].abs().max() == 0
+
+
+def test_the_ranked_probability_score_is_least_for_the_true_distribution():
+    """Truth: byte 1 is 10 or 20, one in four times the latter. Its gradient is 0 there and nowhere near."""
+    weights, gradients = (0.75, 0.25), []
+    for share in (0.25, 0.4):
+        logits = torch.full((1, 16, 267), -30.0)
+        logits[0, 3, tk.BYTE_0 + 10], logits[0, 3, tk.BYTE_0 + 20] = math.log(1 - share), math.log(share)
+        logits.requires_grad_()
+        costs = []
+        for byte in (10, 20):
+            targets, fields = window_of_results(256 * byte)
+            targets[0, 5:] = -1
+            costs.append(ordinal_costs(logits, targets, fields, smoothing=0.0, rps=1.0)[0])
+        sum(w * cost for w, cost in zip(weights, costs, strict=True)).backward()
+        gradients.append(logits.grad.abs().max().item())
+    assert gradients[0] < 1e-5 < 0.1 < gradients[1]
+
+
+def test_compiled_costs_and_those_of_bf16_logits_are_those_of_fp32():
+    torch._dynamo.reset()
+    targets, fields = window_of_results()
+    options = {"smoothing": 3.0, "rps": 0.3}
+    logits = random_logits(16).detach().bfloat16()
+    expected = ordinal_costs(logits.float(), targets, fields, **options)
+    assert torch.equal(ordinal_costs(logits, targets, fields, **options), expected)
+    compiled = torch.compile(ordinal_costs, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for function in (ordinal_costs, compiled):
+        given = logits.float().requires_grad_()
+        costs = function(given, targets, fields, **options)
+        torch.testing.assert_close(costs.detach(), expected, rtol=1e-5, atol=1e-5)
+        costs.sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_ignored_targets_get_no_gradient():
@@ -64,8 +236,25 @@ def test_ignored_targets_get_no_gradient():
 
 
 def test_weights_stand_in_the_order_of_the_fields():
-    weights = field_weights(LossConfig(src=2.0, dst=3.0, time=4.0, rtt=5.0, structure=6.0))
-    assert dict(zip(FIELDS, weights.tolist(), strict=True)) == {"structure": 6, "src": 2, "dst": 3, "time": 4, "rtt": 5}
+    weights = dict(zip(PARTS, field_weights(WEIGHTS).tolist(), strict=True))
+    assert weights == {"structure": 6, "src": 2, "dst": 3, "time": 4, "rtt": 5, "rtt1": 0, "rtt2": 0}
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 3.0])
+def test_byte_2_weighs_a_multiple_of_byte_1(factor):
+    """Byte 2 is counted as of the RTT and as byte 2: 5 times the factor in all; byte 1 and FAILED weigh 5."""
+    weights = field_weights(dataclasses.replace(WEIGHTS, byte2=factor))
+    failed, byte1, byte2 = part_masks(*window_of_results())[:, 0, [0, 3, 4]].float().T @ weights
+    assert (failed, byte1, byte2) == (5, 5, 5 * factor)
+
+
+def test_the_bytes_of_results_by_hand():
+    """FAILED is no byte, a muted result has no targets, and a window may end between both bytes."""
+    targets, fields = window_of_results()
+    masks = part_masks(targets, fields)
+    assert masks[RTT, 0].nonzero().ravel().tolist() == [0, 3, 4, 11, 12, 15]
+    assert masks[RTT1, 0].nonzero().ravel().tolist() == [3, 11, 15]
+    assert masks[RTT2, 0].nonzero().ravel().tolist() == [4, 12]
 
 
 def test_results_are_counted_once_each():
@@ -94,8 +283,8 @@ def test_the_fields_of_an_encoded_window_are_those_of_what_was_encoded():
 
 
 def test_a_start_of_a_measurement_is_a_target_and_padding_is_none():
-    masks = field_masks(torch.tensor([[0, 1, -1]]), torch.tensor([[STRUCTURE, STRUCTURE, STRUCTURE]]))
-    assert masks[:, 0].tolist() == [[True, True, False], *[[False] * 3] * 4]
+    masks = part_masks(torch.tensor([[0, 1, -1]]), torch.tensor([[STRUCTURE, STRUCTURE, STRUCTURE]]))
+    assert masks[:, 0].tolist() == [[True, True, False], *[[False] * 3] * 6]
 
 
 def test_everything_stays_on_the_device_of_the_tokens_and_in_a_byte_each():
@@ -106,4 +295,5 @@ def test_everything_stays_on_the_device_of_the_tokens_and_in_a_byte_each():
     fields = token_fields(tokens, role_fields, byte_fields)
     sums, counts = field_losses(torch.empty(2, 9, 267, device="meta"), tokens, fields)
     assert fields.dtype == torch.uint8 and fields.shape == (2, 9)
-    assert {each.device.type for each in (fields, sums, counts, count_results(tokens, fields))} == {"meta"}
+    added = ordinal_costs(torch.empty(2, 9, 267, device="meta"), tokens, fields, smoothing=3.0, rps=0.3)
+    assert {each.device.type for each in (fields, sums, counts, added, count_results(tokens, fields))} == {"meta"}

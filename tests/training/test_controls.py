@@ -11,9 +11,10 @@ import torch
 from reference_gpt import plain_logits
 from training_runs import MODEL, assert_same_weights, make_batches, make_config, make_windows, metrics, run
 
-from ping_llm.config import FIELDS, Config, LossConfig, OptimConfig
+from ping_llm.config import Config, LossConfig, OptimConfig
 from ping_llm.model.checkpoint import load_latest
 from ping_llm.model.gpt import GPT
+from ping_llm.model.loss import PARTS
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.muon import orthogonalize
 from ping_llm.training.objective import Objective
@@ -119,7 +120,7 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_targets(tmp_path, gr
     expected = torch.autograd.grad(loss_by_hand(model, tokens, weights), list(model.parameters()))
     for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
-    assert dict(zip(FIELDS, totals.tolist(), strict=True))["rtt"] > 8 * 5 * 2
+    assert dict(zip(PARTS, totals.tolist(), strict=True))["rtt"] > 8 * 5 * 2
     loss = objective.means(sums.double(), totals)["loss"]
     assert loss == pytest.approx(loss_by_hand(model, tokens, weights).item(), rel=1e-5)
 

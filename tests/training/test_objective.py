@@ -13,12 +13,14 @@ from training_runs import MODEL, make_config, make_windows
 
 from ping_llm.config import FIELDS, LossConfig
 from ping_llm.model.gpt import GPT
+from ping_llm.model.loss import PARTS, field_losses, ordinal_costs
 from ping_llm.training import objective as module
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective, resolve_precision
 
 CPU = torch.device("cpu")
 WEIGHTS = LossConfig(structure=0.5, src=2.0, dst=1.0, time=7.0, rtt=3.0)
+ORDINAL = dataclasses.replace(WEIGHTS, byte2=2.0, smoothing=3.0, rps=0.3)
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def model() -> GPT:
     return model
 
 
-def objective_of(model, tmp_path, ranks=None, **train_fields) -> Objective:
-    config = dataclasses.replace(make_config(tmp_path, **train_fields), loss=WEIGHTS)
+def objective_of(model, tmp_path, ranks=None, loss=WEIGHTS, **train_fields) -> Objective:
+    config = dataclasses.replace(make_config(tmp_path, **train_fields), loss=loss)
     return Objective(config, model, ranks or Ranks(CPU))
 
 
@@ -47,6 +49,12 @@ def fields(tokens: torch.Tensor) -> torch.Tensor:
     found = by_place[torch.arange(tokens.shape[1]) % 12].expand_as(tokens).clone()
     found[tokens == 10] = 4  # FAILED
     return found.masked_fill(tokens < 0, -1)[:, 1:]
+
+
+def bytes_of_rtts(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets of `make_windows` are bytes 1 and bytes 2."""
+    place = torch.arange(tokens.shape[1]).expand_as(tokens)[:, 1:] % 12
+    return tuple((place == number) & (tokens[:, 1:] >= 0) for number in (9, 10))
 
 
 def test_precision_is_the_given_one_or_that_of_the_device(model, tmp_path, monkeypatch):
@@ -78,7 +86,63 @@ def test_sums_and_counts_are_those_of_each_field(model, tmp_path):
     for number in range(5):
         assert sums[number].item() == pytest.approx(cost[field == number].sum().item(), rel=1e-4)
         assert totals[number] == (field == number).sum()
-    assert totals[5:].tolist() == [1.0, 2.0**24 + 1] and totals.dtype == torch.float64 and not sums.requires_grad
+    byte1, byte2 = bytes_of_rtts(tokens)
+    assert sums[5:].tolist() == pytest.approx([cost[byte1].sum().item(), cost[byte2].sum().item()], rel=1e-4)
+    assert totals[5:7].tolist() == [byte1.sum(), byte2.sum()] and byte1.sum() == 40
+    assert totals[7:].tolist() == [1.0, 2.0**24 + 1] and totals.dtype == torch.float64 and not sums.requires_grad
+
+
+def gradient(model: GPT, cost: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(cost, model.head.weight)[0]
+
+
+def test_byte_2_weighs_its_factor_more_in_the_mean(model, tmp_path):
+    """A weight of 3, twice as much for byte 2; the divisor counts it so, too."""
+    tokens, weights = make_windows(8, seed=2), torch.tensor([0.5, 2.0, 1.0, 7.0, 3.0, 0.0])
+    weight = weights[fields(tokens)]
+    weight[bytes_of_rtts(tokens)[1]] = 6.0
+    expected = (nats(model, tokens) * weight).sum() / weight.sum()
+    step = objective_of(model, tmp_path, loss=dataclasses.replace(WEIGHTS, byte2=2.0))
+    sums, totals = step.backward(tokens)
+    torch.testing.assert_close(model.head.weight.grad, gradient(model, expected), rtol=1e-4, atol=1e-7)
+    assert step.means(sums.double(), totals)["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_costs_of_the_order_of_values_are_weighted_as_their_bytes(model, tmp_path, grad_accum):
+    """Over micro-batches with unequal numbers of targets; what is reported is plain cross-entropy."""
+    tokens = make_windows(8, seed=2)
+    tokens[5:, 22:] = -1  # byte 2 is cut off
+    targets = tokens[:, 1:]
+    read = fields(tokens).clamp(min=0).to(torch.uint8)
+    logits = model(tokens[:, :-1].clamp(min=0))
+    weights = torch.tensor([0.5, 2.0, 1.0, 7.0, 3.0, 0.0, 3.0])
+    sums, counts = field_losses(logits, targets, read)
+    added = ordinal_costs(logits, targets, read, smoothing=3.0, rps=0.3)
+    cost = ((weights * sums).sum() + 3 * added[0] + 6 * added[1]) / (weights * counts).sum()
+    expected = gradient(model, cost)
+    found, totals = objective_of(model, tmp_path, loss=ORDINAL, grad_accum=grad_accum).backward(tokens)
+    torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found, sums.detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(totals, counts.double()) and min(added.abs().tolist()) > 1
+
+
+def test_without_their_switches_the_order_of_values_costs_no_time(model, tmp_path, monkeypatch):
+    tokens = make_windows(8, seed=2)
+    called = []
+    monkeypatch.setattr(module, "ordinal_costs", lambda *given: called.append(given) or torch.zeros(2))
+    objective_of(model, tmp_path, loss=dataclasses.replace(ORDINAL, smoothing=0.0, rps=0.0)).backward(tokens)
+    assert not called
+    for switch in ("smoothing", "rps"):
+        objective_of(model, tmp_path, loss=dataclasses.replace(ORDINAL, **{switch: 0.0})).backward(tokens)
+    assert [given[3:] for given in called] == [(0.0, 0.3), (3.0, 0.0)]
+
+
+def test_evaluations_are_plain_whatever_training_adds(model, tmp_path):
+    tokens = make_windows(8, seed=2)
+    plain = objective_of(model, tmp_path).evaluate(tokens)
+    values = objective_of(model, tmp_path, loss=dataclasses.replace(ORDINAL, byte2=1.0)).evaluate(tokens)
+    assert values == pytest.approx(plain, nan_ok=True, rel=1e-9)
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
@@ -128,10 +192,10 @@ def test_the_gradient_of_a_process_is_its_share_before_the_mean_over_processes(m
 
     monkeypatch.setattr(module, "DistributedDataParallel", Parallel)
     tokens = make_windows(4, seed=3)
-    objective_of(model, tmp_path, grad_accum=2).backward(tokens.repeat(2, 1))
+    objective_of(model, tmp_path, loss=ORDINAL, grad_accum=2).backward(tokens.repeat(2, 1))
     alone = model.head.weight.grad.clone()
     model.zero_grad()
-    step = objective_of(model, tmp_path, Twin(), grad_accum=2)
+    step = objective_of(model, tmp_path, Twin(), ORDINAL, grad_accum=2)
     assert step.micro_batch == 2
     step.backward(tokens)
     torch.testing.assert_close(model.head.weight.grad, alone, rtol=1e-4, atol=1e-7)
@@ -146,10 +210,12 @@ def test_evaluation_is_of_all_windows_and_leaves_no_gradient(model, tmp_path):
     cost, field = nats(model, tokens).detach().double(), fields(tokens)
     means = {name: cost[field == number].mean().item() for number, name in enumerate(FIELDS)}
     weight = torch.tensor([0.5, 2.0, 1.0, 7.0, 3.0, 0.0], dtype=torch.float64)[field]
-    assert values.keys() == {"val_loss", "val_rtt_bits", *(f"val_loss_{name}" for name in FIELDS)}
+    assert values.keys() == {"val_loss", "val_rtt_bits", *(f"val_loss_{name}" for name in PARTS)}
     assert values["val_loss"] == pytest.approx(((cost * weight).sum() / weight.sum()).item(), rel=1e-5)
     for name in ("structure", "src", "dst", "rtt"):
         assert values[f"val_loss_{name}"] == pytest.approx(means[name], rel=1e-5)
+    for name, of_byte in zip(("rtt1", "rtt2"), bytes_of_rtts(tokens), strict=True):
+        assert values[f"val_loss_{name}"] == pytest.approx(cost[of_byte].mean().item(), rel=1e-5)
     assert math.isnan(values["val_loss_time"])  # these windows have no times
     # A measurement has two tokens of an RTT, and, where it says FAILED, too, a third that is counted as one run with them.
     assert values["val_rtt_bits"] == pytest.approx((cost * (field == 4)).sum().item() / 50 / math.log(2), rel=1e-5)

@@ -5,6 +5,9 @@
         model.safetensors  optimizer.safetensors
         state.json                               format version, checksums of both, and the run's counters
 
+The model's file holds the weights that answer. In a run that averages weights these are the averaged ones, and those that
+training goes on from lie beside the optimiser's tensors.
+
 A checkpoint is written aside, flushed to the disk and renamed, so a folder of that name is whole; older ones are removed
 only after that. Nothing is unpickled.
 """

@@ -1,7 +1,8 @@
 """Logits and tokens in, cross-entropy of each field out, as sums and counts, to be divided once.
 
 A field is the part of a measurement that a token encodes. The tables that assign roles to fields belong to the
-vocabulary and are passed in.
+vocabulary and are passed in. The values of RTT bytes are ordered, which cross-entropy does not see: `ordinal_costs` are
+what training can add for it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ping_llm.config import FIELDS, LossConfig
+from ping_llm.model.fields import ROLES
 
 RTT = FIELDS.index("rtt")
+PARTS = (*FIELDS, "rtt1", "rtt2")  # what losses are summed by: the fields, then bytes 1 and 2 of RTTs once more
+_VALUES = 256  # of a byte
 
 
 def token_fields(tokens: Tensor, role_fields: Tensor, byte_fields: Tensor) -> Tensor:
@@ -30,28 +34,72 @@ def token_fields(tokens: Tensor, role_fields: Tensor, byte_fields: Tensor) -> Te
     return torch.where(last >= 0, fields, FIELDS.index("structure")).to(torch.uint8)
 
 
-def field_masks(targets: Tensor, fields: Tensor) -> Tensor:
-    """(5, B, T) bool: True where a target is of the field and no padding (−1)."""
+def part_masks(targets: Tensor, fields: Tensor) -> Tensor:
+    """(7, B, T) bool: True where a target is of the part and no padding (−1). FAILED is of the RTT and none of its bytes."""
     numbers = torch.arange(len(FIELDS), device=fields.device)[:, None, None]
-    return (fields == numbers) & (targets >= 0)
+    of_field = (fields == numbers) & (targets >= 0)  # (5, B, T)
+    is_byte = of_field[RTT] & (targets >= ROLES)  # (B, T)
+    follows = F.pad(is_byte[:, :-1], (1, 0))
+    return torch.cat([of_field, torch.stack([is_byte & ~follows, is_byte & follows])])
 
 
 def field_losses(logits: Tensor, targets: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy in nats, (5,) fp32, and number of targets, (5,) int64, of each field.
+    """Sum of the cross-entropy in nats, (7,) fp32, and number of targets, (7,) int64, of each part.
 
     `logits` is (B, T, V), `targets` (B, T) int64 with −1 = ignored, `fields` (B, T) uint8.
     """
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    masks = field_masks(targets, fields).flatten(1)  # (5, B·T)
+    masks = part_masks(targets, fields).flatten(1)  # (7, B·T)
     return torch.where(masks, nats, 0.0).sum(dim=1), masks.sum(dim=1)
 
 
 def field_weights(config: LossConfig) -> Tensor:
-    """The weights of the fields, (5,) fp32."""
-    return torch.tensor([getattr(config, field) for field in FIELDS], dtype=torch.float32)
+    """The weights of the parts, (7,) fp32: byte 2 counts as a byte of the RTT, and once more for what it weighs beyond."""
+    weights = [getattr(config, field) for field in FIELDS]
+    return torch.tensor([*weights, 0.0, config.rtt * (config.byte2 - 1)], dtype=torch.float32)
+
+
+def ordinal_costs(logits: Tensor, targets: Tensor, fields: Tensor, smoothing: float, rps: float) -> Tensor:
+    """What training adds to the cross-entropy of RTT bytes because values are ordered: sums over bytes 1 and 2, (2,) fp32.
+
+    The other arguments are those of `field_losses`. With a `smoothing` above 0 the target is no single 16-bit code but a
+    normal distribution around it, whose deviation is so many codes, cut into codes. The target of byte 1 is its marginal.
+    Byte 2 is read after the true byte 1: its target is what lies among the 256 codes that begin so, normalised, and a tail
+    beyond their border is in the target of byte 1 alone.
+
+    `rps` weighs the ranked probability score of byte 1, given that a byte comes: the sum over its values of the squared
+    distance between foretold and true cumulative probability (Epstein 1969), in steps of byte 1, eighths of an octave.
+    It is proper, as cross-entropy is (Gneiting and Raftery 2007), so both have the same best answer.
+    """
+    first, second = part_masks(targets, fields)[len(FIELDS) :]  # (B, T) each
+    of_bytes = logits[..., ROLES : ROLES + _VALUES].float()  # (B, T, 256)
+    value = (targets - ROLES).clamp(min=0)
+    added = torch.zeros_like(of_bytes[..., 0])  # (B, T)
+    if smoothing:
+        wanted = _smoothed(value, first, second, smoothing)
+        added = of_bytes.gather(-1, value[..., None])[..., 0] - (wanted * of_bytes).sum(dim=-1)
+    if rps:
+        foretold = of_bytes.softmax(dim=-1).cumsum(dim=-1)
+        true = torch.arange(_VALUES, device=value.device) >= value[..., None]
+        added = added + torch.where(first, rps * (foretold - true.float()).square().sum(dim=-1), 0.0)
+    return torch.stack([torch.where(mask, added, 0.0).sum() for mask in (first, second)])
+
+
+def _smoothed(value: Tensor, first: Tensor, second: Tensor, deviation: float) -> Tensor:
+    """Targets (B, T, 256) of the RTT bytes with these values, all (B, T): a normal of so many codes, cut at whole values.
+
+    Byte 1 stands at its value plus the part of a step that byte 2 is, or a half where the window ends before that.
+    """
+    below = (F.pad(value[:, 1:], (0, 1)) + 0.5) / _VALUES
+    below = torch.where(F.pad(second[:, 1:], (0, 1)), below, 0.5)
+    centre = value + torch.where(first, below, 0.5)
+    deviations = torch.where(first, deviation / _VALUES, deviation)
+    edges = torch.arange(_VALUES + 1, device=value.device)
+    masses = torch.special.ndtr((edges - centre[..., None]) / deviations[..., None]).diff(dim=-1)
+    return masses / masses.sum(dim=-1, keepdim=True)
 
 
 def count_results(targets: Tensor, fields: Tensor) -> Tensor:
     """Number of results, measured or failed, among the targets: the runs of RTT tokens in the rows; () int64."""
-    is_rtt = field_masks(targets, fields)[RTT]  # (B, T)
+    is_rtt = part_masks(targets, fields)[RTT]  # (B, T)
     return is_rtt[:, 0].sum() + (is_rtt[:, 1:] & ~is_rtt[:, :-1]).sum()

@@ -12,10 +12,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from ping_llm.config import FIELDS, Config
+from ping_llm.config import Config
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, MUTED, PADDING
 from ping_llm.model.gpt import GPT
-from ping_llm.model.loss import RTT, count_results, field_losses, field_masks, field_weights, token_fields
+from ping_llm.model.loss import (
+    PARTS,
+    RTT,
+    count_results,
+    field_losses,
+    field_weights,
+    ordinal_costs,
+    part_masks,
+    token_fields,
+)
 from ping_llm.system.hardware import FP8_CAPABILITY, device_name, native_bf16, native_fp8
 from ping_llm.training.distributed import Ranks
 
@@ -63,6 +72,7 @@ def attention_order(device: torch.device) -> AbstractContextManager[object]:
 class Objective:
     """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
 
+    `loss.smoothing` and `loss.rps` change the gradients alone: all that is reported is plain cross-entropy.
     A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches. Gradients are averaged over
     the processes while those of the last one are still being computed. `precision` is what the run began with; without
     it, that of the config.
@@ -74,7 +84,9 @@ class Objective:
         self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
         self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
-        self.weights = field_weights(config.loss).to(self.device)  # (5,)
+        self.loss = config.loss
+        self.weights = field_weights(config.loss).to(self.device)  # (7,)
+        self.byte_weights = torch.tensor([config.loss.rtt, config.loss.rtt * config.loss.byte2]).to(self.device)
         self.precision = precision or resolve_precision(config.train.precision, self.device)
         model.learn_in_fp8(self.precision == "fp8")
         self.parallel: DistributedDataParallel | None = None
@@ -105,39 +117,47 @@ class Objective:
         fields = token_fields(read, self.role_fields, self.byte_fields)
         return read[:, :-1].clamp(min=0), tokens[:, 1:].clamp(min=PADDING), fields[:, 1:]
 
-    def sums(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, fields: Tensor) -> Tensor:
-        """Sum of the cross-entropy of each field in nats, (5,), of this process."""
+    def logits(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """(B, T, V) fp32."""
         with self.autocast(), attention_order(self.device):
-            logits = forward(inputs)  # (B, T, V) fp32
-        return field_losses(logits, targets, fields)[0]
+            return forward(inputs)
+
+    def added(self, logits: Tensor, targets: Tensor, fields: Tensor) -> Tensor | float:
+        """What is added to the weighted sum of the cross-entropy for the order of RTT bytes, () fp32; 0 if nothing is."""
+        smoothing, rps = self.loss.smoothing, self.loss.rps
+        if not (smoothing or rps):
+            return 0.0
+        return (self.byte_weights * ordinal_costs(logits, targets, fields, smoothing, rps)).sum()
 
     def backward(self, tokens: Tensor, *votes: float, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Adds `loss_scale` times the gradients of the loss over a step's batch, (B, T+1) in this process.
 
-        Returns the sums of the cross-entropy (5,) fp32 of this process, and float64 of all: the counts of targets (5,),
+        Returns the sums of the cross-entropy (7,) fp32 of this process, and float64 of all: the counts of targets (7,),
         then the sums of the `votes` that each of them cast. Nothing here waits for the device.
         """
         inputs, targets, fields = self.targets(tokens)
-        counts = field_masks(targets, fields).sum(dim=(1, 2))
+        counts = part_masks(targets, fields).sum(dim=(1, 2))
         ballot = torch.tensor(votes, dtype=torch.float64).to(self.device, non_blocking=True)
         totals = self.ranks.sum(torch.cat([counts.double(), ballot]))
         # Of all micro-batches and processes, so that a token weighs the same in each; DDP divides by their number.
-        scale = self.ranks.world * loss_scale / (self.weights * totals[: len(FIELDS)]).sum()
-        sums = torch.zeros(len(FIELDS), device=self.device)
+        scale = self.ranks.world * loss_scale / (self.weights * totals[: len(PARTS)]).sum()
+        sums = torch.zeros(len(PARTS), device=self.device)
         parts = (tensor.split(self.micro_batch) for tensor in (inputs, targets, fields))
         micro_batches = list(zip(*parts, strict=True))
         for number, (micro_inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
             # Gradients are exchanged once, with those of the last micro-batch.
             with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
-                micro_sums = self.sums(self.forward, micro_inputs, micro_targets, micro_fields)
-                ((self.weights * micro_sums).sum() * scale).float().backward()
+                logits = self.logits(self.forward, micro_inputs)
+                micro_sums = field_losses(logits, micro_targets, micro_fields)[0]
+                cost = (self.weights * micro_sums).sum() + self.added(logits, micro_targets, micro_fields)
+                (cost * scale).float().backward()
             sums += micro_sums.detach()
         return sums, totals
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> dict[str, float]:
-        """Nats per target, overall and per field, and bits per result, over windows (n, T+1), shared by the processes."""
-        totals = torch.zeros(2 * len(FIELDS) + 1, dtype=torch.float64, device=self.device)
+        """Nats per target, overall and per part, and bits per result, over windows (n, T+1), shared by the processes."""
+        totals = torch.zeros(2 * len(PARTS) + 1, dtype=torch.float64, device=self.device)
         for part in windows[self.ranks.rank :: self.ranks.world].split(self.micro_batch):
             if not len(part):
                 continue  # fewer windows than processes
@@ -145,15 +165,14 @@ class Objective:
             missing = self.micro_batch - len(part) if self.compiled else 0
             tokens = F.pad(part, (0, 0, 0, missing), value=-1).to(self.device)
             inputs, targets, fields = self.targets(tokens)
-            sums = self.sums(self.forward_alone, inputs, targets, fields)
-            counts = field_masks(targets, fields).sum(dim=(1, 2))
+            sums, counts = field_losses(self.logits(self.forward_alone, inputs), targets, fields)
             totals += torch.cat([sums, counts, count_results(targets, fields)[None]])
-        sums, counts, results = self.ranks.sum(totals).split([len(FIELDS), len(FIELDS), 1])
+        sums, counts, results = self.ranks.sum(totals).split([len(PARTS), len(PARTS), 1])
         bits = (sums[RTT] / results).item() / math.log(2)
         return {f"val_{name}": value for name, value in self.means(sums, counts).items()} | {"val_rtt_bits": bits}
 
     def means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
-        """Loss and nats per target of each field from sums and counts of all processes; NaN for a field without targets."""
+        """Loss and nats per target of each part from sums and counts of all processes; NaN for a part without targets."""
         loss = (self.weights * sums).sum() / (self.weights * counts).sum()
         values = torch.cat([loss[None], sums / counts]).tolist()
-        return dict(zip(("loss", *(f"loss_{name}" for name in FIELDS)), values, strict=True))
+        return dict(zip(("loss", *(f"loss_{name}" for name in PARTS)), values, strict=True))

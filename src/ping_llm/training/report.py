@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.config import FIELDS, Config, TrainConfig, config_to_dict
+from ping_llm.config import Config, TrainConfig, config_to_dict
 from ping_llm.model.checkpoint import load_config
+from ping_llm.model.loss import PARTS
 from ping_llm.system.files import write_atomically
 from ping_llm.training.metrics import COLUMNS, Metrics, read_machines, read_metrics
 from ping_llm.training.plots import plot_run
 
 REPORT_NAME = "report.md"
-_VALIDATION = ("val_loss", *(f"val_loss_{name}" for name in FIELDS), "val_rtt_bits", "val_median_rel_error")
+_VALIDATION = ("val_loss", *(f"val_loss_{name}" for name in PARTS), "val_rtt_bits", "val_median_rel_error")
 _SPEEDS = {"tokens_per_s": ",.0f", "mfu": ".1f", "data_wait_share": ".2f", "padding": ".2f"}
 _MACHINE_NAMES = {
     "host": "host",

@@ -16,6 +16,7 @@ from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.system.files import try_folder, write_atomically, write_lock
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
+from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.metrics import MACHINE_NAME, METRICS_NAME, add_machine, read_machines, write_machines
 from ping_llm.training.objective import resolve_compile, resolve_precision
@@ -115,8 +116,8 @@ def _unwritable(run_dir: Path, error: OSError) -> ValueError:
     return ValueError(f"{reason}; pass another --train.run-dir")
 
 
-def restore(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer) -> RunState:
-    """Puts a checkpoint into model, optimiser and the random generators of this process."""
+def restore(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer, average: WeightAverage | None = None) -> RunState:
+    """Puts a checkpoint into model, optimiser, the average of weights and the random generators of this process."""
     names = [f.name for f in dataclasses.fields(RunState)]
     if missing := [name for name in names if name not in checkpoint.state]:
         lacks = f"the checkpoint of step {checkpoint.step} lacks {', '.join(missing)}"
@@ -127,5 +128,7 @@ def restore(checkpoint: Checkpoint, model: GPT, optimizer: Optimizer) -> RunStat
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
+    if average is not None:
+        average.load_state_dict(checkpoint.model, tensors)
     optimizer.load_state_dict(tensors)
     return RunState(**{name: checkpoint.state[name] for name in names})

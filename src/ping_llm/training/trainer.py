@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,9 +25,11 @@ from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.model.loss import PARTS
 from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
+from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.calibration import calibrate
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
@@ -114,6 +116,7 @@ class Training:
     objective: Objective
     windows: Tensor  # (n, seq_len + 1), of val
     queries: ValQueries | None
+    average: WeightAverage | None = None  # of `train.average`
 
     @classmethod
     def begin(cls, config: Config, feed: Feed, ranks: Ranks, lock: ExitStack) -> Training:
@@ -130,11 +133,12 @@ class Training:
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
+        average = WeightAverage(model, config.train.average) if config.train.average else None
         checkpoint = ranks.share(checkpoint)
-        state = restore(checkpoint, model, optimizer) if checkpoint else None
+        state = restore(checkpoint, model, optimizer, average) if checkpoint else None
         objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows_sha256, objective.precision)
-        return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries)
+        return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries, average)
 
     def run(self, stop: threading.Event) -> bool:
         """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
@@ -171,22 +175,25 @@ class Training:
             sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
             grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
             (*counts, stopped, elapsed_s) = totals.tolist()
+            trained = int(sum(counts[: len(FIELDS)]))  # targets; the other counts are of some of these
             self.apply_gradients(grad_norm, lr_scale, progress)
-            state.count(self.config, int(sum(counts)), elapsed_s, skipped=not math.isfinite(grad_norm))
+            state.count(self.config, trained, elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
+            if self.average is not None:
+                self.average.update(state.step)
             step_s, progress = time.perf_counter() - started, state.progress(train)
             if speed.compiling:  # which is no training: the rates rise over minutes of steps
                 log.note(f"compiled: the first step took {step_s:.0f} s")
             else:
                 clock += step_s
-            speed.add(step_s, wait_s, sum(counts))
+            speed.add(step_s, wait_s, trained)
             log.show_progress(state.step, progress)
 
             over, line = progress >= 1, {}
             if stopped and not over:
                 self._save(saver, clock)  # first of all: a machine that is taken away may not wait for long
             if over or state.step % train.log_every == 0:
-                means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(FIELDS)])
+                means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(PARTS)])
                 line = {"time_s": clock, "tokens": state.tokens, **means, "lr": self.config.optim.muon_lr * lr_scale}
                 line |= {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, **speed.rates()}
             if over or state.step % train.eval_every == 0:
@@ -195,7 +202,10 @@ class Training:
             if line:
                 log.write(state.step, **line)
             if self.ranks.is_main and train.sample_every and (over or state.step % train.sample_every == 0):
-                with deterministic(False):  # samples need sums that are not, on GPUs; nothing depends on them
+                with (
+                    self.used_weights(),
+                    deterministic(False),
+                ):  # samples need sums that are not, on GPUs; nothing depends on them
                     log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
             if over or (not stopped and state.step % train.checkpoint_every == 0):
                 speed.held_s += self._save(saver, clock)
@@ -231,12 +241,17 @@ class Training:
             "the last checkpoint is from before: lower the rates of [optim], or set train.precision to fp32"
         )
 
+    def used_weights(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that its checkpoint will be used with: their average, if there is one."""
+        return self.average.in_use() if self.average is not None else nullcontext()
+
     def _evaluate(self) -> dict[str, float]:
         """The metrics of val."""
         gc.collect()  # what evaluations leave; the loop leaves nothing
-        values = self.objective.evaluate(self.windows)
-        if self.queries is not None:
-            values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
+        with self.used_weights():
+            values = self.objective.evaluate(self.windows)
+            if self.queries is not None:
+                values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
         return values
 
     def _save(self, saver: Saver, elapsed_s: float) -> float:
@@ -244,11 +259,14 @@ class Training:
         if not self.ranks.is_main:
             return 0.0
         started = time.perf_counter()
+        weights = self.model.state_dict()
         tensors = self.optimizer.state_dict() | {"rng.cpu": torch.get_rng_state()}
+        if self.average is not None:
+            weights, tensors = weights | self.average.weights, tensors | self.average.state_dict()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         state = dataclasses.replace(self.state, elapsed_s=elapsed_s)
-        saver.save(state.step, self.model.state_dict(), tensors, dataclasses.asdict(state))
+        saver.save(state.step, weights, tensors, dataclasses.asdict(state))
         return time.perf_counter() - started
 
 

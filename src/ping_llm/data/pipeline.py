@@ -5,7 +5,7 @@ steps are a block, the unit of work of a loader process. Reading a large row cos
 so a large row that is read gives `windows_per_read` windows, all at one place of the batch and ROWS_IN_TURN steps apart:
 neighbouring steps learn from different rows. Small rows are read anew for each window. Rows are visited by additive
 recurrences over their weights: whatever the weights, every stretch of the run covers all rows as evenly as the numbers
-allow.
+allow. A share of the windows shows other probes beside that of the row, and a share a synthetic Internet instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from ping_llm.config import Config
+from ping_llm.data.mesh import DestinationIndex
 from ping_llm.data.rows import ProbeRow, RowReader
-from ping_llm.data.windows import Window, encode_windows, sample_window, windows_per_row
+from ping_llm.data.synthetic.internets import internet
+from ping_llm.data.windows import Window, encode_windows, most_measurements, sample_window, windows_per_row
 from ping_llm.system.processes import end_with_parent
 
 LARGE_ROW_MEASUREMENTS = (
@@ -31,6 +33,7 @@ LARGE_ROW_MEASUREMENTS = (
 )
 # At one place of the batch; a block takes as many times the memory, and a run begins with a whole block.
 ROWS_IN_TURN = 4
+WINDOWS_PER_INTERNET = 1024  # of all kinds, unless a block has more
 _STREAMS = {"train": 0, "val": 1}
 # Steps of the two recurrences, irrational and unrelated: were they related, the rows that one reaches in a block could
 # depend on where the other stands.
@@ -65,6 +68,7 @@ class WindowBlocks:
         self.order = np.argsort(~large, kind="stable")  # large rows first
         self.cumulative = np.cumsum(weights[self.order]) / weights.sum()
         self.large_share = self.cumulative[large.sum() - 1] if large.any() else 0.0
+        self.index = DestinationIndex(rows) if config.data.mesh else None
         self.phase = np.random.default_rng(self.seed).random(2)
 
     def __len__(self) -> int:
@@ -78,14 +82,42 @@ class WindowBlocks:
         return out
 
     def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:
-        """The windows at `place` of the batches of a block, each with its row."""
-        numbers = self.row_numbers(block, place)
-        rows = {number: self.rows[number] for number in set(numbers)}
-        drawn = []
-        for step, number in enumerate(numbers, block * self.steps):
-            rng = np.random.default_rng((*self.seed, step * self.batch_size + place))
-            drawn.append((rows[number], sample_window(rows[number], self.data, self.tokens, rng)))
-        return drawn
+        """The windows at `place` of the batches of a block, each with the row that it shows."""
+        numbers, first = self.row_numbers(block, place), block * self.steps * self.batch_size + place
+        elements = range(first, first + self.steps * self.batch_size, self.batch_size)
+        rngs = [np.random.default_rng((*self.seed, element)) for element in elements]
+        kinds = [self._kind(rng) for rng in rngs]
+        steps_of: dict[int, list[int]] = {}
+        for step, number in enumerate(numbers):
+            steps_of.setdefault(number, []).append(step)
+        shown: dict[int, ProbeRow] = {}  # by step
+        for number, steps in steps_of.items():
+            row = self.rows[number] if any(kinds[step] != "synthetic" for step in steps) else None
+            mesh = None
+            if row is not None and self.index is not None and any(kinds[step] == "mesh" for step in steps):
+                # One for all of them: the other rows may be large too.
+                mesh = self.index.mesh(number, row, np.random.default_rng((*self.seed, elements[steps[0]], 1)))
+            for step in steps:
+                if row is None or kinds[step] == "synthetic":
+                    shown[step] = self._synthetic_row(block, number, rngs[step])
+                elif mesh is None or kinds[step] == "row":
+                    shown[step] = row
+                else:
+                    shown[step] = mesh.row(most_measurements(self.tokens), rngs[step])
+        return [(shown[step], sample_window(shown[step], self.data, self.tokens, rng)) for step, rng in enumerate(rngs)]
+
+    def _kind(self, rng: np.random.Generator) -> str:
+        """What a window shows: a row, a mesh or a synthetic Internet. Nothing is drawn where all show rows."""
+        if not self.data.mesh + self.data.synthetic:
+            return "row"
+        drawn = rng.random()
+        return "mesh" if drawn < self.data.mesh else "row" if drawn < 1 - self.data.synthetic else "synthetic"
+
+    def _synthetic_row(self, block: int, number: int, rng: np.random.Generator) -> ProbeRow:
+        """Of the Internet of a block, at times of the row that would be shown otherwise."""
+        of_blocks = block * self.steps * self.batch_size // WINDOWS_PER_INTERNET
+        between = int(self.rows.first_time_s[number]), int(self.rows.last_time_s[number])
+        return internet(*self.seed, of_blocks).row(*between, most_measurements(self.tokens), rng)
 
     def row_numbers(self, block: int, place: int) -> list[int]:
         """Which rows the windows at `place` of the batches of a block are of: large ones in turn, or small ones."""

@@ -23,13 +23,14 @@ FIRST_SHARE = 0.2, 0.6  # of the measurements
 SHARED_SHARE = 0.75
 # What is read for the index, and what is kept of a row of hops: 2^24 numbers of rows at most, 64 MB.
 MOST_ROWS, MOST_MEASUREMENTS, MOST_DESTINATIONS = 1 << 16, 1 << 28, 1 << 8
-_AT_ONCE = 1 << 12  # rows whose addresses are hashed together
+_AT_ONCE = 1 << 6  # rows whose addresses are in memory together: of 8 MB each at most
 
 
 class DestinationIndex:
     """Which rows of a part hold measurements to a destination.
 
-    Destinations that only one row holds are left out. Picklable, with its rows.
+    Destinations that only one row holds are left out: `rows[starts[i] : starts[i + 1]]` hold the one of key `keys[i]`.
+    Picklable, with the reader of the part.
     """
 
     def __init__(self, reader: RowReader) -> None:
@@ -41,16 +42,16 @@ class DestinationIndex:
         share = MOST_MEASUREMENTS / max(1, reader.measurements.sum())
         chosen = max(1, min(count, MOST_ROWS, int(count * share)))
         numbers = np.arange(chosen) * count // chosen
-        parts = [self._keys(numbers[i : i + _AT_ONCE]) for i in range(0, chosen, _AT_ONCE)]
+        parts = [self._keys_of(numbers[i : i + _AT_ONCE]) for i in range(0, chosen, _AT_ONCE)]
         key, row = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         order = np.lexsort((row, key))
         keys, counts = np.unique(key, return_counts=True)
         shared = counts > 1
-        self._keys_shared = keys[shared]  # (D,) uint64, ascending
-        self._starts = np.concatenate([[0], np.cumsum(counts[shared])])  # (D + 1,) of the rows of each
-        self._rows = row[order][np.repeat(shared, counts)]  # (N,) uint32
+        self.keys = keys[shared]  # (D,) uint64, ascending
+        self.starts = np.concatenate([[0], np.cumsum(counts[shared])])  # (D + 1,) of the rows of each
+        self.rows = row[order][np.repeat(shared, counts)]  # (N,) uint32
 
-    def _keys(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _keys_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The keys of the destinations of some rows, (n,) uint64, and the row of each, (n,) uint32."""
         addresses = [self.reader[number].dst_addresses.copy() for number in numbers.tolist()]  # else whole rows stay
         key = destination_keys(np.concatenate(addresses))
@@ -63,12 +64,12 @@ class DestinationIndex:
 
     def places(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of destinations (n, 16), where their rows begin in the list of all, (n,), and how many there are, (n,)."""
-        if not len(self._keys_shared):
+        if not len(self.keys):
             return np.zeros(len(addresses), np.int64), np.zeros(len(addresses), np.int64)
         key = destination_keys(addresses)
-        at = np.minimum(np.searchsorted(self._keys_shared, key), len(self._keys_shared) - 1)
-        found = self._keys_shared[at] == key
-        return self._starts[at], np.where(found, self._starts[at + 1] - self._starts[at], 0)
+        at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+        found = self.keys[at] == key
+        return self.starts[at], np.where(found, self.starts[at + 1] - self.starts[at], 0)
 
     def others(self, number: int, addresses: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
         """Up to `count` rows of other probes than row `number`, each drawn in proportion to how many of the destinations
@@ -77,9 +78,9 @@ class DestinationIndex:
         ends = np.cumsum(counts)
         if not len(ends) or not ends[-1]:
             return []
-        drawn = rng.integers(ends[-1], size=4 * (count + 1))  # more, as the same row may be drawn again
+        drawn = rng.integers(ends[-1], size=4 * (count + 4))  # more, as some are its own or come again
         at = np.searchsorted(ends, drawn, "right")
-        rows = self._rows[starts[at] + drawn - (ends - counts)[at]].astype(np.int64)
+        rows = self.rows[starts[at] + drawn - (ends - counts)[at]].astype(np.int64)
         probe_id = self.reader.probe_id
         own = (rows == number) | ((probe_id[rows] == probe_id[number]) & (probe_id[number] >= 0))
         return list(dict.fromkeys(rows[~own].tolist()))[:count]

@@ -15,7 +15,8 @@ import ctypes
 import os
 import signal
 import weakref
-from collections.abc import Generator, Iterable
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -82,42 +83,34 @@ class WindowBlocks:
         return out
 
     def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:
-        """The windows at `place` of the batches of a block, each with the row that it shows."""
-        numbers, first = self.row_numbers(block, place), block * self.steps * self.batch_size + place
+        """The windows at `place` of the batches of a block, each with the row that it looks at."""
+        first, steps_of = block * self.steps * self.batch_size + place, defaultdict[int, list[int]](list)
+        for step, number in enumerate(self.row_numbers(block, place)):
+            steps_of[number].append(step)
         elements = range(first, first + self.steps * self.batch_size, self.batch_size)
-        rngs = [np.random.default_rng((*self.seed, element)) for element in elements]
-        kinds = [self._kind(rng) for rng in rngs]
-        steps_of: dict[int, list[int]] = {}
-        for step, number in enumerate(numbers):
-            steps_of.setdefault(number, []).append(step)
-        shown: dict[int, ProbeRow] = {}  # by step
+        drawn: dict[int, tuple[ProbeRow, Window]] = {}
         for number, steps in steps_of.items():
-            row = self.rows[number] if any(kinds[step] != "synthetic" for step in steps) else None
-            mesh = None
-            if row is not None and self.index is not None and any(kinds[step] == "mesh" for step in steps):
-                # One for all of them: the other rows may be large too.
-                mesh = self.index.mesh(number, row, np.random.default_rng((*self.seed, elements[steps[0]], 1)))
-            for step in steps:
-                if row is None or kinds[step] == "synthetic":
-                    shown[step] = self._synthetic_row(block, number, rngs[step])
-                elif mesh is None or kinds[step] == "row":
-                    shown[step] = row
-                else:
-                    shown[step] = mesh.row(most_measurements(self.tokens), rngs[step])
-        return [(shown[step], sample_window(shown[step], self.data, self.tokens, rng)) for step, rng in enumerate(rngs)]
+            rngs = [np.random.default_rng((*self.seed, elements[step])) for step in steps]
+            for step, row, rng in zip(steps, self._rows_shown(number, elements[steps[0]], rngs), rngs, strict=True):
+                drawn[step] = row, sample_window(row, self.data, self.tokens, rng)
+        return [drawn[step] for step in range(self.steps)]
 
-    def _kind(self, rng: np.random.Generator) -> str:
-        """What a window shows: a row, a mesh or a synthetic Internet. Nothing is drawn where all show rows."""
-        if not self.data.mesh + self.data.synthetic:
-            return "row"
-        drawn = rng.random()
-        return "mesh" if drawn < self.data.mesh else "row" if drawn < 1 - self.data.synthetic else "synthetic"
+    def _rows_shown(self, number: int, element: int, rngs: list[np.random.Generator]) -> Iterator[ProbeRow]:
+        """What the windows that row `number` gives at once look at, the first of them being `element`.
 
-    def _synthetic_row(self, block: int, number: int, rng: np.random.Generator) -> ProbeRow:
-        """Of the Internet of a block, at times of the row that would be shown otherwise."""
-        of_blocks = block * self.steps * self.batch_size // WINDOWS_PER_INTERNET
-        between = int(self.rows.first_time_s[number]), int(self.rows.last_time_s[number])
-        return internet(*self.seed, of_blocks).row(*between, most_measurements(self.tokens), rng)
+        All look at the row, all at a mesh of it and the same others, each at a selection of its own, or all at a synthetic
+        Internet, at times of the row.
+        """
+        rng = np.random.default_rng((*self.seed, element, 1)) if self.data.mesh + self.data.synthetic else None
+        kind = rng.random() if rng else 1.0
+        if 0 <= kind - self.data.mesh < self.data.synthetic:
+            times = int(self.rows.first_time_s[number]), int(self.rows.last_time_s[number])
+            source = internet(*self.seed, element // max(WINDOWS_PER_INTERNET, self.steps * self.batch_size))
+            yield from (source.row(*times, most_measurements(self.tokens), own) for own in rngs)
+            return
+        row = self.rows[number]
+        mesh = self.index.mesh(number, row, rng) if self.index and rng and kind < self.data.mesh else None
+        yield from (mesh.row(most_measurements(self.tokens), own) if mesh else row for own in rngs)
 
     def row_numbers(self, block: int, place: int) -> list[int]:
         """Which rows the windows at `place` of the batches of a block are of: large ones in turn, or small ones."""

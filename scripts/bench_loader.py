@@ -2,9 +2,10 @@
 
     python scripts/bench_loader.py [--rows DIR] [--quick] [--json FILE]
 
-Two kinds of rows: those of DIR (without it, synthetic ones of the sizes of a small dump), and synthetic rows of 8 MB. Two
-things are compared in the same run: two loader processes with one, and the encoder with a plain one of the same grammar that
-takes one measurement after the other. The share of a core that the trainer itself takes limits the scaling on two cores.
+Two kinds of rows: those of DIR (without it, synthetic ones of the sizes of a small dump), and synthetic rows of 8 MB. Three
+things are compared in the same run: two loader processes with one; half of the windows of several probes, or a fifth of
+synthetic Internets, with none; and the encoder with a plain one of the same grammar that takes one measurement after the
+other. The share of a core that the trainer itself takes limits the scaling on two cores.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from ping_llm.system.files import try_file
 
 LARGEST_ROW = 720_000  # measurements in 8 MB
 EFFORT = {"seconds": 2.0, "rounds": 4}
+SHARES = {"mesh": 0.5}, {"synthetic": 0.2}
 QUICK = {"seconds": 1.0, "rounds": 2}
 _ADDRESSES = np.array(
     [list(pack_address(f"198.51.100.{i}")) for i in range(25)]
@@ -56,7 +58,7 @@ _ADDRESSES = np.array(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help="folder that `ping-llm prepare` wrote")
-    parser.add_argument("--quick", action="store_true", help="half a minute instead of two")
+    parser.add_argument("--quick", action="store_true", help="a minute instead of three")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     options = parser.parse_args(argv)
     try_file(options.json)
@@ -106,9 +108,14 @@ def bench_encoder(config: Config) -> dict[str, float]:
 
 def bench_rows(config: Config, seconds: float, rounds: int) -> dict:
     """The whole line in loader processes, the best of several rounds each, and where the time goes in one process."""
-    tried = [[tokens_per_s(config, workers, seconds) for workers in (1, 2)] for _ in range(rounds)]
-    one, two = map(max, zip(*tried, strict=True))  # other work on the machine only ever slows a round down
+    mesh, synthetic = (dataclasses.replace(config, data=dataclasses.replace(config.data, **share)) for share in SHARES)
+    tries = ((config, 1), (config, 2), (mesh, 1), (synthetic, 1))
+    tried = [[tokens_per_s(*which, seconds) for which in tries] for _ in range(rounds)]
+    # Other work on the machine only ever slows a round down.
+    one, two, of_mesh, of_synthetic = map(max, zip(*tried, strict=True))
     return {
+        "mesh_ratio": round(of_mesh / one, 3),
+        "synthetic_ratio": round(of_synthetic / one, 3),
         "tokens_per_s_per_worker": round(one),
         "tokens_per_s_2_workers": round(two),
         "scaling_2_workers": round(two / one, 2),

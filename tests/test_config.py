@@ -63,3 +63,9 @@ def test_deterministic_has_a_short_name(tmp_path):
     assert not parse_config([str(config)], "ping-llm train").train.deterministic
     config.write_text("[train]\ndeterministic = true")
     assert parse_config([str(config)], "ping-llm train").train.deterministic
+
+
+def test_windows_cannot_be_of_more_kinds_than_there_are():
+    message = r"^data.mesh \+ data.synthetic = 1.1 must not exceed 1$"
+    with pytest.raises(ValueError, match=message):
+        config_from_dict({"data": {"mesh": 0.6, "synthetic": 0.5}}, "config.toml")

@@ -100,6 +100,10 @@ class DataConfig(Section):
     """Share of windows that give sources, destinations or both pseudonyms, which share prefixes as the addresses do."""
     shifted_pairs: Share = 0.0
     """Share of windows in which the RTTs of some pairs are longer or shorter by a factor, in canonical order."""
+    mesh: Share = 0.0
+    """Share of windows of several probes: measurements of one, and of up to 12 others to the same destinations."""
+    synthetic: Share = 0.0
+    """Share of windows from small synthetic Internets, each with addresses of its own."""
     windows_per_read: Count = 16
     """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)
@@ -111,6 +115,8 @@ class DataConfig(Section):
         super().__post_init__()
         if (total := self.full_time + self.partial_time) > 1:
             raise ValueError(f"data.full_time + data.partial_time = {total} must not exceed 1")
+        if (total := self.mesh + self.synthetic) > 1:
+            raise ValueError(f"data.mesh + data.synthetic = {total} must not exceed 1")
 
 
 @dataclass(frozen=True)

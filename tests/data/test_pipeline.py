@@ -23,6 +23,7 @@ from ping_llm.data import pipeline
 from ping_llm.data.loader import training_batches, validation_windows
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
+from ping_llm.data.windows import sample_window
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,15 @@ def test_loader_processes_do_not_change_the_batches_of_any_rank(config, world, w
 
 def test_another_seed_gives_other_batches(config):
     assert not torch.equal(batches(config, 0, 1), batches(dataclasses.replace(config, seed=1), 0, 1))
+
+
+def test_element_i_is_drawn_from_its_row_by_seed_and_i_alone(config):
+    blocks = WindowBlocks(RowReader(config.data.rows, "train"), config, 8, 3)
+    for step, (number, (row, window)) in enumerate(zip(blocks.row_numbers(2, 5), blocks.draw(2, 5), strict=True)):
+        rng = np.random.default_rng((config.seed, 0, (2 * 12 + step) * 8 + 5))
+        alone = sample_window(blocks.rows[number], config.data, 129, rng)
+        assert len(row) == blocks.rows.measurements[number] and (window.index == alone.index).all()
+        assert (window.order == alone.order).all() and (window.dst_bytes == alone.dst_bytes).all()
 
 
 def test_blocks_are_the_same_after_pickling(config):

@@ -15,6 +15,7 @@ from ping_llm.data.measurement import is_ipv4
 _SHIFT_DEVIATION, _SHIFT_MOST = 0.7, 2.0  # of the logarithm of the factor
 _DRIFTING = 0.3  # of the shifted pairs of a window in time order change their factor
 _IPV6_NETWORK_BITS = 64
+_IPV6_GLOBAL_BITS = 3  # 2000::/3
 
 
 def pseudonyms(src: np.ndarray, dst: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +40,19 @@ def pseudonyms(src: np.ndarray, dst: np.ndarray, rng: np.random.Generator) -> tu
         chosen[rng.choice(named)] = True
     both = both ^ (mask & below & np.where(chosen, np.uint8(255), np.uint8(0))[network.ravel(), None])
     return both[: len(src)], both[len(src) :]
+
+
+def fresh_addresses(src: np.ndarray, dst: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and destinations, (…, 16) uint8 each, all by pseudonyms: every bit of IPv4, all but the first 3 of IPv6.
+
+    Two that share n bits share n bits afterwards.
+    """
+    mask = rng.integers(256, size=16, dtype=np.uint8)
+    ipv4_mask, ipv6_mask = mask.copy(), mask.copy()
+    ipv4_mask[:12] = 0
+    ipv6_mask[0] &= 0xFF >> _IPV6_GLOBAL_BITS
+    renamed = [ends ^ np.where(is_ipv4(ends)[..., None], ipv4_mask, ipv6_mask) for ends in (src, dst)]
+    return renamed[0], renamed[1]
 
 
 def shift_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,12 +36,17 @@ def training_batches(
 
 
 def validation_windows(config: Config) -> torch.Tensor:
-    """The fixed windows of val that every evaluation of a run scores: (eval_windows, seq_len + 1) int64, padding −1.
+    """The fixed windows of val that every evaluation of a run scores: (eval_windows, seq_len + 1) int64, padding −1."""
+    return fixed_windows(config, config.data.rows, "val", config.train.eval_windows)
+
+
+def fixed_windows(config: Config, folder: Path, part: str, count: int) -> torch.Tensor:
+    """`count` windows of a part of rows, (count, seq_len + 1) int64, padding −1; ValueError if the part is empty.
 
     They are the same for every recipe: drawn by the default shares, which augment nothing.
     """
-    config = dataclasses.replace(config, data=DataConfig(rows=config.data.rows))
-    blocks = WindowBlocks(RowReader(config.data.rows, "val"), config, config.train.eval_windows, windows_per_read=1)
+    config = dataclasses.replace(config, data=DataConfig(rows=folder))
+    blocks = WindowBlocks(RowReader(folder, part), config, count, windows_per_read=1)
     return torch.from_numpy(blocks[0][0]).long()
 
 

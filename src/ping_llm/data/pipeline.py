@@ -5,7 +5,7 @@ steps are a block, the unit of work of a loader process. Reading a large row cos
 so a large row that is read gives `windows_per_read` windows, all at one place of the batch and ROWS_IN_TURN steps apart:
 neighbouring steps learn from different rows. Small rows are read anew for each window. Rows are visited by additive
 recurrences over their weights: whatever the weights, every stretch of the run covers all rows as evenly as the numbers
-allow.
+allow. A share of the windows shows other probes beside that of the row, and a share a synthetic Internet instead.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import ctypes
 import os
 import signal
 import weakref
-from collections.abc import Generator, Iterable
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ping_llm.config import Config
+from ping_llm.data.mesh import DestinationIndex
 from ping_llm.data.rows import ProbeRow, RowReader
-from ping_llm.data.windows import Window, encode_windows, sample_window, windows_per_row
+from ping_llm.data.synthetic.internets import internet
+from ping_llm.data.windows import Window, encode_windows, most_measurements, sample_window, windows_per_row
 from ping_llm.system.processes import end_with_parent
 
 LARGE_ROW_MEASUREMENTS = (
@@ -31,6 +34,7 @@ LARGE_ROW_MEASUREMENTS = (
 )
 # At one place of the batch; a block takes as many times the memory, and a run begins with a whole block.
 ROWS_IN_TURN = 4
+WINDOWS_PER_INTERNET = 1024  # of all kinds, unless a block has more
 _STREAMS = {"train": 0, "val": 1}
 # Steps of the two recurrences, irrational and unrelated: were they related, the rows that one reaches in a block could
 # depend on where the other stands.
@@ -65,6 +69,7 @@ class WindowBlocks:
         self.order = np.argsort(~large, kind="stable")  # large rows first
         self.cumulative = np.cumsum(weights[self.order]) / weights.sum()
         self.large_share = self.cumulative[large.sum() - 1] if large.any() else 0.0
+        self.index = DestinationIndex(rows) if config.data.mesh else None
         self.phase = np.random.default_rng(self.seed).random(2)
 
     def __len__(self) -> int:
@@ -78,14 +83,34 @@ class WindowBlocks:
         return out
 
     def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:
-        """The windows at `place` of the batches of a block, each with its row."""
-        numbers = self.row_numbers(block, place)
-        rows = {number: self.rows[number] for number in set(numbers)}
-        drawn = []
-        for step, number in enumerate(numbers, block * self.steps):
-            rng = np.random.default_rng((*self.seed, step * self.batch_size + place))
-            drawn.append((rows[number], sample_window(rows[number], self.data, self.tokens, rng)))
-        return drawn
+        """The windows at `place` of the batches of a block, each with the row that it looks at."""
+        first, steps_of = block * self.steps * self.batch_size + place, defaultdict[int, list[int]](list)
+        for step, number in enumerate(self.row_numbers(block, place)):
+            steps_of[number].append(step)
+        elements = range(first, first + self.steps * self.batch_size, self.batch_size)
+        drawn: dict[int, tuple[ProbeRow, Window]] = {}
+        for number, steps in steps_of.items():
+            rngs = [np.random.default_rng((*self.seed, elements[step])) for step in steps]
+            for step, row, rng in zip(steps, self._rows_shown(number, elements[steps[0]], rngs), rngs, strict=True):
+                drawn[step] = row, sample_window(row, self.data, self.tokens, rng)
+        return [drawn[step] for step in range(self.steps)]
+
+    def _rows_shown(self, number: int, element: int, rngs: list[np.random.Generator]) -> Iterator[ProbeRow]:
+        """What the windows that row `number` gives at once look at, the first of them being `element`.
+
+        All look at the row, all at a mesh of it and the same others, each at a selection of its own, or all at a synthetic
+        Internet, at times of the row.
+        """
+        rng = np.random.default_rng((*self.seed, element, 1)) if self.data.mesh + self.data.synthetic else None
+        kind = rng.random() if rng else 1.0
+        if 0 <= kind - self.data.mesh < self.data.synthetic:
+            times = int(self.rows.first_time_s[number]), int(self.rows.last_time_s[number])
+            source = internet(*self.seed, element // max(WINDOWS_PER_INTERNET, self.steps * self.batch_size))
+            yield from (source.row(*times, most_measurements(self.tokens), own) for own in rngs)
+            return
+        row = self.rows[number]
+        mesh = self.index.mesh(number, row, rng) if self.index and rng and kind < self.data.mesh else None
+        yield from (mesh.row(most_measurements(self.tokens), own) if mesh else row for own in rngs)
 
     def row_numbers(self, block: int, place: int) -> list[int]:
         """Which rows the windows at `place` of the batches of a block are of: large ones in turn, or small ones."""

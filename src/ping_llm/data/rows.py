@@ -166,6 +166,21 @@ class ProbeRow:
             dst_addresses=dst_addresses[dst_used],
         )
 
+    @classmethod
+    def from_addresses(
+        cls,
+        probe_id: int,
+        time_s: np.ndarray,
+        msm_id: np.ndarray,
+        src: np.ndarray,
+        dst: np.ndarray,
+        rtt_ms: np.ndarray,
+        kind: np.ndarray,
+    ) -> ProbeRow:
+        """A row of (n,) columns in time order, and of (n, 16) packed addresses."""
+        (sources, src_code), (destinations, dst_code) = _distinct(src), _distinct(dst)
+        return cls.from_codes(probe_id, time_s, msm_id, src_code, dst_code, rtt_ms, kind, sources, destinations)
+
     def halves(self) -> tuple[ProbeRow, ProbeRow]:
         """The earlier and the later half."""
         columns = (self.time_s, self.msm_id, self.src, self.dst, self.rtt_ms, self.kind)
@@ -334,6 +349,13 @@ def shard_name(part: str, shard: int, shards: int) -> str:
 def shard_paths(folder: Path, part: str) -> list[Path]:
     """The shards of a part, in order."""
     return sorted(folder.glob(f"{part}-?????-of-?????.arrayrecord"))
+
+
+def _distinct(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones of (n, 16) addresses, (k, 16), and the place of each among them, (n,)."""
+    whole = np.ascontiguousarray(packed).view("V16")[:, 0]
+    _, first, code = np.unique(whole, return_index=True, return_inverse=True)
+    return packed[first], code
 
 
 def _dictionary(values: np.ndarray | pa.Array, indices: np.ndarray) -> pa.DictionaryArray:

@@ -1,14 +1,15 @@
 """Probe rows in, measurement windows out: which measurements, in which order, and how much of each is shown.
 
-A window is a random look at one probe's history, drawn by `sample_window` as a pure function of the row and an rng:
+A window is a random look at one probe's history, or at a row of several probes (mesh.py) or of a synthetic Internet, drawn
+by `sample_window` as a pure function of the row and an rng:
 
 - its span is log-uniform between just enough measurements to fill the sequence and the whole row, its middle uniform (a
   span that would stick out is pushed in: without that, the edges of a row would hardly ever be shown); of the span a
   random subset is kept, so that one window may hold a minute or a month;
 - its timestamps are full (time order), partial (10–90 % of the measurements lose theirs; those are shuffled among the
   others) or none (all shuffled);
-- its source is whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one; each destination
-  is whole or cut on its own, to at least 1 byte;
+- its source is whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one: of several sources
+  each to the same share, as queries cut them; each destination is whole or cut on its own, to at least 1 byte;
 - the fields of its measurements stand in one order, source, destination, time, result, or each in an order of its own;
 - it may tell of pseudonyms and of shifted pairs: see augmentation.py.
 """
@@ -121,6 +122,22 @@ def _expected_tokens(address_bytes: float, timed_share: float) -> float:
     return _TOKENS_UNTIMED + address_bytes + timed_share * _DELTA_TOKENS
 
 
+def most_measurements(tokens: int) -> int:
+    """The most measurements that are drawn for a window of `tokens` tokens: of IPv4, without sources and times."""
+    return _measurements_drawn(tokens, 4, 0.0)
+
+
+def _measurements_drawn(tokens: int, address_bytes: float, timed_share: float) -> int:
+    """Measurements that fill a window, and some more."""
+    return math.ceil(tokens / _expected_tokens(address_bytes, timed_share) * _MARGIN) + 1
+
+
+def random_span(count: int, least: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Where a span of `count` measurements begins, and its length: log-uniform between `least` and all of them."""
+    span = min(count, round(least * (count / least) ** rng.random()))
+    return min(max(rng.integers(count) - span // 2, 0), count - span), span
+
+
 def _sample_span(
     row: ProbeRow, tokens: int, src_share: float, timed_share: float, rng: np.random.Generator
 ) -> np.ndarray:
@@ -128,9 +145,8 @@ def _sample_span(
     count = len(row)
     look = np.arange(count) if count <= _LENGTH_SAMPLE else rng.integers(count, size=_LENGTH_SAMPLE)
     width = np.where(row.dst_is_ipv4, 4, 16)[row.dst[look]].mean()
-    filling = min(count, math.ceil(tokens / _expected_tokens((1 + src_share) * width, timed_share) * _MARGIN) + 1)
-    span = min(count, round(filling * (count / filling) ** rng.random()))
-    offset = min(max(rng.integers(count) - span // 2, 0), count - span)
+    filling = min(count, _measurements_drawn(tokens, (1 + src_share) * width, timed_share))
+    offset, span = random_span(count, filling, rng)
     return offset + np.sort(rng.choice(span, filling, replace=False, shuffle=False))
 
 

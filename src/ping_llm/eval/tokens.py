@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ping_llm.config import FIELDS
-from ping_llm.data.pipeline import WindowBlocks
-from ping_llm.data.rows import RowReader
+from ping_llm.data.loader import fixed_windows
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, ROLE_NAMES
 from ping_llm.eval.options import EvalOptions
 from ping_llm.inference.model import PingModel
@@ -53,10 +52,7 @@ class TokenScores:
 
 def part_windows(options: EvalOptions, part: str, count: int) -> torch.Tensor:
     """Fixed windows of a part, (count, seq_len + 1) int64, padding −1; ValueError if the part is empty."""
-    config = load_model(options.trained)[1]
-    config = replace(config, data=replace(config.data, rows=options.rows))
-    blocks = WindowBlocks(RowReader(options.rows, part), config, count, windows_per_read=1)
-    return torch.from_numpy(blocks[0][0]).long()
+    return fixed_windows(load_model(options.trained)[1], options.rows, part, count)
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ Such a machine may be taken away at any time: a signal announces it, and what wa
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 import subprocess
@@ -17,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ping_llm
 from ping_llm.config import Config, parse_config
-from ping_llm.launch.job import checkpoints
+from ping_llm.launch.job import checkpoints, environment
 from ping_llm.system.hardware import gpu_kind
 from ping_llm.system.signals import on_signals
 from ping_llm.training.metrics import read_machines, read_metrics
@@ -139,9 +137,3 @@ def run_ranks(
                 job.wait()
             keep()
     return job.returncode, reasons[0] if reasons else ""
-
-
-def environment() -> dict[str, str]:
-    """The environment of this process, with this package importable from every folder."""
-    paths = [str(Path(ping_llm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -245,6 +245,29 @@ class Sweep:
         return 0
 
 
+@dataclass
+class Compare:
+    """Compare training runs: one table by config, differences with their intervals over seeds, and whether they exceed the
+    noise."""
+
+    # run folders, or folders that hold runs, such as that of a sweep.
+    runs: Positional[tuple[Path, ...]]
+    out: Path | None = None  # folder for compare.md, compare.json and curves.png; nothing is written if absent.
+    against: str = ""  # config that the others are compared with, as the table calls it; the first if absent.
+    # folders of evaluations of these runs, besides those in RUN/eval.
+    scores: tuple[Path, ...] = ()
+    noise: tuple[Path, ...] = ()  # runs of a noise study, or folders that hold them: what seeds alone change.
+
+    def run(self) -> None:
+        from ping_llm.eval.compare import compare, print_comparison
+
+        if not self.runs:
+            raise ValueError("name the runs, or folders that hold runs, such as that of a sweep")
+        print_comparison(compare(self.runs, self.out, self.against, self.scores, self.noise))
+        if self.out:
+            print(f"report: {self.out / 'compare.md'}")
+
+
 def eval(argv: list[str]) -> None:
     """Score a model on PingBench beside baselines that learn from the same rows: report.md, results.json, pictures."""
     from ping_llm.eval.options import EvalOptions
@@ -289,7 +312,9 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-_COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, eval, Plan, inference)}
+_COMMANDS = {
+    c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, inference)
+}
 _PARSE_THEMSELVES = (train, eval, inference)
 _WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
 

@@ -21,8 +21,8 @@ EMPTY, EXCEEDS = "–", "*"
 READING = (
     "Each number is the mean over the runs of a config, ± their deviation over seeds. Δ is the mean of the differences of",
     "runs with the same seeds, with its 95 % interval (Student's t) and the number n of pairs. The noise is the deviation",
-    "over seeds of runs of one config, pooled. * marks a difference larger than 95 % of those that noise alone makes between",
-    "as many runs of one config: among twenty such, expect one.",
+    "over seeds of runs of one config, pooled. * marks a difference that exceeds it: one that is larger than 95 % of those",
+    "between as many runs of one config. Among twenty differences that are noise, expect one with a *.",
 )
 UNKNOWN = (
     "With one run of each config nothing says how much seeds alone change: no difference can be told from noise. Train more "
@@ -232,7 +232,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     }
     if differ := [name for name, found in facts.items() if len(found) > 1]:
         notes.append(f"the runs differ in {', '.join(differ)}: their losses on val are of other windows")
-    queries = {one.bench_queries for one in outcomes} - {None}
+    queries = {one.bench_queries for one in outcomes if one.bench_queries is not None}
     if len(queries) > 1:
         counts = ", ".join(f"{count:,}" for count in sorted(queries))
         notes.append(f"PingBench put {counts} queries a cell to these models: its numbers are of other queries")

@@ -50,8 +50,10 @@ def plot_curves(groups: Sequence[Group], path: Path) -> bool:
     grid = figure.subplots(len(losses), 2, squeeze=False, sharey="row", sharex="col")
     for axes_of_loss, loss in zip(grid, losses, strict=True):
         for axes, against in zip(axes_of_loss, ("tokens", "flops"), strict=True):
-            _draw(axes, groups, loss, against)
+            _draw(axes, groups, loss, against, _unit(groups, loss, against))
         axes_of_loss[0].set_ylabel(_LOSSES[loss])
+    for axes, against in zip(grid[-1], ("tokens", "flops"), strict=True):
+        axes.set_xlabel(_name(against, _unit(groups, losses[-1], against)))
     lines, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     if any(len(group.outcomes) > 1 for group in groups):
@@ -60,10 +62,9 @@ def plot_curves(groups: Sequence[Group], path: Path) -> bool:
     return True
 
 
-def _draw(axes: Axes, groups: Sequence[Group], loss: str, against: str) -> None:
+def _draw(axes: Axes, groups: Sequence[Group], loss: str, against: str, unit: float) -> None:
     """A thin line for each run and a bold one for each group, on logarithmic axes."""
     shown: list[np.ndarray] = []
-    unit = _unit(groups, loss, against)
     for number, group in enumerate(groups):
         color = COLORS[number % len(COLORS)]
         style = _STYLES[number // len(COLORS) % len(_STYLES)]
@@ -75,16 +76,16 @@ def _draw(axes: Axes, groups: Sequence[Group], loss: str, against: str) -> None:
         if not len(places):
             continue
         name = group.name if len(group.name) <= _MAX_NAME else f"{group.name[: _MAX_NAME - 1]}…"
-        marker = {"marker": "o", "markersize": 3} if len(places) <= 30 else {}
-        axes.plot(places / unit, values, color=color, linestyle=style, linewidth=1.8, label=name, **marker)
+        marker = "o" if len(places) <= 30 else ""
+        axes.plot(
+            places / unit, values, color=color, linestyle=style, linewidth=1.8, label=name, marker=marker, markersize=3
+        )
         shown.append(places / unit)
     axes.set_xscale("log")
     axes.set_yscale("log")
     label_log_ticks(axes.yaxis, *axes.get_ylim())
     if shown:
         label_log_ticks(axes.xaxis, *axes.get_xlim())
-    if axes.get_subplotspec().is_last_row():
-        axes.set_xlabel(_name(against, unit))
     axes.grid(color="#eaeef2", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,11 +23,16 @@ from ping_llm.model.checkpoint import CONFIG_NAME, load_config
 from ping_llm.model.gpt import flops_per_token, parameter_count
 from ping_llm.system.files import file_sha256
 from ping_llm.training import schedule
-from ping_llm.training.metrics import COLUMNS, METRICS_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import METRICS_NAME, Metrics, read_metrics
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 SHARE, CRPS = "ratio", "crps"  # PingBench in units of the comparator, or, without one, in log-ms
 _VALIDATION = ("val_loss", *(f"val_loss_{field}" for field in FIELDS), "val_rtt_bits", "val_median_rel_error")
+_SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
+    "val_loss": ("val loss, nats", "{:.4f}".format),
+    "val_rtt_bits": ("bits per RTT", "{:.3f}".format),
+    "val_median_rel_error": ("median error of val", "{:.2%}".format),
+}
 _SEEDS = re.compile(r",seed=\d+(,init=\d+)?$")  # at the end of the name of a sweep's run
 
 
@@ -78,8 +83,8 @@ class Outcome:
         rows = file_sha256(manifest) if manifest.is_file() else ""
         values = validation(metrics) | (benchmark(results) if results else {})
         values |= {"parameters": float(parameter_count(config.model))}
-        steps = int(metrics.steps[-1])
-        outcome = cls(folder, config, metrics, rows, values, results and results.get("model_queries_per_cell"))
+        steps, queries = int(metrics.steps[-1]), results.get("model_queries_per_cell") if results else None
+        outcome = cls(folder, config, metrics, rows, values, queries)
         values["flops"] = float(steps * outcome.step_flops)
         for name, pick in (("tokens", lambda known: known[-1]), ("tokens_per_s", np.median)):
             known = metrics.known(name)[1]
@@ -110,14 +115,12 @@ class Group:
 def quantities() -> list[Quantity]:
     """All numbers that runs are compared by, in the order of the table."""
     found = []
-    for at, when in (("end", "at the end"), ("best", "at the best step")):
+    for at, when in (("end", "end"), ("best", "best step")):
         for name in _VALIDATION:
-            column = COLUMNS[name]
-            label = " ".join(column.label.replace("weighted loss", "loss").split())
-            form = (lambda scale: lambda value: f"{value * scale:.4g}")(column.scale)
-            found.append(Quantity(f"{at}_{name}", f"val {label}, {when}", form))
+            label, form = _SHOWN.get(name, (f"val {name.removeprefix('val_loss_')}, nats", "{:.4f}".format))
+            found.append(Quantity(f"{at}_{name}", f"{label}, {when}", form))
     for unit, text in ((SHARE, "CRPS ÷ comparator"), (CRPS, "CRPS, log-ms")):
-        found += [Quantity(f"{unit}_{split}", f"PingBench {split}, {text}") for split in (*VAL_SPLITS, "val")]
+        found += [Quantity(f"{unit}_{split}", f"{split}, {text}", "{:.3f}".format) for split in (*VAL_SPLITS, "val")]
     found.append(Quantity("tokens_per_s", "tokens/s, median", "{:,.0f}".format, judged=False))
     found.append(Quantity("parameters", "parameters", "{:,.0f}".format, judged=False))
     found.append(Quantity("tokens", "tokens", "{:,.0f}".format, judged=False))
@@ -176,8 +179,8 @@ def read_runs(paths: Sequence[Path], scores: Sequence[Path] = ()) -> list[Outcom
 
 
 def group_runs(outcomes: Iterable[Outcome]) -> tuple[list[Group], list[str]]:
-    """Runs whose configs differ in their seeds alone, together, in the order of their first ones; and notes on those that are
-    left out, as another run of the same config has the same seeds."""
+    """Runs whose configs differ in their seeds alone, together, in the order of their first ones; and notes on those that
+    are left out, as another run of the same config has the same seeds."""
     together: list[list[Outcome]] = []
     notes = []
     for one in outcomes:
@@ -210,8 +213,8 @@ def _names(groups: Sequence[Sequence[Outcome]]) -> list[str]:
 
 def _differing(one: Outcome, other: Outcome) -> list[str]:
     """The fields, seeds aside, in which the configs of two runs differ; their rows too."""
-    plain = [dataclasses.replace(run.config, seed=0, init_seed=-1) for run in (one, other)]
-    return differing_fields(*plain) + (["data.rows"] if one.rows != other.rows else [])
+    plain, others = (dataclasses.replace(run.config, seed=0, init_seed=-1) for run in (one, other))
+    return differing_fields(plain, others) + (["data.rows"] if one.rows != other.rows else [])
 
 
 def _value(config: Config, name: str) -> Any:
@@ -238,7 +241,8 @@ def _evaluated(folder: Path) -> tuple[Path, dict[str, Any]]:
     results = _read_results(folder / RESULTS_NAME)
     if not results.get("run"):
         raise ValueError(f"{folder} is the evaluation of no run; name those of runs")
-    return Path(results["run"]).resolve(), results
+    run = Path(results["run"]).resolve()
+    return (run.parent.parent if run.parent.name == "checkpoints" else run), results
 
 
 def _read_results(path: Path) -> dict[str, Any]:

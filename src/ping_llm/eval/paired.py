@@ -34,7 +34,7 @@ class Noise:
         return cls(math.sqrt(squares / freedom), freedom)
 
     def exceeded_by(self, difference: float, n: int, others: int) -> bool:
-        """Whether the difference between the means of n and of `others` runs is more than 95 % of those of one config are."""
+        """Whether the difference between the means of n and of `others` runs is larger than 95 % of those of one config."""
         return abs(difference) > t_quantile(self.freedom) * self.deviation * math.sqrt(1 / n + 1 / others)
 
 

@@ -104,4 +104,4 @@ def _unit(groups: Sequence[Group], loss: str, against: str) -> float:
 def _name(against: str, unit: float) -> str:
     if against == "tokens":
         return f"tokens ({_COUNTS[unit]})" if unit in _COUNTS else "tokens"
-    return f"FLOPs of training (10^{round(np.log10(unit))})"
+    return f"FLOPs of training ($10^{{{round(np.log10(unit))}}}$)"

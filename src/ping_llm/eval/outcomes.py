@@ -23,7 +23,7 @@ from ping_llm.model.checkpoint import CONFIG_NAME, load_config
 from ping_llm.model.gpt import flops_per_token, parameter_count
 from ping_llm.system.files import file_sha256
 from ping_llm.training import schedule
-from ping_llm.training.metrics import METRICS_NAME, Metrics, read_metrics
+from ping_llm.training.metrics import COLUMNS, METRICS_NAME, Metrics, read_metrics
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 SHARE, CRPS = "ratio", "crps"  # PingBench in units of the comparator, or, without one, in log-ms
@@ -117,7 +117,8 @@ def quantities() -> list[Quantity]:
     found = []
     for at, when in (("end", "end"), ("best", "best step")):
         for name in _VALIDATION:
-            label, form = _SHOWN.get(name, (f"val {name.removeprefix('val_loss_')}, nats", "{:.4f}".format))
+            field = COLUMNS[name].label.partition(" (")[0]
+            label, form = _SHOWN.get(name, (f"val {field}, nats", "{:.4f}".format))
             found.append(Quantity(f"{at}_{name}", f"{label}, {when}", form))
     for unit, text in ((SHARE, "CRPS ÷ comparator"), (CRPS, "CRPS, log-ms")):
         found += [Quantity(f"{unit}_{split}", f"{split}, {text}", "{:.3f}".format) for split in (*VAL_SPLITS, "val")]

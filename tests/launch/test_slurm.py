@@ -30,21 +30,15 @@ PARTITION= CPU_PARTITION= ACCOUNT= GRES={gres} MODULES=() VENV={venv} LOCAL_DISK
 """
 # In every process of the jobs: steps that take their time in the first turns of a job, a crash, a small disk.
 SITECUSTOMIZE = """\
-import os, shutil, signal, time
+import os, shutil, signal, sys, time
 from ping_llm.training import schedule
 
 lr_scale, disk_usage, given = schedule.lr_scale, shutil.disk_usage, os.environ.get
 
-def layers():
-    """Of the model of this run, by its config file."""
-    import sys, tomllib
-    (path,) = [word for word in sys.argv if word.endswith(".toml")][:1]
-    return str(tomllib.load(open(path, "rb"))["model"]["n_layer"])
-
 def watched(progress, config):
     if int(given("SLURM_RESTART_COUNT", 0)) < int(given("SLOW_TURNS", 0)):
         time.sleep(0.5)
-    if progress >= float(given("CRASH_AT", 2)) and given("CRASH_LAYERS", layers()) == layers():
+    if progress >= float(given("CRASH_AT", 2)) and given("CRASH_IN", "") in " ".join(sys.argv):
         os.kill(os.getpid(), signal.SIGKILL)
     return lr_scale(progress, config)
 
@@ -267,7 +261,7 @@ def test_a_sweep_is_an_array_of_jobs_that_learn_what_one_machine_learns(cluster,
     text = f"base = '{ROOT}/configs/tiny.toml'\nout = '{tmp_path}/runs'\nseeds = [0, 1]\n[config]\n"
     text += "\n".join([f"data.rows = '{rows_folder}'", "train.total_steps = 6", *values, "[[runs]]", "[[runs]]"])
     sweep.write_text(text + "\nname = 'crash'\nmodel.n_layer = 2\n")
-    array = cluster.submit("sweep", sweep, CRASH_AT="0.5", CRASH_LAYERS="2")
+    array = cluster.submit("sweep", sweep, CRASH_AT="0.5", CRASH_IN="crash")
     jobs = [Job(f"{array.number}_{number}", array.environment, array.folder) for number in range(4)]
     states = [job.wait() for job in jobs]
     runs = [tmp_path / "runs" / f"{name},seed={seed}" for name in ("base", "crash") for seed in (0, 1)]

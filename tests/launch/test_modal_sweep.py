@@ -100,7 +100,7 @@ def test_what_cannot_be_trained_is_one_clear_line_and_takes_no_gpu(
     capsys,
     text,
     options,
-    message,  # noqa: F811
+    message,
 ):
     sweep.write_text("base = 'config.toml'\nout = 'runs/sweep'\n" + text)
     with pytest.raises(SystemExit, match="1"):

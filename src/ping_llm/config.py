@@ -250,8 +250,8 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of the windows and their order, and of the initial weights unless those have their own."""
-    init_seed: Annotated[int, Bounds(-1, 2**63 - 1)] = -1
-    """Seed of the initial weights; -1 = that of the windows."""
+    init_seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
+    """Seed of the initial weights alone; 0 = that of the windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,7 +268,7 @@ class Config(Section):
     @property
     def weights_seed(self) -> int:
         """Seed of the initial weights."""
-        return self.seed if self.init_seed < 0 else self.init_seed
+        return self.init_seed or self.seed
 
 
 def load_config(path: Path | str) -> Config:

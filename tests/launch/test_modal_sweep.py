@@ -1,3 +1,4 @@
+# ruff: noqa: F811  fixtures of another file
 """A sweep on Modal: priced and looked at before a GPU is taken, then each run that is left in a container of its own."""
 
 from __future__ import annotations
@@ -6,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_modal import call, config, save_step, script  # noqa: F401  fixtures
+from test_modal import call, config, save_step, script  # noqa: F401
 
 from ping_llm.config import load_config
 from ping_llm.launch.modal_job import Order
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*executing locally")
 
 
 @pytest.fixture
-def sweep(tmp_path, config) -> Path:  # noqa: F811
+def sweep(tmp_path, config) -> Path:
     """Of four runs over the small config, whose rows are in the Volume."""
     path = tmp_path / "sweep.toml"
     path.write_text("base = 'config.toml'\nout = 'runs/sweep'\nseeds = [0, 1]\n[grid]\nmodel.n_layer = [1, 2]\n")
@@ -25,7 +26,7 @@ def sweep(tmp_path, config) -> Path:  # noqa: F811
 
 
 @pytest.fixture
-def started(script, monkeypatch) -> list[tuple]:  # noqa: F811
+def started(script, monkeypatch) -> list[tuple]:
     """What was started on which machines; `look` looks, training fails where there are two layers."""
     started = []
 
@@ -48,7 +49,7 @@ def started(script, monkeypatch) -> list[tuple]:  # noqa: F811
     return started
 
 
-def test_every_run_that_is_left_is_trained_and_those_that_fail_are_named(script, sweep, started, tmp_path, capsys):  # noqa: F811
+def test_every_run_that_is_left_is_trained_and_those_that_fail_are_named(script, sweep, started, tmp_path, capsys):
     runs = read_sweep(sweep)
     save_step(tmp_path / runs[0].folder, 12)  # the last one of its run
     with pytest.raises(SystemExit, match="1"):
@@ -68,7 +69,7 @@ def test_every_run_that_is_left_is_trained_and_those_that_fail_are_named(script,
         assert options == ["--data.rows", str(rows), "--train.run-dir", str(folder)]
 
 
-def test_its_price_is_that_of_all_its_runs(script, sweep, started, capsys):  # noqa: F811
+def test_its_price_is_that_of_all_its_runs(script, sweep, started, capsys):
     orders = Order.of_sweep(["--gpu", "L4", str(sweep)], "sweep", "/tmp", lambda name, path: str(path))
     plans = [plan_cost(order.config, GPU.named("l4"), 1) for order in orders]
     assert [order.price() for order in orders] == [(plan.hours, plan.dollars) for plan in plans]
@@ -110,7 +111,7 @@ def test_what_cannot_be_trained_is_one_clear_line_and_takes_no_gpu(
     assert "train_run" not in [name for name, *_ in started]
 
 
-def test_a_look_says_whether_a_run_is_done(script, config, tmp_path):  # noqa: F811
+def test_a_look_says_whether_a_run_is_done(script, config, tmp_path):
     save_step(tmp_path / "runs/small", 4)
     assert script.look.local(*call(script, config))["done"] is False
     save_step(tmp_path / "runs/small", 12)

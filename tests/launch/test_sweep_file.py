@@ -63,12 +63,12 @@ def test_a_list_and_a_grid_make_each_pair(write):
 
 
 def test_training_seeds_and_seeds_of_the_initial_weights_vary_apart(write):
-    runs = read_sweep(write("seeds = [0, 1]\ninit_seeds = [0, 5]\n"))
+    runs = read_sweep(write("seeds = [0, 1]\ninit_seeds = [1, 5]\n"))
     assert [(r.name, r.config.seed, r.config.weights_seed) for r in runs] == [
-        (f"base,seed={seed},init={init}", seed, init) for seed in (0, 1) for init in (0, 5)
+        (f"base,seed={seed},init={init}", seed, init) for seed in (0, 1) for init in (1, 5)
     ]
     (alone,) = read_sweep(write("seeds = [3]\n"))
-    assert (alone.config.init_seed, alone.config.weights_seed) == (-1, 3)
+    assert (alone.config.init_seed, alone.config.weights_seed) == (0, 3)
 
 
 def test_the_config_of_a_run_is_written_whole(write, tmp_path):
@@ -103,6 +103,7 @@ BAD = {
     "[grid]\nseed = [0, 1]": "seed is set by the sweep; give seeds at the top of the file",
     "[config]\ntrain.run_dir = 'x'": "train.run_dir is set by the sweep; give out at the top of the file",
     "seeds = [1, 1]": "seeds=[1, 1] holds a seed twice",
+    "init_seeds = [0, 1]": "init_seeds=[0, 1] must be 1 or more",
     "seeds = []": "seeds=[] must hold one seed or more",
     "seeds = 3": "seeds=3 must be of type list",
     "seeds = ['a']": "seeds=['a'] must be of type list",

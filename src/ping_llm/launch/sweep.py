@@ -3,7 +3,7 @@
 base = "../tiny.toml"          # optional: a config, relative to this file
 out = "runs/sweeps/depth"      # optional: folder of the runs; runs/sweeps/NAME OF THIS FILE if absent
 seeds = [0, 1]                 # optional: of the windows; [0] if absent
-init_seeds = [0, 1]            # optional: of the initial weights; those of the windows if absent
+init_seeds = [1, 2]            # optional: of the initial weights; those of the windows if absent
 
 [config]                       # optional: for all runs, over the base
 train.total_steps = 500
@@ -207,13 +207,15 @@ def _combinations(file: SweepFile, path: Path) -> Iterator[tuple[dict[str, Any],
 
 
 def _seeds(file: SweepFile, path: Path) -> list[tuple[int, int]]:
-    """Every training seed with every initial seed; −1 stands for the initial weights of the training seed."""
+    """Every training seed with every initial seed; 0 stands for the initial weights of the training seed."""
     for name, seeds in (("seeds", file.seeds), ("init_seeds", file.init_seeds)):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{path}: {name}={seeds} holds a seed twice")
+    if 0 in file.init_seeds:
+        raise ValueError(f"{path}: init_seeds={file.init_seeds} must be 1 or more; 0 stands for the training seed")
     if not file.seeds:
         raise ValueError(f"{path}: seeds=[] must hold one seed or more")
-    return list(itertools.product(file.seeds, file.init_seeds or [-1]))
+    return list(itertools.product(file.seeds, file.init_seeds or [0]))
 
 
 def _refuse_own(overrides: Mapping[str, Any], path: Path) -> None:

@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: install demo test test-slurm mutants lint format clean
+DATA ?= ../shared/data
+QUERIES ?= 1000
+
+.PHONY: install demo quality test test-slurm mutants lint format clean
 
 install: $(INSTALLED)
 
@@ -17,6 +20,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo:
 	@start=$$(date +%s); $(MAKE) --no-print-directory install && \
 		$(VENV)/bin/python -m ping_llm.demo --install-s $$(($$(date +%s) - start))
+
+# The tiny model of the record and its evaluation, from the real dumps in DATA, on CPUs in hours. Repeated, it goes on.
+quality:
+	@for folder in atlas more; do test -d "$(DATA)/$$folder" || \
+		{ echo "no folder $(DATA)/$$folder of dumps; say where they are: make quality DATA=path/to/data" >&2; exit 1; }; done
+	@$(MAKE) --no-print-directory install
+	$(VENV)/bin/python -m ping_llm prepare "$(DATA)/atlas" "$(DATA)/more" --out data/quality --traceroute target \
+		--time-cut 2020-02-16 2020-02-19
+	$(VENV)/bin/python -m ping_llm train configs/quality.toml
+	$(VENV)/bin/python -m ping_llm eval --baselines-only --data data/quality --out runs/quality/baselines --seq-len 384
+	$(VENV)/bin/python -m ping_llm eval runs/quality --data data/quality --scores runs/quality/baselines --seq-len 384 \
+		--counts 0 10 --model-queries $(QUERIES) --src-known auto
 
 test: install
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile

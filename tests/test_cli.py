@@ -44,6 +44,8 @@ def run(*argv) -> subprocess.CompletedProcess:
         ["prepare", "--help"],
         ["inspect", "--help"],
         ["train", "--help"],
+        ["sweep", "--help"],
+        ["compare", "--help"],
         ["inference", "rtt", "--help"],
     ],
 )
@@ -95,7 +97,7 @@ def test_a_bad_dump_is_one_clear_line(tmp_path, name):
         (["inference", "rt"], "no command 'rt'; there are rtt"),
         (
             ["retrain"],
-            "no command 'retrain'; there are synth, fetch, prepare, inspect, train, plot, eval, plan, inference",
+            "no command 'retrain'; there are synth, fetch, prepare, inspect, train, plot, sweep, compare, eval, plan,",
         ),
     ],
 )

@@ -83,13 +83,18 @@ def small_inputs(tmp_path, monkeypatch) -> Path:
     )
     for name in ("QUICK_WINDOWS", "QUICK_MEASUREMENTS", "QUICK_DESTINATIONS"):
         monkeypatch.setattr(f"ping_llm.eval.diagnose.{name}", 2)
+    (tmp_path / "configs" / "sweeps").mkdir(parents=True)
+    example = (ROOT / "configs" / "sweeps" / "example.toml").read_text()
+    smaller = re.sub(r"(total_steps|eval_every|eval_windows) = \d+", r"\1 = 4", example)
+    (tmp_path / "configs" / "sweeps" / "example.toml").write_text(smaller)
     for name in ("tiny", "small", "full"):
         assert (ROOT / "configs" / f"{name}.toml").is_file()
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / f"{name}.toml").write_text(CONFIG.format(name=name))
     assert main(["synth", "--out", "dumps", *INTERNET[:4], "--days", "0.1", "--workers", "1"]) == 0
     (tmp_path / "out" / "demo").mkdir(parents=True)
-    for link, to in (("dump", "dumps"), ("out/demo/dump", "dumps"), ("out/demo/run", "runs/tiny")):
+    made = {"dump": "dumps", "out/demo/dump": "dumps", "out/demo/run": "runs/tiny", "out/demo/rows": "data/rows"}
+    for link, to in made.items():
         (tmp_path / link).symlink_to(tmp_path / to)
     return tmp_path
 
@@ -111,6 +116,7 @@ def test_every_command_block_runs_as_it_stands(small_inputs, capsys):
                 code = 0 if argv in run else main(argv)
                 run.append(argv)
                 assert code == 0, f"{document}: {argv} ended with {code}: {capsys.readouterr().err}"
+    assert (small_inputs / "runs/sweeps/example/curves.png").is_file()
     assert (small_inputs / "results" / "report.md").is_file() and (
         small_inputs / "runs" / "small" / "report.md"
     ).is_file()

@@ -3,6 +3,7 @@
     modal volume put ping-llm-data dumps /dumps
     modal run --detach scripts/train/modal_wrapper.py::prepare data/dumps --out data/rows
     modal run --detach scripts/train/modal_wrapper.py::train --gpu H100:8 configs/full.toml --train.run-dir runs/full
+    modal run --detach scripts/train/modal_wrapper.py::sweep --gpu L4 SWEEP.toml --out runs/NAME
     modal run scripts/train/modal_wrapper.py::infer rtt --model runs/full --src ADDRESS --dst ADDRESS --json
     modal volume get ping-llm-runs /full runs/full
 
@@ -31,6 +32,7 @@ import modal
 
 if TYPE_CHECKING:
     from ping_llm.config import Config
+    from ping_llm.launch.modal_job import Order
 
 REPOSITORY = Path(
     *Path(__file__).resolve().parts[:-3]
@@ -107,7 +109,8 @@ def prepare_rows(inputs: list[str], out: str, options: dict[str, str]) -> dict:
 
 @app.function(volumes=MOUNTS, cpu=1, memory=2048, timeout=600)
 def look(toml: str, options: list[str], gpus: int) -> dict:
-    """Where a run stands, or an `error`, from a machine that costs little: its `step`, and the speed `measured`."""
+    """Where a run stands, or an `error`, from a machine that costs little: its `step`, whether it is `done`, and the speed
+    `measured`."""
     from ping_llm.launch.job import saved
     from ping_llm.launch.modal_job import measured
 
@@ -118,7 +121,8 @@ def look(toml: str, options: list[str], gpus: int) -> dict:
             config = _check([file, *options], gpus)
         except ValueError as error:
             return {"error": str(error)}
-    return {"step": saved(config)[0], "measured": measured(config.train.run_dir)}
+    step, done = saved(config)
+    return {"step": step, "done": done, "measured": measured(config.train.run_dir)}
 
 
 @app.function(volumes=MOUNTS, timeout=HOURS_24_S, retries=again, single_use_containers=True)
@@ -263,11 +267,46 @@ def train(*arguments: str) -> None:
         if standing["measured"] and not order.tokens_per_s:
             print("\n".join(order.cost(standing["measured"])))
         print(f"{order.config.train.run_dir}: {standing['step']:,} steps are done", flush=True)
-        gpu = f"{MODAL_NAMES.get(order.gpu, order.gpu.upper())}:{order.gpus}"
-        machine = {"cpu": CORES_A_GPU * order.gpus, "memory": MEMORY_MB_A_GPU * order.gpus}
-        train_there = train_run.with_options(gpu=gpu, secrets=secrets, **machine)
+        train_there = train_run.with_options(**_machine(order), secrets=secrets)
         step = _answer(train_there.remote(*run, order.local_disk))["step"]
         print(f"{order.config.train.run_dir}: all {step:,} steps are done")
+
+
+@app.local_entrypoint()
+def sweep(*arguments: str) -> None:
+    """[--gpu KIND[:COUNT]] [--tokens-per-s N] [--wandb-secret NAME] [--local-disk DIR|none] SWEEP.toml [--out runs/NAME]"""
+    from ping_llm.launch.modal_job import Order
+
+    with _one_line_errors():
+        orders = Order.of_sweep(arguments, "modal run …::sweep", LOCAL_DISK, _place)
+        prices = [order.price() for order in orders]
+        for order, (hours, dollars) in zip(orders, prices, strict=True):
+            print(f"{order.config.train.run_dir}: {hours:,.2f} hours, {dollars:,.2f} dollars")
+        print(f"{len(orders)} runs, {sum(dollars for _, dollars in prices):,.2f} dollars in all", flush=True)
+        secrets = [secret for order in orders for secret in _secrets(order.config, order.wandb_secret)][:1]
+        looks = look.with_options(secrets=secrets).starmap([(o.toml, o.options, o.gpus) for o in orders])
+        left = [order for order, there in zip(orders, map(_answer, looks), strict=True) if not there["done"]]
+        print(f"{len(orders) - len(left)} of {len(orders)} runs are done", flush=True)
+        train_there = train_run.with_options(**_machine(orders[0]), secrets=secrets)
+        calls = [(order.toml, order.options, order.gpus, order.local_disk) for order in left]
+        failed = []
+        for order, answer in zip(
+            left, train_there.starmap(calls, return_exceptions=True) if calls else (), strict=True
+        ):
+            error = answer if isinstance(answer, BaseException) else answer.get("error")
+            failed += [str(order.config.train.run_dir)] if error else []
+            standing = error or f"all {answer['step']:,} steps are done"
+            print(f"{order.config.train.run_dir}: {standing}", flush=True)
+        if failed:
+            raise ValueError(
+                f"{len(failed)} of {len(orders)} runs failed: {', '.join(failed)}; the lines above say why"
+            )
+
+
+def _machine(order: Order) -> dict:
+    """What Modal is asked for."""
+    gpu = f"{MODAL_NAMES.get(order.gpu, order.gpu.upper())}:{order.gpus}"
+    return {"gpu": gpu, "cpu": CORES_A_GPU * order.gpus, "memory": MEMORY_MB_A_GPU * order.gpus}
 
 
 @app.local_entrypoint()

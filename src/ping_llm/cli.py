@@ -23,7 +23,7 @@ from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 from ping_llm.system.files import cache_folder, try_file, try_folder
 from ping_llm.system.streams import lost_output, steady_streams
 
-_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "transformers": "hf"}
+_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "scipy": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
 _WARNINGS_OF_A_KIND = 3
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -215,6 +215,59 @@ class Plan:
         print("\n".join(plan_cost(dataclasses.replace(run, train=train), gpu, self.gpus, self.mfu).lines))
 
 
+@dataclass
+class Sweep:
+    """Train the runs of a sweep, each in a folder of its own. Run it again to go on where it stopped."""
+
+    file: Annotated[Positional[Path], tyro.conf.arg(metavar="SWEEP.toml")]  # base config, overrides, grid, seeds.
+    out: Path | None = None  # folder for the runs; the one that the file names, or runs/sweeps/NAME, if absent.
+    jobs: int = 1  # runs that are trained at a time, each with its share of the cores.
+    dry_run: Flag = False  # check the file, list the runs and how far each is, and start none.
+
+    def run(self) -> int:
+        from ping_llm.launch.sweep import check_sweep, read_sweep, standing
+
+        if self.jobs < 1:
+            raise ValueError(f"--jobs {self.jobs} must be at least 1")
+        runs = read_sweep(self.file, self.out)
+        left = check_sweep(runs)
+        folder = runs[0].folder.parent
+        if self.dry_run:
+            print("\n".join(f"{run.folder}  {standing(run)}" for run in runs))
+            return 0
+        from ping_llm.launch.sweep_local import run_sweep
+
+        try_folder(folder)
+        print(f"{len(runs)} runs in {folder}, {len(left)} of them to do", flush=True)
+        if failed := run_sweep(runs, left, self.jobs):
+            raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}")
+        print(f"all {len(runs)} runs are done; ping-llm compare {folder}")
+        return 0
+
+
+@dataclass
+class Compare:
+    """Compare training runs: one table by config, differences with their intervals over seeds, and whether they exceed the
+    noise."""
+
+    # run folders, or folders that hold runs, such as that of a sweep.
+    runs: Positional[tuple[Path, ...]]
+    out: Path | None = None  # folder for compare.md, compare.json and curves.png; nothing is written if absent.
+    against: str = ""  # config that the others are compared with, as the table calls it; the first if absent.
+    # folders of evaluations of these runs, besides those in RUN/eval.
+    scores: tuple[Path, ...] = ()
+    noise: tuple[Path, ...] = ()  # runs of a noise study, or folders that hold them: what seeds alone change.
+
+    def run(self) -> None:
+        from ping_llm.eval.compare import compare, print_comparison
+
+        if not self.runs:
+            raise ValueError("name the runs, or folders that hold runs, such as that of a sweep")
+        print_comparison(compare(self.runs, self.out, self.against, self.scores, self.noise))
+        if self.out:
+            print(f"report: {self.out / 'compare.md'}")
+
+
 def eval(argv: list[str]) -> None:
     """Score a model on PingBench beside baselines that learn from the same rows: report.md, results.json, pictures."""
     from ping_llm.eval.options import EvalOptions
@@ -258,9 +311,11 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-_COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, eval, Plan, inference)}
+_COMMANDS = {
+    c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, inference)
+}
 _PARSE_THEMSELVES = (train, eval, inference)
-_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, eval)  # what they print is no answer
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:

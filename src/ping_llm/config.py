@@ -12,11 +12,12 @@ import typing
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
 
+T = TypeVar("T")
 FP8_MULTIPLE = 16  # of each side of a product in FP8
 FP8_LEAST_WIDTH = 128  # as in nanochat: rounding is a pass over each factor, and small products leave little to win
 RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
@@ -270,7 +271,9 @@ class Config(Section):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
-    """Seed of the initial weights and of the windows."""
+    """Seed of the windows and their order, and of the initial weights unless those have their own."""
+    init_seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
+    """Seed of the initial weights alone; 0 = that of the windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -284,17 +287,25 @@ class Config(Section):
             needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
             raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")
 
+    @property
+    def weights_seed(self) -> int:
+        """Seed of the initial weights."""
+        return self.init_seed or self.seed
+
 
 def load_config(path: Path | str) -> Config:
     """Reads a TOML file over the defaults; ValueError names an unknown key, a wrong type or a value out of range."""
-    path = Path(path)
+    return config_from_dict(read_toml(Path(path)), str(path))
+
+
+def read_toml(path: Path, example: str = "configs/tiny.toml") -> dict[str, Any]:
+    """The tables of a TOML file; ValueError if there is none, naming an `example`, or it cannot be read."""
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"no config file {path}; configs/tiny.toml is one to start from") from None
+        raise ValueError(f"no config file {path}; {example} is one to start from") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} is not a readable TOML file: {error}") from None
-    return config_from_dict(values, str(path))
 
 
 def parse_config(argv: list[str], prog: str) -> Config:
@@ -325,10 +336,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """The inverse of `config_to_dict`; keys that are absent keep their defaults. `source` names the file in errors."""
+    return from_dict(values, Config, source)
+
+
+def from_dict(values: dict[str, Any], kind: type[T], source: str) -> T:
+    """A dataclass of plain types; ValueError names an unknown key and the nearest known one, or a wrong type or value."""
     try:
-        return _CONVERTER.structure(values, Config)
+        return _CONVERTER.structure(values, kind)
     except ClassValidationError as error:
-        raise ValueError(_explain(error, Config, values, source, "")) from None
+        raise ValueError(_explain(error, kind, values, source, "")) from None
 
 
 def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -219,7 +219,7 @@ def test_what_is_no_file_of_tasks_is_one_clear_line(tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize(
-    "name", ["submit", "prepare.sbatch", "train.sbatch", "eval.sbatch", "environment.sh", "site.sh"]
+    "name", ["submit", "prepare.sbatch", "train.sbatch", "sweep.sbatch", "eval.sbatch", "environment.sh", "site.sh"]
 )
 def test_the_batch_files_are_shell_without_errors_of_syntax(name):
     assert subprocess.run(["bash", "-n", ROOT / "slurm" / name]).returncode == 0

@@ -30,7 +30,7 @@ PARTITION= CPU_PARTITION= ACCOUNT= GRES={gres} MODULES=() VENV={venv} LOCAL_DISK
 """
 # In every process of the jobs: steps that take their time in the first turns of a job, a crash, a small disk.
 SITECUSTOMIZE = """\
-import os, shutil, signal, time
+import os, shutil, signal, sys, time
 from ping_llm.training import schedule
 
 lr_scale, disk_usage, given = schedule.lr_scale, shutil.disk_usage, os.environ.get
@@ -38,7 +38,7 @@ lr_scale, disk_usage, given = schedule.lr_scale, shutil.disk_usage, os.environ.g
 def watched(progress, config):
     if int(given("SLURM_RESTART_COUNT", 0)) < int(given("SLOW_TURNS", 0)):
         time.sleep(0.5)
-    if progress >= float(given("CRASH_AT", 2)):
+    if progress >= float(given("CRASH_AT", 2)) and given("CRASH_IN", "") in " ".join(sys.argv):
         os.kill(os.getpid(), signal.SIGKILL)
     return lr_scale(progress, config)
 
@@ -86,7 +86,7 @@ class Job:
         return fields["JobState"]
 
     def output(self):
-        return "".join(path.read_text() for path in self.folder.glob(f"*-{self.number}.out"))
+        return "".join(path.read_text() for path in self.folder.glob(f"*-{str(self.number).replace('_', '-')}.out"))
 
     def errors(self):
         return [line for line in self.output().splitlines() if line.startswith("error: ")]
@@ -248,6 +248,35 @@ def test_a_crash_ends_the_job_in_one_line_and_does_not_bring_it_back(cluster, lo
     assert {path.name for path in run_dir.iterdir()}.isdisjoint({"DONE", "PREEMPTED"})
     time.sleep(3)
     assert job.fields()["JobState"] == "FAILED"
+
+
+def test_a_sweep_is_an_array_of_jobs_that_learn_what_one_machine_learns(cluster, long_job, rows_folder, tmp_path):
+    """And a run that fails does not end the others; submitted again, only that one is tried."""
+    options = training(rows_folder, "")
+    overrides = dict(zip((name.removeprefix("--") for name in options[5::2]), options[6::2], strict=True))
+    values = [
+        f"{name.replace('-', '_')} = {value if value.isdecimal() else repr(value)}" for name, value in overrides.items()
+    ]
+    sweep = tmp_path / "sweep.toml"
+    text = f"base = '{ROOT}/configs/tiny.toml'\nout = '{tmp_path}/runs'\nseeds = [0, 1]\n[config]\n"
+    text += "\n".join([f"data.rows = '{rows_folder}'", "train.total_steps = 6", *values, "[[runs]]", "[[runs]]"])
+    sweep.write_text(text + "\nname = 'crash'\nmodel.n_layer = 2\n")
+    array = cluster.submit("sweep", sweep, CRASH_AT="0.5", CRASH_IN="crash")
+    jobs = [Job(f"{array.number}_{number}", array.environment, array.folder) for number in range(4)]
+    states = [job.wait() for job in jobs]
+    runs = [tmp_path / "runs" / f"{name},seed={seed}" for name in ("base", "crash") for seed in (0, 1)]
+    logs = [(run / "train.log").read_text() for run in runs]
+    assert states == ["COMPLETED"] * 2 + ["FAILED"] * 2, logs
+    assert [(run / "DONE").exists() for run in runs] == [True, True, False, False]
+    assert "training ended with code 1 after step" in logs[2] and f"{runs[0]}/train.log" in jobs[0].output()
+    train_here([*training(rows_folder, tmp_path / "here", "--train.total-steps", 6), "--seed", "1"])
+    assert last_weights(runs[1]) == last_weights(tmp_path / "here") != last_weights(runs[0])
+
+    again = cluster.submit("sweep", sweep)
+    assert [Job(f"{again.number}_{number}", again.environment, again.folder).wait() for number in (2, 3)] == [
+        "COMPLETED"
+    ] * 2
+    assert all((run / "DONE").exists() for run in runs) and (runs[0] / "train.log").read_text() == logs[0]
 
 
 BAD = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
+import ping_llm
 from ping_llm.config import Config
 from ping_llm.data.rows import RowReader, manifest_sha256, shard_paths
 from ping_llm.training import schedule
@@ -71,6 +73,12 @@ def copy_rows(rows: Path, disk: Path) -> Path:
             shutil.copyfile(path, aside / path.name)
         aside.rename(copy)
     return copy
+
+
+def environment() -> dict[str, str]:
+    """The environment of this process, with this package importable from every folder."""
+    paths = [str(Path(ping_llm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _shards(rows: Path) -> list[Path]:

@@ -6,7 +6,6 @@ Such a machine may be taken away at any time: a signal announces it, and what wa
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 import subprocess
@@ -17,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ping_llm
-from ping_llm.config import Config, parse_config
-from ping_llm.launch.job import checkpoints
+from ping_llm.config import Config, config_to_dict, parse_config
+from ping_llm.launch.job import checkpoints, environment
+from ping_llm.launch.plan import ASSUMED_MFU, GPU, CostPlan, plan_cost
+from ping_llm.launch.sweep import read_sweep
+from ping_llm.model.gpt import flops_per_token
 from ping_llm.system.hardware import gpu_kind
 from ping_llm.system.signals import on_signals
 from ping_llm.training.metrics import read_machines, read_metrics
+from ping_llm.training.report import to_toml
 
 POLL_S = 0.2
 MAX_GPUS = 8  # of one machine
@@ -48,27 +50,42 @@ class Order:
 
         `place(field, path)` names a folder as it is there, or raises ValueError; so does any other mistake.
         """
-        parser = argparse.ArgumentParser(prog, allow_abbrev=False)
-        parser.add_argument("--gpu", default="A100")
-        parser.add_argument("--tokens-per-s", type=float, default=0.0)
-        parser.add_argument("--wandb-secret", default="wandb")
-        parser.add_argument("--local-disk", default=local_disk)
-        own, argv = parser.parse_known_args(list(arguments))
+        own, argv = _machine_parser(prog, local_disk).parse_known_args(list(arguments))
         machine = parse_gpu(own.gpu)
         config = parse_config(argv, prog)
-        options = [*argv[1:], "--data.rows", place("data.rows", config.data.rows)]
-        options += ["--train.run-dir", place("train.run_dir", config.train.run_dir)]
+        options = [*argv[1:], *_places(config, place)]
         toml = Path(argv[0]).read_text()
         return cls(config, toml, options, *machine, own.tokens_per_s, own.wandb_secret, own.local_disk)
+
+    @classmethod
+    def of_sweep(
+        cls, arguments: Sequence[str], prog: str, local_disk: str, place: Callable[[str, Path], str]
+    ) -> list[Order]:
+        """`[OPTION as of parse …] SWEEP.toml [--out runs/NAME]`: one for each run of the sweep. ValueError as there."""
+        parser = _machine_parser(prog, local_disk)
+        parser.add_argument("file", type=Path)
+        parser.add_argument("--out", type=Path)
+        own = parser.parse_args(list(arguments))
+        machine, orders = parse_gpu(own.gpu), []
+        for run in read_sweep(own.file, own.out):
+            toml, options = to_toml(config_to_dict(run.config)), _places(run.config, place)
+            orders.append(cls(run.config, toml, options, *machine, own.tokens_per_s, own.wandb_secret, own.local_disk))
+        return orders
+
+    def price(self) -> tuple[float, float]:
+        """Hours and dollars, by the measured or assumed speed or, if that is less, by `train.max_minutes`."""
+        hours = self.config.train.max_minutes / 60
+        limits = [(hours, hours * self.gpus * GPU.named(self.gpu).dollars_per_hour)] if hours else []
+        if self.config.train.total_steps or self.config.train.target_tokens:
+            plan = self._plan(self.tokens_per_s)
+            limits.append((plan.hours, plan.dollars))
+        return min(limits)
 
     def cost(self, measured: dict | None = None) -> list[str]:
         """Lines that say what the run will take; ValueError if its batch cannot be dealt to the GPUs.
 
         measured: by `measured` below; used if the GPUs are the same.
         """
-        from ping_llm.launch.plan import ASSUMED_MFU, GPU, plan_cost
-        from ping_llm.model.gpt import flops_per_token
-
         gpu, rate, train = GPU.named(self.gpu), self.tokens_per_s, self.config.train
         if not rate and measured and (gpu_kind(measured["device"]), measured["processes"]) == (gpu.kind, self.gpus):
             rate = measured["tokens_per_s"]
@@ -77,16 +94,34 @@ class Order:
         lines = [f"at most {hours:,.1f} hours, {dollars:,.2f} dollars"] if hours else []
         if not (train.total_steps or train.target_tokens):
             return lines
-        mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
-        lines += plan_cost(self.config, gpu, self.gpus, mfu).lines
+        lines += self._plan(rate).lines
         speed = f"{rate:,.0f} tokens/s were measured" if rate else "no speed was measured; pass one with --tokens-per-s"
         return [*lines, f"{speed}; CPUs and memory come on top"]
+
+    def _plan(self, rate: float) -> CostPlan:
+        """At so many tokens/s; 0 = by the assumed MFU."""
+        gpu = GPU.named(self.gpu)
+        mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
+        return plan_cost(self.config, gpu, self.gpus, mfu)
+
+
+def _machine_parser(prog: str, local_disk: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, allow_abbrev=False)
+    parser.add_argument("--gpu", default="A100")
+    parser.add_argument("--tokens-per-s", type=float, default=0.0)
+    parser.add_argument("--wandb-secret", default="wandb")
+    parser.add_argument("--local-disk", default=local_disk)
+    return parser
+
+
+def _places(config: Config, place: Callable[[str, Path], str]) -> list[str]:
+    """Options that name the folders of a run as they are on the rented machine."""
+    rows, run_dir = place("data.rows", config.data.rows), place("train.run_dir", config.train.run_dir)
+    return ["--data.rows", rows, "--train.run-dir", run_dir]
 
 
 def parse_gpu(text: str) -> tuple[str, int]:
     """`H100:8` as a name of the price table and how many; ValueError if there are no such."""
-    from ping_llm.launch.plan import GPU
-
     kind, _, count = text.partition(":")
     gpus = int(count) if count.isdecimal() else 0 if ":" in text else 1
     if not 1 <= gpus <= MAX_GPUS:
@@ -139,9 +174,3 @@ def run_ranks(
                 job.wait()
             keep()
     return job.returncode, reasons[0] if reasons else ""
-
-
-def environment() -> dict[str, str]:
-    """The environment of this process, with this package importable from every folder."""
-    paths = [str(Path(ping_llm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

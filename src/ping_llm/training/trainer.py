@@ -130,7 +130,7 @@ class Training:
             raise ValueError(f"{where} than the main one; copy them")
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
         torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
-        model = GPT(config.model, generator=torch.Generator().manual_seed(config.seed)).to(ranks.device)
+        model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
         average = WeightAverage(model, config.train.average) if config.train.average else None

@@ -1,4 +1,4 @@
-"""A folder of rows in, the measurements that are evidence for a query out: of its pair, its ends, their networks.
+"""A folder of rows in, the measurements of a pair, of either end or of a network before a second out.
 
 The measurements of one part lie sorted in a file of Arrow that is mapped into memory, not read: opening it takes no longer
 for more of them. They stand by source, destination and time; three more orders are kept as places. A query is two or three
@@ -54,6 +54,7 @@ class Memory:
     by_destination: np.ndarray  # (n,) places by destination and time
     by_network: np.ndarray  # (n,) places by source, network of the destination, and time
     run_first: np.ndarray  # (n,) of each one in `by_network`, where its run of one destination begins
+    other_sources: bool = False  # whether those of other sources are evidence too: see evidence.py
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -133,7 +134,7 @@ class Memory:
             own = (at >= first) & (self.dst_id[self.by_network[place]] == destination)
             at = np.where(
                 own, self.run_first[place].astype(np.int64) - 1, at
-            )  # what stands before a run is no more of it
+            )  # before a run stands another destination
             place = np.maximum(at, 0)
             column[:] = np.where(at >= first, self.by_network[place], -1)
             at -= 1

@@ -125,9 +125,10 @@ def test_the_nearest_sources_are_those_of_like_rtts_and_then_those_of_like_addre
 
 def test_of_many_other_sources_each_has_its_turn(tmp_path):
     sources = [f"203.0.112.{i}" for i in range(12)]
-    lines = [(ME, f"203.0.113.{i}", 200 - i, 20.0) for i in range(6)]
+    lines = [(ME, f"203.0.113.{j}", 200 - j, 20.0) for j in range(OWN)]
     for i, source in enumerate(sources):
-        lines += [(source, f"203.0.113.{j}", 300 + i, 20.0 * 1.1**i) for j in range(6)] + [(source, DST, 50 - i, 30.0)]
+        pinged = [4] if i == 0 else range(4) if i < 3 else range(5)  # the first one pings only what fewest do
+        lines += [(source, f"203.0.113.{j}", 300 + i, 20.0 * 1.1**i) for j in pinged] + [(source, DST, 50 - i, 30.0)]
     found = seen(evidence(memory_of(tmp_path, lines, True), query(), ALL))
     assert [line[0] for line in found if line[1] == DST] == sources[:OTHERS]
     shared = [line[0] for line in found if line[1] != DST and line[0] != ME]

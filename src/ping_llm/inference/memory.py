@@ -94,8 +94,8 @@ class Memory:
         """KeyError if a column is missing; the arrays are views of the table."""
         dst = table.column("dst").chunk(0)
         names = ("src_id", "time_s", "rtt_ms", "by_source", "by_destination", "by_network", "run_first")
-        columns = {name: table.column(name).chunk(0).to_numpy() for name in names}
-        return cls(addresses=byte_matrix(dst.dictionary), dst_id=dst.indices.to_numpy(), **columns)
+        columns = {name: _values(table.column(name).chunk(0)) for name in names}
+        return cls(addresses=byte_matrix(dst.dictionary), dst_id=_values(dst.indices), **columns)
 
     def ids(self, packed: np.ndarray) -> np.ndarray:
         """(q,) int64, where each of (q, 16) addresses stands among those held; −1 if it is not held."""
@@ -182,6 +182,12 @@ class _Order:
             place = np.maximum(at, 0)
             found[some] = np.where(at >= first[some, None], place if self.places is None else self.places[place], -1)
         return found
+
+
+def _values(column: pa.Array) -> np.ndarray:
+    """The numbers of a column without nulls, (n,), a view; `to_numpy` would import pandas first."""
+    kind = np.dtype(column.type.to_pandas_dtype())
+    return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
 
 
 def _is_beside_ipv4(packed: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from ping_llm.data.measurement import format_address, pack_address
 from ping_llm.data.rows import ProbeRow
 from ping_llm.inference import evidence as module
 from ping_llm.inference.context import Context
-from ping_llm.inference.evidence import OTHERS, OWN, PAIR, SHARED, evidence, recalled
+from ping_llm.inference.evidence import COMMON, OTHERS, OWN, PAIR, SHARED, evidence, recalled
 from ping_llm.inference.memory import Memory
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
@@ -51,20 +51,16 @@ def ping(seconds: int, rtt: float, src: str = ME, dst: str = DST) -> dict:
     return {"src_addr": src, "dst_addr": dst, "rtt": rtt, "event_time": AT - seconds}
 
 
-PAIR_LINES = [(ME, DST, 100 - i, 10.0 + i) for i in range(5)]
-OWN_LINES = [(ME, f"203.0.113.{i}", 300 - 10 * i - j, 20.0 + i + j) for i in range(8) for j in range(2)]
+PAIR_LINES = [(ME, DST, 100 - i, 10.0 + i) for i in range(8)]
+OWN_LINES = [(ME, f"203.0.113.{i}", 300 - 10 * i - j, 20.0 + i + j) for i in range(14) for j in range(2)]
 
 
-def test_the_evidence_is_the_latest_of_the_pair_and_of_the_source_to_other_destinations(tmp_path):
+def test_the_evidence_is_the_latest_of_the_pair_or_else_of_the_source_to_other_destinations(tmp_path):
     memory = memory_of(tmp_path, PAIR_LINES + OWN_LINES + [("192.0.2.9", DST, 5, 1.0)])
-    expected = [(ME, f"203.0.113.{i}", 299 - 10 * i, 21.0 + i) for i in range(8 - OWN, 8)] + PAIR_LINES[-PAIR:]
-    assert seen(evidence(memory, query(), ALL)) == expected
-    assert seen(evidence(memory, query(dst="203.0.113.7"), ALL))[-PAIR:] == [
-        (ME, "203.0.113.7", 230, 27.0),
-        (ME, "203.0.113.7", 229, 28.0),
-        PAIR_LINES[-1],
-    ]
-    assert seen(evidence(memory, query(dst="198.51.0.0/16"), ALL)) == [*expected[1:-PAIR], PAIR_LINES[-1]]
+    assert seen(evidence(memory, query(), ALL)) == PAIR_LINES[-PAIR:]
+    latest = [(ME, f"203.0.113.{i}", 299 - 10 * i, 21.0 + i) for i in range(14)] + PAIR_LINES[-1:]
+    for unknown in ("198.51.100.8", "198.51.0.0/16", None):
+        assert seen(evidence(memory, query(dst=unknown), ALL)) == latest[-OWN:]
     assert not len(evidence(memory, query(src="192.0.2.7"), ALL))
     for src in (None, "192.0.2.0/24"):
         with pytest.raises(ValueError, match="of one source; give its whole address"):
@@ -105,7 +101,10 @@ def test_of_other_sources_it_holds_the_destinations_latest_and_what_compares_the
         *[(NEAR, f"203.0.113.{i}", 400 - i, 21.0 + i) for i in range(3)],
     ]
     own = [line[1] for line in found if line[0] == ME]
-    assert len(own) == OWN and "203.0.113.2" in own  # which both ping
+    assert len(own) == 6
+    beside_pair = seen(evidence(memory_of(tmp_path / "pair", [*other_lines(), (ME, DST, 9, 33.0)], True), query(), ALL))
+    own = [line[1] for line in beside_pair if line[0] == ME]
+    assert len(own) == COMMON + 1 and {"203.0.113.2", "203.0.113.0", "203.0.113.1"} < set(own)  # which the others ping
     assert not [line for line in seen(evidence(memory_of(tmp_path, other_lines()), query(), ALL)) if line[0] != ME]
 
 
@@ -125,7 +124,7 @@ def test_the_nearest_sources_are_those_of_like_rtts_and_then_those_of_like_addre
 
 def test_of_many_other_sources_each_has_its_turn(tmp_path):
     sources = [f"203.0.112.{i}" for i in range(12)]
-    lines = [(ME, f"203.0.113.{j}", 200 - j, 20.0) for j in range(OWN)]
+    lines = [(ME, f"203.0.113.{j}", 200 - j, 20.0) for j in range(COMMON)]
     for i, source in enumerate(sources):
         pinged = [4] if i == 0 else range(4) if i < 3 else range(5)  # the first one pings only what fewest do
         lines += [(source, f"203.0.113.{j}", 300 + i, 20.0 * 1.1**i) for j in pinged] + [(source, DST, 50 - i, 30.0)]
@@ -215,7 +214,7 @@ def test_a_model_answers_from_what_its_memory_holds(tmp_path):
     model = replace(alone, memory=memory)
     (filled,) = recalled(memory, [query()], 256)
     found = model.rtt(ME, DST, AT)
-    assert found.context_measurements == len(filled.context) > PAIR
+    assert found.context_measurements == len(filled.context) == PAIR
     assert found.mean == next(alone.distributions([filled]))[0].mean != alone.rtt(ME, DST, AT).mean
     assert model.rtt_many([query()])[0].mean == found.mean
     table = [{"src_addr": ME, "dst_addr": DST, "event_time": AT}]

@@ -13,6 +13,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +95,7 @@ class Memory:
         """KeyError if a column is missing; the arrays are views of the table."""
         dst = table.column("dst").chunk(0)
         names = ("src_id", "time_s", "rtt_ms", "by_source", "by_destination", "by_network", "run_first")
-        columns = {name: _values(table.column(name).chunk(0)) for name in names}
+        columns: dict[str, Any] = {name: _values(table.column(name).chunk(0)) for name in names}
         return cls(addresses=byte_matrix(dst.dictionary), dst_id=_values(dst.indices), **columns)
 
     def ids(self, packed: np.ndarray) -> np.ndarray:

@@ -184,3 +184,18 @@ def test_a_folder_without_rows_of_the_part_is_named(tmp_path):
     write_rows(tmp_path, {"val": [make_row(9)]})
     with pytest.raises(ValueError, match=f'{tmp_path} holds no "train" rows'):
         Memory.open(tmp_path)
+
+
+def test_each_process_writes_aside_under_a_name_of_its_own_and_leaves_nothing(tmp_path, monkeypatch):
+    asides = []
+
+    def refuse(aside, path):
+        asides.append((aside.name, aside.stat().st_size > 0))
+        raise PermissionError("nothing is moved here")
+
+    monkeypatch.setattr("ping_llm.inference.memory.move_atomically", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert len(memory_of(tmp_path / "rows", [(9, 0, 1), (9, 0, 2)])) == 2
+    assert len({name for name, _ in asides}) == len(asides) == 4 and all(written for _, written in asides)
+    assert not list(tmp_path.rglob("memory-*"))

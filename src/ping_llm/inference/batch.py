@@ -18,6 +18,7 @@ from ping_llm.data.text_table import table_of
 from ping_llm.inference.context import Records
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.engine import Focus, Reader
+from ping_llm.inference.evidence import recalled
 from ping_llm.inference.mixture import CHUNK, distributions
 from ping_llm.inference.query import Endpoint, SrcKnown, known_lengths
 from ping_llm.inference.table import ContextTable, QueryTable
@@ -37,6 +38,7 @@ def answer_table(
     advance: Callable[[float], None] = lambda rows: None,
     *,
     one_host: bool = False,
+    any_source: bool = False,
 ) -> Records:
     """The distribution of the result of each query, in the order of the queries: a table of the kind that was given.
 
@@ -44,7 +46,8 @@ def answer_table(
     event_time, and rtt (ms, −1 = failed), by which the answer is scored. `context` has src_addr, dst_addr, rtt and,
     optionally, event_time and query_id: a row with a query_id is context of that query, and one without is context of
     every query of its source, if it is from an earlier second. With `one_host` all sources of the context are addresses of
-    one host: a row without a query_id is context of every later query that names a source. A query_id is any text, and
+    one host, with `any_source` they may be other hosts: then a row without a query_id is context of every later query that
+    names a source. A memory of the reader adds to contexts that are short. A query_id is any text, and
     compared as it is written (for numbers see data.as_text). Columns out: query_id as it was given (the number of the row,
     if none was), ANSWER_COLUMNS; SCORE_COLUMNS, if there is an rtt; and error, if some row is bad. `advance` is called with
     rows done.
@@ -58,7 +61,9 @@ def answer_table(
     if measured is not None and not measured.num_rows:
         log.warning("the context has no rows: it is a context of nothing")
         measured = None
-    contexts = None if measured is None else ContextTable.parse(measured, table.rows if named else (), one_host)
+    contexts = (
+        None if measured is None else ContextTable.parse(measured, table.rows if named else (), one_host, any_source)
+    )
     most = reader.seq_len // LEAST_TOKENS + 1
     columns = np.full((len(table.rows), len(ANSWER_COLUMNS) + len(SCORE_COLUMNS)), np.nan)
     order, used = table.order(), contexts is None
@@ -66,6 +71,7 @@ def answer_table(
         rows = order[first : first + CHUNK]
         valid, distinct, place = table.distinct(rows, contexts, most, src_known)
         used |= any(len(query.context) for query in distinct)
+        distinct = distinct if reader.memory is None else recalled(reader.memory, distinct, reader.seq_len)
         done = 0
         focus = Focus.on(np.array(QUANTILES), len(distinct), place, table.rtt_ms[valid])
         for found in distributions(reader, distinct, src_known, focus):

@@ -33,11 +33,11 @@ class ModelOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster; probabilities differ by some percent of themselves."""
 
-    def load(self) -> PingModel:
+    def load(self, memory: Path | None = None) -> PingModel:
         """Reads the best checkpoint."""
         from ping_llm.inference.model import PingModel
 
-        return PingModel.load(self.model, self.device, self.precision)
+        return PingModel.load(self.model, self.device, self.precision, memory)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Situation:
     is from a second before --at."""
     one_host: Flag = False
     """The context may hold other sources than --src: all are addresses of one host."""
+    any_source: Flag = False
+    """The context may hold pings of other hosts, as evidence of the destination."""
     src_known: str = "auto"
     """How much of the source is known: all, none, a prefix length, or auto: several, weighted by how well each
     explains the context."""
@@ -60,7 +62,7 @@ class Situation:
         from ping_llm.inference.files import read_context
 
         given = {"at": self.at or None, "context": read_context(self.context), "src_known": self.src_known}
-        return given | {"one_host": self.one_host}
+        return given | {"one_host": self.one_host, "any_source": self.any_source}
 
 
 Model = tyro.conf.OmitArgPrefixes[ModelOptions]
@@ -76,6 +78,7 @@ def rtt(
     json: Flag = False,
     plot: Path | None = None,
     truth: Path | None = None,
+    memory: Path | None = None,
 ) -> None:
     """The distribution of the RTT between two hosts, exactly; of one with any other, if only one is given.
 
@@ -86,6 +89,7 @@ def rtt(
         json: print one JSON object; a list of them for several destinations.
         plot: draw the densities to this image file.
         truth: truth.json of a synthetic dump: the true distribution is drawn, or printed, beside the answer.
+        memory: folder of rows; what its train part holds of the source and the pair before --at joins a short context.
     """
     destinations: list[str | None] = [address for group in dst + dst_prefix for address in group]
     if not src and not destinations:
@@ -105,11 +109,11 @@ def rtt(
 
         check_picture(plot, len(destinations) or 1)
     given = known.read()
-    context = Context.parse(given["context"], known.one_host)
+    context = Context.parse(given["context"], known.one_host, known.any_source)
     queries = [Query.parse(src or None, to, given["at"], context) for to in destinations or [None]]
     time_s = parse_time(known.at) if known.at else None
     true = Truth.load(truth).rtt_distribution(src, destinations[0], time_s) if truth and destinations[0] else None
-    found = model.load().rtt_many(queries, known.src_known)
+    found = model.load(memory).rtt_many(queries, known.src_known)
     names = [to or "anywhere" for to in destinations or [None]]
     shown = dict(zip(names if len(names) > 1 else ["model"], found, strict=True))
     if json:
@@ -131,7 +135,9 @@ def batch(
     output: Path,
     context: Path | None = None,
     one_host: Flag = False,
+    any_source: Flag = False,
     src_known: str = "auto",
+    memory: Path | None = None,
 ) -> int:
     """Answer a table of queries, row for row. Exit code 3 if some rows could not be answered; these say why.
 
@@ -143,7 +149,10 @@ def batch(
             every query of its source from a later second.
         one_host: all sources of the context are addresses of one host: without query_id, a row is context of every query
             from a later second that names a source.
+        any_source: the context may hold pings of other hosts, as evidence of the destinations: without query_id, a row is
+            context of every query from a later second that names a source.
         src_known: how much of the sources is known: all, none, a prefix length, or auto.
+        memory: folder of rows; what its train part holds of a query's source and pair before it joins a short context.
     """
     from ping_llm.data.in_memory import count_rows
     from ping_llm.inference.batch import answer_table
@@ -152,10 +161,11 @@ def batch(
 
     check_output(output)
     queries, suffix = read_input(input)
-    earlier, reader = read_context(context), model.load()
+    earlier, reader = read_context(context), model.load(memory)
     count = count_rows(queries)
+    hosts = {"one_host": one_host, "any_source": any_source}
     with show_progress("answer", count, "queries") as advance:
-        answers = answer_table(reader, queries, earlier, src_known, advance, one_host=one_host)
+        answers = answer_table(reader, queries, earlier, src_known, advance, **hosts)
     write_table(answers, output, suffix)
     answers = as_arrow(answers)
     bad = count - answers.column("error").null_count if "error" in answers.column_names else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 class Context:
     """Columns of measurements; as the context of a query, of one source and in time order where times are known.
 
-    With `one_host` all its sources are addresses of one host, and count as one source.
+    With `one_host` all its sources are addresses of one host, and count as one source. With `any_source` they may be other
+    hosts than the source of the query; ValueError with both.
     """
 
     src: np.ndarray  # (n, 16) uint8
@@ -37,17 +38,25 @@ class Context:
     rtt_ms: np.ndarray  # (n,) float64, −1 = failed
     time_s: np.ndarray | None  # (n,) int64
     one_host: bool = False
+    any_source: bool = False
+
+    def __post_init__(self) -> None:
+        if self.one_host and self.any_source:
+            raise ValueError(
+                "one_host and any_source exclude each other: all sources are one host, or they may be several"
+            )
 
     def __len__(self) -> int:
         return len(self.rtt_ms)
 
     @classmethod
-    def parse(cls, measurements: object, one_host: bool = False) -> Context:
+    def parse(cls, measurements: object, one_host: bool = False, any_source: bool = False) -> Context:
         """The context that a table (see `columns_of`) holds; None holds none.
 
         Measurements out of time order are put in order, with a warning.
         """
-        context = columns_of([] if measurements is None else measurements, "the context", "context row", one_host)
+        given = [] if measurements is None else measurements
+        context = columns_of(given, "the context", "context row", one_host, any_source)
         order = context.time_order()
         warn_of_order([order])
         return context.take(order)
@@ -64,7 +73,7 @@ class Context:
     def take(self, rows: np.ndarray | slice) -> Context:
         """The measurements at `rows`, in that order."""
         time_s = None if self.time_s is None else self.time_s[rows]
-        return Context(self.src[rows], self.dst[rows], self.rtt_ms[rows], time_s, self.one_host)
+        return replace(self, src=self.src[rows], dst=self.dst[rows], rtt_ms=self.rtt_ms[rows], time_s=time_s)
 
     def time_order(self) -> np.ndarray:
         """The rows in time order, those of the same second and those without times in the order given, (n,)."""
@@ -77,7 +86,13 @@ def warn_of_order(orders: Sequence[np.ndarray]) -> None:
         log.warning("the context is not in the order of event_time; it was put in order")
 
 
-def columns_of(measurements: object, what: str = "the table", row_name: str = "row", one_host: bool = False) -> Context:
+def columns_of(
+    measurements: object,
+    what: str = "the table",
+    row_name: str = "row",
+    one_host: bool = False,
+    any_source: bool = False,
+) -> Context:
     """The columns of a table (see `Records`), in its order: src_addr, dst_addr, rtt (ms, −1 = failed), maybe event_time.
 
     They may be of several sources. A time stands in every row or in none. ValueError names the column of `what`, or the
@@ -87,7 +102,7 @@ def columns_of(measurements: object, what: str = "the table", row_name: str = "r
     text = table.read_text(["src_addr", "dst_addr", "rtt", "event_time"])
     if not table.num_rows:
         nothing = np.zeros((0, ADDRESS_BYTES), dtype=np.uint8)
-        return Context(nothing, nothing, np.zeros(0), None, one_host)
+        return Context(nothing, nothing, np.zeros(0), None, one_host, any_source)
     for name in ("src_addr", "dst_addr", "rtt"):
         if name not in text.column_names:
             raise ValueError(f"{what} has no column {name}; it has {', '.join(table.names)}")
@@ -105,4 +120,5 @@ def columns_of(measurements: object, what: str = "the table", row_name: str = "r
     if errors:
         row = min(errors)
         raise ValueError(f"{row_name} {row + 1}: {errors[row]}")
-    return Context(parsed["src_addr"], parsed["dst_addr"], parsed["rtt"], parsed.get("event_time"), one_host)
+    columns = (parsed["src_addr"], parsed["dst_addr"], parsed["rtt"], parsed.get("event_time"))
+    return Context(*columns, one_host, any_source)

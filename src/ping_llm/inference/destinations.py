@@ -63,11 +63,12 @@ def destinations(
     expansions: int = EXPANSIONS,
     *,
     one_host: bool = False,
+    any_source: bool = False,
 ) -> FoundAddresses:
     """The `top` likeliest destinations of pings from `src`: P(dst | src), or given an RTT of `rtt` or within `rtt_max` ms.
 
     With `prefix` only those in it, with their probabilities within it. After so many `expansions` of prefixes the
-    answer is what was found, and not proven. `at`, `context`, `src_known` and `one_host`: see `PingModel.rtt`.
+    answer is what was found, and not proven. `at`, `context`, `src_known`, `one_host` and `any_source`: see `PingModel.rtt`.
     """
     _check_numbers(rtt, rtt_max, top, expansions)
     if not src:
@@ -81,7 +82,7 @@ def destinations(
             f"no address of {', '.join(families)} lies in {prefix}; leave out families, or add {inside.family}"
         )
     roles = [role for family, role in zip(FAMILIES, DST_ROLES, strict=True) if family in families]
-    query = Query.parse(src, None, at, Context.parse(context, one_host))
+    query = Query.parse(src, None, at, Context.parse(context, one_host, any_source))
     variants, search = _search(reader, query, rtt, inside, roles, src_known, expansions)
     if rtt_max is None:
         return _likeliest(search, top, "dst_addr")
@@ -102,11 +103,12 @@ def complete(
     expansions: int = EXPANSIONS,
     *,
     one_host: bool = False,
+    any_source: bool = False,
 ) -> FoundAddresses:
     """The `top` likeliest whole addresses of a partial one, and the probability of each within it.
 
     `role` says which address of a ping it is, dst or src; the other address, the RTT (ms) and the time may be given,
-    and `context`, `src_known` and `one_host`: see `PingModel.rtt`.
+    and `context`, `src_known`, `one_host` and `any_source`: see `PingModel.rtt`.
     """
     _check_numbers(rtt, None, top, expansions)
     if role not in ("dst", "src"):
@@ -122,7 +124,7 @@ def complete(
             raise ValueError("a context is of one source; give that source")
         query = Query(None, None, None if at is None else parse_time(at), Context.parse(None))
     else:
-        query = Query.parse(src, dst, at, Context.parse(context, one_host))
+        query = Query.parse(src, dst, at, Context.parse(context, one_host, any_source))
     _, search = _search(reader, query, rtt, inside, roles, src_known, expansions)
     return _likeliest(search, top, f"{role}_addr")
 

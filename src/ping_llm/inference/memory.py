@@ -1,4 +1,4 @@
-"""A folder of rows in, the measurements that are evidence for a query out: of its pair, its ends, their networks.
+"""A folder of rows in, the measurements of a pair, of either end or of a network before a second out.
 
 The measurements of one part lie sorted in a file of Arrow that is mapped into memory, not read: opening it takes no longer
 for more of them. They stand by source, destination and time; three more orders are kept as places. A query is two or three
@@ -13,6 +13,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +55,7 @@ class Memory:
     by_destination: np.ndarray  # (n,) places by destination and time
     by_network: np.ndarray  # (n,) places by source, network of the destination, and time
     run_first: np.ndarray  # (n,) of each one in `by_network`, where its run of one destination begins
+    other_sources: bool = False  # whether those of other sources are evidence too: see evidence.py
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -93,8 +95,8 @@ class Memory:
         """KeyError if a column is missing; the arrays are views of the table."""
         dst = table.column("dst").chunk(0)
         names = ("src_id", "time_s", "rtt_ms", "by_source", "by_destination", "by_network", "run_first")
-        columns = {name: table.column(name).chunk(0).to_numpy() for name in names}
-        return cls(addresses=byte_matrix(dst.dictionary), dst_id=dst.indices.to_numpy(), **columns)
+        columns: dict[str, Any] = {name: _values(table.column(name).chunk(0)) for name in names}
+        return cls(addresses=byte_matrix(dst.dictionary), dst_id=_values(dst.indices), **columns)
 
     def ids(self, packed: np.ndarray) -> np.ndarray:
         """(q,) int64, where each of (q, 16) addresses stands among those held; −1 if it is not held."""
@@ -133,7 +135,7 @@ class Memory:
             own = (at >= first) & (self.dst_id[self.by_network[place]] == destination)
             at = np.where(
                 own, self.run_first[place].astype(np.int64) - 1, at
-            )  # what stands before a run is no more of it
+            )  # before a run stands another destination
             place = np.maximum(at, 0)
             column[:] = np.where(at >= first, self.by_network[place], -1)
             at -= 1
@@ -181,6 +183,12 @@ class _Order:
             place = np.maximum(at, 0)
             found[some] = np.where(at >= first[some, None], place if self.places is None else self.places[place], -1)
         return found
+
+
+def _values(column: pa.Array) -> np.ndarray:
+    """The numbers of a column without nulls, (n,), a view; `to_numpy` would import pandas first."""
+    kind = np.dtype(column.type.to_pandas_dtype())
+    return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
 
 
 def _is_beside_ipv4(packed: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context, Records
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader
+from ping_llm.inference.evidence import recalled
+from ping_llm.inference.memory import Memory
 from ping_llm.inference.query import Query, SrcKnown, Time
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.system.hardware import pick_device
@@ -36,8 +38,18 @@ class PingModel(Reader):
     complete = search.complete
 
     @classmethod
-    def load(cls, path: Path | str, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> PingModel:
+    def load(
+        cls,
+        path: Path | str,
+        device: str = "auto",
+        precision: Literal["fp32", "bf16"] = "fp32",
+        memory: Path | str | None = None,
+    ) -> PingModel:
         """Loads the best checkpoint of a run folder, or one checkpoint, RUN/checkpoints/step-…; ValueError if there is none.
+
+        `memory` is a folder of rows: `rtt` and `rtt_many` add to a context that is short what its part train holds of the
+        pair and of the source before the query and, if the model learned from windows of several probes, of other sources
+        to the same destinations (see evidence.py).
 
         A calibration is taken only by the checkpoint that it was fitted for; any other answers without, with a warning.
 
@@ -45,8 +57,11 @@ class PingModel(Reader):
         a trained model by more than 1 %.
         """
         chosen = pick_device(device)
-        gpt, _, state = load_model(path, chosen)
-        return cls(gpt, chosen, Calibration.load_for(Path(path), state["sha256"][MODEL_NAME]), precision)
+        gpt, config, state = load_model(path, chosen)
+        calibration = Calibration.load_for(Path(path), state["sha256"][MODEL_NAME])
+        several = getattr(config.data, "mesh", 0.0) > 0
+        held = None if memory is None else replace(Memory.open(memory), other_sources=several)
+        return cls(gpt, chosen, calibration, precision, memory=held)
 
     def rtt(
         self,
@@ -57,18 +72,22 @@ class PingModel(Reader):
         src_known: SrcKnown = "auto",
         *,
         one_host: bool = False,
+        any_source: bool = False,
     ) -> RTTDistribution:
         """The distribution of the result of a ping from `src` to `dst`, each an address, a prefix, or None for any.
 
         `at` is a time (ISO 8601, UTC unless it says otherwise; a datetime; Unix seconds) or None for any time.
         `context` holds earlier measurements of the same source: columns src_addr, dst_addr, rtt (ms, −1 = failed) and,
         optionally, event_time. Earlier is from a second before `at`, where both times are known; ValueError otherwise. With
-        `one_host` its sources may differ from `src`: all are addresses of one host, of any family. Of what does not fit the
-        sequence the most recent, and those of the same destination, stay.
+        `one_host` its sources may differ from `src`: all are addresses of one host, of any family. With `any_source` they
+        may be other hosts, whose pings are evidence of the destination; a model learns to read these from windows of
+        several probes. Of what does not fit the sequence the most recent, and those of the same destination, stay. A memory
+        adds to a context that is short (see `load`).
         `src_known` is how much of the source is known: all, none, a prefix length, or auto: the mixture of the answers
         under several lengths, weighted by how likely each makes the context (see `src_weights` of the answer).
         """
-        return next(self.distributions([Query.parse(src, dst, at, Context.parse(context, one_host))], src_known))[0]
+        query = Query.parse(src, dst, at, Context.parse(context, one_host, any_source))
+        return next(self.distributions(self._recalled([query]), src_known))[0]
 
     def rtt_many(
         self,
@@ -77,6 +96,7 @@ class PingModel(Reader):
         context: Records | None = None,
         *,
         one_host: bool = False,
+        any_source: bool = False,
     ) -> Any:
         """The distribution of each query's result; queries that share a context read it once.
 
@@ -86,7 +106,13 @@ class PingModel(Reader):
         """
         listed = isinstance(queries, Sequence) and all(isinstance(query, Query) for query in queries)
         if not listed or isinstance(queries, str):
-            return batch.answer_table(self, queries, context, src_known, one_host=one_host)
-        if context is not None or one_host:
-            raise ValueError("a Query holds its own context; pass a table of queries, or neither context nor one_host")
-        return [one for some in self.distributions(queries, src_known) for one in some]
+            return batch.answer_table(self, queries, context, src_known, one_host=one_host, any_source=any_source)
+        if context is not None or one_host or any_source:
+            raise ValueError(
+                "a Query holds its own context; pass a table of queries, or neither context, one_host nor any_source"
+            )
+        return [one for some in self.distributions(self._recalled(queries), src_known) for one in some]
+
+    def _recalled(self, queries: Sequence[Query]) -> Sequence[Query]:
+        """The queries with what the memory adds to their contexts."""
+        return queries if self.memory is None else recalled(self.memory, queries, self.seq_len)

@@ -60,13 +60,14 @@ def fitting_places(query: Query, seq_len: int) -> np.ndarray:
 
 
 def _most_useful_first(query: Query) -> np.ndarray:
-    """Places of the context, (n,): of each pair one of the same destination and one of any, the most recent first."""
+    """Places of the context, (n,): of each pair one of the same destination and one of any, the most recent first; those of
+    other hosts to other destinations come last."""
     newest_first = np.arange(len(query.context))[::-1]
-    if query.dst is None:
-        return newest_first
     rank = newest_first.astype(np.float64)  # (n,) by place: the oldest comes last
-    same = newest_first[query.dst.covers(query.context.dst[newest_first])]
-    rank[same] = np.minimum(rank[same], np.arange(len(same)) / SAME_DST_SHARE - 0.5)
+    rank += len(rank) * ~_of_source(query, query.context.src)
+    if query.dst is not None:
+        same = newest_first[query.dst.covers(query.context.dst[newest_first])]
+        rank[same] = np.minimum(rank[same], np.arange(len(same)) / SAME_DST_SHARE - 0.5)
     return np.argsort(rank, kind="stable")
 
 
@@ -80,7 +81,8 @@ def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
         destination = Endpoint(source.packed, 1)
     ends = (np.frombuffer(end.packed, np.uint8)[None] for end in (source, destination))
     src, dst = (np.concatenate(both) for both in zip((context.src, context.dst), ends, strict=True))
-    known = source.known_bytes / source.width * np.where(is_ipv4(src), 4, 16)  # a window cuts all its sources alike
+    share = source.known_bytes / source.width  # a window cuts all addresses of its source alike
+    known = np.where(_of_source(query, src), share, 1) * np.where(is_ipv4(src), 4, 16)
     dst_bytes = np.where(is_ipv4(dst), 4, 16)
     dst_bytes[-1] = destination.known_bytes
     earlier_s = np.zeros(len(context), dtype=np.int64) if context.time_s is None else context.time_s
@@ -102,6 +104,13 @@ def _encode(query: Query, context: Context) -> tuple[np.ndarray, np.ndarray]:
         window=np.zeros(len(src), dtype=np.int64),
     )
     return tk.encode(fields)
+
+
+def _of_source(query: Query, src: np.ndarray) -> np.ndarray:
+    """(n,) which of (n, 16) addresses of a context are the source's: all, unless it may be of any."""
+    if query.src is None or not query.context.any_source:
+        return np.ones(len(src), dtype=bool)
+    return query.src.given.covers(src)
 
 
 def _also_legal(query: Query) -> np.ndarray:

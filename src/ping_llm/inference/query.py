@@ -7,7 +7,7 @@ import datetime as dt
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Endpoint:
     packed: bytes
     known_bytes: int
     extra_bits: int = 0
+    cut_from: Endpoint | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def whole(cls, packed: bytes) -> Endpoint:
@@ -78,7 +79,12 @@ class Endpoint:
 
     def cut(self, known_bytes: int) -> Endpoint:
         """The same with at most so many bytes known."""
-        return self if known_bytes > self.known_bytes else Endpoint(self.packed, known_bytes)
+        return self if known_bytes > self.known_bytes else Endpoint(self.packed, known_bytes, 0, self.given)
+
+    @property
+    def given(self) -> Endpoint:
+        """As it was before it was cut."""
+        return self.cut_from or self
 
     def covers(self, packed: np.ndarray) -> np.ndarray:
         """Which of (n, 16) addresses are this one, or lie in this prefix, (n,) bool."""
@@ -135,13 +141,14 @@ class Query:
         context: Context | Records | None = None,
         *,
         one_host: bool = False,
+        any_source: bool = False,
     ) -> Query:
         """Reads addresses or prefixes, None for any, a time, None for any, and a table of measurements as context.
 
-        Checks what belongs together: ValueError says what does not. `one_host`: see Context.
+        Checks what belongs together: ValueError says what does not. `one_host`, `any_source`: see Context.
         """
         source, destination = (None if end is None else Endpoint.parse(text_of(end) or "") for end in (src, dst))
-        earlier = context if isinstance(context, Context) else Context.parse(context, one_host)
+        earlier = context if isinstance(context, Context) else Context.parse(context, one_host, any_source)
         return cls.of(source, destination, None if at is None else parse_time(at), earlier)
 
     @classmethod
@@ -161,7 +168,7 @@ class Query:
         if context is None or not len(context):
             return cls(source, destination, time_s, Context.parse(None))
         if source is None:
-            raise ValueError("a context is of one source; give that source")
+            raise ValueError("a context says where the source is; give that source")
         if source.extra_bits:
             raise ValueError(
                 f"beside a context the source must be an address or a prefix of whole bytes, not {source}: "
@@ -185,15 +192,17 @@ class Query:
 
 
 def check_context(context: Context, source: Endpoint, time_s: int | None) -> None:
-    """ValueError unless every row is a ping of the source, or the context of one host, and from a second before `time_s`.
+    """ValueError unless every row is a ping of the source, or the context of one host or of any source, and from a second
+    before `time_s`.
 
     Where a time is not known, it is not checked.
     """
-    foreign = np.zeros(len(context), bool) if context.one_host else ~source.covers(context.src)
+    foreign = np.zeros(len(context), bool) if context.one_host or context.any_source else ~source.covers(context.src)
     if foreign.any():
         raise ValueError(
             f"the context holds a ping of {format_address(context.src[foreign.argmax()].tobytes())}, but the query is "
-            f"about {source}; leave that out, or pass one_host=True (--one-host) if both are addresses of one host"
+            f"about {source}; leave that out, or pass one_host=True (--one-host) if both are addresses of one host, or "
+            "any_source=True (--any-source) if pings of other hosts are meant as evidence"
         )
     if time_s is None or context.time_s is None or not len(context) or context.time_s.max() < time_s:
         return

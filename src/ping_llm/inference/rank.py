@@ -52,6 +52,7 @@ def rank(
     src_known: SrcKnown = "auto",
     *,
     one_host: bool = False,
+    any_source: bool = False,
 ) -> Ranking:
     """Which of the candidates, addresses or prefixes, is nearest to `src`; the rest of what is given: see `PingModel.rtt`.
 
@@ -61,7 +62,7 @@ def rank(
         raise ValueError(f"candidates={candidates!r} must be a list of addresses")
     if not len(candidates):
         raise ValueError("no candidates to rank; give at least one address")
-    earlier = Context.parse(context, one_host)
+    earlier = Context.parse(context, one_host, any_source)
     queries = [Query.parse(src, candidate or None, at, earlier) for candidate in candidates]
     named = [query.dst for query in queries]
     for place, endpoint in enumerate(named):

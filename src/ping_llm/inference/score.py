@@ -38,17 +38,19 @@ def log_prob(
     context: Records | None = None,
     *,
     one_host: bool = False,
+    any_source: bool = False,
 ) -> np.ndarray:
     """Log-probability in nats of what the fields of each measurement say, each given the ones before it in `order`; (n,).
 
     `order` holds some of src, dst, rtt and time, once each; time needs the column event_time. The RTT is one of 65,536
     codes, or failure. `context` holds measurements of the one source of all measurements, from seconds before them all;
-    of what does not fit, the most recent stay. With `one_host` all sources are addresses of one host.
+    of what does not fit, the most recent stay. With `one_host` all sources are addresses of one host; with `any_source`
+    those of the context may be other hosts.
     """
     if isinstance(order, str) or not order or not set(order) <= set(_FIELDS) or len(set(order)) != len(order):
         raise ValueError(f"order={order!r} must hold some of {', '.join(_FIELDS)}, each at most once")
     measured = columns_of(measurements, "the table of measurements")
-    earlier = columns_of([] if context is None else context, "the context", "context row", one_host)
+    earlier = columns_of([] if context is None else context, "the context", "context row", one_host, any_source)
     if not len(measured):
         return np.zeros(0)
     if "time" in order and measured.time_s is None:

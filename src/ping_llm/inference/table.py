@@ -25,7 +25,7 @@ _HINTS = {
     "rtt": ("rtt", "latency"),
     "query_id": ("query",),
 }
-_ONE_HOST = b""  # stands for every source of a context of one host
+_EVERY = b""  # stands for every source of a context of one host, or of any source
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 _Name = TypeVar("_Name", str, bytes)
 
@@ -134,7 +134,7 @@ class QueryTable:
     ) -> tuple[np.ndarray, list[Query], np.ndarray]:
         """Those of the rows that can be answered, (b,), the different queries among them, and the query of each, (b,).
 
-        A query gets at most 2 × `most` measurements as context. What is wrong with the other rows goes into `errors`.
+        A query gets at most 3 × `most` measurements as context. What is wrong with the other rows goes into `errors`.
         """
         queries: dict[tuple[object, ...], Query] = {}
         places: dict[tuple[object, ...], int] = {}
@@ -162,26 +162,28 @@ class QueryTable:
 class ContextTable:
     """Measurements as context: those of one query, and those of every later query of their source.
 
-    Where all are of one host (see `Context`), those are of every later query that names a source.
+    Where all are of one host, or may be of any source (see `Context`), those are of every later query that names a source.
     """
 
     measurements: Context  # in time order
     of_id: dict[str, np.ndarray]  # query_id → places of its measurements, ascending
     of_src: dict[
         bytes, np.ndarray
-    ]  # packed source → places of the measurements for all, ascending; one host: all under b""
+    ]  # packed source → places of the measurements for all, ascending; of one host or any source: all under b""
 
     @classmethod
-    def parse(cls, table: TextTable, queries: Sequence[QueryRow], one_host: bool = False) -> ContextTable:
+    def parse(
+        cls, table: TextTable, queries: Sequence[QueryRow], one_host: bool = False, any_source: bool = False
+    ) -> ContextTable:
         """ValueError names the row that is wrong; `queries` are those with a query_id."""
         check_columns(table.names, "the context", ("src_addr", "dst_addr", "rtt"))
-        measurements = columns_of(table, "the context", "context row", one_host)
+        measurements = columns_of(table, "the context", "context row", one_host, any_source)
         given = _texts(table.read_text(["src_addr", "query_id"]), "query_id")
         if any(given) and not queries:
             raise ValueError("the context has a query_id, but the queries have none; give both or neither one")
         order = measurements.time_order()
         measurements, own = measurements.take(order), [given[row] or None for row in order]
-        sources = [_ONE_HOST if one_host else address.tobytes() for address in measurements.src]
+        sources = [_EVERY if one_host or any_source else address.tobytes() for address in measurements.src]
         src = [None if name else source for name, source in zip(own, sources, strict=True)]
         of_id, of_src = _places(own), _places(src)
         warn_of_order([order[rows] for rows in (*of_id.values(), *of_src.values())])
@@ -191,8 +193,8 @@ class ContextTable:
         return cls(measurements, of_id, of_src)
 
     def rows(self, query: QueryRow, most: int) -> np.ndarray:
-        """Places of the context of a query in time order, (m,): of what may be given, the `most` recent measurements,
-        and of its destination the `most` recent; more can never fit.
+        """Places of the context of a query in time order, (m,): of what may be given, the `most` recent measurements, of its
+        destination the `most` recent and, beside other sources, of its source; more can never fit.
 
         ValueError if one of those of its query_id is of another source, or not earlier.
         """
@@ -201,19 +203,20 @@ class ContextTable:
             check_context(self.measurements.take(own), Endpoint.parse(query.src), query.time_s)
         rows = np.concatenate([own, self._earlier(query.src, query.time_s)])
         rows.sort(kind="stable")
-        if len(rows) <= most or not query.dst:
-            return rows[-most:]
-        early, late = rows[:-most], rows[-most:]
-        same = early[Endpoint.parse(query.dst).covers(self.measurements.dst[early])]
-        return np.concatenate([same[-most:], late])
+        early, kept = rows[:-most], [rows[-most:]]
+        if len(early) and query.dst:
+            kept.append(early[Endpoint.parse(query.dst).covers(self.measurements.dst[early])][-most:])
+        if len(early) and query.src and self.measurements.any_source:
+            kept.append(early[Endpoint.parse(query.src).covers(self.measurements.src[early])][-most:])
+        return np.unique(np.concatenate(kept))
 
     def _earlier(self, src: str | None, time_s: int | None) -> np.ndarray:
         """Places of the measurements for all of a source before a time, ascending."""
         if not src:
             return _NO_ROWS
         endpoint, times = Endpoint.parse(src), self.measurements.time_s
-        if self.measurements.one_host:
-            rows = self.of_src.get(_ONE_HOST, _NO_ROWS)
+        if self.measurements.one_host or self.measurements.any_source:
+            rows = self.of_src.get(_EVERY, _NO_ROWS)
         elif endpoint.is_prefix:
             covered = endpoint.covers(np.frombuffer(b"".join(self.of_src), np.uint8).reshape(-1, ADDRESS_BYTES))
             rows = np.sort(np.concatenate([_NO_ROWS, *compress(self.of_src.values(), covered)]))

@@ -16,10 +16,11 @@ from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import is_ipv4
 from ping_llm.data.times import parse_time
 from ping_llm.inference import mixture
-from ping_llm.inference.calibration import LEAST_SHARE, Calibration
+from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Focus
+from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.mixture import LEAST_WEIGHT, distributions_under
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.query import Endpoint, Query
@@ -63,7 +64,7 @@ def random_gpt(seed: int, deviation: float = 0.3, **sizes) -> GPT:
 
 
 def model_of(gpt: GPT, **fields) -> PingModel:
-    calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -20.0, "ipv6": -80.0})
+    calibration = Calibration({"ipv4": SHARES})
     return PingModel(gpt, torch.device("cpu"), **{"calibration": calibration, "least_mass": 0.0} | fields)
 
 
@@ -206,18 +207,18 @@ LONG = [row | {"event_time": f"2026-01-01T{i:02d}:00:00Z"} for i, row in enumera
 
 
 @pytest.mark.parametrize("context", [UNTIMED, CONTEXT, UNTIMED[1:2], LONG])
-@pytest.mark.parametrize("familiar", [{}, {"ipv4": -20.0}])
-def test_auto_weighs_the_lengths_by_bayes(exact, context, familiar):
-    model = dataclasses.replace(exact, calibration=Calibration({"ipv4": SHARES}, familiar=familiar))
+@pytest.mark.parametrize("new", [False, True])
+def test_auto_weighs_the_lengths_by_bayes(exact, context, new):
+    shares = dict(zip(SHARES, (0.3, 0.25, 0.2, 0.15, 0.1), strict=True)) if new else SHARES
+    familiar = Familiar.of_rows([])  # with it every source is new
+    calibration = Calibration({"ipv4": SHARES}, {"ipv4": shares}, familiar if new else None)
+    model = dataclasses.replace(exact, calibration=calibration)
     at = AT if "event_time" in context[0] else None
     distribution = model.rtt(SRC, DST, at, context)
     kept = context[-distribution.context_measurements :]
     assert distribution.context_measurements == model.rtt(SRC, DST, at, context, "all").context_measurements
     assert (len(kept) < len(context)) == (context is LONG)
-    # So far as the source is unfamiliar to the model, none of it is known.
-    log_p_src = model.log_prob(UNTIMED[:1], ("src",))[0]
-    novelty = 1 / (1 + np.exp(log_p_src - familiar["ipv4"])) if familiar else 0.0
-    prior = np.maximum((1 - novelty) * np.array(list(SHARES.values())) + novelty * np.eye(5)[0], LEAST_SHARE)
+    prior = np.array(list(shares.values()))
     weights = prior * np.exp([evidence(model.gpt, kept, known / 4) for known in range(5)])
     weights /= weights.sum()
     used = weights >= LEAST_WEIGHT

@@ -19,7 +19,7 @@ from ping_llm.inference.score import expected
 
 SRC4, SRC6, AT = "192.0.2.1", "2001:db8::1", 1_700_000_000
 SHARES = {"ipv4": {"none": 0.2, "/8": 0.1, "/16": 0.2, "/24": 0.1}, "ipv6": {"none": 0.3, "/32": 0.2}}
-CALIBRATION = Calibration(SHARES, familiar={"ipv4": -14.0, "ipv6": -60.0})
+CALIBRATION = Calibration(SHARES)
 SEQ_LEN = 128
 
 

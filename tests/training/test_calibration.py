@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_row
 from training_runs import make_batches, make_config, val_windows, write_config
 
 import ping_llm.inference.mixture as mixture
@@ -16,11 +17,11 @@ import ping_llm.training.calibration as calibration_module
 import ping_llm.training.trainer as trainer
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from ping_llm.data.rows import RowReader
-from ping_llm.data.tokenization import encode_rtt
 from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.engine import ReadContexts
-from ping_llm.inference.mixture import source_log_prob
+from ping_llm.inference.experts import LEAST_WEIGHT, Expert, Experts
+from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.query import Endpoint
@@ -28,10 +29,11 @@ from ping_llm.inference.score import HISTORY
 from ping_llm.model import checkpoint
 from ping_llm.model.gpt import GPT
 from ping_llm.training.calibration import (
+    CONTEXT,
     calibrate,
-    log_likelihoods,
-    mixture_weights,
+    draw_results,
     sample_results,
+    under_known_lengths,
     val_surprise,
 )
 from ping_llm.training.trainer import Feed, train
@@ -55,43 +57,29 @@ def config(rows_folder) -> Config:
     return Config(data=DataConfig(rows=rows_folder), train=TrainConfig(eval_queries=16))
 
 
-def test_mixture_weights_are_found_again():
-    rng = np.random.default_rng(0)
-    true = np.array([0.1, 0.0, 0.6, 0.3])
-    distributions = rng.dirichlet(np.full(50, 0.3), size=4)  # of 50 results
-    results = rng.choice(50, 20_000, p=true @ distributions)
-    found = mixture_weights(np.log(distributions[:, results] + 1e-300).T)
-    assert found == pytest.approx(true, abs=0.02) and found.sum() == pytest.approx(1)
-
-
-def test_no_other_weights_make_the_results_likelier():
-    rng = np.random.default_rng(1)
-    log_p = rng.normal(size=(300, 5)) * 2
-    best = mixture_weights(log_p, smoothing=0.0)
-    likelihood = np.log(np.exp(log_p) @ best).sum()
-    for other in rng.dirichlet(np.ones(5), size=200):
-        assert np.log(np.exp(log_p) @ (0.95 * best + 0.05 * other)).sum() <= likelihood + 1e-3
-
-
 def test_calibration_is_read_back_as_it_was_written(tmp_path):
-    calibration = Calibration(
-        {"ipv4": SHARES}, Surprise(3, (0.1, 1.0), (0.2, 0.5), 0.8, -0.1), {"ipv4": -12.5}, "f" * 64
+    experts = Experts(
+        {"pair": Expert(0.1, (0.1, 0.2), ((0.0,) * 4, (1.0,) * 4))}, ((0.5,) * 4,) * 2, {"pair": (0.25,) * 7}
     )
+    surprise = Surprise(3, (0.1, 1.0), (0.2, 0.5), 0.8, -0.1)
+    familiar = Familiar.of_rows([make_row(20)])
+    calibration = Calibration({"ipv4": SHARES}, {"ipv6": {"all": 1.0}}, familiar, experts, surprise, "f" * 64)
     calibration.save(tmp_path)
     checkpoint = tmp_path / "checkpoints/step-00000001"
     checkpoint.mkdir(parents=True)
     assert Calibration.load(tmp_path) == Calibration.load(checkpoint) == calibration
     assert Calibration.load(tmp_path / "checkpoints") == Calibration()
-    for damaged in ("{}", "[]", '{"src_weights": {}, "familiar": {}, "p_values": {"count": 3}}'):
+    parts = '"experts": {}', '"met": {"src": "?"}', '"p_values": {"count": 3}'
+    for damaged in ("{}", "[]", *(f'{{"src_weights": {{}}, {part}}}' for part in parts)):
         (tmp_path / CALIBRATION_NAME).write_text(damaged)
         with pytest.raises(ValueError, match="is damaged; delete it"):
             Calibration.load(tmp_path)
 
 
-def test_a_calibration_written_before_p_values_were_of_the_pit_gives_its_weights_alone(tmp_path):
+def test_a_calibration_written_before_gives_its_weights_alone(tmp_path):
     old = {"src_weights": {"ipv4": SHARES}, "surprise": [0.1, 0.5], "familiar": {"ipv4": -12.5}}
     (tmp_path / CALIBRATION_NAME).write_text(json.dumps(old))
-    assert Calibration.load(tmp_path) == Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.5})
+    assert Calibration.load(tmp_path) == Calibration({"ipv4": SHARES})
 
 
 def saved_run(run_dir: Path, losses: dict[int, float]) -> dict[int, str]:
@@ -108,7 +96,7 @@ def saved_run(run_dir: Path, losses: dict[int, float]) -> dict[int, str]:
 
 def test_only_the_checkpoint_that_a_calibration_was_fitted_for_takes_it(tmp_path, caplog):
     hashes = saved_run(tmp_path, {1: 1.0, 2: 2.0})
-    calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.5}, model_sha256=hashes[1])
+    calibration = Calibration({"ipv4": SHARES}, model_sha256=hashes[1])
     calibration.save(tmp_path)
     assert PingModel.load(tmp_path).calibration == calibration
     assert PingModel.load(tmp_path / "checkpoints/step-00000001").calibration == calibration
@@ -130,37 +118,35 @@ def test_a_calibration_that_knows_no_checkpoint_is_that_of_the_run_folder(tmp_pa
     assert len(caplog.records) == 1
 
 
-def test_nothing_is_given_of_sources_that_are_unfamiliar_to_the_model():
-    calibration = Calibration({"ipv4": SHARES}, familiar={"ipv4": -12.0})
-    src = Endpoint.parse("192.0.2.1")
-    endpoints = [src.cut(length) for length in range(5)]
-    assert calibration.novelty(src, -12.0) == pytest.approx(0.5)
-    assert calibration.novelty(src, -2.0) < 1e-4 and calibration.novelty(src, -1000.0) > 1 - 1e-6
-    assert calibration.novelty(Endpoint.parse("2001:db8::1"), -1000.0) == 0  # of IPv6 val said nothing
-    assert np.exp(calibration.log_weights(endpoints)) == pytest.approx(list(SHARES.values()))
-    assert np.exp(calibration.log_weights(endpoints, 1.0)) == pytest.approx([1.0] + [LEAST_SHARE] * 4)
+def test_of_sources_that_training_has_not_met_the_shares_of_new_ones_count():
+    row = make_row(20, ipv6_share=0)
+    src = Endpoint.whole(row.src_addresses[0].tobytes())
+    new = Endpoint.parse("203.0.113.250")
+    shares = {"none": 0.5, "/16": 0.3, "all": 0.2}
+    calibration = Calibration({"ipv4": SHARES}, {"ipv4": shares}, Familiar.of_rows([row]))
+    assert not calibration.is_new(src) and calibration.is_new(new) and not calibration.is_new(new.cut(2))
+    for end, own in ((src, SHARES), (new, shares)):
+        known = [end.cut(length) for length in range(5)]
+        assert np.exp(calibration.log_weights(known)) == pytest.approx([own.get(name, 0.0) for name in SHARES])
+    assert not Calibration({"ipv4": SHARES}, {"ipv4": shares}).is_new(new)  # what was met is not known
+    endpoints = [new.cut(length) for length in range(5)]
     assert np.exp(Calibration().log_weights(endpoints)) == pytest.approx([LEAST_SHARE] * 4 + [1.0])
+    only_seen = Calibration({"ipv4": SHARES}, {}, Familiar.of_rows([row]))  # val had too few new ones
+    assert np.exp(only_seen.log_weights(endpoints)) == pytest.approx(list(SHARES.values()))
+
+
+def test_a_length_without_a_share_is_not_looked_at(gpt):
+    model = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": {"/16": 0.4, "all": 0.6}}))
+    assert dict(model.rtt("192.0.2.1", "198.51.100.7").src_weights) == pytest.approx({"/16": 0.4, "all": 0.6})
+    assert dict(model.rtt("192.0.2.1", "198.51.100.7", context=PAST).src_weights).keys() == {"/16", "all"}
+    alone = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": {"all": 1.0}}))
+    same = alone.rtt("192.0.2.1", "198.51.100.7", src_known="all").code_probability
+    np.testing.assert_array_equal(alone.rtt("192.0.2.1", "198.51.100.7").code_probability, same)
 
 
 def test_all_that_is_told_of_a_prefix_counts_for_the_longer_ones_too():
     endpoints = [Endpoint.parse("192.0.0.0/16").cut(length) for length in range(3)]
     assert np.exp(Calibration({"ipv4": SHARES}).log_weights(endpoints)) == pytest.approx([0.05, 0.05, 0.9])
-
-
-def test_familiarity_is_the_probability_of_the_address_and_moves_the_weights(gpt):
-    src = Endpoint.parse("192.0.2.1")
-    device = torch.device("cpu")
-    (log_p,) = source_log_prob(PingModel(gpt, device), [src])
-    assert log_p == pytest.approx(PingModel(gpt, device).log_prob(PAST, ("src",))[0])
-    weights = {}
-    for name, limit in (("familiar", log_p - 20), ("unfamiliar", log_p + 20)):
-        model = PingModel(gpt, device, Calibration({"ipv4": SHARES}, familiar={"ipv4": limit}))
-        distribution = model.rtt("192.0.2.1", "198.51.100.7")
-        weights[name] = distribution.src_weights
-        assert distribution.forward_passes == 3  # the address, the prompts, their second bytes
-    assert weights["familiar"] == pytest.approx(SHARES, rel=1e-3)
-    rest = dict.fromkeys(SHARES, LEAST_SHARE / (1 + 4 * LEAST_SHARE))
-    assert weights["unfamiliar"] == pytest.approx(rest | {"none": 1 / (1 + 4 * LEAST_SHARE)}, rel=1e-3)
 
 
 @pytest.mark.parametrize("best", ["none", "/16", "all"])
@@ -180,33 +166,47 @@ def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, m
     assert max(distribution.src_weights, key=distribution.src_weights.get) == best
 
 
-def test_likelihoods_are_those_of_the_answers(gpt, config):
-    queries, rtt_ms = sample_results(RowReader(config.data.rows, "val"), 40, np.random.default_rng(0))
-    chosen = [i for i, query in enumerate(queries) if query.src.width == 4][:6]
-    names, log_p = log_likelihoods(PingModel(gpt, torch.device("cpu")), [queries[i] for i in chosen], rtt_ms[chosen])
-    assert names == list(SHARES) and log_p.shape == (len(chosen), 5)
-    model, alone = PingModel(gpt, torch.device("cpu"), least_mass=0.0), np.empty_like(log_p)
-    for line, i in zip(alone, chosen, strict=True):
-        query = dataclasses.replace(queries[i], context=queries[i].context.take(slice(0)))
+def test_the_grams_are_those_of_the_answers_under_each_known_length(gpt, config):
+    found = draw_results(config.data.rows, 30, np.random.default_rng(0))
+    rows = [i for i, query in enumerate(found.queries) if query.src.width == 4][:6]
+    some = found.take(np.array(rows))
+    names, gram, evidence = under_known_lengths(PingModel(gpt, torch.device("cpu")), some)
+    assert names == list(SHARES) and gram.shape == (len(rows), 5, 5) and evidence.shape == (len(rows), 5)
+    for i, query in enumerate(some.queries):
         for place, known in enumerate(("none", 8, 16, 24, "all")):
-            distribution = model.rtt_many([query], known)[0]
-            by_byte_1 = distribution.code_probability.reshape(256, 256).sum(axis=1)
-            byte_1 = encode_rtt(rtt_ms[i]) // 256
-            line[place] = np.log(distribution.p_fail if rtt_ms[i] < 0 else by_byte_1[byte_1])
-    # The distribution makes the bytes after RTT_START sum to 1 together, not each: equal but for that.
-    assert np.abs(log_p - alone).max() < 0.2 and np.corrcoef(log_p.ravel(), alone.ravel())[0, 1] > 0.99
+            exact = PingModel(gpt, torch.device("cpu"), least_mass=1.0).rtt_many([query], known)[0]
+            assert gram[i, place, place] == pytest.approx(exact.crps(np.exp(some.log_ms[i])), rel=0.02)
+        assert (len(query.context) == 0) == (not evidence[i].any())
+
+
+def test_results_are_drawn_evenly_from_the_parts_of_val_without_context_with_it_and_with_that_of_other_networks(config):
+    found = draw_results(config.data.rows, 300, np.random.default_rng(0))
+    parts = RowReader(config.data.rows, "val").parts
+    counts = np.bincount(found.part, minlength=len(parts))
+    assert (counts <= -(-300 // len(parts))).all() and (counts > 0).all()
+    assert np.isfinite(found.log_ms).all()
+    of_own = [
+        (query.context.dst == np.frombuffer(query.dst.packed, np.uint8)).all(axis=1).any() for query in found.queries
+    ]
+    lengths = np.array([len(query.context) for query in found.queries])
+    assert (lengths == 0).mean() > 0.3 and lengths.max() == CONTEXT and 0 < np.mean(of_own) < 0.4
+    assert all((query.context.time_s < query.time_s).all() for query in found.queries if len(query.context))
+    assert all(query.src.covers(query.context.src).all() for query in found.queries if len(query.context))
 
 
 def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
-    calibration = calibrate(gpt, config, torch.device("cpu"))
-    again = calibrate(gpt, config, torch.device("cpu"))
+    calibration = calibrate(gpt, config, torch.device("cpu"), 400)
+    again = calibrate(gpt, config, torch.device("cpu"), 400)
     assert calibration == again and calibration.surprise.count == RowReader(config.data.rows, "val").measurements.sum()
-    for weights in calibration.src_weights.values():
-        assert sum(weights.values()) == pytest.approx(1) and min(weights.values()) > 0
+    assert calibration.src_weights or calibration.new_src_weights
+    for weights in (*calibration.src_weights.values(), *calibration.new_src_weights.values()):
+        assert sum(weights.values()) == pytest.approx(1) and min(weights.values()) >= LEAST_WEIGHT
+    assert calibration.experts is not None and "pair" in calibration.experts.experts
+    assert all(np.isfinite(own).all() for own in calibration.experts.odds.values())
+    train = next(iter(RowReader(config.data.rows, "train")))
+    assert not calibration.is_new(Endpoint.whole(train.src_addresses[0].tobytes()))
     queries, _ = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
     assert max(len(query.context) for query in queries) == HISTORY
-    assert all((query.context.time_s < query.time_s).all() for query in queries if len(query.context))
-    assert all(query.src.covers(query.context.src).all() for query in queries if len(query.context))
 
 
 def test_p_values_are_fitted_to_as_many_results_of_val_as_are_wanted_or_to_all(gpt, config, caplog, monkeypatch):

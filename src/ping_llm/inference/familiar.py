@@ -30,7 +30,8 @@ class Familiar:
             return NotImplemented
         return np.array_equal(self.src, other.src) and np.array_equal(self.dst, other.dst)
 
-    __hash__ = None  # type: ignore[assignment]  # arrays change
+    def __hash__(self) -> int:
+        return hash((self.src.tobytes(), self.dst.tobytes()))
 
     @classmethod
     def of_rows(cls, rows: Iterable[ProbeRow]) -> Familiar:

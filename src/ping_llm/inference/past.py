@@ -25,9 +25,9 @@ CANDIDATES, PROFILE = (
     64,
 )  # sources that are compared, and destinations of the query's source that they are compared by
 _REACH = 2048  # the latest results to the destination, and of the source, among which both are looked for
-_SHRINKAGE = 2.0  # destinations of the usual distance that are added to those that two sources share
+_SHRINKAGE = 3.0  # destinations of the usual distance that are added to those that two sources share
 _USUAL_DISTANCE = 1.0  # of two sources of which nothing is known, log-ms
-_BITS_CLOSER = 0.02  # log-ms that two sources are closer for each bit that their addresses share
+_BITS_CLOSER = 0.005  # log-ms that two sources are closer for each bit that their addresses share
 
 
 def pasts(queries: Sequence[Query], memory: Memory | None) -> dict[str, Past]:

@@ -39,7 +39,7 @@ from ping_llm.training import objective
 from ping_llm.training.trainer import Feed, train
 
 KILLS = 20
-LIMITS = {"total_steps": 120, "checkpoint_every": 3, "eval_every": 20}
+LIMITS = {"total_steps": 120, "checkpoint_every": 3, "eval_every": 20, "average": 0.3}
 
 pytestmark = pytest.mark.slow
 

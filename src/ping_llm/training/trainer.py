@@ -202,10 +202,8 @@ class Training:
             if line:
                 log.write(state.step, **line)
             if self.ranks.is_main and train.sample_every and (over or state.step % train.sample_every == 0):
-                with (
-                    self.used_weights(),
-                    deterministic(False),
-                ):  # samples need sums that are not, on GPUs; nothing depends on them
+                # Samples need sums that are not deterministic on GPUs; nothing depends on them.
+                with self.used_weights(), deterministic(False):
                     log.show_samples(state.step, describe(self.model, self.queries, seed=state.step))
             if over or (not stopped and state.step % train.checkpoint_every == 0):
                 speed.held_s += self._save(saver, clock)

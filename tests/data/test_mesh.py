@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import mesh as mesh_module
 from ping_llm.data import pipeline
+from ping_llm.data import rows as rows_module
 from ping_llm.data.loader import training_batches, validation_windows
 from ping_llm.data.measurement import pack_address
 from ping_llm.data.mesh import DestinationIndex, Mesh, _dealt, _near, destination_keys
@@ -284,10 +285,10 @@ def test_loader_processes_do_not_change_the_batches_of_mixed_windows(config):
 
 def test_windows_of_a_large_row_share_the_rows_of_one_mesh(config, monkeypatch):
     monkeypatch.setattr(pipeline, "LARGE_ROW_MEASUREMENTS", 150)
+    monkeypatch.setattr(rows_module, "_KEPT_MEASUREMENTS", 0)
     blocks, read = blocks_of(config, windows_per_read=8), []
     record = blocks.rows.record
     monkeypatch.setattr(blocks.rows, "record", lambda i: read.append(i) or record(i))
-    blocks.index.reader = blocks.rows
     drawn = blocks.draw(0, 0)
     assert len(drawn) == 32 and 4 < len(read) <= 4 * 13
     assert len({row.to_bytes() for row, _ in drawn[::4]}) == 8  # each with measurements of its own

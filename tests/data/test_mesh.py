@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import mesh as mesh_module
 from ping_llm.data import pipeline
+from ping_llm.data import rows as rows_module
 from ping_llm.data.loader import training_batches, validation_windows
 from ping_llm.data.measurement import pack_address
 from ping_llm.data.mesh import DestinationIndex, Mesh, _dealt, _near, destination_keys
@@ -105,7 +106,8 @@ def test_the_index_reads_evenly_spaced_rows_and_a_bounded_number_of_destinations
     monkeypatch.setattr(mesh_module, "_AT_ONCE", 2)
     monkeypatch.setattr(mesh_module, "MOST_DESTINATIONS", 3)
     index = DestinationIndex(rows)
-    assert len(index.keys) == 3 and index.rows.tolist() == list(range(12)) * 3  # of each row the same three
+    assert index.rows.tolist() == list(range(12)) * 3  # of each row the same three
+    assert index.keys.tolist() == sorted(destination_keys(rows[0].dst_addresses).tolist())[:3]
     monkeypatch.setattr(mesh_module, "MOST_ROWS", 4)
     assert DestinationIndex(rows).rows.tolist() == [0, 3, 6, 9] * 3
     monkeypatch.setattr(mesh_module, "MOST_MEASUREMENTS", 30)
@@ -213,16 +215,22 @@ def test_the_nearest_measurements_are_taken_where_a_span_holds_too_few(data, off
         assert set(inside) <= set(near) and near == chosen[first : first + count]
 
 
-def test_windows_are_of_several_probes_as_often_as_the_config_says(config):
-    blocks = blocks_of(config, mesh=0.3)
-    several = [
-        len({end.tobytes() for end in window.src}) > 1
-        for block in range(12)
-        for place in range(8)
-        for row, window in blocks.draw(block, place)
-        if row.probe_id != 31
-    ]
-    assert len(several) > 1000 and abs(np.mean(several) - 0.3) < 0.05
+def test_the_span_holds_its_last_second_and_grows_to_both_sides():
+    row = dataclasses.replace(row_to([1], 9, 0), offset_s=np.arange(9, dtype=np.uint32) * 10, first_time_s=1000)
+    near = [_near(row, np.arange(9), 2, 1030, 1040, np.random.default_rng(seed)).tolist() for seed in range(9)]
+    assert near == [[3, 4]] * 9
+    assert _near(row, np.arange(9), 5, 1030, 1040, np.random.default_rng(0)).tolist() == [2, 3, 4, 5, 6]
+    assert _near(row, np.arange(9), 4, 1000, 1000, np.random.default_rng(0)).tolist() == [0, 1, 2, 3]
+    assert _near(row, np.arange(9), 4, 1090, 1099, np.random.default_rng(0)).tolist() == [5, 6, 7, 8]
+
+
+def test_windows_are_of_several_probes_and_of_synthetic_internets_as_often_as_the_config_says(config):
+    blocks = blocks_of(config, mesh=0.3, synthetic=0.5)
+    rows = [row for block in range(12) for place in range(8) for row, _ in blocks.draw(block, place)]
+    rows = [row for row in rows if row.probe_id != 31]
+    synthetic = np.array([row.probe_id == -1 for row in rows])
+    several = np.array([len(row.src_addresses) > 1 for row in rows]) & ~synthetic
+    assert len(rows) > 1000 and abs(synthetic.mean() - 0.5) < 0.06 and abs(several.mean() - 0.3) < 0.05
 
 
 def test_held_out_rows_never_stand_in_windows_of_train(config):
@@ -277,10 +285,10 @@ def test_loader_processes_do_not_change_the_batches_of_mixed_windows(config):
 
 def test_windows_of_a_large_row_share_the_rows_of_one_mesh(config, monkeypatch):
     monkeypatch.setattr(pipeline, "LARGE_ROW_MEASUREMENTS", 150)
+    monkeypatch.setattr(rows_module, "_KEPT_MEASUREMENTS", 0)
     blocks, read = blocks_of(config, windows_per_read=8), []
     record = blocks.rows.record
     monkeypatch.setattr(blocks.rows, "record", lambda i: read.append(i) or record(i))
-    blocks.index.reader = blocks.rows
     drawn = blocks.draw(0, 0)
     assert len(drawn) == 32 and 4 < len(read) <= 4 * 13
     assert len({row.to_bytes() for row, _ in drawn[::4]}) == 8  # each with measurements of its own

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ping_llm.cli import main
 from ping_llm.config import Config, ModelConfig
+from ping_llm.data import rows as rows_module
 from ping_llm.data.measurement import MEASUREMENT_SCHEMA, byte_matrix, pack_address
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import (
@@ -187,3 +188,13 @@ def test_missing_rows_and_parts_are_reported_with_what_to_do(tmp_path):
     (tmp_path / MANIFEST_NAME).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         read_manifest(tmp_path)
+
+
+def test_rows_of_a_small_part_are_read_once_and_those_of_a_larger_one_each_time(rows_folder, monkeypatch):
+    for kept, times in ((1 << 21, 1), (100, 2)):
+        monkeypatch.setattr(rows_module, "_KEPT_MEASUREMENTS", kept)
+        reader, read = RowReader(rows_folder, "train"), []
+        record = reader.record
+        monkeypatch.setattr(reader, "record", lambda i, record=record, read=read: read.append(i) or record(i))
+        assert [reader[3].to_bytes(), reader[5].to_bytes()] == [reader[3].to_bytes(), record(5)]
+        assert read.count(3) == times and len(read) == times + 1

@@ -224,25 +224,10 @@ class Sweep:
     jobs: int = 1  # runs that are trained at a time, each with its share of the cores.
     dry_run: Flag = False  # check the file, list the runs and how far each is, and start none.
 
-    def run(self) -> int:
-        from ping_llm.launch.sweep import check_sweep, read_sweep, standing
+    def run(self) -> None:
+        from ping_llm.launch.sweep_local import sweep
 
-        if self.jobs < 1:
-            raise ValueError(f"--jobs {self.jobs} must be at least 1")
-        runs = read_sweep(self.file, self.out)
-        left = check_sweep(runs)
-        folder = runs[0].folder.parent
-        if self.dry_run:
-            print("\n".join(f"{run.folder}  {standing(run)}" for run in runs))
-            return 0
-        from ping_llm.launch.sweep_local import run_sweep
-
-        try_folder(folder)
-        print(f"{len(runs)} runs in {folder}, {len(left)} of them to do", flush=True)
-        if failed := run_sweep(runs, left, self.jobs):
-            raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}")
-        print(f"all {len(runs)} runs are done; ping-llm compare {folder}")
-        return 0
+        sweep(**vars(self))
 
 
 @dataclass

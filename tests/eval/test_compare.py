@@ -155,6 +155,13 @@ def test_runs_on_other_rows_are_other_configs_and_said_to_have_other_windows(tmp
     assert found.notes == ["the runs differ in rows: their losses on val are of other windows"]
 
 
+def test_runs_of_a_folder_stand_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    for name in ("n_embd=160,seed=0", "n_embd=96,seed=10", "n_embd=96,seed=9", "base", "9"):
+        write_run(tmp_path / name, 2.0)
+    names = [one.folder.name for one in read_runs([tmp_path])]
+    assert names == ["9", "base", "n_embd=96,seed=9", "n_embd=96,seed=10", "n_embd=160,seed=0"]
+
+
 def test_an_unfinished_run_is_named(tmp_path):
     run = write_run(tmp_path / "run", 2.0, steps=10)
     assert compare([run]).notes == [f"{run} is not finished: 50%, step 10"]

@@ -226,15 +226,18 @@ def _value(config: Config, name: str) -> Any:
 
 
 def _runs_in(path: Path) -> list[Path]:
-    """A run folder itself, else the run folders in a folder, by name."""
+    """A run folder itself, else the run folders in a folder, by name; numbers in names by their size."""
     if not path.is_dir():
         raise ValueError(f"no run folder {path}; name folders that ping-llm train or ping-llm sweep wrote")
     if (path / CONFIG_NAME).is_file():
         return [path]
-    found = sorted(folder for folder in path.iterdir() if (folder / METRICS_NAME).is_file())
+    found = [folder for folder in path.iterdir() if (folder / METRICS_NAME).is_file()]
     if not found:
         raise ValueError(f"{path} is no run and holds none; name folders that ping-llm train or ping-llm sweep wrote")
-    return found
+    # Every other piece is a number, so pieces of two names are of one kind where they are compared.
+    pieces = {folder: re.split(r"(\d+)", folder.name) for folder in found}
+    keys = {folder: [int(p) if place % 2 else p for place, p in enumerate(of)] for folder, of in pieces.items()}
+    return sorted(found, key=lambda folder: keys[folder])
 
 
 def _evaluated(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from ping_llm.launch.job import DONE, environment, saved
-from ping_llm.launch.sweep import SweepRun
-from ping_llm.system.files import write_lock
+from ping_llm.launch.sweep import SweepRun, check_sweep, read_sweep, standing
+from ping_llm.system.files import try_folder, write_lock
 from ping_llm.system.progress import cores
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
@@ -55,13 +56,29 @@ class _Going:
     begun: float = field(default_factory=time.monotonic)
 
 
+def sweep(file: Path, out: Path | None = None, jobs: int = 1, dry_run: bool = False) -> None:
+    """Checks the runs of a sweep file and trains those that are left, or lists all of them if `dry_run`.
+
+    ValueError: a mistake in the file, or runs that failed, each with its log.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs} must be at least 1")
+    runs = read_sweep(file, out)
+    left, folder = check_sweep(runs), runs[0].folder.parent
+    if dry_run:
+        return print("\n".join(f"{run.folder}  {standing(run)}" for run in runs))
+    try_folder(folder)
+    print(f"{len(runs)} runs in {folder}, {len(left)} of them to do", flush=True)
+    if failed := run_sweep(runs, left, jobs):
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}")
+    print(f"all {len(runs)} runs are done; ping-llm compare {folder}")
+
+
 def run_sweep(runs: Sequence[SweepRun], left: Sequence[SweepRun], jobs: int = 1) -> list[Failure]:
     """Trains the runs that are `left`, `jobs` at a time, each with its share of the cores; those that failed.
 
     ValueError: another process trains one of them. KeyboardInterrupt once all have saved after SIGINT or SIGTERM.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs={jobs} must be at least 1")
     if not left:
         return []
     stops: list[int] = []
@@ -102,7 +119,7 @@ class _Sweep:
         finally:
             live.clear()
             self._end_all()
-        if self.stops:
+        if self.stops and self.done < len(self.runs):
             print(f"{self.done} of {len(self.runs)} runs are done; the same command goes on", flush=True)
             raise KeyboardInterrupt
         return self.failures

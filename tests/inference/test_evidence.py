@@ -15,7 +15,7 @@ from ping_llm.data.measurement import format_address, pack_address
 from ping_llm.data.rows import ProbeRow
 from ping_llm.inference import evidence as module
 from ping_llm.inference.context import Context
-from ping_llm.inference.evidence import COMMON, OTHERS, OWN, PAIR, SHARED, evidence, recalled
+from ping_llm.inference.evidence import OTHERS, OWN, PAIR, SHARED, evidence, recalled
 from ping_llm.inference.memory import Memory
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.inference.query import Query
@@ -100,11 +100,10 @@ def test_of_other_sources_it_holds_the_destinations_latest_and_what_compares_the
         *[(FAR, f"203.0.113.{i}", 500 - i, 90.0) for i in (2, 5)],
         *[(NEAR, f"203.0.113.{i}", 400 - i, 21.0 + i) for i in range(3)],
     ]
-    own = [line[1] for line in found if line[0] == ME]
-    assert len(own) == 6
     beside_pair = seen(evidence(memory_of(tmp_path / "pair", [*other_lines(), (ME, DST, 9, 33.0)], True), query(), ALL))
-    own = [line[1] for line in beside_pair if line[0] == ME]
-    assert len(own) == COMMON + 1 and {"203.0.113.2", "203.0.113.0", "203.0.113.1"} < set(own)  # which the others ping
+    for lines in (found, beside_pair):
+        own = {line[1] for line in lines if line[0] == ME} - {DST}
+        assert len(own) == OWN and {f"203.0.113.{i}" for i in (0, 1, 2, 5)} < own  # which the others ping
     assert not [line for line in seen(evidence(memory_of(tmp_path, other_lines()), query(), ALL)) if line[0] != ME]
 
 
@@ -124,7 +123,7 @@ def test_the_nearest_sources_are_those_of_like_rtts_and_then_those_of_like_addre
 
 def test_of_many_other_sources_each_has_its_turn(tmp_path):
     sources = [f"203.0.112.{i}" for i in range(12)]
-    lines = [(ME, f"203.0.113.{j}", 200 - j, 20.0) for j in range(COMMON)]
+    lines = [(ME, f"203.0.113.{j}", 200 - j, 20.0) for j in range(OWN)]
     for i, source in enumerate(sources):
         pinged = [4] if i == 0 else range(4) if i < 3 else range(5)  # the first one pings only what fewest do
         lines += [(source, f"203.0.113.{j}", 300 + i, 20.0 * 1.1**i) for j in pinged] + [(source, DST, 50 - i, 30.0)]

@@ -1,6 +1,7 @@
 """--memory and --any-source of the commands: what the library answers, and one clear line where a folder is no memory."""
 
 import json
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.csv
@@ -12,7 +13,7 @@ from conftest import make_row, write_rows
 from ping_llm import cli
 from ping_llm.config import Config, ModelConfig
 from ping_llm.inference.model import PingModel
-from ping_llm.model.checkpoint import save, save_config
+from ping_llm.model.checkpoint import load_model, save, save_config
 from ping_llm.model.gpt import GPT
 
 SRC, DST, AT = "192.0.2.7", "198.51.100.3", "2023-11-20T00:00:00Z"
@@ -98,3 +99,11 @@ def test_a_folder_that_is_no_memory_is_one_clear_line(run_dir, rows, tmp_path, c
     for folder, message in ((tmp_path, "no rows in"), (rows, "is missing or damaged; delete the folder and run")):
         code, _, err = run(run_dir, capsys, command, *options, "--memory", folder)
         assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
+
+
+def test_other_sources_are_evidence_for_a_run_that_learned_from_windows_of_several_probes(run_dir, rows, monkeypatch):
+    gpt, _, state = load_model(run_dir)
+    for mesh in (0.0, 0.3):
+        config = SimpleNamespace(data=SimpleNamespace(mesh=mesh))
+        monkeypatch.setattr("ping_llm.inference.model.load_model", lambda *_, config=config: (gpt, config, state))
+        assert PingModel.load(run_dir, "cpu", memory=rows).memory.other_sources == (mesh > 0)

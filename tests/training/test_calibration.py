@@ -175,7 +175,7 @@ def test_the_grams_are_those_of_the_answers_under_each_known_length(gpt, config)
     for i, query in enumerate(some.queries):
         for place, known in enumerate(("none", 8, 16, 24, "all")):
             exact = PingModel(gpt, torch.device("cpu"), least_mass=1.0).rtt_many([query], known)[0]
-            assert gram[i, place, place] == pytest.approx(exact.crps(np.exp(some.log_ms[i])), rel=0.02)
+            assert gram[i, place, place] == pytest.approx(exact.crps(np.exp(some.log_ms[i])), rel=0.05)
         assert (len(query.context) == 0) == (not evidence[i].any())
 
 
@@ -244,7 +244,8 @@ def test_a_run_that_is_over_leaves_its_calibration_and_one_that_is_stopped_none(
     assert not (tmp_path / "s" / CALIBRATION_NAME).exists()
     train(config, Feed(make_batches, val_windows, ValQueries.load))
     found = Calibration.load(config.train.run_dir)
-    assert found.src_weights and found.surprise.count == RowReader(rows_folder, "val").measurements.sum()
+    assert found.familiar is not None
+    assert found.surprise.count == RowReader(rows_folder, "val").measurements.sum()
     (folder,) = (config.train.run_dir / "checkpoints").glob("step-*2")
     assert found.model_sha256 == json.loads((folder / "state.json").read_text())["sha256"]["model.safetensors"]
     assert PingModel.load(config.train.run_dir).calibration == found

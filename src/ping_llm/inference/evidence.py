@@ -14,8 +14,7 @@ from ping_llm.inference.query import Query
 
 SHARE = 0.75
 """Of the tokens of a sequence, those up to which a context is filled."""
-PAIR, OWN = 6, 10  # measurements of the pair, and of the source where there are none of the pair
-OTHERS, COMMON, SHARED = 8, 5, 8  # other sources, destinations that they share with the source, measurements to these
+PAIR, OWN, OTHERS, SHARED = 6, 5, 8, 8  # measurements of each kind that `evidence` holds
 _REACH, _REACH_OTHERS = 64, 2048  # the latest of the source, and to the destination, among which they are looked for
 _CANDIDATES, _PROFILE = 64, 32  # sources that are compared, and the source's destinations by which
 _MOST_TOKENS, _FIRST_TIME = 11, 4  # of a measurement beside its addresses, and more where its time is the first
@@ -27,8 +26,9 @@ def evidence(memory: Memory, query: Query, tokens: int) -> Context:
 
     That is the latest PAIR of the pair and, where there are none, OWN of the source, each the latest to another
     destination. If the memory is one of `other_sources`, it is also the latest to the destination of each of its nearest
-    OTHERS sources, and what says how far these are from the source: the latest of the source to COMMON destinations that
-    they share, and SHARED of theirs. Nothing is of the query's second or later. ValueError if the source is not one host.
+    OTHERS sources, and what says how far these are from the source: OWN of the source, first to destinations that they
+    share, and SHARED of theirs to these. Nothing is of the query's second or later. ValueError if the source is not one
+    host.
     """
     if query.src is None or query.src.is_prefix:
         raise ValueError("a memory is searched for the pings of one source; give its whole address")
@@ -70,12 +70,12 @@ def _most_useful_first(memory: Memory, queries: Sequence[Query]) -> list[np.ndar
     for row, destination in enumerate(memory.ids(dst)):
         own = latest[row][latest[row] >= 0]
         own = _first_of_each(own[memory.dst_id[own] != destination], memory.dst_id)
-        pair, to_destination, shared, beside_pair = pairs[row][pairs[row] >= 0], _NONE, _NONE, 0
+        pair, to_destination, shared = pairs[row][pairs[row] >= 0], _NONE, _NONE
         if memory.other_sources:
             to_destination, own, shared = _of_others(memory, src[row], dst[row], int(before_s[row]), own)
-            beside_pair = COMMON
-        own = own[: beside_pair if len(pair) else OWN]
-        found.append(np.concatenate([pair, to_destination, own, shared]))
+        elif len(pair):
+            own = _NONE
+        found.append(np.concatenate([pair, to_destination, own[:OWN], shared]))
     return found
 
 
@@ -102,7 +102,7 @@ def _of_others(
     nearest = np.lexsort((-same_bits, distance))[:OTHERS]
     both = theirs[nearest] >= 0  # (c, D)
     known_most = np.argsort(-both.sum(axis=0), kind="stable")
-    theirs, both = theirs[nearest][:, known_most[:COMMON]], both[:, known_most[:COMMON]]
+    theirs, both = theirs[nearest][:, known_most[:OWN]], both[:, known_most[:OWN]]
     source, place = np.nonzero(both)
     in_turn = np.lexsort((source, np.cumsum(both, axis=1)[source, place]))  # one of each source, a second of each, …
     return latest[nearest], own[:D][known_most], theirs[source, place][in_turn[:SHARED]]

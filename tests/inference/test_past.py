@@ -83,7 +83,7 @@ def test_of_a_context_without_times_the_last_is_the_newest(memory):
 def test_other_sources_answer_the_most_alike_first_each_with_its_latest(memory):
     found = pasts([query(5)], memory)["others"]
     assert told(found) == [12.0, 15.0, 55.0]
-    # Of three shared destinations, three of the usual distance 1 are added; the address of the nearest one shares fewest bits.
+    # To three shared destinations three of the usual distance 1 are added; the nearest source shares the fewest bits.
     bits = [
         32 - (int.from_bytes(pack_address(a)) ^ int.from_bytes(pack_address(SRC))).bit_length()
         for a in ("192.0.2.200", "203.0.113.77")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ping_llm.eval.queries import FAMILIES, Seen, SplitQueries, learned_from
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Focus
+from ping_llm.inference.evidence import recalled
 from ping_llm.inference.mixture import distributions_under
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import fitting_places
@@ -42,9 +44,9 @@ class ModelMethods:
     src_known: tuple[str, ...]
 
     @classmethod
-    def load(cls, options: EvalOptions) -> ModelMethods:
-        """The model of the run under each of `src_known`."""
-        model = PingModel.load(options.trained, options.device, options.precision)
+    def load(cls, options: EvalOptions, memory: Path | None) -> ModelMethods:
+        """The model of the run under each of `src_known`, with the rows `memory` to look up, if any."""
+        model = PingModel.load(options.trained, options.device, options.precision, memory)
         return cls(replace(model, least_mass=LEAST_MASS), options.src_known)
 
     @property
@@ -59,7 +61,10 @@ class ModelMethods:
         # neighbours share their context
         order = np.lexsort((queries.measurements.time_s[queries.rows], queries.src_id))
         sorted_ = queries.take(order)
-        every = score_answers(self.model, model_queries(sorted_), sorted_.rtt_ms, self.src_known, rng, advance)
+        asked = model_queries(sorted_)
+        if self.model.memory is not None:
+            asked = recalled(self.model.memory, asked, self.model.seq_len)
+        every = score_answers(self.model, asked, sorted_.rtt_ms, self.src_known, rng, advance)
         scores = {}
         for name, found in zip(self.names, every, strict=True):
             found = Scores(*(column[np.argsort(order)] for column in vars(found).values()))

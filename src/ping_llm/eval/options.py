@@ -78,6 +78,9 @@ class EvalOptions(PartOptions):
     queries that all methods answered."""
     src_known: tuple[str, ...] = ("auto", "all", "none")
     """How much of the source the model is given, a method each: auto, all, none, or a prefix length."""
+    no_memory: FlagCreatePairsOff[bool] = False
+    """Leave the model alone with what it is given. Else it has the run's own rows as memory, from which the baselines learn
+    too."""
     truth: Path | None = None
     """The truth.json of a synthetic dump: its true distribution is one more method."""
     train_rows: Path | None = None

@@ -129,7 +129,7 @@ def _open_run(options: EvalOptions) -> tuple[ModelMethods | None, str, Path]:
         raise ValueError(f"{problem}; give rows of other measurements, or --allow-leak to see the numbers anyway")
     if not (train_rows / MANIFEST_NAME).is_file():
         raise ValueError(f"the rows {train_rows}, that {run} learned from, are gone; name them with --train-rows")
-    return ModelMethods.load(options), problem, train_rows
+    return ModelMethods.load(options, None if options.no_memory else train_rows), problem, train_rows
 
 
 def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) -> str:

@@ -19,6 +19,7 @@ from ping_llm.inference.calibration import Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution, log_edges
 from ping_llm.inference.engine import Reader, result_distributions
+from ping_llm.inference.evidence import recalled
 from ping_llm.inference.experts import CUTS, LEAST_WEIGHT, Experts
 from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.memory import Memory
@@ -68,7 +69,9 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
     reader = Reader(gpt, device, Calibration(familiar=familiar), precision, LEAST_MASS)
     found = draw_results(rows, results, np.random.default_rng(config.seed))
     calibration = Calibration(*fit_src_weights(reader, found), familiar)
-    reader = dataclasses.replace(reader, calibration=calibration, memory=Memory.open(rows))
+    memory = dataclasses.replace(Memory.open(rows), other_sources=config.data.mesh > 0)
+    reader = dataclasses.replace(reader, calibration=calibration, memory=memory)
+    found = dataclasses.replace(found, queries=recalled(memory, found.queries, reader.seq_len))
     calibration = dataclasses.replace(calibration, experts=fit_experts(reader, found))
     reader = Reader(gpt, device, calibration, precision)
     surprise = val_surprise(reader, RowReader(rows, "val"), SURPRISES, np.random.default_rng(config.seed))

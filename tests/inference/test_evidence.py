@@ -107,6 +107,15 @@ def test_of_other_sources_it_holds_the_destinations_latest_and_what_compares_the
     assert not [line for line in seen(evidence(memory_of(tmp_path, other_lines()), query(), ALL)) if line[0] != ME]
 
 
+def test_later_pings_of_other_sources_are_neither_evidence_nor_compare_them(tmp_path):
+    found = seen(evidence(memory_of(tmp_path / "a", other_lines(), True), query(), ALL))
+    mine = [(ME, f"203.0.113.{i}", 0, 90.0) for i in range(6)]
+    later = [(source, f"203.0.113.{i}", -i, 20.0 + i) for source in (NEAR, FAR) for i in range(6)]
+    later += [(source, DST, 0, 7.0) for source in (NEAR, FAR, "203.0.112.9")]
+    memory = memory_of(tmp_path / "b", other_lines() + mine + later, True)
+    assert seen(evidence(memory, query(), ALL)) == found
+
+
 def test_the_nearest_sources_are_those_of_like_rtts_and_then_those_of_like_addresses(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "OTHERS", 1)
     lines = other_lines()

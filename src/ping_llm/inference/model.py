@@ -59,7 +59,7 @@ class PingModel(Reader):
         chosen = pick_device(device)
         gpt, config, state = load_model(path, chosen)
         calibration = Calibration.load_for(Path(path), state["sha256"][MODEL_NAME])
-        several = getattr(config.data, "mesh", 0.0) > 0
+        several = config.data.mesh > 0
         held = None if memory is None else replace(Memory.open(memory), other_sources=several)
         return cls(gpt, chosen, calibration, precision, memory=held)
 

@@ -205,8 +205,11 @@ def val_surprise(reader: Reader, rows: RowReader, results: int, rng: np.random.G
     """
     stretches = -(-rows.measurements // _STRETCH)  # (rows,) of each
     ends = np.cumsum(stretches)
-    count = min(-(-results // _STRETCH) + len(rows), int(ends[-1]))  # the last one of a row is short
-    chosen, own = np.sort(rng.choice(ends[-1], count, replace=False)), []
+    length = np.full(ends[-1], _STRETCH)
+    length[ends - 1] = rows.measurements - (stretches - 1) * _STRETCH  # the last one of a row is short
+    drawn = rng.permutation(ends[-1])
+    count = min(int(np.searchsorted(np.cumsum(length[drawn]), results)) + 1, len(drawn))
+    chosen, own = np.sort(drawn[:count]), []
     numbers = np.searchsorted(ends, chosen, "right")
     with show_progress("calibrate", count, "stretches of val") as advance:
         for number in np.unique(numbers):

@@ -87,6 +87,10 @@ def test_fresh_addresses_share_as_many_bits_as_the_true_ones(some, seed):
             assert shared_bits(true[i], true[j]) == shared_bits(fresh[i], fresh[j])
 
 
+def test_no_probe_pings_itself_and_every_probe_reaches_a_destination(some):
+    assert (some.src != some.dst).any(axis=1).all() and (some.pair >= 0).any(axis=1).all()
+
+
 def test_an_internet_is_known_by_its_numbers():
     assert internet(1, 0, 5) is internet(1, 0, 5)
     assert (internet(1, 0, 5).pair.shape != internet(1, 0, 6).pair.shape) or (

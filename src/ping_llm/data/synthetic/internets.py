@@ -24,7 +24,7 @@ _PACKETS = (1, 1, 3)  # of a result, which have one time; of an Atlas ping there
 
 
 class Internet:
-    """The Internet of a seed: rows are drawn from it in some 0.2 ms each, it is made in some 20 ms."""
+    """The Internet of a seed: a row takes a hundredth of the time that it takes."""
 
     def __init__(self, seed: int) -> None:
         world = build_world(seed, PROBES, TARGETS)

@@ -20,7 +20,7 @@ from ping_llm.inference.packed import Foreseen, Windows, foresee
 from ping_llm.inference.past import pasts
 from ping_llm.inference.query import Endpoint, Query
 
-EXPERT = Expert(0.2, (0.01, 0.1), ((0.0,) * 4, (0.3, 0.0, 0.0, 0.0)))
+EXPERT = Expert((-1.5, 0.1), (0.01, 0.1), ((0.0,) * 4, (0.3, 0.0, 0.0, 0.0)))
 NEVER = (-50.0, 0.0, 0.0, 0.0)
 PAIR = (0.7, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0)
 OTHERS = (0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

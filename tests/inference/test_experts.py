@@ -11,7 +11,7 @@ from ping_llm.inference.distribution import log_edges
 from ping_llm.inference.experts import CUTS, LEAST_WEIGHT, PAST, SITUATION, Expert, Experts, Past
 
 SHARES = ((0.5, 0.1, -0.3, 0.2), (0.0, 0.4, 0.1, -0.2), (-1.0, -0.2, 0.5, 0.3))
-EXPERT = Expert(0.3, (0.002, 0.03, 0.25), SHARES)
+EXPERT = Expert((-1.05, 0.2), (0.002, 0.03, 0.25), SHARES)
 EDGES = log_edges()
 pasts = st.lists(
     st.tuples(st.lists(st.floats(-6.5, 15), min_size=0, max_size=PAST), st.floats(0, 500)), min_size=1, max_size=4
@@ -38,7 +38,8 @@ def slow_cdf(values: list[float], first: float, x: float) -> float:
     features = (1.0, math.log(len(values)), math.log(1 + first), math.log(spread + 1e-3))
     logits = [sum(a * b for a, b in zip(row, features, strict=True)) for row in SHARES]
     shares = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
-    weights = [math.exp(-0.3 * rank) for rank in range(len(values))]
+    decay = math.log1p(math.exp(-1.05 + 0.2 * math.log(1 + first)))
+    weights = [math.exp(-decay * rank) for rank in range(len(values))]
 
     def whole(at: float) -> float:
         return sum(
@@ -70,7 +71,7 @@ def test_the_probabilities_of_the_codes_are_the_differences_of_the_distribution_
     for row, count in enumerate(past.count):
         one = past.take(np.array([row]))
         if count:
-            np.testing.assert_allclose(codes[row], np.diff(EXPERT.cdf(one, EDGES[None])[0]), atol=1e-8)
+            np.testing.assert_allclose(codes[row], np.diff(EXPERT.cdf(one, EDGES[None])[0]), atol=2e-5)
             assert codes[row].sum() == pytest.approx(1)
         else:
             assert not codes[row].any()
@@ -114,4 +115,4 @@ def test_rules_are_read_back_as_they_were_written():
     experts = Experts({"pair": EXPERT}, ((0.5, 0.0, 1.0, 0.0),) * 2, {"pair": (1.0,) * 7})
     assert Experts.of_json(experts.to_json()) == experts
     with pytest.raises((KeyError, TypeError)):
-        Experts.of_json({"experts": {"pair": {"decay": 1.0}}, "cuts": [], "odds": {}})
+        Experts.of_json({"experts": {"pair": {"decay": [1.0, 0.0]}}, "cuts": [], "odds": {}})

@@ -59,7 +59,7 @@ def config(rows_folder) -> Config:
 
 def test_calibration_is_read_back_as_it_was_written(tmp_path):
     experts = Experts(
-        {"pair": Expert(0.1, (0.1, 0.2), ((0.0,) * 4, (1.0,) * 4))}, ((0.5,) * 4,) * 2, {"pair": (0.25,) * 7}
+        {"pair": Expert((-2.0, 0.0), (0.1, 0.2), ((0.0,) * 4, (1.0,) * 4))}, ((0.5,) * 4,) * 2, {"pair": (0.25,) * 7}
     )
     surprise = Surprise(3, (0.1, 1.0), (0.2, 0.5), 0.8, -0.1)
     familiar = Familiar.of_rows([make_row(20)])

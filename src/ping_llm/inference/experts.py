@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.inference.distribution import log_edges
+from ping_llm.inference.distribution import code_widths, log_edges
 
-PAST = 16
+PAST = 64
 """Results of each query that an expert looks at, at most."""
 FEATURES = 4  # 1, and the logarithms of: their number, 1 + how old or distant the first is, how far they differ
 CUTS = ("prefix that was met", "first byte")
@@ -28,6 +28,7 @@ LEAST_WEIGHT = 0.02
 """A part of an answer of less weight is left out."""
 _LEAST_SPREAD = 1e-3  # log-ms
 _REACH = 20.0  # widths; beyond them lie 2e-9 of a kernel
+_WIDE, _COARSE = 0.1, 16  # log-ms, and codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +61,17 @@ class Past:
 class Expert:
     """The rule of one kind of past results."""
 
-    decay: float  # the weight of a result is exp(−decay) of that of the one before it
+    decay: tuple[
+        float, float
+    ]  # a result weighs exp(−softplus(a + b · log of 1 + `first`)) of what the one before it does
     widths: tuple[float, ...]  # (W,) scales of the Laplace kernels, log-ms
     shares: tuple[tuple[float, ...], ...]  # (W, F): logits of the share of each width, of the features
 
     def kernels(self, past: Past) -> tuple[np.ndarray, np.ndarray]:
         """Weights of the results (q, E), which sum to 1 where there are any, and of the widths (q, W)."""
-        weights = np.where(np.isfinite(past.log_ms), np.exp(-self.decay * np.arange(past.log_ms.shape[1])), 0.0)
+        decay = np.logaddexp(0, self.decay[0] + self.decay[1] * np.log1p(past.first))  # (q,)
+        weights = np.exp(-decay[:, None] * np.arange(past.log_ms.shape[1]))
+        weights = np.where(np.isfinite(past.log_ms), weights, 0.0)
         total = weights.sum(axis=1, keepdims=True)
         logits = past.features @ np.array(self.shares).T
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -92,15 +97,20 @@ class Expert:
         return total
 
     def code_probability(self, past: Past) -> np.ndarray:
-        """(q, 65,536) probabilities of the codes given an answer, which sum to 1; of no results all are 0."""
-        edges = log_edges()
+        """(q, 65,536) probabilities of the codes given an answer, which sum to 1; of no results all are 0.
+
+        A wide kernel is taken as even over each _COARSE codes: at its middle it is up to 2 % less dense than it should be.
+        """
         weights, shares = self.kernels(past)
-        masses = np.zeros((len(weights), len(edges) - 1))
+        masses = np.zeros((len(weights), len(log_edges()) - 1))
         for mass, own, of_width, results in zip(masses, weights, shares, past.log_ms, strict=True):
             used = np.flatnonzero(own > 0)
+            wide = np.zeros(len(mass) // _COARSE)
             for width, share in zip(self.widths, of_width, strict=True):
+                target, edges = (wide, log_edges()[::_COARSE]) if width > _WIDE else (mass, log_edges())
                 for place in used:
-                    _add_laplace(mass, edges, results[place], width, own[place] * share)
+                    _add_laplace(target, edges, results[place], width, own[place] * share)
+            mass += np.repeat(wide / np.diff(log_edges()[::_COARSE]), _COARSE) * code_widths()
         total = masses.sum(axis=1, keepdims=True)
         return masses / np.where(total > 0, total, 1.0)
 
@@ -144,7 +154,7 @@ class Experts:
     def of_json(cls, values: Mapping[str, Any]) -> Experts:
         """What `to_json` made of them; KeyError or TypeError if it is damaged."""
         experts = {
-            kind: Expert(one["decay"], tuple(one["widths"]), tuple(map(tuple, one["shares"])))
+            kind: Expert(tuple(one["decay"]), tuple(one["widths"]), tuple(map(tuple, one["shares"])))
             for kind, one in values["experts"].items()
         }
         odds = {kind: tuple(values["odds"][kind]) for kind in experts}

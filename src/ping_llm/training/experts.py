@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ping_llm.inference.distribution import log_edges
-from ping_llm.inference.experts import CUTS, FEATURES, PAST, Expert, Experts, Past
+from ping_llm.inference.experts import CUTS, FEATURES, Expert, Experts, Past
 
 GRID = slice(0, None, 8)  # of the borders of the codes: steps of 0.3 %
 LEAST_RESULTS = 30  # that an expert is fitted to
 _WIDTHS = (0.002, 0.02, 0.2)  # log-ms, to begin with
-_PENALTY = 1e-2  # of the squares of the coefficients
+_PENALTY = 2e-3  # of the squares of the coefficients of kernels
+_ODDS_PENALTY = 3e-3  # of those of odds and shares
 _CONFUSION = 1e-4  # of a result that no kernel reaches: the density of a uniform one, times this
 
 
@@ -27,22 +28,22 @@ def fit_expert(past: Past, log_ms: np.ndarray) -> Expert:
     values = torch.from_numpy(np.nan_to_num(past.log_ms))
     there, features = torch.from_numpy(np.isfinite(past.log_ms)), torch.from_numpy(past.features)
     away = (torch.from_numpy(log_ms)[:, None] - values).abs()[..., None]  # (n, E, 1)
-    rank = torch.arange(PAST, dtype=torch.float64)
+    rank = torch.arange(values.shape[1], dtype=torch.float64)
     uniform = _CONFUSION / float(np.ptp(log_edges()[[0, -1]]))
 
     def negative_log_likelihood(decay: Tensor, widths: Tensor, shares: Tensor) -> Tensor:
-        weights = torch.exp(-torch.nn.functional.softplus(decay) * rank) * there
+        of_each = torch.nn.functional.softplus(decay[0] + decay[1] * features[:, 2])  # (n,)
+        weights = torch.exp(-of_each[:, None] * rank) * there
         weights = weights / weights.sum(1, keepdim=True)
         kernels = torch.exp(-away / widths.exp()) / (2 * widths.exp())  # (n, E, W)
         share = (features @ shares.T).softmax(1)  # (n, W)
         density = (weights[..., None] * kernels).sum(1).mul(share).sum(1)
-        penalty = shares.square().sum() + (widths - start[1]).square().sum() + (decay - start[0]).square().sum()
+        penalty = shares.square().sum() + (widths - start[1]).square().sum() + 0.1 * (decay - start[0]).square().sum()
         return -torch.log(density + uniform).mean() + _PENALTY * penalty
 
-    start = [torch.tensor(-1.0).double(), torch.tensor(_WIDTHS).double().log(), torch.zeros(3, FEATURES).double()]
+    start = [torch.tensor(one).double() for one in ((-1.0, 0.0), np.log(_WIDTHS), np.zeros((3, FEATURES)))]
     decay, widths, shares = _minimise(negative_log_likelihood, start)
-    softened = float(torch.nn.functional.softplus(decay))
-    return Expert(softened, tuple(widths.exp().tolist()), tuple(map(tuple, shares.tolist())))
+    return Expert(tuple(decay.tolist()), tuple(widths.exp().tolist()), tuple(map(tuple, shares.tolist())))
 
 
 def fit_odds(
@@ -72,7 +73,7 @@ def fit_odds(
         weights = torch.stack(logits, dim=1).softmax(1)
         crps = torch.einsum("na,nab,nb->n", weights, grams, weights)
         means = torch.stack([crps[rows].mean() for rows in parts])
-        return means.log().mean() + _PENALTY * sum(own.square().sum() for own in odds)
+        return means.log().mean() + _ODDS_PENALTY * sum(own.square().sum() for own in odds)
 
     start = [torch.zeros(x.shape[1], dtype=torch.float64) for x in inputs]
     odds = [tuple(own.tolist()) for own in _minimise(mean_log_crps, start)]
@@ -91,7 +92,7 @@ def fit_shares(gram: np.ndarray, evidence: np.ndarray, part: np.ndarray) -> np.n
         weights = (logits.log_softmax(0) + log_likelihood).softmax(1)
         crps = torch.einsum("na,nab,nb->n", weights, grams, weights)
         means = torch.stack([crps[rows].mean() for rows in parts])
-        return means.log().mean() + _PENALTY / 10 * logits.square().sum()
+        return means.log().mean() + _ODDS_PENALTY * logits.square().sum()
 
     (logits,) = _minimise(mean_log_crps, [torch.zeros(gram.shape[1], dtype=torch.float64)])
     return logits.softmax(0).numpy()

@@ -182,13 +182,9 @@ class LossConfig(Section):
     """Weight of the timestamp bytes."""
     rtt: Amount = 1.0
     """Weight of the RTT bytes and the FAILED token."""
-    byte2: Amount = 1.0
-    """Weight of the second RTT byte as a multiple of that of the first."""
     smoothing: Amount = 0.0
     """Deviation of the normal distribution that training takes for its target in place of one RTT code, in codes of 1/2048
     of an octave. 0 = the code alone."""
-    rps: Amount = 0.0
-    """Share of the ranked probability score of the first RTT byte that is added to its loss in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

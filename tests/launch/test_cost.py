@@ -11,6 +11,7 @@ from paths import CONFIGS
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
 from ping_llm.launch.plan import GPU, PRICES, activation_bytes, fixed_bytes, plan_cost
 from ping_llm.model.gpt import GPT, parameter_count
+from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.optimizer import Optimizer
 
 SMALL, FULL = load_config(CONFIGS / "small.toml"), load_config(CONFIGS / "full.toml")
@@ -58,8 +59,9 @@ def test_the_tables_of_fields_count_with_both_moments_of_adamw_by_hand():
     assert fixed_bytes(dataclasses.replace(FIELD_AWARE, prefix_rows=2048)) - fixed_bytes(FIELD_AWARE) == 18 * 1024 * 64
 
 
+@pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("field_aware", [False, True])
-def test_weights_gradients_and_moments_are_as_large_as_the_plan_counts(field_aware):
+def test_weights_gradients_moments_and_averages_are_as_large_as_the_plan_counts(field_aware, averaged):
     """Beside the bf16 copies and Muon's stack, and the 53 rows by which the vocabulary's two tables are padded."""
     config = dataclasses.replace(FIELD_AWARE, field_aware=field_aware)
     model = GPT(config)
@@ -68,9 +70,10 @@ def test_weights_gradients_and_moments_are_as_large_as_the_plan_counts(field_awa
     optimizer = Optimizer(model, OptimConfig())
     optimizer.step(0.9, 0.0)
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.state_dict().values()]
-    counted = fixed_bytes(config) - 2 * parameter_count(config) - 8 * 4 * 64**2
+    held += WeightAverage(model, 0.1).weights.values() if averaged else []
+    counted = fixed_bytes(config, averaged) - 2 * parameter_count(config) - 8 * 4 * 64**2
     steps = 4 * len(optimizer.adamw.param_groups)  # AdamW counts them in fp32
-    assert sum(tensor.nbytes for tensor in held) == counted + 16 * 2 * 53 * 64 + steps
+    assert sum(tensor.nbytes for tensor in held) == counted + (20 if averaged else 16) * 2 * 53 * 64 + steps
 
 
 def test_fp8_is_planned_as_bf16_and_says_so():
@@ -82,6 +85,16 @@ def test_fp8_is_planned_as_bf16_and_says_so():
         ValueError, match=r"^train.precision=fp8 needs a GPU that multiplies it, which a100 does not; take"
     ):
         plan_cost(config, GPU.named("a100"), 8)
+
+
+def test_averaged_weights_take_four_bytes_a_parameter_of_the_room_for_batches():
+    """On a GPU with room for one window of full.toml and 1,000 bytes, if nothing is averaged."""
+    used = fixed_bytes(FULL.model) + activation_bytes(FULL.model)
+    gpu = dataclasses.replace(ROUND, memory_gb=(used + 1000) / 0.92 / 1e9)
+    plain, averaged = (plan_cost(with_train(FULL, average=share), gpu, gpus=8) for share in (0.0, 0.1))
+    assert (plain.largest_micro_batch, averaged.largest_micro_batch) == (1, 0)
+    more = fixed_bytes(FULL.model, averaged=True) - fixed_bytes(FULL.model)
+    assert more == 4 * parameter_count(FULL.model)
 
 
 def test_the_largest_batch_is_the_largest_that_fits():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -19,8 +18,8 @@ from ping_llm.model.loss import (
     count_results,
     field_losses,
     field_weights,
-    ordinal_costs,
     part_masks,
+    smoothing_cost,
     token_fields,
 )
 
@@ -99,10 +98,10 @@ def byte_targets(code: int, deviation: float) -> tuple[np.ndarray, np.ndarray]:
     return masses.sum(axis=1), masses[code // 256] / masses[code // 256].sum()
 
 
-def trained_cost(logits: torch.Tensor, targets: torch.Tensor, fields: torch.Tensor, **options: float) -> torch.Tensor:
+def trained_cost(logits: torch.Tensor, targets: torch.Tensor, fields: torch.Tensor, deviation: float) -> torch.Tensor:
     """What training makes small, for weights of 1."""
-    added = ordinal_costs(logits, targets, fields, **{"smoothing": 0.0, "rps": 0.0} | options)
-    return field_losses(logits, targets, fields)[0][: len(FIELDS)].sum() + added.sum()
+    costs = field_losses(logits, targets, fields)[0][: len(FIELDS)]
+    return costs.sum() + smoothing_cost(logits, targets, fields, deviation)
 
 
 def random_logits(T: int, seed: int = 0) -> torch.Tensor:
@@ -125,7 +124,7 @@ def test_a_smoothed_code_by_hand():
 def test_the_gradient_of_smoothed_targets_is_foretold_minus_wanted(code, deviation):
     targets, fields = window_of_results(code)
     logits = random_logits(16)
-    trained_cost(logits, targets, fields, smoothing=deviation).backward()
+    trained_cost(logits, targets, fields, deviation).backward()
     foretold = logits.detach().softmax(-1)[0]
     for place, wanted in zip((3, 4), byte_targets(code, deviation), strict=True):
         expected = foretold[place].clone()
@@ -140,18 +139,18 @@ def test_smoothed_costs_are_the_mean_cross_entropy_over_the_targets():
     logits, (targets, fields) = random_logits(16).detach(), window_of_results(0x34F8)
     targets[0, 5:] = -1
     log_p = logits.log_softmax(-1)[0]
-    expected = [
-        -(torch.tensor(wanted) * log_p[place, tk.BYTE_0 :]).sum()
+    expected = sum(
+        -(torch.tensor(wanted) * log_p[place, tk.BYTE_0 :]).sum().item()
         for wanted, place in zip(byte_targets(0x34F8, 5.0), (3, 4), strict=True)
-    ]
-    costs = field_losses(logits, targets, fields)[0][RTT1:] + ordinal_costs(logits, targets, fields, 5.0, rps=0.0)
-    torch.testing.assert_close(costs, torch.stack(expected).float(), rtol=1e-5, atol=1e-5)
+    )
+    cost = field_losses(logits, targets, fields)[0][RTT1:].sum() + smoothing_cost(logits, targets, fields, 5.0)
+    assert cost.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_byte_1_whose_byte_2_the_window_cuts_off_stands_in_the_middle_of_its_step():
     targets, fields = window_of_results()
     logits = random_logits(16)
-    trained_cost(logits, targets, fields, smoothing=100.0).backward()
+    trained_cost(logits, targets, fields, 100.0).backward()
     edges = torch.tensor([-384.0, -128, 128, 384]) / 100
     expected = torch.special.ndtr(edges).diff()  # of values 0xDD, 0xDE and 0xDF
     wanted = logits.detach().softmax(-1)[0, 15] - logits.grad[0, 15]
@@ -160,70 +159,22 @@ def test_a_byte_1_whose_byte_2_the_window_cuts_off_stands_in_the_middle_of_its_s
 
 def test_a_tiny_deviation_is_no_smoothing():
     targets, fields = window_of_results()
-    added = ordinal_costs(random_logits(16), targets, fields, smoothing=1e-3, rps=0.0)
-    assert added.abs().max() < 1e-4
+    assert smoothing_cost(random_logits(16), targets, fields, 1e-3).abs() < 1e-4
 
 
-def test_ranked_probability_scores_by_hand():
-    """All mass on one value costs the distance; equal masses cost, against value 0, Σ (j / 256)² over j = 0 … 255."""
-    targets, fields = window_of_results(0x0000, 0, 0x0700)
-    targets[0, 15:] = -1
-    logits = torch.zeros(1, 16, 267)
-    logits[0, 11, tk.BYTE_0 + 4] = 40.0  # of 7
-    logits[0, 4] = torch.randn(267)  # byte 2 has no score
-    logits[0, 3, : tk.BYTE_0] = 5.0  # what is no byte does not count
-    added = ordinal_costs(logits, targets, fields, smoothing=0.0, rps=0.5)
-    uniform = 255 * 256 * 511 / 6 / 256**2
-    assert added.tolist() == pytest.approx([0.5 * (uniform + 3), 0.0], rel=1e-5)
-
-
-def test_the_gradient_of_the_ranked_probability_score_is_that_of_a_loop():
-    """d/dz_j Σ_k (F_k − y_k)² = p_j Σ_k 2 (F_k − y_k) (1[k ≥ j] − F_k)."""
-    targets, fields = window_of_results()
-    logits = random_logits(16, seed=1)
-    ordinal_costs(logits, targets, fields, smoothing=0.0, rps=2.0).sum().backward()
-    assert logits.grad[..., : tk.BYTE_0].abs().max() == 0
-    for place, byte in ((3, 0x12), (11, 0x9A), (15, 0xDE)):
-        p = logits.detach()[0, place, tk.BYTE_0 :].double().softmax(-1)
-        F_, y = p.cumsum(-1), (torch.arange(256) >= byte).double()
-        inside = (torch.arange(256) >= torch.arange(256)[:, None]).double() - F_  # (j, k)
-        expected = 2 * p * (2 * (F_ - y) * inside).sum(-1)
-        torch.testing.assert_close(logits.grad[0, place, tk.BYTE_0 :].double(), expected, rtol=1e-4, atol=1e-5)
-    others = [place for place in range(16) if place not in (3, 11, 15)]
-    assert logits.grad[0, others].abs().max() == 0
-
-
-def test_the_ranked_probability_score_is_least_for_the_true_distribution():
-    """Truth: byte 1 is 10 or 20, one in four times the latter. Its gradient is 0 there and nowhere near."""
-    weights, gradients = (0.75, 0.25), []
-    for share in (0.25, 0.4):
-        logits = torch.full((1, 16, 267), -30.0)
-        logits[0, 3, tk.BYTE_0 + 10], logits[0, 3, tk.BYTE_0 + 20] = math.log(1 - share), math.log(share)
-        logits.requires_grad_()
-        costs = []
-        for byte in (10, 20):
-            targets, fields = window_of_results(256 * byte)
-            targets[0, 5:] = -1
-            costs.append(ordinal_costs(logits, targets, fields, smoothing=0.0, rps=1.0)[0])
-        sum(w * cost for w, cost in zip(weights, costs, strict=True)).backward()
-        gradients.append(logits.grad.abs().max().item())
-    assert gradients[0] < 1e-5 < 0.1 < gradients[1]
-
-
-def test_compiled_costs_and_those_of_bf16_logits_are_those_of_fp32():
+def test_the_compiled_cost_and_that_of_bf16_logits_are_that_of_fp32():
     torch._dynamo.reset()
     targets, fields = window_of_results()
-    options = {"smoothing": 3.0, "rps": 0.3}
     logits = random_logits(16).detach().bfloat16()
-    expected = ordinal_costs(logits.float(), targets, fields, **options)
-    assert torch.equal(ordinal_costs(logits, targets, fields, **options), expected)
-    compiled = torch.compile(ordinal_costs, backend="aot_eager", fullgraph=True)
+    expected = smoothing_cost(logits.float(), targets, fields, 3.0)
+    assert torch.equal(smoothing_cost(logits, targets, fields, 3.0), expected)
+    compiled = torch.compile(smoothing_cost, backend="aot_eager", fullgraph=True)
     gradients = []
-    for function in (ordinal_costs, compiled):
+    for function in (smoothing_cost, compiled):
         given = logits.float().requires_grad_()
-        costs = function(given, targets, fields, **options)
-        torch.testing.assert_close(costs.detach(), expected, rtol=1e-5, atol=1e-5)
-        costs.sum().backward()
+        cost = function(given, targets, fields, 3.0)
+        torch.testing.assert_close(cost.detach(), expected, rtol=1e-5, atol=1e-5)
+        cost.backward()
         gradients.append(given.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
@@ -238,14 +189,6 @@ def test_ignored_targets_get_no_gradient():
 def test_weights_stand_in_the_order_of_the_fields():
     weights = dict(zip(PARTS, field_weights(WEIGHTS).tolist(), strict=True))
     assert weights == {"structure": 6, "src": 2, "dst": 3, "time": 4, "rtt": 5, "rtt1": 0, "rtt2": 0}
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 3.0])
-def test_byte_2_weighs_a_multiple_of_byte_1(factor):
-    """Byte 2 is counted as of the RTT and as byte 2: 5 times the factor in all; byte 1 and FAILED weigh 5."""
-    weights = field_weights(dataclasses.replace(WEIGHTS, byte2=factor))
-    failed, byte1, byte2 = part_masks(*window_of_results())[:, 0, [0, 3, 4]].float().T @ weights
-    assert (failed, byte1, byte2) == (5, 5, 5 * factor)
 
 
 def test_the_bytes_of_results_by_hand():
@@ -295,5 +238,5 @@ def test_everything_stays_on_the_device_of_the_tokens_and_in_a_byte_each():
     fields = token_fields(tokens, role_fields, byte_fields)
     sums, counts = field_losses(torch.empty(2, 9, 267, device="meta"), tokens, fields)
     assert fields.dtype == torch.uint8 and fields.shape == (2, 9)
-    added = ordinal_costs(torch.empty(2, 9, 267, device="meta"), tokens, fields, smoothing=3.0, rps=0.3)
+    added = smoothing_cost(torch.empty(2, 9, 267, device="meta"), tokens, fields, 3.0)
     assert {each.device.type for each in (fields, sums, counts, added, count_results(tokens, fields))} == {"meta"}

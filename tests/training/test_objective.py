@@ -13,14 +13,14 @@ from training_runs import MODEL, make_config, make_windows
 
 from ping_llm.config import FIELDS, LossConfig
 from ping_llm.model.gpt import GPT
-from ping_llm.model.loss import PARTS, field_losses, ordinal_costs
+from ping_llm.model.loss import PARTS, field_losses, smoothing_cost
 from ping_llm.training import objective as module
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective, resolve_precision
 
 CPU = torch.device("cpu")
 WEIGHTS = LossConfig(structure=0.5, src=2.0, dst=1.0, time=7.0, rtt=3.0)
-ORDINAL = dataclasses.replace(WEIGHTS, byte2=2.0, smoothing=3.0, rps=0.3)
+SMOOTHED = dataclasses.replace(WEIGHTS, smoothing=3.0)
 
 
 @pytest.fixture
@@ -92,56 +92,38 @@ def test_sums_and_counts_are_those_of_each_field(model, tmp_path):
     assert totals[7:].tolist() == [1.0, 2.0**24 + 1] and totals.dtype == torch.float64 and not sums.requires_grad
 
 
-def gradient(model: GPT, cost: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.grad(cost, model.head.weight)[0]
-
-
-def test_byte_2_weighs_its_factor_more_in_the_mean(model, tmp_path):
-    """A weight of 3, twice as much for byte 2; the divisor counts it so, too."""
-    tokens, weights = make_windows(8, seed=2), torch.tensor([0.5, 2.0, 1.0, 7.0, 3.0, 0.0])
-    weight = weights[fields(tokens)]
-    weight[bytes_of_rtts(tokens)[1]] = 6.0
-    expected = (nats(model, tokens) * weight).sum() / weight.sum()
-    step = objective_of(model, tmp_path, loss=dataclasses.replace(WEIGHTS, byte2=2.0))
-    sums, totals = step.backward(tokens)
-    torch.testing.assert_close(model.head.weight.grad, gradient(model, expected), rtol=1e-4, atol=1e-7)
-    assert step.means(sums.double(), totals)["loss"] == pytest.approx(expected.item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("grad_accum", [1, 4])
-def test_costs_of_the_order_of_values_are_weighted_as_their_bytes(model, tmp_path, grad_accum):
+def test_the_cost_of_smoothing_weighs_as_the_rtt(model, tmp_path, grad_accum):
     """Over micro-batches with unequal numbers of targets; what is reported is plain cross-entropy."""
     tokens = make_windows(8, seed=2)
     tokens[5:, 22:] = -1  # byte 2 is cut off
     targets = tokens[:, 1:]
     read = fields(tokens).clamp(min=0).to(torch.uint8)
     logits = model(tokens[:, :-1].clamp(min=0))
-    weights = torch.tensor([0.5, 2.0, 1.0, 7.0, 3.0, 0.0, 3.0])
+    weights = torch.tensor([0.5, 2.0, 1.0, 7.0, 3.0, 0.0, 0.0])
     sums, counts = field_losses(logits, targets, read)
-    added = ordinal_costs(logits, targets, read, smoothing=3.0, rps=0.3)
-    cost = ((weights * sums).sum() + 3 * added[0] + 6 * added[1]) / (weights * counts).sum()
-    expected = gradient(model, cost)
-    found, totals = objective_of(model, tmp_path, loss=ORDINAL, grad_accum=grad_accum).backward(tokens)
+    added = smoothing_cost(logits, targets, read, 3.0)
+    cost = ((weights * sums).sum() + 3 * added) / (weights * counts).sum()
+    expected = torch.autograd.grad(cost, model.head.weight)[0]
+    found, totals = objective_of(model, tmp_path, loss=SMOOTHED, grad_accum=grad_accum).backward(tokens)
     torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found, sums.detach(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(totals, counts.double()) and min(added.abs().tolist()) > 1
+    assert torch.equal(totals, counts.double()) and added.abs() > 0.9
 
 
-def test_without_their_switches_the_order_of_values_costs_no_time(model, tmp_path, monkeypatch):
-    tokens = make_windows(8, seed=2)
-    called = []
-    monkeypatch.setattr(module, "ordinal_costs", lambda *given: called.append(given) or torch.zeros(2))
-    objective_of(model, tmp_path, loss=dataclasses.replace(ORDINAL, smoothing=0.0, rps=0.0)).backward(tokens)
-    assert not called
-    for switch in ("smoothing", "rps"):
-        objective_of(model, tmp_path, loss=dataclasses.replace(ORDINAL, **{switch: 0.0})).backward(tokens)
-    assert [given[3:] for given in called] == [(0.0, 0.3), (3.0, 0.0)]
+def test_without_smoothing_the_order_of_values_costs_no_time(model, tmp_path, monkeypatch):
+    tokens, deviations = make_windows(8, seed=2), []
+    monkeypatch.setattr(module, "smoothing_cost", lambda *given: deviations.append(given[3]) or torch.zeros(()))
+    objective_of(model, tmp_path).backward(tokens)
+    assert not deviations
+    objective_of(model, tmp_path, loss=SMOOTHED).backward(tokens)
+    assert deviations == [3.0]
 
 
 def test_evaluations_are_plain_whatever_training_adds(model, tmp_path):
     tokens = make_windows(8, seed=2)
     plain = objective_of(model, tmp_path).evaluate(tokens)
-    values = objective_of(model, tmp_path, loss=dataclasses.replace(ORDINAL, byte2=1.0)).evaluate(tokens)
+    values = objective_of(model, tmp_path, loss=SMOOTHED).evaluate(tokens)
     assert values == pytest.approx(plain, nan_ok=True, rel=1e-9)
 
 
@@ -192,10 +174,10 @@ def test_the_gradient_of_a_process_is_its_share_before_the_mean_over_processes(m
 
     monkeypatch.setattr(module, "DistributedDataParallel", Parallel)
     tokens = make_windows(4, seed=3)
-    objective_of(model, tmp_path, loss=ORDINAL, grad_accum=2).backward(tokens.repeat(2, 1))
+    objective_of(model, tmp_path, loss=SMOOTHED, grad_accum=2).backward(tokens.repeat(2, 1))
     alone = model.head.weight.grad.clone()
     model.zero_grad()
-    step = objective_of(model, tmp_path, Twin(), ORDINAL, grad_accum=2)
+    step = objective_of(model, tmp_path, Twin(), SMOOTHED, grad_accum=2)
     assert step.micro_batch == 2
     step.backward(tokens)
     torch.testing.assert_close(model.head.weight.grad, alone, rtol=1e-4, atol=1e-7)

@@ -89,7 +89,8 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     windows = config.train.batch_size // gpus  # of a step, for each GPU
     micro_batch = windows // config.train.grad_accum
     compiled = config.train.compile is not False
-    fixed_gb, window_gb = fixed_bytes(config.model) / 1e9, activation_bytes(config.model, compiled) / 1e9
+    fixed_gb = fixed_bytes(config.model, averaged=config.train.average > 0) / 1e9
+    window_gb = activation_bytes(config.model, compiled) / 1e9
     largest = max(0, int((gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb) / window_gb))
     if micro_batch <= largest:
         advice = "the batch fits"
@@ -118,13 +119,14 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     return CostPlan(steps, tokens, tokens_per_s, hours, dollars, micro_batch, largest, lines)
 
 
-def fixed_bytes(model: ModelConfig) -> int:
-    """Bytes that a GPU holds whatever the batch: fp32 weights and gradients, their bf16 copies, the optimiser's state, and
-    the largest stack of matrices that Muon works on (in fp32 and twice in bf16)."""
+def fixed_bytes(model: ModelConfig, averaged: bool = False) -> int:
+    """Bytes that a GPU holds whatever the batch: fp32 weights and gradients, their bf16 copies, the optimiser's state, the
+    largest stack of matrices that Muon works on (in fp32 and twice in bf16), and the fp32 average of `averaged` weights."""
     matrices = 12 * model.n_layer * model.n_embd**2  # Muon keeps one moment of these
     others = parameter_count(model) - matrices  # AdamW keeps two of the vocabulary's and the fields' tables
     stack = 4 * model.n_layer * model.n_embd**2
-    return 10 * (matrices + others) + 4 * matrices + 8 * others + 8 * stack
+    everywhere = 14 if averaged else 10
+    return everywhere * (matrices + others) + 4 * matrices + 8 * others + 8 * stack
 
 
 def activation_bytes(model: ModelConfig, compiled: bool = True) -> int:

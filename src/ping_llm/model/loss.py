@@ -1,7 +1,7 @@
 """Logits and tokens in, cross-entropy of each field out, as sums and counts, to be divided once.
 
 A field is the part of a measurement that a token encodes. The tables that assign roles to fields belong to the
-vocabulary and are passed in. The values of RTT bytes are ordered, which cross-entropy does not see: `ordinal_costs` are
+vocabulary and are passed in. The values of RTT bytes are ordered, which cross-entropy does not see: `smoothing_cost` is
 what training can add for it.
 """
 
@@ -54,35 +54,25 @@ def field_losses(logits: Tensor, targets: Tensor, fields: Tensor) -> tuple[Tenso
 
 
 def field_weights(config: LossConfig) -> Tensor:
-    """The weights of the parts, (7,) fp32: byte 2 counts as a byte of the RTT, and once more for what it weighs beyond."""
+    """The weights of the parts, (7,) fp32: bytes 1 and 2 weigh as bytes of the RTT, and nothing once more."""
     weights = [getattr(config, field) for field in FIELDS]
-    return torch.tensor([*weights, 0.0, config.rtt * (config.byte2 - 1)], dtype=torch.float32)
+    return torch.tensor([*weights, 0.0, 0.0], dtype=torch.float32)
 
 
-def ordinal_costs(logits: Tensor, targets: Tensor, fields: Tensor, smoothing: float, rps: float) -> Tensor:
-    """What training adds to the cross-entropy of RTT bytes because values are ordered: sums over bytes 1 and 2, (2,) fp32.
+def smoothing_cost(logits: Tensor, targets: Tensor, fields: Tensor, deviation: float) -> Tensor:
+    """What smoothed targets add to the cross-entropy of RTT bytes because values are ordered: the sum over them, () fp32.
 
-    The other arguments are those of `field_losses`. With a `smoothing` above 0 the target is no single 16-bit code but a
-    normal distribution around it, whose deviation is so many codes, cut into codes. The target of byte 1 is its marginal.
-    Byte 2 is read after the true byte 1: its target is what lies among the 256 codes that begin so, normalised, and a tail
-    beyond their border is in the target of byte 1 alone.
-
-    `rps` weighs the ranked probability score of byte 1, given that a byte comes: the sum over its values of the squared
-    distance between foretold and true cumulative probability (Epstein 1969), in steps of byte 1, eighths of an octave.
-    It is proper, as cross-entropy is (Gneiting and Raftery 2007), so both have the same best answer.
+    The other arguments are those of `field_losses`. The target is no single 16-bit code but a normal distribution around
+    it, whose `deviation`, above 0, is so many codes, cut into codes. The target of byte 1 is its marginal. Byte 2 is read
+    after the true byte 1: its target is what lies among the 256 codes that begin so, normalised, and a tail beyond their
+    border is in the target of byte 1 alone.
     """
     first, second = part_masks(targets, fields)[len(FIELDS) :]  # (B, T) each
     of_bytes = logits[..., ROLES : ROLES + _VALUES].float()  # (B, T, 256)
     value = (targets - ROLES).clamp(min=0)
-    added = torch.zeros_like(of_bytes[..., 0])  # (B, T)
-    if smoothing:
-        wanted = _smoothed(value, first, second, smoothing)
-        added = of_bytes.gather(-1, value[..., None])[..., 0] - (wanted * of_bytes).sum(dim=-1)
-    if rps:
-        foretold = of_bytes.softmax(dim=-1).cumsum(dim=-1)
-        true = torch.arange(_VALUES, device=value.device) >= value[..., None]
-        added = added + torch.where(first, rps * (foretold - true.float()).square().sum(dim=-1), 0.0)
-    return torch.stack([torch.where(mask, added, 0.0).sum() for mask in (first, second)])
+    wanted = _smoothed(value, first, second, deviation)
+    added = of_bytes.gather(-1, value[..., None])[..., 0] - (wanted * of_bytes).sum(dim=-1)
+    return torch.where(first | second, added, 0.0).sum()
 
 
 def _smoothed(value: Tensor, first: Tensor, second: Tensor, deviation: float) -> Tensor:

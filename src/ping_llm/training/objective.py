@@ -21,8 +21,8 @@ from ping_llm.model.loss import (
     count_results,
     field_losses,
     field_weights,
-    ordinal_costs,
     part_masks,
+    smoothing_cost,
     token_fields,
 )
 from ping_llm.system.hardware import FP8_CAPABILITY, device_name, native_bf16, native_fp8
@@ -72,7 +72,7 @@ def attention_order(device: torch.device) -> AbstractContextManager[object]:
 class Objective:
     """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
 
-    `loss.smoothing` and `loss.rps` change the gradients alone: all that is reported is plain cross-entropy.
+    `loss.smoothing` changes the gradients alone: all that is reported is plain cross-entropy.
     A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches. Gradients are averaged over
     the processes while those of the last one are still being computed. `precision` is what the run began with; without
     it, that of the config.
@@ -86,7 +86,6 @@ class Objective:
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
         self.loss = config.loss
         self.weights = field_weights(config.loss).to(self.device)  # (7,)
-        self.byte_weights = torch.tensor([config.loss.rtt, config.loss.rtt * config.loss.byte2]).to(self.device)
         self.precision = precision or resolve_precision(config.train.precision, self.device)
         model.learn_in_fp8(self.precision == "fp8")
         self.parallel: DistributedDataParallel | None = None
@@ -122,13 +121,6 @@ class Objective:
         with self.autocast(), attention_order(self.device):
             return forward(inputs)
 
-    def added(self, logits: Tensor, targets: Tensor, fields: Tensor) -> Tensor | float:
-        """What is added to the weighted sum of the cross-entropy for the order of RTT bytes, () fp32; 0 if nothing is."""
-        smoothing, rps = self.loss.smoothing, self.loss.rps
-        if not (smoothing or rps):
-            return 0.0
-        return (self.byte_weights * ordinal_costs(logits, targets, fields, smoothing, rps)).sum()
-
     def backward(self, tokens: Tensor, *votes: float, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Adds `loss_scale` times the gradients of the loss over a step's batch, (B, T+1) in this process.
 
@@ -149,7 +141,9 @@ class Objective:
             with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
                 logits = self.logits(self.forward, micro_inputs)
                 micro_sums = field_losses(logits, micro_targets, micro_fields)[0]
-                cost = (self.weights * micro_sums).sum() + self.added(logits, micro_targets, micro_fields)
+                cost = (self.weights * micro_sums).sum()
+                if smoothing := self.loss.smoothing:
+                    cost = cost + self.loss.rtt * smoothing_cost(logits, micro_targets, micro_fields, smoothing)
                 (cost * scale).float().backward()
             sums += micro_sums.detach()
         return sums, totals

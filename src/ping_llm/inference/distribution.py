@@ -1,8 +1,7 @@
 """Probabilities of the 65,536 RTT codes and of failure in, statistics of the RTT out, in closed form.
 
 B = distributions, X = points where each is evaluated (any shape, or a single number), 256 = values of one byte of a code.
-Within a code the density is uniform in log-RTT; a code is 0.05 % wide. The sums over each value of byte 1 are computed
-once and kept; a point then costs the 256 codes of its byte 1 instead of all 65,536.
+Within a code the density is uniform in log-RTT; a code is 0.05 % wide. Sums over byte 1 are computed once and kept.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import numpy as np
 from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, as_text, is_ipv4
 from ping_llm.inference.context import Context
 from ping_llm.inference.memory import ANY_TIME, Memory
+from ping_llm.inference.past import first_of_each
 from ping_llm.inference.query import Query
 
 SHARE = 0.75
@@ -69,7 +70,7 @@ def _most_useful_first(memory: Memory, queries: Sequence[Query]) -> list[np.ndar
     pairs, latest, found = memory.pair(src, dst, before_s, PAIR), memory.of_source(src, before_s, _REACH), []
     for row, destination in enumerate(memory.ids(dst)):
         own = latest[row][latest[row] >= 0]
-        own = _first_of_each(own[memory.dst_id[own] != destination], memory.dst_id)
+        own = first_of_each(own[memory.dst_id[own] != destination], memory.dst_id)
         pair, to_destination, shared = pairs[row][pairs[row] >= 0], _NONE, _NONE
         if memory.other_sources:
             to_destination, own, shared = _of_others(memory, src[row], dst[row], int(before_s[row]), own)
@@ -90,7 +91,7 @@ def _of_others(
     """
     latest = memory.to_destination(dst[None], np.array([before_s]), _REACH_OTHERS)[0]
     latest = latest[(latest >= 0) & (memory.src_id[latest] != memory.ids(src[None])[0])]
-    latest = _first_of_each(latest, memory.src_id)[:_CANDIDATES]
+    latest = first_of_each(latest, memory.src_id)[:_CANDIDATES]
     C, D = len(latest), min(len(own), _PROFILE)
     theirs_src = memory.addresses[np.repeat(memory.src_id[latest], D)]
     theirs_dst = memory.addresses[np.tile(memory.dst_id[own[:D]], C)]
@@ -106,11 +107,6 @@ def _of_others(
     source, place = np.nonzero(both)
     in_turn = np.lexsort((source, np.cumsum(both, axis=1)[source, place]))  # one of each source, a second of each, …
     return latest[nearest], own[:D][known_most], theirs[source, place][in_turn[:SHARED]]
-
-
-def _first_of_each(places: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Of the places (m,) the first one with each of the ids, in their order."""
-    return places[np.sort(np.unique(ids[places], return_index=True)[1])]
 
 
 def _log_ms(memory: Memory, places: np.ndarray) -> np.ndarray:

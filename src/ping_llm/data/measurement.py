@@ -106,3 +106,9 @@ def network_of(packed: np.ndarray, ipv4_bits: int = 24, ipv6_bits: int = 48, res
     """(n, 16) addresses with `rest` for every byte after a prefix of whole bytes of their family."""
     kept = np.where(is_ipv4(packed), 12 + ipv4_bits // 8, ipv6_bits // 8)
     return np.where(np.arange(ADDRESS_BYTES) < kept[:, None], packed, rest).astype(np.uint8)
+
+
+def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:
+    """log of RTTs in ms, float64; NaN where there is none (−1, NaN). Clocks that gave 0 count as 1 µs."""
+    with np.errstate(invalid="ignore"):
+        return np.where(rtt_ms >= 0, np.log(np.maximum(rtt_ms, 1e-3, dtype=np.float64)), np.nan)

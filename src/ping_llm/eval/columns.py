@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from ping_llm.data.hashing import hash_keys
-from ping_llm.data.measurement import KINDS, distinct_addresses, format_address, network_of
+from ping_llm.data.measurement import KINDS, distinct_addresses, format_address, log_rtt, network_of
 from ping_llm.data.rows import ProbeRow, RowReader, is_part_of
 
 Rows = np.ndarray | slice
@@ -253,12 +253,6 @@ def place_in_group(group: np.ndarray) -> np.ndarray:
 def pair_keys(source: np.ndarray, destination: np.ndarray) -> np.ndarray:
     """One int64 for each source and destination, or prefix, ascending with both; −1 where either is not known."""
     return np.where((source >= 0) & (destination >= 0), (source.astype(np.int64) << 32) | destination, -1)
-
-
-def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:
-    """log of RTTs in ms, float64; NaN where there is none (−1, NaN). Clocks that gave 0 count as 1 µs."""
-    with np.errstate(invalid="ignore"):
-        return np.where(rtt_ms >= 0, np.log(np.maximum(rtt_ms, 1e-3, dtype=np.float64)), np.nan)
 
 
 def prefix_ids(addresses: np.ndarray, ipv4_bits: int, ipv6_bits: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from ping_llm.data.measurement import log_rtt
 from ping_llm.data.tokenization import encode_rtt, rtt_code_edges_ms
-from ping_llm.eval.columns import log_rtt
 from ping_llm.eval.distribution import QuantileDistributions, clip_chance, log_loss
 
 QUANTILE_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)

@@ -138,8 +138,7 @@ class Calibration:
         """Whether training has not met a whole source; False where it is not known what it has met."""
         if self.familiar is None or src.is_prefix:
             return False
-        packed = np.frombuffer(src.packed, np.uint8)[None]
-        return bool(self.familiar.known_bytes("src", packed)[0] < src.width)
+        return self.familiar.known_bytes_of("src", src.packed) < src.width
 
     def log_weights(self, known: Sequence[Endpoint]) -> np.ndarray:
         """Logarithm of the weight of each known length of one source before any context is read, (L,).

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ping_llm.data.measurement import ADDRESS_BYTES, FAILED_RTT_MS, as_text, is_ipv4
+from ping_llm.data.measurement import ADDRESS_BYTES, as_text, is_ipv4
 from ping_llm.inference.context import Context
 from ping_llm.inference.memory import ANY_TIME, Memory
 from ping_llm.inference.past import first_of_each
@@ -92,11 +92,9 @@ def _of_others(
     latest = memory.to_destination(dst[None], np.array([before_s]), _REACH_OTHERS)[0]
     latest = latest[(latest >= 0) & (memory.src_id[latest] != memory.ids(src[None])[0])]
     latest = first_of_each(latest, memory.src_id)[:_CANDIDATES]
-    C, D = len(latest), min(len(own), _PROFILE)
-    theirs_src = memory.addresses[np.repeat(memory.src_id[latest], D)]
-    theirs_dst = memory.addresses[np.tile(memory.dst_id[own[:D]], C)]
-    theirs = memory.pair(theirs_src, theirs_dst, np.full(C * D, before_s), 1).reshape(C, D)
-    apart = np.abs(_log_ms(memory, theirs) - _log_ms(memory, own[:D]))
+    own_dst = memory.addresses[memory.dst_id[own[:_PROFILE]]]
+    theirs = memory.latest(memory.src_id[latest], own_dst, before_s)  # (C, D)
+    apart = np.abs(memory.log_ms(theirs) - memory.log_ms(own[:_PROFILE]))
     compared = (~np.isnan(apart)).sum(axis=1)
     distance = np.where(compared, np.nansum(apart, axis=1) / np.maximum(compared, 1), np.inf)
     same_bits = np.unpackbits(memory.addresses[memory.src_id[latest]] ^ src, axis=1).argmax(axis=1)
@@ -106,13 +104,7 @@ def _of_others(
     theirs, both = theirs[nearest][:, known_most[:OWN]], both[:, known_most[:OWN]]
     source, place = np.nonzero(both)
     in_turn = np.lexsort((source, np.cumsum(both, axis=1)[source, place]))  # one of each source, a second of each, …
-    return latest[nearest], own[:D][known_most], theirs[source, place][in_turn[:SHARED]]
-
-
-def _log_ms(memory: Memory, places: np.ndarray) -> np.ndarray:
-    """Logarithm of the RTTs in ms at places, float64; NaN where there was no answer, or there is no place."""
-    rtt_ms = np.where(places >= 0, memory.rtt_ms[places], FAILED_RTT_MS)
-    return np.log(np.where(rtt_ms >= 0, np.maximum(rtt_ms, 1e-3), np.nan))
+    return latest[nearest], own[:_PROFILE][known_most], theirs[source, place][in_turn[:SHARED]]
 
 
 def _within(memory: Memory, places: np.ndarray, tokens: int) -> np.ndarray:

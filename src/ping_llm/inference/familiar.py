@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -51,6 +52,13 @@ class Familiar:
         lengths = np.where(is_ipv4(packed)[:, None], LENGTHS[4], LENGTHS[16])
         return np.where(found, lengths, 0).max(axis=1)
 
+    @cached_property
+    def known_bytes_of(self) -> Callable[[Role, bytes], int]:
+        """`known_bytes` of one packed address; those of the latest are kept, for a query asks several times."""
+        return lru_cache(1 << 16)(
+            lambda role, packed: int(self.known_bytes(role, np.frombuffer(packed, np.uint8)[None])[0])
+        )
+
     def to_json(self) -> dict[str, str]:
         """Both columns, of 8 bytes each, the lowest first, in base64."""
         return {role: base64.b64encode(getattr(self, role).astype("<u8").tobytes()).decode() for role in ("src", "dst")}
@@ -64,12 +72,9 @@ class Familiar:
 
 def _prefix_hashes(packed: np.ndarray) -> np.ndarray:
     """(n, 4) uint64, of the prefixes of LENGTHS of (n, 16) addresses, the shortest first."""
-    ipv4 = is_ipv4(packed)
-    columns = []
-    for short, long in zip(LENGTHS[4], LENGTHS[16], strict=True):
-        kept = np.where(ipv4, ADDRESS_BYTES - 4 + short, long)
-        cut = np.where(np.arange(ADDRESS_BYTES) < kept[:, None], packed, 0).astype(np.uint8)
-        keys = np.concatenate([cut, kept[:, None].astype(np.uint8)], axis=1)
-        high, low = (hash_keys(keys, salt).astype(np.uint64) for salt in (b"familiar/high", b"familiar/low"))
-        columns.append(high << np.uint64(32) | low)
-    return np.stack(columns, axis=1)
+    lengths = np.array([LENGTHS[4], LENGTHS[16]]) + np.array([[ADDRESS_BYTES - 4], [0]])  # bytes of the packed address
+    kept = np.where(is_ipv4(packed)[:, None], *lengths)[..., None]  # (n, 4, 1)
+    cut = np.where(np.arange(ADDRESS_BYTES) < kept, packed[:, None], 0)
+    keys = np.concatenate([cut, kept], axis=2).astype(np.uint8).reshape(-1, ADDRESS_BYTES + 1)
+    high, low = (hash_keys(keys, salt).astype(np.uint64) for salt in (b"familiar/high", b"familiar/low"))
+    return (high << np.uint64(32) | low).reshape(len(packed), len(LENGTHS[4]))

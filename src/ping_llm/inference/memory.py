@@ -19,12 +19,14 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.measurement import (
+    FAILED_RTT_MS,
     IPV4_MAPPED_PREFIX,
     as_text,
     binary_column,
     byte_matrix,
     distinct_addresses,
     is_ipv4,
+    log_rtt,
     network_of,
 )
 from ping_llm.data.rows import RowReader, manifest_sha256, read_manifest
@@ -140,6 +142,16 @@ class Memory:
             column[:] = np.where(at >= first, self.by_network[place], -1)
             at -= 1
         return found
+
+    def latest(self, sources: np.ndarray, dst: np.ndarray, before_s: int) -> np.ndarray:
+        """(C, D) places of the latest of each of C sources, by id, to each of D destinations (D, 16), or −1."""
+        C, D = len(sources), len(dst)
+        src = self.addresses[np.repeat(sources, D)]
+        return self.pair(src, np.tile(dst, (C, 1)), np.full(C * D, before_s), 1).reshape(C, D)
+
+    def log_ms(self, places: np.ndarray) -> np.ndarray:
+        """Logarithm of the RTTs in ms at places; NaN where there was no answer, or there is no place."""
+        return log_rtt(np.where(places >= 0, self.rtt_ms[np.maximum(places, 0)], FAILED_RTT_MS))
 
     def _network(self, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(q,) ids of the first address of each destination's network, and of the first one after it."""

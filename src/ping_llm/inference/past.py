@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ping_llm.data.measurement import ADDRESS_BYTES, distinct_addresses
+from ping_llm.data.measurement import ADDRESS_BYTES, distinct_addresses, log_rtt
 from ping_llm.inference.context import Context
 from ping_llm.inference.experts import PAST, Past
 from ping_llm.inference.memory import ANY_TIME, Memory
@@ -20,10 +20,8 @@ OTHERS = 8
 """Sources that are asked, at most."""
 UNKNOWN_AGE_H = 24.0
 """Hours since a result where no time is known."""
-CANDIDATES, PROFILE = (
-    256,
-    64,
-)  # sources that are compared, and destinations of the query's source that they are compared by
+CANDIDATES, PROFILE = 256, 64
+"""Sources that are compared, and destinations of the query's source that they are compared by, at most."""
 _REACH = 2048  # the latest results to the destination, and of the source, among which both are looked for
 _SHRINKAGE = 3.0  # destinations of the usual distance that are added to those that two sources share
 _USUAL_DISTANCE = 1.0  # of two sources of which nothing is known, log-ms
@@ -79,7 +77,7 @@ def _of_pairs(queries: Sequence[Query], memory: Memory | None) -> list[tuple[np.
         age_h = UNKNOWN_AGE_H
         if len(answered) and time_s is not None and query.time_s is not None:
             age_h = max(0.0, (query.time_s - float(time_s[answered[0]])) / 3600)
-        found.append((_log_ms(rtt_ms[answered]), age_h))
+        found.append((log_rtt(rtt_ms[answered]), age_h))
     return found
 
 
@@ -108,7 +106,7 @@ def _of_others(queries: Sequence[Query], memory: Memory) -> list[tuple[np.ndarra
         shared_bits = np.unpackbits(memory.addresses[memory.src_id[latest]] ^ src[i], axis=1).argmax(axis=1)
         distance = distance + _BITS_CLOSER * (shared_bits.max() - shared_bits)
         nearest = np.argsort(distance, kind="stable")[:OTHERS]
-        found.append((_log_ms(memory.rtt_ms[latest[nearest]]), float(distance[nearest[0]])))
+        found.append((log_rtt(memory.rtt_ms[latest[nearest]]), float(distance[nearest[0]])))
     return found
 
 
@@ -127,30 +125,20 @@ def _profile(
         return ends, rtt_ms
     _, first = np.unique(distinct_addresses(ends)[1], return_index=True)
     first = np.sort(first)[:PROFILE]
-    return ends[first], _log_ms(rtt_ms[first])
+    return ends[first], log_rtt(rtt_ms[first])
 
 
 def _distances(
     memory: Memory, sources: np.ndarray, own_dst: np.ndarray, own_log_ms: np.ndarray, before_s: int
 ) -> np.ndarray:
     """How unlike the query's source each of C others is, (C,) log-ms, by its profile."""
-    C, D = len(sources), len(own_dst)
-    if not D:
-        return np.full(C, _USUAL_DISTANCE)
-    theirs = memory.pair(
-        memory.addresses[np.repeat(sources, D)], np.tile(own_dst, (C, 1)), np.full(C * D, before_s), 1
-    ).reshape(C, D)
-    rtt_ms = np.where(theirs >= 0, memory.rtt_ms[np.maximum(theirs, 0)], -1.0)
-    apart = np.where(rtt_ms >= 0, np.abs(_log_ms(np.maximum(rtt_ms, 0)) - own_log_ms), 0.0)
-    shared = (rtt_ms >= 0).sum(axis=1)
-    return (apart.sum(axis=1) + _SHRINKAGE * _USUAL_DISTANCE) / (shared + _SHRINKAGE)
+    if not len(own_dst):
+        return np.full(len(sources), _USUAL_DISTANCE)
+    apart = np.abs(memory.log_ms(memory.latest(sources, own_dst, before_s)) - own_log_ms)  # (C, D)
+    shared = (~np.isnan(apart)).sum(axis=1)
+    return (np.nansum(apart, axis=1) + _SHRINKAGE * _USUAL_DISTANCE) / (shared + _SHRINKAGE)
 
 
 def first_of_each(places: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Of the places (m,) the first one with each of the ids, in their order."""
     return places[np.sort(np.unique(ids[places], return_index=True)[1])]
-
-
-def _log_ms(rtt_ms: np.ndarray) -> np.ndarray:
-    """log of RTTs (n,) in ms ≥ 0; clocks that gave 0 count as 1 µs."""
-    return np.log(np.maximum(rtt_ms.astype(np.float64), 1e-3))

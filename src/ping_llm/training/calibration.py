@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ping_llm.config import Config
-from ping_llm.data.measurement import network_of
+from ping_llm.data.measurement import log_rtt, network_of
 from ping_llm.data.rows import ProbeRow, RowReader
 from ping_llm.inference.calibration import Calibration, Surprise
 from ping_llm.inference.context import Context
@@ -89,7 +89,7 @@ def draw_results(rows: Path, count: int, rng: np.random.Generator) -> Results:
         for i, query in enumerate(own):
             if rtt_ms[i] >= 0:
                 queries.append(dataclasses.replace(query, context=_shown(query, i % 3)))
-                log_ms.append(np.log(max(rtt_ms[i], 1e-3)))
+                log_ms.append(float(log_rtt(rtt_ms[i])))
                 part.append(number)
     return Results(queries, np.array(log_ms), np.array(part))
 

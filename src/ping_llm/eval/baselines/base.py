@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ping_llm.data.measurement import log_rtt
 from ping_llm.eval.baselines.failure import FailureChoice
 from ping_llm.eval.baselines.pairs import Pairs, find
-from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, log_rtt, prefix_ids
+from ping_llm.eval.columns import Measurements, Queries, QueryView, Rows, prefix_ids
 from ping_llm.eval.distribution import INNER_LEVELS, QuantileDistributions
 from ping_llm.eval.queries import CHOICE_CONTEXTS, COUNTS
 

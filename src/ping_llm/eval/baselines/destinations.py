@@ -11,9 +11,10 @@ from itertools import product
 
 import numpy as np
 
+from ping_llm.data.measurement import log_rtt
 from ping_llm.eval.baselines.pairs import find
 from ping_llm.eval.baselines.simple import Additive, chunks
-from ping_llm.eval.columns import Measurements, Queries, log_rtt, pair_keys
+from ping_llm.eval.columns import Measurements, Queries, pair_keys
 
 BIN_LOG_MS = 0.05
 EDGES = np.arange(-7.0, 15.5, BIN_LOG_MS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm.data.measurement import is_ipv4
+from ping_llm.data.measurement import is_ipv4, log_rtt
 from ping_llm.eval.baselines.base import (
     Baseline,
     Learned,
@@ -28,7 +28,7 @@ from ping_llm.eval.baselines.history import Backoff
 from ping_llm.eval.baselines.neighbours import PREFIX_KNN, PROFILE_KNN
 from ping_llm.eval.baselines.pairs import Pairs, hide, practice_queries
 from ping_llm.eval.baselines.simple import ADDITIVE, DESTINATION_MEDIAN, SOURCE_MEDIAN, row_medians
-from ping_llm.eval.columns import Measurements, Queries, QueryView, log_rtt, place_in_group
+from ping_llm.eval.columns import Measurements, Queries, QueryView, place_in_group
 from ping_llm.eval.distribution import LEAST_WIDTH, QuantileDistributions, interpolate_rows
 
 if TYPE_CHECKING:

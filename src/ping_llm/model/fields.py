@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 
+VOCAB_SIZE = 267
 ROLES = 11  # tokens below are roles, the others bytes; the model's tests hold these numbers against the vocabulary's
 _ADDRESSES = (1, 2, 3, 4)  # SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6
 _RTT = 8  # RTT_START

@@ -64,6 +64,8 @@ class ModelConfig(Section):
     """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
     prefix_rows: Annotated[int, Bounds(2)] = 1 << 15
     """Rows of the table of address prefixes, a power of two; of field-aware models."""
+    grammar: bool = False
+    """Tokens that the grammar does not allow next have no probability; else that is learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

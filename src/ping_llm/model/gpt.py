@@ -22,8 +22,9 @@ from ping_llm.model.attention import Pass, rotation_of, rotation_table
 from ping_llm.model.block import Block, BlockAt
 from ping_llm.model.cache import KVCache
 from ping_llm.model.counts import flops_per_token, parameter_count
-from ping_llm.model.fields import VOCAB_SIZE, FieldEmbedding, read_fields
+from ping_llm.model.fields import VOCAB_SIZE, FieldEmbedding, FieldFeatures, read_fields
 from ping_llm.model.fp8 import Linear
+from ping_llm.model.legal import ILLEGAL, legal_states, legal_table, place_table
 from ping_llm.model.norm import rms_norm
 
 __all__ = ["GPT", "VOCAB_SIZE", "KVCache", "answering_at", "flops_per_token", "parameter_count"]
@@ -53,6 +54,10 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         self.rotation: Tensor  # (seq_len, K); no weight, so it is not saved, and it is made even where weights are not
         self.register_buffer("rotation", rotation_table(config), persistent=False)
+        self.legal_table: Tensor | None  # what the grammar says is no weight either
+        self.place_table: Tensor
+        self.register_buffer("legal_table", legal_table(VOCAB_SIZE) if config.grammar else None, persistent=False)
+        self.register_buffer("place_table", place_table() if config.grammar else None, persistent=False)
         self.init_weights(generator)
 
     @torch.no_grad()
@@ -85,11 +90,19 @@ class GPT(nn.Module):
                 layer.fp8 = wanted
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
-        """Logits of the token after each given one, (B, T, V) fp32; see `states`."""
-        return self.logits(self.states(tokens, cache, branches))
+        """Logits of the token after each given one, (B, T, V) fp32; see `states`. Of a model that holds to the grammar,
+        illegal tokens have none."""
+        features = self._read_fields(tokens, cache, branches)
+        logits = self.logits(self._states(tokens, features, cache, branches))
+        if self.legal_table is None or features is None:
+            return logits
+        rows = legal_states(features, self.place_table).view(tokens.shape)
+        if isinstance(last := self.blocks[-1], BlockAt):
+            rows = rows.gather(1, last.places)
+        return torch.where(self.legal_table[rows], logits, ILLEGAL)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits of the token after each state, (…, D) to (…, V) fp32."""
+        """Logits of the token after each state, (…, D) to (…, V) fp32, of illegal tokens too."""
         logits = self.head(rms_norm(states))[..., :VOCAB_SIZE].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
@@ -101,10 +114,14 @@ class GPT(nn.Module):
         that many continuations of T / branches tokens side by side: each sees what is cached and itself, never another;
         the cache that took them can not be continued.
         """
+        return self._states(tokens, self._read_fields(tokens, cache, branches), cache, branches)
+
+    def _states(
+        self, tokens: Tensor, features: FieldFeatures | None, cache: KVCache | None, branches: int | None
+    ) -> Tensor:
         B, T = tokens.shape
         positions, mask = self._places(tokens, cache, branches or 1)
-        own = tokens if branches is None else tokens.reshape(B * branches, T // branches)  # continuations as prompts
-        x = self._embed(own, cache, branches).view(B, T, -1)
+        x = self._embed(_side_by_side(tokens, branches), features).view(B, T, -1)
         last = self.config.seq_len - 1
         # (B or none, T, K)
         angles = self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
@@ -135,18 +152,29 @@ class GPT(nn.Module):
         # A row that sees nothing would be NaN, and spread.
         return positions, mask | torch.cat([itself.new_zeros(T, cached), itself], dim=1)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> Tensor:
+    def _read_fields(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> FieldFeatures | None:
+        """What the tokens mean within their fields, each of the continuations as a prompt of its own; None: not wanted."""
+        if self.fields is None and self.legal_table is None:
+            return None
+        state = None if cache is None else cache.field
+        if state is not None and branches is not None:
+            state = state.map(lambda tensor: tensor.repeat_interleave(branches, dim=0))
+        features, after = read_fields(_side_by_side(tokens, branches), state)
+        if cache is not None:
+            cache.field = after if branches is None else None
+        return features
+
+    def _embed(self, tokens: Tensor, features: FieldFeatures | None) -> Tensor:
         """Input of the first block, (B, T, D) in the dtype of the residual stream: that in which linear layers answer."""
         dtype = self.embedding.weight.dtype
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
-        if self.fields is None:
+        if self.fields is None or features is None:
             # The table is normalised rather than each token; its gradients are summed up before they are cast.
             return F.embedding(tokens.clamp(min=0), rms_norm(self.embedding.weight)).to(dtype)
-        state = None if cache is None else cache.field
-        if state is not None and branches is not None:
-            state = state.map(lambda tensor: tensor.repeat_interleave(branches, dim=0))
-        features, after = read_fields(tokens, state)
-        if cache is not None:
-            cache.field = after if branches is None else None
         return rms_norm(F.embedding(tokens.clamp(min=0), self.embedding.weight) + self.fields(features)).to(dtype)
+
+
+def _side_by_side(tokens: Tensor, branches: int | None) -> Tensor:
+    """Tokens (B, T), or their continuations as prompts: (B · branches, T / branches)."""
+    return tokens if branches is None else tokens.reshape(len(tokens) * branches, -1)

@@ -24,54 +24,73 @@ class Pass:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and normalised queries and keys."""
+    """Causal self-attention with rotary positions and normalised queries and keys.
+
+    Where there are fewer heads of keys and values than of queries, neighbouring heads of queries share them: grouped-query
+    attention (Ainslie et al. 2023).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_head = layer, config.n_head
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)  # rows: all queries, all keys, all values
+        self.layer, self.width = layer, config.head_width
+        self.grouped = config.kv_heads != config.n_head
+        self.rows = config.n_embd, *2 * [config.kv_heads * config.head_width]  # of all queries, all keys, all values
+        self.qkv = Linear(config.n_embd, sum(self.rows))
+        self.bias = nn.Parameter(torch.empty(sum(self.rows))) if config.qkv_bias else None
         self.out = Linear(config.n_embd, config.n_embd)
+
+    @torch.no_grad()
+    def init_weights(self, bound: float, generator: torch.Generator | None = None) -> None:
+        """See `GPT.init_weights`."""
+        nn.init.uniform_(self.qkv.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.out.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
         """(B, T, D) for x (B, T, D)."""
-        B, T, D = x.shape
-        H = self.n_head
-        q, k, v = (part.view(B, T, H, D // H) for part in self.qkv(x).chunk(3, dim=-1))  # (B, T, H, K)
+        qkv = self.qkv(x) if self.bias is None else self.qkv(x) + self.bias.to(x.dtype)
+        q, k, v = (part.unflatten(-1, (-1, self.width)) for part in qkv.split(self.rows, dim=-1))  # (B, T, H, K)
         q, k = rms_norm(rotate(q, given.rotation)), rms_norm(rotate(k, given.rotation))
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, K)
-        if given.cache is not None:
-            k, v = given.cache.append(self.layer, k, v)  # (B, H, S, K)
-        mask = given.mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, K)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        return self._attend(q, k, v, given, given.mask)
 
     def at(self, places: Tensor, x: Tensor, given: Pass) -> Tensor:
         """(B, P, D) of the tokens at `places`, (B, P) of the T given, only: keys and values are those of all of x."""
-        (B, T, D), H, P = x.shape, self.n_head, places.shape[1]
+        (B, T, D), P, K = x.shape, places.shape[1], self.width
         at = places[..., None]  # (B, P, 1)
-        weight, chosen = self.qkv.weight, x.gather(1, at.expand(B, P, D))
-        k, v = (part.view(B, T, H, D // H) for part in F.linear(x, weight[D:]).chunk(2, dim=-1))
-        q = F.linear(chosen, weight[:D]).view(B, P, H, D // H)
-        own, swapped = (part.expand(B, T, 1, D // H) for part in given.rotation)
-        of_places = [part.gather(1, at[..., None].expand(B, P, 1, D // H)) for part in (own, swapped)]
-        q, k = rms_norm(rotate(q, (of_places[0], of_places[1]))), rms_norm(rotate(k, given.rotation))
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        if given.cache is not None:
-            k, v = given.cache.append(self.layer, k, v)
+        q, kv = (
+            self._product(part, rows)
+            for part, rows in ((x.gather(1, at.expand(B, P, D)), slice(D)), (x, slice(D, None)))
+        )
+        q = q.unflatten(-1, (-1, K))
+        k, v = (part.unflatten(-1, (-1, K)) for part in kv.chunk(2, dim=-1))
+        own, swapped = (part.expand(B, T, 1, K).gather(1, at[..., None].expand(B, P, 1, K)) for part in given.rotation)
+        q, k = rms_norm(rotate(q, (own, swapped))), rms_norm(rotate(k, given.rotation))
         if given.mask is None:
             seen = torch.arange(T, device=x.device) <= at  # (B, P, T)
         else:
             S = given.mask.shape[-1]
             seen = given.mask[:, 0].expand(B, T, S).gather(1, at.expand(B, P, S))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])  # (B, H, P, K)
-        return self.out(y.transpose(1, 2).reshape(B, P, D))
+        return self._attend(q, k, v, given, seen[:, None])
+
+    def _product(self, x: Tensor, rows: slice) -> Tensor:
+        """What some rows of the matrix say of x."""
+        return F.linear(x, self.qkv.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, given: Pass, mask: Tensor | None) -> Tensor:
+        """(B, P, D) of queries (B, P, H, K) and keys and values (B, T, H, K); without `mask` each sees all before it."""
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, K)
+        if given.cache is not None:
+            k, v = given.cache.append(self.layer, k, v)  # (B, H, S, K)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def rotation_table(config: ModelConfig) -> Tensor:
     """Cosines, then sines of all positions: (seq_len, K) fp32, for bf16 cannot count to T."""
-    K = config.n_embd // config.n_head
-    positions = torch.arange(config.seq_len, device="cpu", dtype=torch.float32)
-    exponents = torch.arange(0, K, 2, dtype=torch.float32, device="cpu") / K
+    K = config.head_width
+    positions = torch.arange(config.seq_len, dtype=torch.float32)
+    exponents = torch.arange(0, K, 2, dtype=torch.float32) / K
     angles = positions[:, None] * config.rope_base**-exponents  # (T, K/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

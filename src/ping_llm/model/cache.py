@@ -18,8 +18,8 @@ class KVCache:
     """
 
     def __init__(self) -> None:
-        self.keys: list[Tensor] = []  # L tensors of (B, H, S, K), rotated to their positions
-        self.values: list[Tensor] = []  # L tensors of (B, H, S, K)
+        self.keys: list[Tensor] = []  # L tensors of (B, heads of keys, S, K), rotated to their positions
+        self.values: list[Tensor] = []  # L tensors of the same shape
         self.valid: Tensor | None = None  # (B, S) bool, False where the token was padding
         self.field: FieldState | None = None  # the field that the last real token of each prompt is in
 
@@ -42,7 +42,7 @@ class KVCache:
         return self._map(lambda tensor: tensor[rows])
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds keys and values of new tokens, (B, H, T, K), to one layer; returns all of the layer's, (B, H, S, K)."""
+        """Adds keys and values of new tokens, (B, heads, T, K), to one layer; returns all of the layer's, with S."""
         if layer == len(self.keys):
             self.keys.append(keys.contiguous())  # else all that the layer computed beside them would stay in memory
             self.values.append(values.contiguous())

@@ -11,7 +11,9 @@ from ping_llm.model.fields import PLACES, VALUE_FEATURES, VOCAB_SIZE
 def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
     """How many matrices the blocks have of each shape (outputs, inputs); queries, keys and values count as three."""
     D, L = config.n_embd, config.n_layer
-    return Counter({(D, D): 4 * L, (4 * D, D): L, (D, 4 * D): L})
+    shapes = Counter({(D, D): 2 * L, (4 * D, D): L, (D, 4 * D): L})  # of queries and out, of the MLP
+    shapes[config.kv_heads * config.head_width, D] += 2 * L
+    return shapes
 
 
 def matrix_parameters(config: ModelConfig) -> int:
@@ -20,11 +22,12 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D, and those of the field's embedding."""
+    """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D of the plain model."""
     rows = 2 * VOCAB_SIZE  # of embedding and head
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
-    return matrix_parameters(config) + rows * config.n_embd
+    biases = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias
+    return matrix_parameters(config) + rows * config.n_embd + biases * config.n_layer
 
 
 def flops_per_token(config: ModelConfig) -> int:

@@ -52,12 +52,13 @@ class GPT(nn.Module):
         self.fields = FieldEmbedding(config) if config.field_aware else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, rows, bias=False)
-        self.rotation: Tensor  # (seq_len, K); no weight, so it is not saved, and it is made even where weights are not
-        self.register_buffer("rotation", rotation_table(config), persistent=False)
-        self.legal_table: Tensor | None  # what the grammar says is no weight either
+        self.rotation: Tensor  # (seq_len, K)
+        self.legal_table: Tensor | None  # of models that hold to the grammar, as the next
         self.place_table: Tensor
-        self.register_buffer("legal_table", legal_table(VOCAB_SIZE) if config.grammar else None, persistent=False)
-        self.register_buffer("place_table", place_table() if config.grammar else None, persistent=False)
+        with torch.device("cpu"):  # no weights, so they are not saved, and they are made even where weights are not
+            self.register_buffer("rotation", rotation_table(config), persistent=False)
+            self.register_buffer("legal_table", legal_table(VOCAB_SIZE) if config.grammar else None, persistent=False)
+            self.register_buffer("place_table", place_table() if config.grammar else None, persistent=False)
         self.init_weights(generator)
 
     @torch.no_grad()
@@ -70,6 +71,7 @@ class GPT(nn.Module):
         | attention qkv           | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
         | MLP up                  | uniform, deviation D^−½ | the same                                              |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
+        | biases                  | 0                       | they begin as if there were none                      |
         | head                    | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
         """
         bound = (3 / self.config.n_embd) ** 0.5  # of a uniform distribution with deviation D^−½
@@ -78,10 +80,12 @@ class GPT(nn.Module):
         if self.fields is not None:
             self.fields.init_weights(generator)
         for block in cast(Iterable[Block], self.blocks):
-            for linear in (block.attention.qkv, block.mlp.up):
-                nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-            for linear in (block.attention.out, block.mlp.down):
-                nn.init.zeros_(linear.weight)
+            block.attention.init_weights(bound, generator)
+            block.mlp.init_weights(bound, generator)
+
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """The weights that are neither matrices nor tables: biases."""
+        return {name: weight for name, weight in self.named_parameters() if name.endswith(".bias")}
 
     def learn_in_fp8(self, wanted: bool) -> None:
         """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""

@@ -18,6 +18,12 @@ class MLP(nn.Module):
         self.up = Linear(config.n_embd, 4 * config.n_embd)
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
+    @torch.no_grad()
+    def init_weights(self, bound: float, generator: torch.Generator | None = None) -> None:
+        """See `GPT.init_weights`."""
+        nn.init.uniform_(self.up.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.down.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
         if not torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 
+VOCAB_SIZE = 267  # ROLES and bytes
 ROLES = 11  # tokens below are roles, the others bytes; the model's tests hold these numbers against the vocabulary's
 SRC_ROLES, DST_ROLES, TIME_ROLES = [1, 2], [3, 4], [5, 6, 7]
 _ADDRESSES = (*SRC_ROLES, *DST_ROLES)

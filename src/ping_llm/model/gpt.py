@@ -22,7 +22,7 @@ from ping_llm.model.attention import Pass, rotation_of, rotation_table
 from ping_llm.model.block import Block, BlockAt
 from ping_llm.model.cache import KVCache
 from ping_llm.model.counts import flops_per_token, parameter_count
-from ping_llm.model.fields import VOCAB_SIZE, FieldEmbedding, FieldFeatures, read_fields
+from ping_llm.model.fields import VOCAB_SIZE, WHOLE, FieldEmbedding, FieldFeatures, coarse, read_fields
 from ping_llm.model.fp8 import Linear
 from ping_llm.model.legal import ILLEGAL, legal_states, legal_table, place_table
 from ping_llm.model.norm import rms_norm
@@ -47,6 +47,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.src_bytes = (config.src_bits_ipv4 // 8, config.src_bits_ipv6 // 8)  # of sources, that are read
         rows = -(-VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.fields = FieldEmbedding(config) if config.field_aware else None
@@ -87,6 +88,11 @@ class GPT(nn.Module):
         """The weights that are neither matrices nor tables: biases."""
         return {name: weight for name, weight in self.named_parameters() if name.endswith(".bias")}
 
+    def as_read(self, windows: Tensor) -> Tensor:
+        """Windows (B, T) as the model reads them: what it can be expected to foretell. Bytes of sources it does not read
+        are 0; negative tokens stay as they are."""
+        return coarse(windows, self.src_bytes)
+
     def learn_in_fp8(self, wanted: bool) -> None:
         """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""
         for layer in self.blocks.modules():
@@ -125,7 +131,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         B, T = tokens.shape
         positions, mask = self._places(tokens, cache, branches or 1)
-        x = self._embed(_side_by_side(tokens, branches), features).view(B, T, -1)
+        read = _side_by_side(tokens, branches) if features is None else features.tokens
+        x = self._embed(read, features).view(B, T, -1)
         last = self.config.seq_len - 1
         # (B or none, T, K)
         angles = self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
@@ -158,12 +165,12 @@ class GPT(nn.Module):
 
     def _read_fields(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> FieldFeatures | None:
         """What the tokens mean within their fields, each of the continuations as a prompt of its own; None: not wanted."""
-        if self.fields is None and self.legal_table is None:
+        if self.fields is None and self.legal_table is None and self.src_bytes == WHOLE:
             return None
         state = None if cache is None else cache.field
         if state is not None and branches is not None:
             state = state.map(lambda tensor: tensor.repeat_interleave(branches, dim=0))
-        features, after = read_fields(_side_by_side(tokens, branches), state)
+        features, after = read_fields(_side_by_side(tokens, branches), state, self.src_bytes)
         if cache is not None:
             cache.field = after if branches is None else None
         return features

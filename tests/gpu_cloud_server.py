@@ -1,0 +1,239 @@
+"""A server on the loopback interface that speaks Lambda Cloud's API as far as a watch needs it, and an `ssh` and an `rsync`
+that reach a folder of this machine as if it were the instance's home."""
+
+import json
+import os
+import stat
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from waiting import HANG_S
+
+KEY = "secret_ping-llm_0123"
+ID = "0920582c7ff041399e34823a0be6254"
+NO_CAPACITY = "instance-operations/launch/insufficient-capacity"
+
+
+def kind(gpus, model, cents, *regions):
+    """An entry of instance-types as the documentation shows it."""
+    specs = {"vcpus": 26 * gpus, "memory_gib": 225 * gpus, "storage_gib": 2816, "gpus": gpus}
+    described = {"description": f"{gpus}x {model}", "gpu_description": model, "price_cents_per_hour": cents}
+    where = [{"name": region, "description": f"{region}, USA"} for region in regions]
+    return {"instance_type": described | {"specs": specs}, "regions_with_capacity_available": where}
+
+
+H100 = "gpu_8x_h100_sxm5"
+
+
+def types(*regions, cents=3192):
+    """What is for rent; eight H100 are free in these regions."""
+    return {
+        "gpu_1x_a10": kind(1, "A10 (24 GB PCIe)", 75, "us-east-1"),
+        "gpu_8x_a100": kind(8, "A100 (40 GB SXM4)", 1592),
+        H100: kind(8, "H100 (80 GB SXM5)", cents, *regions),
+    }
+
+
+def error(code, name, message="it was refused", **headers):
+    """A reply instead of what was requested."""
+
+    def reply(handler):
+        handler.answer(code, {"error": {"code": name, "message": message, "suggestion": "Do better."}}, **headers)
+
+    return reply
+
+
+def raw(body, code=200, **headers):
+    return lambda handler: handler.answer(code, body, **headers)
+
+
+def drop(handler):
+    """Closes the connection without an answer."""
+    handler.close_connection = True
+
+
+def after(reply):
+    """Does what was requested, and gives another answer."""
+
+    def act(handler):
+        handler.act()
+        reply(handler)
+
+    return act
+
+
+def held(act=True, before=False):
+    """Says that a request has come and waits until the test lets it go on; then there is no answer. `act`: what was
+    requested is done; `before`: before the wait."""
+
+    def reply(handler):
+        if act and before:
+            handler.act()
+        handler.server.holding.set()
+        assert handler.server.go_on.wait(HANG_S)
+        if act and not before:
+            handler.act()
+        drop(handler)
+
+    return reply
+
+
+@contextmanager
+def serving_gpus():
+    with GPUCloudServer() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.go_on.set()
+        server.shutdown()
+
+
+class GPUCloudServer(ThreadingHTTPServer):
+    """`faults` has replies for requests such as "POST instance-operations/launch", one a request, before it does as it
+    should."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.faults, self.requests, self.headers = threading.Lock(), {}, [], []
+        self.holding, self.go_on = threading.Event(), threading.Event()
+        self.types, self.keys, self.instances = types(), ["mine"], {}
+        self.launches, self.ip, self.boots = [], "127.0.0.1", 1  # looks until an instance is active
+        self.on_look = lambda looks: None  # called at each look at the types
+
+    @property
+    def api(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/api/v1"
+
+    def count(self, request):
+        return sum(one == request for one in self.requests)
+
+    def next_moment(self):
+        """For the next `held`."""
+        self.holding.clear()
+        self.go_on.clear()
+
+    def launch(self, body):
+        assert set(body) == {"region_name", "instance_type_name", "ssh_key_names", "name"}
+        assert len(body["ssh_key_names"]) == 1 and set(body["ssh_key_names"]) <= set(self.keys)
+        self.launches.append(body)
+        id = f"{ID}{len(self.launches)}"
+        offer = self.types[body["instance_type_name"]]
+        assert body["region_name"] in [region["name"] for region in offer["regions_with_capacity_available"]]
+        self.instances[id] = {"id": id, "name": body["name"], "status": "booting", "looks": self.boots}
+        return {"instance_ids": [id]}
+
+    def show(self, id):
+        instance = self.instances[id]
+        if instance["status"] == "booting":
+            instance["looks"] -= 1
+            if instance["looks"] < 0:
+                instance |= {"status": "active", "ip": self.ip}
+        return {name: value for name, value in instance.items() if name != "looks"}
+
+    def terminate(self, body):
+        for id in body["instance_ids"]:
+            self.instances[id]["status"] = "terminating"
+        return {"terminated_instances": [self.show(id) for id in body["instance_ids"]]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server, self.body = self.server, None
+        if length := self.headers["Content-Length"]:
+            self.body = json.loads(self.rfile.read(int(length)))
+        self.request_name = f"{self.command} {self.path.removeprefix('/api/v1/')}"
+        name = "GET instances/ID" if "instances/" in self.path else self.request_name
+        with server.lock:
+            server.requests.append(name)
+            server.headers.append(dict(self.headers))
+            faults = server.faults.get(name, [])
+            fault = faults.pop(0) if faults else None
+        if fault:
+            return fault(self)
+        if self.headers["Authorization"] != f"Bearer {KEY}":
+            return error(401, "global/invalid-api-key", "API key was invalid, expired, or deleted.")(self)
+        data = self.act()
+        if data is None:
+            return error(404, "global/object-does-not-exist", "Specified instance does not exist.")(self)
+        self.answer(200, {"data": data})
+
+    do_POST = do_GET
+
+    def act(self):
+        server = self.server
+        match self.request_name.split():
+            case "GET", "instance-types":
+                server.on_look(server.count("GET instance-types"))
+                return server.types
+            case "GET", "ssh-keys":
+                return [{"id": f"id-{name}", "name": name, "public_key": "ssh-ed25519 AAAA"} for name in server.keys]
+            case "GET", "instances":
+                with server.lock:
+                    return [server.show(id) for id, one in server.instances.items() if one["status"] != "terminated"]
+            case "POST", "instance-operations/launch":
+                with server.lock:
+                    return server.launch(self.body)
+            case "POST", "instance-operations/terminate":
+                with server.lock:
+                    return server.terminate(self.body)
+            case "GET", path if path.removeprefix("instances/") in server.instances:
+                with server.lock:
+                    return server.show(path.removeprefix("instances/"))
+
+    def answer(self, code, body, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in ({"Content_Type": "application/json"} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", len(body))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+SSH = """#!/bin/sh
+[ -e "$MACHINE/down" ] && { echo "ssh: connect to host 127.0.0.1 port 22: Connection refused" >&2; exit 255; }
+for script; do :; done
+echo "$*" | head -n 1 | sed "s/ sh -c .*//; s/^/ssh /" >>"$MACHINE/calls"
+HOME=$MACHINE/home; export HOME; cd "$HOME" || exit 1
+if [ -e "$MACHINE/breaks" ] && echo "$script" | grep -q 'tail -c'; then
+  rm "$MACHINE/breaks"; sh -c "$script" & sleep 0.5; kill $!; exit 255
+fi
+exec sh -c "$script"
+"""
+RSYNC = """#!/bin/sh
+echo "rsync $*" >>"$MACHINE/calls"
+[ -e "$MACHINE/down" ] && { echo "rsync: connection unexpectedly closed" >&2; exit 12; }
+while [ "$1" != -- ]; do shift; done; shift
+for last; do :; done
+missing() { echo "rsync: [sender] link_stat \\"$1\\" failed: No such file or directory (2)" >&2; exit 23; }
+case $last in
+  *:*) while [ -e "$MACHINE/hold-copy" ]; do sleep 0.02; done
+    mkdir -p "$MACHINE/home/ping-llm"
+    for path; do [ "$path" = "$last" ] || cp -RL --parents "$path" "$MACHINE/home/ping-llm/" || missing "$path"; done ;;
+  *) while [ -e "$MACHINE/hold-bring" ]; do sleep 0.02; done
+    here=$PWD; cd "$MACHINE/home/ping-llm" || missing ping-llm
+    for path; do
+      [ "$path" = "$last" ] || cp -R --parents "${path#*:ping-llm/./}" "$here/$last" 2>/dev/null || missing "$path"
+    done ;;
+esac
+"""
+
+
+def fake_machine(folder):
+    """A home folder that the `ssh` and `rsync` in `folder/bin` reach; the environment in which they are found."""
+    (folder / "home").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    for name, script in (("ssh", SSH), ("rsync", RSYNC)):
+        path = folder / "bin" / name
+        path.write_text(script)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return {"MACHINE": str(folder), "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}

@@ -3,16 +3,46 @@ that reach a folder of this machine as if it were the instance's home."""
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from waiting import HANG_S
+
+from ping_llm.launch.gpu_cloud import GPUCloud, Pace
+from ping_llm.launch.watch import Watch, watch
 
 KEY = "secret_ping-llm_0123"
 ID = "0920582c7ff041399e34823a0be6254"
 NO_CAPACITY = "instance-operations/launch/insufficient-capacity"
+QUICK = {
+    "every_s": 0.02,
+    "spacing_s": 0.0,
+    "launch_spacing_s": 0.0,
+    "backoff_s": 0.01,
+    "longest_backoff_s": 0.02,
+    "check_s": 0.02,
+}
+QUICK |= {"settle_s": 0.3, "boot_s": HANG_S, "lost_s": HANG_S, "look_s": 0.05, "turn_s": HANG_S, "seed": 0}
+LAUNCH, INSTANCE, TYPES = "POST instance-operations/launch", "GET instances/ID", "GET instance-types"
+TERMINATE = "POST instance-operations/terminate"
+TRAIN = "cat configs/tiny.toml && mkdir -p runs/tiny && echo once >>runs/tiny/metrics && echo trained"
+RENT = {"gpu": "8xH100", "launch": TRAIN, "yes": True, "copy": ("configs",), "bring": ("runs/tiny",)}
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from ping_llm.cli import exit_code
+from ping_llm.launch.gpu_cloud import GPUCloud, Pace
+from ping_llm.launch.watch import Watch, watch
+options, pace, key = json.loads(sys.argv[1])
+options["state"] = Path(options["state"])
+sys.exit(exit_code(lambda: watch(Watch(**options), GPUCloud(options["api"], key, Pace(**pace)))))
+"""
 
 
 def kind(gpus, model, cents, *regions):
@@ -63,17 +93,14 @@ def after(reply):
     return act
 
 
-def held(act=True, before=False):
-    """Says that a request has come and waits until the test lets it go on; then there is no answer. `act`: what was
-    requested is done; `before`: before the wait."""
+def held(act=True):
+    """Does, if `act`, what was requested, and waits until the test lets it go on; then there is no answer."""
 
     def reply(handler):
-        if act and before:
+        if act:
             handler.act()
         handler.server.holding.set()
         assert handler.server.go_on.wait(HANG_S)
-        if act and not before:
-            handler.act()
         drop(handler)
 
     return reply
@@ -108,11 +135,6 @@ class GPUCloudServer(ThreadingHTTPServer):
 
     def count(self, request):
         return sum(one == request for one in self.requests)
-
-    def next_moment(self):
-        """For the next `held`."""
-        self.holding.clear()
-        self.go_on.clear()
 
     def launch(self, body):
         assert set(body) == {"region_name", "instance_type_name", "ssh_key_names", "name"}
@@ -237,3 +259,25 @@ def fake_machine(folder):
         path.write_text(script)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return {"MACHINE": str(folder), "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def go(gpus, tmp_path, key=KEY, pace=None, **options):
+    """A watch that looks often, in this process."""
+    options = {"api": gpus.api, "state": tmp_path / "state"} | options
+    return watch(Watch(**options), GPUCloud(gpus.api, key, Pace(**QUICK | (pace or {}))))
+
+
+def start(gpus, tmp_path, pace=None, **options):
+    """The same in a process of its own."""
+    options = {"api": gpus.api, "state": str(tmp_path / "state")} | options
+    argv = [sys.executable, "-c", PROGRAM, json.dumps([options, QUICK | (pace or {}), KEY])]
+
+    def begin():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
+
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=begin)
+
+
+def ran():
+    """How often the command ran, by what it brought back."""
+    return Path("runs/tiny/metrics").read_text().split()

@@ -237,7 +237,7 @@ class GPUCloud:
             response = self._http.request(method, f"{self.api}/{path}", json=body)
         except (httpx.RequestError, httpx.InvalidURL) as error:
             reason = f"no whole answer from {self.host} ({str(error) or type(error).__name__})"
-            if self._reached:
+            if self._reached or not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL)):
                 raise Transient(reason) from None
             raise ValueError(f"{reason}; is this machine offline, or the address wrong?") from None
         self._reached = True

@@ -64,7 +64,8 @@ class Watch:
     state: Path | None = None
     """Folder for what is known of the rental; ~/.local/state/ping-llm/watch/NAME if absent."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """ValueError if options are out of range or exclude each other."""
         if not self.every_s >= SHORTEST_INTERVAL_S or math.isinf(self.every_s):
             raise ValueError(f"every_s={self.every_s} must be at least {SHORTEST_INTERVAL_S:g}")
         if not 0 <= self.max_price < math.inf:
@@ -91,6 +92,7 @@ def watch(options: Watch, cloud: GPUCloud) -> int:
 
     ValueError says what was wrong, and, if an instance was rented, whether it still costs money.
     """
+    options.check()
     wanted = Wanted.parse(options.gpu)
     if not options.launch.strip():
         kinds = _offers(wanted, options.max_price, cloud)
@@ -120,7 +122,7 @@ def watch(options: Watch, cloud: GPUCloud) -> int:
             if options.terminate and rental.instance and not rental.started:  # nothing of value is on it
                 rental.end(cloud)
                 raise ValueError(f"{error}; it was terminated, before the command was started") from None
-            raise ValueError(f"{error}. {_still_there(rental)}") from None
+            raise ValueError(f"{str(error).rstrip('.')}. {_still_there(rental)}") from None
 
 
 def _rent(options: Watch, wanted: Wanted, rental: Rental, cloud: GPUCloud) -> None:

@@ -242,10 +242,7 @@ case $last in
     mkdir -p "$MACHINE/home/ping-llm"
     for path; do [ "$path" = "$last" ] || cp -RL --parents "$path" "$MACHINE/home/ping-llm/" || missing "$path"; done ;;
   *) while [ -e "$MACHINE/hold-bring" ]; do sleep 0.02; done
-    here=$PWD; cd "$MACHINE/home/ping-llm" || missing ping-llm
-    for path; do
-      [ "$path" = "$last" ] || cp -R --parents "${path#*:ping-llm/./}" "$here/$last" 2>/dev/null || missing "$path"
-    done ;;
+    cp -R "$MACHINE/home/ping-llm/${1#*:ping-llm/}" "$last" 2>/dev/null || missing "$1" ;;
 esac
 """
 

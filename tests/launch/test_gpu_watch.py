@@ -75,7 +75,7 @@ def test_what_is_free_is_rented_once_trained_on_brought_back_and_ended(gpus, tmp
         call.startswith("ssh -o BatchMode=yes ") and call.endswith(login) for call in calls if "rsync" not in call
     )
     copies = [call.split(" -- ")[1] for call in calls if call.startswith("rsync")]
-    assert copies == [f"configs {login}:ping-llm/", f"{login}:ping-llm/./runs/tiny ."]
+    assert copies == [f"configs {login}:ping-llm/", f"{login}:ping-llm/runs/tiny runs/"]
 
 
 def test_an_instance_stays_unless_it_is_to_be_terminated_and_its_costs_are_said(gpus, tmp_path, machine, capsys):
@@ -279,7 +279,9 @@ def test_results_that_cannot_be_brought_back_keep_the_instance(gpus, tmp_path, m
 def test_a_command_that_was_cut_off_is_not_taken_for_ended(gpus, tmp_path, machine):
     gpus.types = types("us-east-1")
     cut = "kill -9 $(ps -o ppid= -p $$)"  # what would write down its exit code
-    with pytest.raises(ValueError, match=r"was cut off: .*remove ~/ping-llm/.watch there. instance .* still rented"):
+    with pytest.raises(
+        ValueError, match=r"was cut off: .*remove ~/ping-llm/.ping-llm-[0-9a-f]{8} there. instance .* still rented"
+    ):
         go(gpus, tmp_path, **RENT | {"launch": cut}, terminate=True)
     assert [one["status"] for one in gpus.instances.values()] == ["active"]
 

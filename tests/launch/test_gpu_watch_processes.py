@@ -9,10 +9,14 @@ from servers import wait_for
 from waiting import HANG_S
 
 
+def calls(machine):
+    """What ssh and rsync were called with."""
+    return (machine / "calls").read_text() if (machine / "calls").exists() else ""
+
+
 def brought(machine):
     """How often something was to be copied back."""
-    calls = machine / "calls"
-    return sum(call.endswith(" .") for call in calls.read_text().splitlines()) if calls.exists() else 0
+    return sum(call.endswith(" runs/") for call in calls(machine).splitlines())
 
 
 def test_results_are_copied_while_the_command_runs(gpus, tmp_path, machine):
@@ -76,9 +80,7 @@ def test_a_watch_that_is_killed_at_any_moment_goes_on_and_rents_and_runs_once(gp
     moment(holds(LAUNCH, held()))  # it was launched, and the answer is under way
     assert len(gpus.launches) == 1
     moment(holds(INSTANCE, held()))  # while it boots
-    moment(
-        lambda: (machine / "calls").exists() and "rsync" in (machine / "calls").read_text(), hold_copy.unlink
-    )  # while the inputs are copied
+    moment(lambda: "rsync" in calls(machine), hold_copy.unlink)  # while the inputs are copied
     moment((machine / "home/ping-llm/runs/tiny/metrics").exists, go_on.touch)  # while the command runs
     moment(lambda: brought(machine), hold_bring.unlink)  # while the results are copied
     moment(holds(TERMINATE, held(act=False)))

@@ -1,6 +1,6 @@
 """A machine that ssh reaches in; a command that runs there once, whatever becomes of the connection, and its files out.
 
-Files lie in the folder `ping-llm` of the user there, at the same relative paths as here. Beside them, `.watch` holds what
+Files lie in the folder `ping-llm` of the user there, at the same relative paths as here. Beside them, a folder of marks
 keeps the command from starting twice: a lock that it holds while it runs, and its exit code once it has ended.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER, MARKS = "ping-llm", ".watch"
+FOLDER = "ping-llm"
 ANSWER_S = 120.0
 LOST = 255  # exit code of ssh without a connection
 _TURN = 75  # exit code of _FOLLOW while the command runs
@@ -79,6 +79,7 @@ class Machine:
     user: str
     options: tuple[str, ...]
     known_hosts: Path
+    marks: str  # name of the folder that keeps the command from starting twice
 
     @property
     def _options(self) -> list[str]:
@@ -88,7 +89,11 @@ class Machine:
 
     @property
     def _login(self) -> list[str]:
-        return ["ssh", *self._options, f"{self.user}@{self.host}"]
+        return ["ssh", *self._options, self._address]
+
+    @property
+    def _address(self) -> str:
+        return f"{self.user}@{self.host}"
 
     def reach(self) -> None:
         """Unreachable, with what ssh says, if nobody can log in."""
@@ -96,14 +101,14 @@ class Machine:
 
     def state(self) -> tuple[str, int | None]:
         """What became of the command: new, running, cut (by a restart), or ended and its exit code."""
-        word, *code = self._ask(_STATE.format(folder=FOLDER, marks=MARKS)).split() or ["nothing"]
+        word, *code = self._ask(_STATE.format(folder=FOLDER, marks=self.marks)).split() or ["nothing"]
         if word not in ("new", "running", "cut", "ended") or (word == "ended") != bool(code):
             raise ValueError(f"{self.host} cannot say what became of the command: {word}")
         return word, int(code[0]) if code else None
 
     def start(self, command: str) -> None:
         """Starts the command, unless it was started before; it goes on without a connection."""
-        self._ask(_START.format(folder=FOLDER, marks=MARKS, command=shlex.quote(command)))
+        self._ask(_START.format(folder=FOLDER, marks=self.marks, command=shlex.quote(command)))
 
     def follow(self, log: Path, seconds: float, pause_s: float = 1.0) -> bool:
         """Prints what the command prints, and adds it to `log`; gives whether it has ended within so many seconds.
@@ -112,7 +117,7 @@ class Machine:
         """
         offset, decoder = log.stat().st_size if log.exists() else 0, codecs.getincrementaldecoder("utf-8")("replace")
         rounds = max(int(seconds / pause_s), 1)
-        script = _FOLLOW.format(folder=FOLDER, marks=MARKS, offset=offset, rounds=rounds, pause_s=pause_s)
+        script = _FOLLOW.format(folder=FOLDER, marks=self.marks, offset=offset, rounds=rounds, pause_s=pause_s)
         with tempfile.TemporaryFile() as errors, log.open("ab", buffering=0) as file:
             process = subprocess.Popen(
                 [*self._login, _sh(script)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
@@ -130,28 +135,18 @@ class Machine:
     def copy(self, paths: Sequence[str]) -> None:
         """Copies relative paths of the current folder there; what links point to is copied, not the links."""
         if paths:
-            self._rsync("--copy-links", "--", *paths, f"{self.user}@{self.host}:{FOLDER}/")
+            self._rsync("--relative", "--no-implied-dirs", "--copy-links", "--", *paths, f"{self._address}:{FOLDER}/")
 
     def bring(self, paths: Sequence[str]) -> None:
-        """Copies relative paths from there into the current folder; ValueError names what is not there."""
-        if paths:
-            # The host stands before the first path only; the others are of it too.
-            there = [f"{FOLDER}/./{path}" for path in paths]
-            self._rsync(
-                "--keep-dirlinks", "--", f"{self.user}@{self.host}:{there[0]}", *(f":{p}" for p in there[1:]), "."
-            )
+        """Copies relative paths from there into the current folder; ValueError if one is not there."""
+        for path in map(Path, paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # One at a time: rsync writes through no link below the folder that it is given, and `runs` may be one.
+            self._rsync("--", f"{self._address}:{FOLDER}/{path}", f"{path.parent}/")
 
     def _rsync(self, *words: str) -> None:
         remote_shell = shlex.join(["ssh", *self._options])
-        options = [
-            "--archive",
-            "--no-owner",
-            "--no-group",
-            "--relative",
-            "--no-implied-dirs",
-            "--partial",
-            "--protect-args",
-        ]
+        options = ["--archive", "--no-owner", "--no-group", "--partial", "--protect-args"]
         done = subprocess.run(
             ["rsync", *options, "--timeout=120", f"--rsh={remote_shell}", *words],
             stdin=subprocess.DEVNULL,

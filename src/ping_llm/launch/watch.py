@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from ping_llm.launch.gpu_cloud import KEY_VARIABLE, LAMBDA_API, GPUCloud, InstanceType, Pace, Wanted
-from ping_llm.launch.remote import ANSWER_S, FOLDER, MARKS, Machine, Unreachable
+from ping_llm.launch.remote import ANSWER_S, FOLDER, Machine, Unreachable
 from ping_llm.launch.rental import Rental
 from ping_llm.system.files import try_folder, write_lock
 from ping_llm.system.progress import say
@@ -190,7 +190,7 @@ def _follow(options: Watch, rental: Rental, cloud: GPUCloud, machine: Machine) -
             say(f"not copied yet: {error}")
     state, rental.code = _persist(machine.state, rental, cloud)
     if state != "ended":
-        folder = f"~/{FOLDER}/{MARKS}"
+        folder = f"~/{FOLDER}/{machine.marks}"
         raise ValueError(f"the command was cut off: did the instance restart? To start it again, remove {folder} there")
     rental.save()
 
@@ -199,7 +199,7 @@ def _reach(options: Watch, rental: Rental, cloud: GPUCloud) -> Machine:
     """The rented machine, once one can log in."""
     address = rental.await_active(cloud).ip
     known_hosts = (rental.path.parent / "known_hosts").absolute()
-    machine = Machine(address, options.ssh_user, options.ssh_option, known_hosts)
+    machine = Machine(address, options.ssh_user, options.ssh_option, known_hosts, f".{rental.instance_name}")
     say(f"{rental} is active at {address}: {rental.costs}")
     _persist(machine.reach, rental, cloud)
     return machine

@@ -28,7 +28,15 @@ QUICK = {
     "longest_backoff_s": 0.02,
     "check_s": 0.02,
 }
-QUICK |= {"settle_s": 0.3, "boot_s": HANG_S, "lost_s": HANG_S, "look_s": 0.05, "turn_s": HANG_S, "seed": 0}
+QUICK |= {
+    "settle_s": 0.3,
+    "boot_s": HANG_S,
+    "login_s": HANG_S,
+    "lost_s": HANG_S,
+    "look_s": 0.05,
+    "turn_s": HANG_S,
+    "seed": 0,
+}
 LAUNCH, INSTANCE, TYPES = "POST instance-operations/launch", "GET instances/ID", "GET instance-types"
 TERMINATE = "POST instance-operations/terminate"
 TRAIN = "cat configs/tiny.toml && mkdir -p runs/tiny && echo once >>runs/tiny/metrics && echo trained"
@@ -221,14 +229,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+# In `down`, nobody can be reached; the first script that holds the text in `breaks` loses its connection.
 SSH = """#!/bin/sh
 [ -e "$MACHINE/down" ] && { echo "ssh: connect to host 127.0.0.1 port 22: Connection refused" >&2; exit 255; }
 for script; do :; done
 echo "$*" | head -n 1 | sed "s/ sh -c .*//; s/^/ssh /" >>"$MACHINE/calls"
 HOME=$MACHINE/home; export HOME; cd "$HOME" || exit 1
-if [ -e "$MACHINE/breaks" ] && echo "$script" | grep -q 'tail -c'; then
-  rm "$MACHINE/breaks"; sh -c "$script" & sleep 0.5; kill $!; exit 255
-fi
+breaks=$(cat "$MACHINE/breaks" 2>/dev/null)
+case $script in
+  *"${breaks:-nothing}"*)
+    rm "$MACHINE/breaks"
+    if [ "$breaks" = setsid ]; then sh -c "$script"; else sh -c "$script" & sleep 0.5; kill $!; fi
+    exit 255 ;;
+esac
 exec sh -c "$script"
 """
 RSYNC = """#!/bin/sh

@@ -10,8 +10,10 @@ from gpu_cloud_server import (
     KEY,
     LAUNCH,
     NO_CAPACITY,
+    QUICK,
     RENT,
     TERMINATE,
+    TRAIN,
     TYPES,
     after,
     drop,
@@ -24,6 +26,10 @@ from gpu_cloud_server import (
 from waiting import HANG_S
 
 from ping_llm.cli import main
+from ping_llm.launch.gpu_cloud import GPUCloud, Pace
+from ping_llm.launch.remote import Unreachable
+from ping_llm.launch.rental import Rental
+from ping_llm.launch.watch import _persist
 
 
 def record(tmp_path):
@@ -142,7 +148,8 @@ def test_capacity_that_vanishes_and_a_busy_server_do_not_end_the_watch(gpus, tmp
     gpus.faults[TYPES] = [error(429, "", Retry_After="0"), raw(b"{"), drop]
     assert go(gpus, tmp_path, **RENT) == 0
     assert gpus.count(LAUNCH) == 4 and len(gpus.launches) == 1 and ran() == ["once"]
-    assert capsys.readouterr().err.count("was gone before it could be taken; the watch goes on") == 2
+    err = capsys.readouterr().err
+    assert err.count("was gone before it could be taken; the watch goes on") == 2 and "perhaps" not in err
 
 
 def test_a_launch_that_fails_for_good_is_one_line_and_may_be_tried_again(gpus, tmp_path, machine):
@@ -189,6 +196,16 @@ def test_an_instance_that_shows_up_late_is_taken_instead_of_a_second_one(gpus, t
     gpus.on_look, gpus.faults[LAUNCH] = appear, [lose, error(400, NO_CAPACITY)]
     assert go(gpus, tmp_path, **RENT) == 0
     assert not gpus.launches and record(tmp_path)["instance"] == "late"
+
+
+def test_a_record_that_cannot_be_read_rents_nothing(gpus, tmp_path, machine):
+    gpus.types = types("us-east-1")
+    (tmp_path / "state").mkdir()
+    for text in ("{", "[]", "{}", '{"instance": "i"}'):
+        (tmp_path / "state" / "rental.json").write_text(text)
+        with pytest.raises(ValueError, match="is no record of a rental; look for its instance in the console"):
+            go(gpus, tmp_path, **RENT)
+    assert not gpus.launches
 
 
 def test_an_instance_of_another_machine_with_that_name_is_not_doubled(gpus, tmp_path, machine):
@@ -239,7 +256,7 @@ def test_an_instance_that_is_not_listed_at_once_is_waited_for(gpus, tmp_path, ma
 
 def test_a_broken_connection_loses_nothing_of_what_the_command_prints(gpus, tmp_path, machine, capsys):
     gpus.types = types("us-east-1")
-    (machine / "breaks").touch()
+    (machine / "breaks").write_text("tail -c")
     count = "for i in $(seq 20); do echo line $i; sleep 0.05; done"
     assert go(gpus, tmp_path, **RENT | {"launch": count, "bring": ()}) == 0
     printed = capsys.readouterr()
@@ -249,22 +266,69 @@ def test_a_broken_connection_loses_nothing_of_what_the_command_prints(gpus, tmp_
     assert [line for line in printed.out.splitlines() if line.startswith("line ")] == lines
 
 
-def test_a_machine_that_vanishes_while_the_command_runs_ends_the_watch(gpus, tmp_path, machine):
+def test_a_command_whose_start_was_not_confirmed_is_not_started_twice(gpus, tmp_path, machine, capsys):
+    gpus.types = types("us-east-1")
+    (machine / "breaks").write_text("setsid")
+    assert go(gpus, tmp_path, **RENT) == 0
+    assert "no connection to 127.0.0.1" in capsys.readouterr().err and ran() == ["once"]
+
+
+def test_a_machine_that_cannot_be_reached_is_kept_only_if_it_may_hold_results(gpus, tmp_path, machine):
+    gpus.types, down = types("us-east-1"), machine / "down"
+    refused = r"no connection to 127.0.0.1: ssh: connect to host .* Connection refused"
+    down.touch()
+    with pytest.raises(ValueError, match=refused + "; it was terminated, before the command was started"):
+        go(gpus, tmp_path, pace={"login_s": 0.1}, **RENT, terminate=True)
+    [first] = gpus.instances.values()
+    assert first["status"] == "terminating"
+    down.unlink()
+    kept = RENT | {"launch": f"{TRAIN}; touch {down}", "name": "b", "state": tmp_path / "b"}
+    with pytest.raises(ValueError, match=refused + r"\. instance \w+ is still rented"):
+        go(gpus, tmp_path, pace={"lost_s": 0.1}, **kept, terminate=True)
+    [_, second] = gpus.instances.values()
+    assert second["status"] == "active"
+    down.unlink()
+    assert go(gpus, tmp_path, **kept, terminate=True) == 0 and ran() == ["once"]
+
+
+def test_an_instance_that_the_provider_takes_away_ends_the_watch(gpus, tmp_path, machine):
     gpus.types = types("us-east-1")
 
-    def vanish(handler):
-        (machine / "down").touch()
+    def take_away(handler):
+        for one in gpus.instances.values():
+            one["status"] = "preempted"
         handler.answer(200, {"data": handler.act()})
 
-    gpus.faults[INSTANCE], gpus.boots = [vanish], 0
-    with pytest.raises(
-        ValueError, match=r"no connection to 127.0.0.1: ssh: connect.*refused. instance \w+ is still rented"
-    ):
-        go(gpus, tmp_path, pace={"lost_s": 0.1}, **RENT)
-    for one in gpus.instances.values():
-        one["status"] = "preempted"
+    (machine / "down").touch()
+    gpus.boots = 0
+    gpus.faults[INSTANCE] = [lambda handler: handler.answer(200, {"data": handler.act()}), take_away]
     with pytest.raises(ValueError, match=r"is preempted$"):
         go(gpus, tmp_path, **RENT)
+    with pytest.raises(ValueError, match="ended before its results were here"):
+        go(gpus, tmp_path, **RENT)
+
+
+def test_only_time_without_a_connection_counts_against_it(gpus, tmp_path, monkeypatch):
+    api = GPUCloud(gpus.api, KEY, Pace(**QUICK | {"lost_s": 0.0}))
+    gpus.instances["i"] = {"id": "i", "name": "a", "status": "active"}
+    rental = Rental(tmp_path / "rental.json", "a", "true", "a-0", instance="i")
+
+    def failing(times):
+        results = iter([Unreachable("gone")] * times + [7])
+
+        def attempt():
+            result = next(results)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return attempt
+
+    assert _persist(failing(1), rental, api) == 7
+    with pytest.raises(Unreachable, match="gone"):
+        _persist(failing(2), rental, api)
+    monkeypatch.setattr("ping_llm.launch.watch.ANSWER_S", -1.0)  # each failure comes after a long connection
+    assert _persist(failing(5), rental, api) == 7
 
 
 def test_results_that_cannot_be_brought_back_keep_the_instance(gpus, tmp_path, machine):
@@ -278,7 +342,7 @@ def test_results_that_cannot_be_brought_back_keep_the_instance(gpus, tmp_path, m
 
 def test_a_command_that_was_cut_off_is_not_taken_for_ended(gpus, tmp_path, machine):
     gpus.types = types("us-east-1")
-    cut = "kill -9 $(ps -o ppid= -p $$)"  # what would write down its exit code
+    cut = "kill -9 $PPID"  # what would write down its exit code
     with pytest.raises(
         ValueError, match=r"was cut off: .*remove ~/ping-llm/.ping-llm-[0-9a-f]{8} there. instance .* still rented"
     ):
@@ -286,7 +350,7 @@ def test_a_command_that_was_cut_off_is_not_taken_for_ended(gpus, tmp_path, machi
     assert [one["status"] for one in gpus.instances.values()] == ["active"]
 
 
-def test_the_command_line_watches_and_says_in_one_line_what_is_wrong(gpus, monkeypatch, capsys):
+def test_the_command_line_watches_and_says_in_one_line_what_is_wrong(gpus, monkeypatch, tmp_path, capsys):
     gpus.types = types("us-east-1")
     monkeypatch.setenv("LAMBDA_API_KEY", KEY)
     argv = ["launch", "watch", "--gpu", "8xH100", "--api", gpus.api]
@@ -303,6 +367,10 @@ def test_the_command_line_watches_and_says_in_one_line_what_is_wrong(gpus, monke
         assert main([*argv, *wrong]) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert main([*argv, "--launch", "true", "--name", "b"]) == 1
+    assert "nothing is rented without --max-price 31.92" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "ping-llm" / "watch").iterdir()] == ["b"]
     monkeypatch.setenv("LAMBDA_API_KEY", "wrong")
     assert main(argv) == 1 and "does not accept the key in LAMBDA_API_KEY" in capsys.readouterr().err
     monkeypatch.delenv("LAMBDA_API_KEY")

@@ -59,6 +59,7 @@ class Pace:
     check_s: float = 10.0  # between two looks at an instance that boots
     settle_s: float = 180.0  # after a launch without an answer, until an instance that is not listed does not exist
     boot_s: float = 1800.0  # until an instance is to be reachable
+    login_s: float = 600.0  # until one can log in to an active one
     lost_s: float = 1800.0  # for as long a connection to an instance is tried again
     look_s: float = 1.0  # between two looks at what a command has printed
     turn_s: float = 600.0  # between two copies of the results while a command runs

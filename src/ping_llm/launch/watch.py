@@ -201,13 +201,13 @@ def _reach(options: Watch, rental: Rental, cloud: GPUCloud) -> Machine:
     known_hosts = (rental.path.parent / "known_hosts").absolute()
     machine = Machine(address, options.ssh_user, options.ssh_option, known_hosts, f".{rental.instance_name}")
     say(f"{rental} is active at {address}: {rental.costs}")
-    _persist(machine.reach, rental, cloud)
+    _persist(machine.reach, rental, cloud, cloud.pace.login_s)
     return machine
 
 
-def _persist(attempt: Callable[[], T], rental: Rental, cloud: GPUCloud) -> T:
-    """Repeats what finds no connection for as long as the instance is there; Gone, or Unreachable after a while."""
-    failing_since = None
+def _persist(attempt: Callable[[], T], rental: Rental, cloud: GPUCloud, limit_s: float | None = None) -> T:
+    """Repeats what finds no connection while the instance is there; Gone, or Unreachable after `limit_s` without one."""
+    limit_s, failing_since = cloud.pace.lost_s if limit_s is None else limit_s, None
     while True:
         begin = time.monotonic()
         try:
@@ -216,7 +216,7 @@ def _persist(attempt: Callable[[], T], rental: Rental, cloud: GPUCloud) -> T:
             now = time.monotonic()
             if failing_since is None or now - begin > ANSWER_S:  # so long an attempt had a connection
                 failing_since = now
-            if now - failing_since > cloud.pace.lost_s:
+            if now - failing_since > limit_s:
                 raise
             say(f"{error}; trying again")
         rental.check(cloud.persist(lambda: cloud.instance(rental.instance)))

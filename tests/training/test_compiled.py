@@ -13,13 +13,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training_runs import MODEL, make_config, make_windows
+from training_runs import MODEL, make_config, make_windows, run
 
 from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import deterministic
-from ping_llm.training import objective
+from ping_llm.training import objective, trainer
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import (
     HOPPER_ATTENTION,
@@ -80,6 +80,16 @@ def test_a_compiled_optimizer_takes_the_eager_steps_and_rates_that_change_compil
         assert (courses[1][name] - eager).norm() <= 1e-6 * eager.norm(), name
     assert counter.frame_count == 2 * 3 and not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2 * 3
+
+
+def test_a_run_takes_its_steps_with_the_compiled_optimizer_where_that_is_wanted(tmp_path, monkeypatch):
+    """On a GPU; here as if this were one. Two graphs for each of the three shapes."""
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
+    for wanted, graphs in ((False, 0), (True, 6)):
+        monkeypatch.setattr(trainer, "resolve_compile_optimizer", lambda *_, wanted=wanted: wanted)
+        run(make_config(tmp_path / str(wanted), total_steps=2, compile=False))
+        assert counter.frame_count == graphs
 
 
 def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypatch):

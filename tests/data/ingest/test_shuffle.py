@@ -113,8 +113,8 @@ def test_a_month_is_shuffled_into_256_buckets_and_the_plan_counts_what_that_cost
 
 
 def test_the_plan_takes_no_less_than_its_largest_dump_whatever_the_workers():
-    """37 MB of bz2 are a million results: 10.53 s to unpack, 2 to parse, and 8 pieces of 4 batches of 80 µs. The four buckets
-    take 2 s to sort, and 8 × 4 reads of 200 µs."""
+    """37 MB of bz2 are a million results: 10.53 s to unpack, 2 to parse, and 8 pieces of 4 batches of 80 µs. The
+    four buckets take 2 s to sort, and 8 × 4 reads of 200 µs."""
     dump = (".bz2", 37_000_000)
     of_dump, of_buckets = 1e6 / 95_000 + 2 + 32 * 80e-6, 2 + 32 * 200e-6
     for workers, dumps, expected in (

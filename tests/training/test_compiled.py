@@ -127,6 +127,18 @@ def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monke
         assert torch._C._get_sdp_priority_order() == before
 
 
+def test_steps_and_evaluations_attend_in_that_order(monkeypatch):
+    """Here as if this were a Hopper, and with one that this device cannot take left out."""
+    order, model = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], GPT(MODEL)
+    monkeypatch.setattr(objective, "attention_order", lambda _: sdpa_kernel(order, set_priority=True))
+    seen = []
+    with model.blocks[-1].register_forward_pre_hook(lambda *_: seen.append(torch._C._get_sdp_priority_order()[:2])):
+        run = Objective(make_config(Path("unused"), grad_accum=2), model, Ranks(CPU))
+        run.backward(make_windows(8, 0))
+        run.evaluate(make_windows(4, 0))
+    assert seen == [[int(each) for each in order]] * 3
+
+
 def model_of(layers: int, fp8: bool) -> GPT:
     model = GPT(ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64))
     model.learn_in_fp8(fp8)

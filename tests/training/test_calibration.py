@@ -20,6 +20,7 @@ from ping_llm.data.rows import RowReader
 from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.engine import ReadContexts
+from ping_llm.inference.evidence import recalled
 from ping_llm.inference.experts import LEAST_WEIGHT, Expert, Experts
 from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.model import PingModel
@@ -210,6 +211,27 @@ def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
     assert not calibration.is_new(Endpoint.whole(train.src_addresses[0].tobytes()))
     queries, _ = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
     assert max(len(query.context) for query in queries) == HISTORY
+
+
+@pytest.mark.parametrize("mesh", [0.0, 0.5])
+def test_experts_are_fitted_to_queries_that_have_recalled_what_they_will_be_given(gpt, config, monkeypatch, mesh):
+    """With other sources as evidence where the run learned from meshes, as a model of the run is loaded."""
+    seen = []
+
+    def fit_nothing(reader, found):
+        seen.append((reader.memory, found.queries))
+
+    monkeypatch.setattr(calibration_module, "fit_experts", fit_nothing)
+    monkeypatch.setattr(calibration_module, "fit_src_weights", lambda reader, found: ({}, {}))
+    monkeypatch.setattr(calibration_module, "val_surprise", lambda *_: None)
+    meshed = dataclasses.replace(config, data=dataclasses.replace(config.data, mesh=mesh))
+    calibrate(gpt, meshed, torch.device("cpu"), 60)
+    ((memory, queries),) = seen
+    assert memory.other_sources is (mesh > 0) and len(memory) == RowReader(config.data.rows, "train").measurements.sum()
+    drawn = draw_results(config.data.rows, 60, np.random.default_rng(config.seed)).queries
+    expected = recalled(memory, drawn, gpt.config.seq_len)
+    assert [len(query.context) for query in queries] == [len(query.context) for query in expected]
+    assert sum(len(query.context) for query in queries) > sum(len(query.context) for query in drawn)
 
 
 def test_p_values_are_fitted_to_as_many_results_of_val_as_are_wanted_or_to_all(gpt, config, caplog, monkeypatch):

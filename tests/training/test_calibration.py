@@ -37,6 +37,7 @@ from ping_llm.training.calibration import (
     under_known_lengths,
     val_surprise,
 )
+from ping_llm.training.experts import LEAST_RESULTS
 from ping_llm.training.trainer import Feed, train
 from ping_llm.training.validation import ValQueries
 
@@ -211,6 +212,20 @@ def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
     assert not calibration.is_new(Endpoint.whole(train.src_addresses[0].tobytes()))
     queries, _ = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
     assert max(len(query.context) for query in queries) == HISTORY
+
+
+def test_a_known_length_with_a_small_share_is_none_and_too_few_results_give_no_shares(gpt, config, monkeypatch):
+    names = ["none", "/8", "/16", "/24", "all"]
+    monkeypatch.setattr(calibration_module, "under_known_lengths", lambda *_: (names, None, None))
+    shares = np.array([LEAST_WEIGHT * 0.99, 0.2, 0.2, 0.2, 0.4 - LEAST_WEIGHT * 0.99])
+    monkeypatch.setattr(calibration_module, "fit_shares", lambda *_: shares)
+    reader = PingModel(gpt, torch.device("cpu"))
+    found = draw_results(config.data.rows, 300, np.random.default_rng(0))
+    given = [own for weights in calibration_module.fit_src_weights(reader, found) for own in weights.values()]
+    expected = dict(zip(names[1:], (shares[1:] / shares[1:].sum()).tolist(), strict=True))
+    assert given and all(own == pytest.approx(expected) for own in given)
+    few = found.take(np.arange(LEAST_RESULTS - 1))
+    assert calibration_module.fit_src_weights(reader, few) == ({}, {})
 
 
 @pytest.mark.parametrize("mesh", [0.0, 0.5])

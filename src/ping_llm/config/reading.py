@@ -111,11 +111,20 @@ def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) ->
     if isinstance(error, ForbiddenExtraKeysError):
         key = next(key for key in value if key in error.extra_fields)
         known = [f.name for f in dataclasses.fields(kind)]
-        near = difflib.get_close_matches(key, known, n=1)
+        inner = {
+            own.name: f"{f.name}.{own.name}"
+            for f in dataclasses.fields(kind)
+            if dataclasses.is_dataclass(table := f.default_factory)
+            for own in dataclasses.fields(table)
+        }
+        near = difflib.get_close_matches(key, known, n=1) or [
+            inner[one] for one in difflib.get_close_matches(key, inner, n=1)
+        ]
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key {prefix}{key}; {hint}"
     if dataclasses.is_dataclass(kind):
         return f"{source}: {name} must be a table, not {value!r}" if not isinstance(value, dict) else str(error)
     if typing.get_origin(kind) is Literal:
         return f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}"
-    return f"{source}: {name}={value!r} must be of type {getattr(kind, '__origin__', kind).__name__}"
+    items = "".join(f" of {one.__name__}" for one in typing.get_args(kind)) if typing.get_origin(kind) is list else ""
+    return f"{source}: {name}={value!r} must be of type {getattr(kind, '__origin__', kind).__name__}{items}"

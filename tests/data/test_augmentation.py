@@ -178,3 +178,15 @@ def test_a_shift_is_of_source_and_destination_and_drifts_in_windows_in_time_orde
         assert all(1 <= len(own) <= 2 for of_window in rtts for own in of_window)
     assert drifts[0.0] == 0 and 5 < drifts[1.0] < 50  # 0.3 of the shifted ones of 120
     assert min(apart.values()) > 30
+
+
+def test_factors_are_log_normal_and_between_a_third_and_all_of_the_pairs_have_one():
+    pair, rtt_ms, shares, logs = np.arange(2000), np.full(2000, 20.0), [], []
+    for seed in range(60):
+        log_factor = np.log(shift_pairs(pair, rtt_ms, False, np.random.default_rng(seed))[0] / 20)
+        shares.append((log_factor != 0).mean())
+        logs.append(log_factor[log_factor != 0])
+    drawn = np.concatenate(logs)
+    assert abs(drawn.std() - 0.7) < 0.02 and abs(drawn.mean()) < 0.02
+    assert abs(drawn).max() < 2.001 and 0.001 < (abs(drawn) > 1.999).mean() < 0.01  # P(|z| > 2 / 0.7) = 0.004
+    assert 0.25 < min(shares) < 0.4 and max(shares) > 0.9

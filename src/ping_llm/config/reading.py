@@ -112,14 +112,13 @@ def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) ->
         key = next(key for key in value if key in error.extra_fields)
         known = [f.name for f in dataclasses.fields(kind)]
         inner = {
-            own.name: f"{f.name}.{own.name}"
-            for f in dataclasses.fields(kind)
-            if dataclasses.is_dataclass(table := f.default_factory)
-            for own in dataclasses.fields(table)
+            own.name: f"{table}.{own.name}"
+            for table, of_table in typing.get_type_hints(kind).items()
+            if dataclasses.is_dataclass(of_table)
+            for own in dataclasses.fields(of_table)
         }
-        near = difflib.get_close_matches(key, known, n=1) or [
-            inner[one] for one in difflib.get_close_matches(key, inner, n=1)
-        ]
+        near = difflib.get_close_matches(key, known, n=1)
+        near = near or [inner[one] for one in difflib.get_close_matches(key, inner, n=1)]
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key {prefix}{key}; {hint}"
     if dataclasses.is_dataclass(kind):

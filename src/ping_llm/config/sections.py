@@ -133,9 +133,12 @@ class OptimConfig(Section):
     momentum_warmup_steps: Whole = 300
     """Steps over which the momentum rises."""
     weight_decay: Amount = 0.1
-    """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """The rates after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
+    """Decoupled weight decay of the block matrices at step 0, times their rate; nothing else decays."""
+    weight_decay_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Over the run the decay falls to 0 in a line, falls to 0 as half a cosine, or stays."""
+    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
+    """The rates after the rise: a plateau and a linear fall (wsd), half a cosine (cosine), or a linear fall from the peak
+    to the end of the run (linear)."""
     warmup_share: Share = 0.02
     """Share of the run in which the rates rise."""
     cooldown_share: Share = 0.4

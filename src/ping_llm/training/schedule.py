@@ -19,13 +19,15 @@ def progress(step: int, tokens: int, elapsed_s: float, config: TrainConfig) -> f
 def lr_scale(progress: float, config: OptimConfig) -> float:
     """Share of the peak rate, from `final_lr_share` to 1, so above 0 for every progress.
 
-    A linear rise over `warmup_share`; then a plateau and a linear fall over `cooldown_share` (wsd), or half a period of a
-    cosine (cosine). The rise starts, and the fall ends, at `final_lr_share`.
+    A linear rise over `warmup_share`; then a plateau and a linear fall over `cooldown_share` (wsd), or a fall over all of
+    the rest, half a period of a cosine (cosine) or linear (linear). The rise starts, and the fall ends, at `final_lr_share`.
     """
     rise = progress / config.warmup_share if config.warmup_share else 1.0
+    after = (progress - config.warmup_share) / (1 - config.warmup_share) if config.warmup_share < 1 else 0.0
     if config.schedule == "cosine":
-        after = (progress - config.warmup_share) / (1 - config.warmup_share) if config.warmup_share < 1 else 0.0
         fall = (1 + math.cos(math.pi * min(1.0, max(0.0, after)))) / 2
+    elif config.schedule == "linear":
+        fall = 1 - after
     else:
         fall = (1 - progress) / config.cooldown_share if config.cooldown_share else 1.0
     return config.final_lr_share + (1 - config.final_lr_share) * max(0.0, min(1.0, rise, fall))
@@ -38,5 +40,10 @@ def momentum(step: int, config: OptimConfig) -> float:
 
 
 def weight_decay(progress: float, config: OptimConfig) -> float:
-    """Decoupled weight decay of Muon: falls linearly to 0 at the end of the run."""
+    """Decoupled weight decay of the matrices: falls to 0 at the end of the run, linearly or as half a period of a cosine, or
+    stays."""
+    if config.weight_decay_schedule == "constant":
+        return config.weight_decay
+    if config.weight_decay_schedule == "cosine":
+        return config.weight_decay * (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return config.weight_decay * max(0.0, 1 - progress)

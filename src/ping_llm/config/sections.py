@@ -114,8 +114,17 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
+    matrices: Literal["muon", "adamw"] = "muon"
+    """Optimiser of the block matrices; all else is AdamW's."""
     muon_lr: Amount = 0.02
     """Muon rate of the block matrices; fits every width."""
+    orthogonalization: Literal["newton-schulz", "polar-express"] = "newton-schulz"
+    """Polynomials of Muon's five iterations: the same each time (Newton–Schulz), or each the best after those before it
+    (Polar Express), which end nearer to an orthogonal matrix."""
+    equal_rows: bool = False
+    """Scale the rows of Muon's momentum to one length before it is made orthogonal (MuonEq)."""
+    adamw_lr: Amount = 0.0015
+    """AdamW rate of the block matrices, before width scaling, if they are AdamW's."""
     embedding_lr: Amount = 0.2
     """AdamW rate of the token embedding, before width scaling."""
     head_lr: Amount = 0.004
@@ -154,6 +163,9 @@ class OptimConfig(Section):
             raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
         if self.final_lr_share == 0:
             raise ValueError("optim.final_lr_share=0.0 must be above 0: a step at rate 0 trains nothing")
+        if self.matrices == "adamw" and (self.orthogonalization != "newton-schulz" or self.equal_rows):
+            name = "equal_rows" if self.equal_rows else "orthogonalization"
+            raise ValueError(f"optim.{name} is of Muon; with optim.matrices=adamw leave it out")
 
 
 FIELDS = (

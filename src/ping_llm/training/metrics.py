@@ -35,7 +35,7 @@ COLUMNS = {
     **{f"loss_{name}": Column(f"{_FIELD_NAMES.get(name, name)} (nats per token)") for name in FIELDS},
     "loss_rtt1": Column("byte 1 of the RTT (nats)"),
     "loss_rtt2": Column("byte 2 of the RTT (nats)"),
-    "lr": Column("learning rate of Muon", line="lr {:.2g}"),
+    "lr": Column("learning rate of the matrices", line="lr {:.2g}"),
     "tokens_per_s": Column("tokens/s", line="{:,.0f} tokens/s"),
     "mfu": Column("model FLOPs\nutilisation (%)", 100.0, "MFU {:.1%}"),
     "data_wait_share": Column("time waiting\nfor data (%)", 100.0, "waits {:.1%}"),

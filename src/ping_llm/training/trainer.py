@@ -194,7 +194,8 @@ class Training:
                 self._save(saver, clock)  # first of all: a machine that is taken away may not wait for long
             if over or state.step % train.log_every == 0:
                 means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(PARTS)])
-                line = {"time_s": clock, "tokens": state.tokens, **means, "lr": self.config.optim.muon_lr * lr_scale}
+                rate = self.optimizer.initial_lrs["matrices"] * lr_scale
+                line = {"time_s": clock, "tokens": state.tokens, **means, "lr": rate}
                 line |= {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, **speed.rates()}
             if over or state.step % train.eval_every == 0:
                 line |= self._evaluate()

@@ -217,6 +217,12 @@ class TrainConfig(Section):
     average: Share = 0.0
     """Share of the steps taken so far, the latest, over which the weights are averaged that evaluations and queries use:
     about their mean age. 0 = the weights after the last step."""
+    average_ema: Share = 0.0
+    """In place of train.average an exponential moving average: the share of it that each step keeps. 0.999 averages over
+    about the latest 1,000 steps, and over all as long as there are fewer. 0 = none."""
+    average_tail: Share = 0.0
+    """In place of train.average the plain mean over this share of the run, at its end; until then the weights themselves.
+    0 = none."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
@@ -253,7 +259,16 @@ class TrainConfig(Section):
         if not (self.total_steps or self.target_tokens or self.max_minutes):
             limits = "train.total_steps, train.target_tokens and train.max_minutes"
             raise ValueError(f"give one of {limits}, else no run ends")
+        averages = [name for name in ("average", "average_ema", "average_tail") if getattr(self, name)]
+        if len(averages) > 1:
+            both = " and ".join(f"train.{name}={getattr(self, name)}" for name in averages)
+            raise ValueError(f"{both} are averages of the same weights; leave one")
         self.check_processes(1)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that evaluations and queries use are an average."""
+        return bool(self.average or self.average_ema or self.average_tail)
 
     def check_processes(self, processes: int) -> None:
         """ValueError unless a step's windows can be dealt to so many processes and their micro-batches."""

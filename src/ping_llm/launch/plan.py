@@ -89,7 +89,7 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     windows = config.train.batch_size // gpus  # of a step, for each GPU
     micro_batch = windows // config.train.grad_accum
     compiled = config.train.compile is not False
-    fixed_gb = fixed_bytes(config.model, averaged=config.train.average > 0) / 1e9
+    fixed_gb = fixed_bytes(config.model, averaged=config.train.averages) / 1e9
     window_gb = activation_bytes(config.model, compiled) / 1e9
     largest = max(0, int((gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb) / window_gb))
     if micro_batch <= largest:

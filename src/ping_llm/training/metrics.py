@@ -46,6 +46,9 @@ COLUMNS = {
 COLUMNS |= {f"val_{name}": column for name, column in COLUMNS.items() if name.startswith("loss")}
 COLUMNS |= {
     "val_loss": COLUMNS["loss"]._replace(line="val: loss {:.4f}"),
+    "val_trained_loss": Column(
+        "weighted loss of the weights\nnot averaged (nats per token)", line="not averaged {:.4f}"
+    ),
     "val_loss_rtt": COLUMNS["loss_rtt"]._replace(line="rtt {:.4f} nats"),
     "val_rtt_bits": Column("bits per RTT", line="{:.3f} bits per RTT"),
     "val_median_rel_error": Column("median relative\nerror of the RTT (%)", 100.0, "median error {:.1%}"),

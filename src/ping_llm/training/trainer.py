@@ -116,7 +116,7 @@ class Training:
     objective: Objective
     windows: Tensor  # (n, seq_len + 1), of val
     queries: ValQueries | None
-    average: WeightAverage | None = None  # of `train.average`
+    average: WeightAverage | None = None  # None if the run keeps none
 
     @classmethod
     def begin(cls, config: Config, feed: Feed, ranks: Ranks, lock: ExitStack) -> Training:
@@ -133,7 +133,7 @@ class Training:
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
-        average = WeightAverage(model, config.train.average) if config.train.average else None
+        average = WeightAverage.wanted(model, config.train)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer, average) if checkpoint else None
         objective = Objective(config, model, ranks, state.precision if state else None)
@@ -179,9 +179,10 @@ class Training:
             self.apply_gradients(grad_norm, lr_scale, progress)
             state.count(self.config, trained, elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
+            progress = state.progress(train)
             if self.average is not None:
-                self.average.update(state.step)
-            step_s, progress = time.perf_counter() - started, state.progress(train)
+                self.average.update(state.step, progress)
+            step_s = time.perf_counter() - started
             if speed.compiling:  # which is no training: the rates rise over minutes of steps
                 log.note(f"compiled: the first step took {step_s:.0f} s")
             else:
@@ -245,12 +246,14 @@ class Training:
         return self.average.in_use() if self.average is not None else nullcontext()
 
     def _evaluate(self) -> dict[str, float]:
-        """The metrics of val."""
+        """The metrics of val; of an average, also the loss of the weights that training goes on from."""
         gc.collect()  # what evaluations leave; the loop leaves nothing
         with self.used_weights():
             values = self.objective.evaluate(self.windows)
             if self.queries is not None:
                 values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
+        if self.average is not None:
+            values["val_trained_loss"] = self.objective.evaluate(self.windows)["val_loss"]
         return values
 
     def _save(self, saver: Saver, elapsed_s: float) -> float:

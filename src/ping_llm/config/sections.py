@@ -212,6 +212,11 @@ class TrainConfig(Section):
     """Minutes of training steps; compilation, evaluations and saves are not counted. 0 = no limit."""
     batch_size: Count = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
+    first_batch_size: Whole = 0
+    """Windows in the first steps: batch_size halved some times, which doubles back over batch_warmup_steps. Rates stay as
+    they are. 0 = batch_size."""
+    batch_warmup_steps: Whole = 0
+    """Steps, about, in which the batch grows from first_batch_size to batch_size, as many at each size."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     average: Share = 0.0
@@ -263,12 +268,26 @@ class TrainConfig(Section):
         if len(averages) > 1:
             both = " and ".join(f"train.{name}={getattr(self, name)}" for name in averages)
             raise ValueError(f"{both} are averages of the same weights; leave one")
+        self._check_batch_warmup()
         self.check_processes(1)
 
     @property
     def averages(self) -> bool:
         """Whether the weights that evaluations and queries use are an average."""
         return bool(self.average or self.average_ema or self.average_tail)
+
+    def _check_batch_warmup(self) -> None:
+        first, steps = self.first_batch_size, self.batch_warmup_steps
+        if bool(first) != bool(steps):
+            have, lack = ("first_batch_size", "batch_warmup_steps")[:: 1 if first else -1]
+            raise ValueError(f"train.{have}={getattr(self, have)} needs a train.{lack} above 0 beside it")
+        sizes = [self.batch_size >> halvings for halvings in range(self.batch_size.bit_length())]
+        halves = [size for place, size in enumerate(sizes) if size << place == self.batch_size][1:]
+        if first and first not in halves:
+            which = f"one of {', '.join(map(str, halves))}" if halves else "left out, for no half of that is whole"
+            raise ValueError(
+                f"train.first_batch_size={first} must be halves of train.batch_size={self.batch_size}: {which}"
+            )
 
     def check_processes(self, processes: int) -> None:
         """ValueError unless a step's windows can be dealt to so many processes and their micro-batches."""
@@ -279,6 +298,9 @@ class TrainConfig(Section):
                 f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}{among}; "
                 f"pass --train.batch-size {max(1, round(self.batch_size / pieces)) * pieces}"
             )
+        if self.first_batch_size % processes:
+            first = f"train.first_batch_size={self.first_batch_size}"
+            raise ValueError(f"{first} must be a multiple of the {processes} processes; let the batch begin larger")
 
 
 @dataclass(frozen=True)

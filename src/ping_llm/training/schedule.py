@@ -1,4 +1,4 @@
-"""Progress of the run in, learning rate, momentum and weight decay out. Pure functions."""
+"""Progress of the run in, learning rate, momentum, weight decay and the size of the batch out. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,33 @@ def progress(step: int, tokens: int, elapsed_s: float, config: TrainConfig) -> f
     """
     done = ((step, config.total_steps), (tokens, config.target_tokens), (elapsed_s, 60 * config.max_minutes))
     return max(value / limit for value, limit in done if limit)
+
+
+def batch_size(step: int, config: TrainConfig) -> int:
+    """Windows of step 0, 1, …, over all processes: `first_batch_size`, doubled after each stage, up to `batch_size`."""
+    for steps, pieces in _stages(config):
+        if step < steps:
+            return config.batch_size // pieces
+        step -= steps
+    return config.batch_size
+
+
+def windows_before(step: int, config: TrainConfig) -> int:
+    """Windows that steps 0 to `step` − 1 have taken together: step `step` begins with the window of this number."""
+    taken = 0
+    for steps, pieces in _stages(config):
+        taken += min(step, steps) * (config.batch_size // pieces)
+        step = max(0, step - steps)
+    return taken + step * config.batch_size
+
+
+def _stages(config: TrainConfig) -> list[tuple[int, int]]:
+    """Steps of each size below `batch_size`, and into how many such steps a whole batch is cut: they take whole batches."""
+    if not config.first_batch_size:
+        return []
+    doublings = (config.batch_size // config.first_batch_size).bit_length() - 1
+    pieces = [1 << halvings for halvings in range(doublings, 0, -1)]
+    return [(max(1, round(config.batch_warmup_steps / doublings / count)) * count, count) for count in pieces]
 
 
 def lr_scale(progress: float, config: OptimConfig) -> float:

@@ -49,8 +49,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Feed:
     """What a run learns from, and what it is measured on.
 
-    `batches(config, start_step, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of
-    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)` may be None.
+    `batches(config, start, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of whole
+    batches from number `start` on; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)`
+    may be None.
     """
 
     batches: Callable[[Config, int, torch.device, int, int], Iterator[Tensor]]
@@ -144,7 +145,8 @@ class Training:
         """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
         config, ranks, begun = self.config, self.ranks, self.state.step
         log = RunLog(config, begun or None) if ranks.is_main else SilentLog()
-        batches = self.feed.batches(config, begun, ranks.device, ranks.rank, ranks.world)
+        first = schedule.windows_before(begun, config.train) // config.train.batch_size
+        batches = self.feed.batches(config, first, ranks.device, ranks.rank, ranks.world)
         with (
             log,
             Saver(config.train.run_dir, config.train.keep_checkpoints, log.note) as saver,
@@ -157,7 +159,7 @@ class Training:
             log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
             if self.objective.compiled:
                 log.note("compiling the model: the first step takes a minute or more, the next time less")
-            self._loop(batches, log, saver, stop)
+            self._loop(_as_long_as_steps(batches, begun, config.train, ranks.world), log, saver, stop)
         return self.state.step > begun
 
     def _loop(self, batches: Iterator[Tensor], log: RunLog | SilentLog, saver: Saver, stop: threading.Event) -> None:
@@ -187,7 +189,7 @@ class Training:
                 log.note(f"compiled: the first step took {step_s:.0f} s")
             else:
                 clock += step_s
-            speed.add(step_s, wait_s, trained)
+            speed.add(step_s, wait_s, trained, schedule.batch_size(state.step - 1, train))
             log.show_progress(state.step, progress)
 
             over, line = progress >= 1, {}
@@ -270,6 +272,20 @@ class Training:
         state = dataclasses.replace(self.state, elapsed_s=elapsed_s)
         saver.save(state.step, weights, tensors, dataclasses.asdict(state))
         return time.perf_counter() - started
+
+
+def _as_long_as_steps(batches: Iterator[Tensor], step: int, config: TrainConfig, world: int) -> Iterator[Tensor]:
+    """One process's share of the windows of each step from `step` on: whole batches, cut in pieces while the batch grows.
+
+    Process r has windows r, r + world, … of a batch. So a piece of its share holds its windows of a stretch of the batch:
+    the order of the windows depends neither on the number of processes nor on where a run was stopped.
+    """
+    while True:
+        whole, done = next(batches), schedule.windows_before(step, config) % config.batch_size
+        while done < config.batch_size:
+            size = schedule.batch_size(step, config)
+            yield whole[done // world : (done + size) // world]
+            done, step = done + size, step + 1
 
 
 @contextmanager

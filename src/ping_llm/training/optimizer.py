@@ -43,7 +43,8 @@ class Optimizer:
             how = compiled, config.orthogonalization, config.equal_rows
             self.muon = Muon(matrices, config.muon_lr, ranks, *how)
         else:
-            named = dict(model.blocks.named_parameters("blocks"))
+            whole = {matrix.parameter for matrix in matrices.values()}
+            named = {name: p for name, p in model.blocks.named_parameters("blocks") if p in whole}
             rate = config.adamw_lr * width_scale
             groups.append({"name": "matrices", "params": [*named.values()], "names": [*named], "lr": rate})
         if model.fields is not None:

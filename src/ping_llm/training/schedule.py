@@ -34,6 +34,11 @@ def windows_before(step: int, config: TrainConfig) -> int:
     return taken + step * config.batch_size
 
 
+def growth_steps(config: TrainConfig) -> int:
+    """Steps until the batch is as large as `batch_size`."""
+    return sum(steps for steps, _ in _stages(config))
+
+
 def _stages(config: TrainConfig) -> list[tuple[int, int]]:
     """Steps of each size below `batch_size`, and into how many such steps a whole batch is cut: they take whole batches."""
     if not config.first_batch_size:

@@ -39,7 +39,7 @@ def test_width_is_64_for_each_block_in_whole_heads_of_128(depth, width, heads):
 
 
 def test_the_reference_is_learned_as_it_was_tuned():
-    """12 tokens for each weight of depth 12, 512 windows of 1,024 tokens in a step, the rates of [optim], a decay of 0.28."""
+    """12 tokens for each weight, 512 windows of 1,024 tokens in a step, the rates as they are, a decay of 0.28."""
     config = turned(12)
     assert scaling_parameters(config.model) == D12 == 85_139_712
     assert (config.train.target_tokens, config.train.total_steps) == (12 * D12, 0)
@@ -126,6 +126,9 @@ def test_what_follows_follows_from_explicit_options():
     short = parsed("--depth", 12, "--train.total-steps", 100)
     assert (short.train.total_steps, short.train.target_tokens, short.train.batch_size) == (100, 0, 512)
     assert short.optim.weight_decay == pytest.approx(0.28 * 12 * D12 / (100 * 2**19))
+    brief = parsed("--depth", 12, "--train.total-steps", 3)
+    assert brief.optim.weight_decay * brief.optim.muon_lr == pytest.approx(0.5)  # the rule would ask for 3.6
+    assert parsed("--depth", 12, "--train.total-steps", 3, "--optim.muon-lr", 0).optim.weight_decay > 100
     given = parsed("--depth", 12, "--train.target-tokens", 48 * D12)
     assert given.train.target_tokens == 48 * D12 and given.optim == turned(12, ratio=48.0).optim
     kept = parsed("--depth", 24, "--optim.muon-lr", 0.02, "--optim.weight-decay", 0.1, "--train.grad-accum", 512)

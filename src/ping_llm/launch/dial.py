@@ -27,6 +27,9 @@ ASPECT, HEAD = 64, 128  # channels for each block, rounded up to whole heads of 
 RATIO = 12.0  # tokens for each weight of the matrices and the head
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19  # tokens in a batch
 REFERENCE_DECAY = 0.28
+MOST_DECAY_A_STEP = (
+    0.5  # of a weight; the rule asks for more in runs of 20 steps, and would turn weights round in those of 5
+)
 BATCH_EXPONENT = 0.383
 RATES = ("muon_lr", "adamw_lr", "embedding_lr", "head_lr")
 WHOLE_WINDOWS = 64  # of which a larger batch is a multiple, so that it can be dealt to processes
@@ -92,7 +95,9 @@ def set_scale(config: Config, dial: Dial, given: Collection[str] = (), base: Con
     growth = (windows * seq_len / REFERENCE_BATCH) ** 0.5
     rates = {name: getattr((base or config).optim, name) * growth for name in RATES if f"optim.{name}" not in given}
     if "optim.weight_decay" not in given:
-        rates["weight_decay"] = REFERENCE_DECAY * growth * reference / tokens
+        rate = rates.get("muon_lr", optim.muon_lr)
+        most = MOST_DECAY_A_STEP / rate if rate else math.inf
+        rates["weight_decay"] = min(REFERENCE_DECAY * growth * reference / tokens, most)
     length = {"total_steps": train.total_steps if by_steps else 0, "target_tokens": 0 if by_steps else round(tokens)}
     length |= {} if "train.max_minutes" in given else {"max_minutes": 0.0}
     pieces = train.grad_accum if "train.grad_accum" in given else 1

@@ -16,11 +16,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ping_llm.config import Config, ModelConfig, load_config, parse_config
 from ping_llm.launch.plan import GPU, PRICES, fewest_pieces, largest_micro_batch, plan_cost
-from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token
+from ping_llm.model.counts import flops_per_token, matrix_parameters
+from ping_llm.model.fields import VOCAB_SIZE
 from ping_llm.system.hardware import memory_gb, pick_device
 
 ASPECT, HEAD = 64, 128  # channels for each block, rounded up to whole heads of so many
@@ -63,9 +62,7 @@ def set_shape(model: ModelConfig, depth: int, width: int = 0, heads: int = 0) ->
 
 def scaling_parameters(model: ModelConfig) -> int:
     """Weights of the blocks' matrices and of the head, without its padded rows: what lengths of runs are counted by."""
-    with torch.device("meta"):  # no memory, no random numbers
-        blocks = GPT(model).blocks
-    return sum(p.numel() for p in blocks.parameters() if p.ndim == 2) + VOCAB_SIZE * model.n_embd
+    return matrix_parameters(model) + VOCAB_SIZE * model.n_embd
 
 
 def set_scale(config: Config, dial: Dial, given: Collection[str] = (), base: Config | None = None) -> Config:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
+from ping_llm.model.counts import matrix_parameters
 from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import WITHOUT_FP8, gpu_kind, named_peak_flops
 from ping_llm.training import schedule
@@ -114,9 +115,7 @@ def _length(config: Config) -> tuple[float, float]:
     """Steps and places of windows of a run, by the nearer of its two limits; ValueError if it has only that of time."""
     train = config.train
     growth = schedule.growth_steps(train)
-    saved = (
-        growth - schedule.windows_before(growth, train) / train.batch_size
-    )  # whole steps that a growing batch leaves out
+    saved = growth - schedule.windows_before(growth, train) / train.batch_size  # steps that small batches add
     by_tokens = train.target_tokens / (train.batch_size * config.model.seq_len)
     limits = [train.total_steps or None, by_tokens + saved if by_tokens else None]
     if not any(limits):
@@ -155,7 +154,7 @@ def fixed_bytes(model: ModelConfig, averaged: bool = False, adamw: bool = False)
     """Bytes that a GPU holds whatever the batch: fp32 weights and gradients, their bf16 copies, the optimiser's state, the
     largest stack of matrices that Muon works on (in fp32 and twice in bf16), and the fp32 average of `averaged` weights.
     With `adamw` alone the matrices have two moments, and there is no stack."""
-    matrices = 12 * model.n_layer * model.n_embd**2  # Muon keeps one moment of these
+    matrices = matrix_parameters(model)  # Muon keeps one moment of these
     others = parameter_count(model) - matrices  # AdamW keeps two of the vocabulary's and the fields' tables
     stack = 4 * model.n_layer * model.n_embd**2
     everywhere = 14 if averaged else 10

@@ -136,6 +136,19 @@ def test_what_follows_follows_from_explicit_options():
     assert kept.optim.embedding_lr == pytest.approx(0.2 * 2**0.5)
 
 
+def test_the_reference_is_the_plain_model_of_depth_12():
+    """Its 6 heads could not share the 4 of keys. With 4 heads of keys for 8: 11 · 16 · 1024² weights of matrices."""
+    config = set_scale(Config(model=set_shape(ModelConfig(n_kv_head=4), 16)), Dial(16))
+    weights = 11 * 16 * 1024**2 + 267 * 1024
+    assert config.train.target_tokens == 12 * weights
+    batch = config.train.batch_size * 1024
+    assert config.optim.weight_decay == pytest.approx(0.28 * (batch / 2**19) ** 0.5 * D12 / weights)
+
+
+def test_a_run_of_next_to_nothing_has_a_length():
+    assert turned(1, target_flops=1.0).train.target_tokens == 1
+
+
 def test_without_the_dial_nothing_is_set():
     assert parsed(CONFIGS / "small.toml", "--optim.muon-lr", 0.01) == dataclasses.replace(
         load_config(CONFIGS / "small.toml"), optim=OptimConfig(muon_lr=0.01)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ping_llm.config import Config, ModelConfig, load_config, parse_config
 from ping_llm.launch.plan import GPU, PRICES, fewest_pieces, largest_micro_batch, plan_cost
@@ -81,7 +82,7 @@ def set_scale(config: Config, dial: Dial, given: Collection[str] = (), base: Con
         tokens = dial.target_flops / flops_per_token(config.model)
     elif "train.target_tokens" in lengths:
         tokens = train.target_tokens
-    reference = RATIO * scaling_parameters(set_shape(config.model, REFERENCE_DEPTH))
+    reference = RATIO * scaling_parameters(set_shape(ModelConfig(), REFERENCE_DEPTH))
     windows = train.batch_size
     if "train.batch_size" not in given:
         best = 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** BATCH_EXPONENT))  # tokens
@@ -90,12 +91,17 @@ def set_scale(config: Config, dial: Dial, given: Collection[str] = (), base: Con
     if by_steps:
         tokens = train.total_steps * windows * seq_len
     growth = (windows * seq_len / REFERENCE_BATCH) ** 0.5
-    rates = {name: getattr((base or config).optim, name) * growth for name in RATES if f"optim.{name}" not in given}
+    rates: dict[str, Any] = {
+        name: getattr((base or config).optim, name) * growth for name in RATES if f"optim.{name}" not in given
+    }
     if "optim.weight_decay" not in given:
         rate = rates.get("muon_lr", optim.muon_lr)
         most = MOST_DECAY_A_STEP / rate if rate else math.inf
         rates["weight_decay"] = min(REFERENCE_DECAY * growth * reference / tokens, most)
-    length = {"total_steps": train.total_steps if by_steps else 0, "target_tokens": 0 if by_steps else round(tokens)}
+    length: dict[str, Any] = {
+        "total_steps": train.total_steps if by_steps else 0,
+        "target_tokens": 0 if by_steps else max(1, round(tokens)),
+    }
     length |= {} if "train.max_minutes" in given else {"max_minutes": 0.0}
     pieces = train.grad_accum if "train.grad_accum" in given else 1
     return dataclasses.replace(

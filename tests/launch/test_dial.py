@@ -138,7 +138,7 @@ def test_what_follows_follows_from_explicit_options():
 
 def test_the_reference_is_the_plain_model_of_depth_12():
     """Its 6 heads could not share the 4 of keys. With 4 heads of keys for 8: 11 · 16 · 1024² weights of matrices."""
-    config = set_scale(Config(model=set_shape(ModelConfig(n_kv_head=4), 16)), Dial(16))
+    config = set_scale(Config(model=set_shape(ModelConfig(n_embd=512, n_head=4, n_kv_head=4), 16)), Dial(16))
     weights = 11 * 16 * 1024**2 + 267 * 1024
     assert config.train.target_tokens == 12 * weights
     batch = config.train.batch_size * 1024

@@ -6,7 +6,6 @@ Nothing heavy is imported before the options are parsed, so that `--help` answer
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Mapping
@@ -192,22 +191,23 @@ class Plot:
 class Plan:
     """Estimate what a training run takes before you pay for it: memory, hours, dollars."""
 
-    config: Positional[Path]  # TOML file of the run.
+    config: Positional[Path | None] = None  # TOML file of the run; with --depth it may be left out.
+    # blocks of the model: sets width, heads, tokens, batch, rates and weight decay, as for ping-llm train, and prints them.
+    depth: int | None = None
+    ratio: float | None = None  # with --depth: tokens for each weight of the matrices and the head; 12 if absent.
+    target_flops: float | None = None  # with --depth, in place of --ratio: FLOPs of the whole run.
     gpu: str = "h100"  # kind of GPU, one of the price table.
     gpus: int = 1  # how many, over all machines.
     # share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md says what it reached.
     mfu: float = 0.4
-    grad_accum: int = 0  # micro-batches a step, instead of those of the file.
+    # micro-batches a step, instead of those of the file; with --depth, as few as fit if absent.
+    grad_accum: int = 0
     prices: Path | None = None  # price table; that of the package, prices.toml, if absent.
 
     def run(self) -> None:
-        from ping_llm.config import load_config
-        from ping_llm.launch.plan import GPU, PRICES, plan_cost
+        from ping_llm.launch.dial import plan_lines
 
-        run = load_config(self.config)
-        train = dataclasses.replace(run.train, grad_accum=self.grad_accum or run.train.grad_accum)
-        gpu = GPU.named(self.gpu, self.prices or PRICES)
-        print("\n".join(plan_cost(dataclasses.replace(run, train=train), gpu, self.gpus, self.mfu).lines))
+        print("\n".join(plan_lines(**vars(self))))
 
 
 @dataclass
@@ -269,16 +269,22 @@ def eval(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """Train a model: CONFIG.toml [--section.option value …]."""
-    from ping_llm.config import parse_config
-
-    config = parse_config(argv, "ping-llm train")
+    """Train a model: CONFIG.toml [--section.option value …], or --depth N."""
     # Threads of OpenMP spin while they wait: with any other work on the machine, training would take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     # Memory is taken in pieces that can grow: batches of several shapes leave no gaps.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    prog = "ping-llm train"
+    if any(argument.partition("=")[0] in ("--depth", "--ratio", "--target-flops") for argument in argv):
+        from ping_llm.launch.dial import parse_run  # it counts the weights of models, which takes torch
+
+        config = parse_run(argv, prog, on_this_machine=True)
+    else:
+        from ping_llm.config import parse_config
+
+        config = parse_config(argv, prog)
     from ping_llm.training.trainer import train
 
     train(config)

@@ -19,6 +19,12 @@ from ping_llm.config.sections import Config
 
 T = TypeVar("T")
 
+DIAL_HELP = (
+    "--depth N, beside the file or in place of it, sets all that follows from the number of blocks: width, heads, tokens, "
+    "batch, rates, weight decay and, by this machine's memory, micro-batches; options given explicitly stay. With it, "
+    "--ratio R: tokens for each weight of the matrices and the head (12); or --target-flops F: FLOPs of the whole run."
+)
+
 
 def load_config(path: Path | str) -> Config:
     """Reads a TOML file over the defaults; ValueError names an unknown key, a wrong type or a value out of range."""
@@ -35,14 +41,15 @@ def read_toml(path: Path, example: str = "configs/tiny.toml") -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable TOML file: {error}") from None
 
 
-def parse_config(argv: list[str], prog: str) -> Config:
-    """`CONFIG.toml [--section.option value …]` in, the resolved config out."""
-    default = Config()
-    if argv and not argv[0].startswith("-"):
+def parse_config(argv: list[str], prog: str, default: Config | None = None) -> Config:
+    """`CONFIG.toml [--section.option value …]` in, the resolved config out; of a `default` without the file."""
+    if default is None and argv and not argv[0].startswith("-"):
         default, argv = load_config(argv[0]), argv[1:]
-    elif not ({"-h", "--help"} & set(argv)):
-        raise ValueError(f"{prog} needs a config file as its first argument, for example configs/tiny.toml")
-    errors, title = io.StringIO(), "Train a model on probe rows."
+    elif default is None and not ({"-h", "--help"} & set(argv)):
+        raise ValueError(
+            f"{prog} needs a config file as its first argument, for example configs/tiny.toml, or --depth N"
+        )
+    default, errors, title = default or Config(), io.StringIO(), f"Train a model on probe rows. {DIAL_HELP}"
     try:
         with redirect_stderr(errors):
             return tyro.cli(Config, default=default, args=argv, prog=f"{prog} CONFIG.toml", description=title)

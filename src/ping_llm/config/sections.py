@@ -141,8 +141,17 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
+    matrices: Literal["muon", "adamw"] = "muon"
+    """Optimiser of the block matrices; all else is AdamW's."""
     muon_lr: Amount = 0.02
     """Muon rate of the block matrices; fits every width."""
+    orthogonalization: Literal["newton-schulz", "polar-express"] = "newton-schulz"
+    """Polynomials of Muon's five iterations: the same each time (Newton–Schulz), or each the best after those before it
+    (Polar Express), which end nearer to an orthogonal matrix."""
+    equal_rows: bool = False
+    """Scale the rows of Muon's momentum to one length before it is made orthogonal (MuonEq)."""
+    adamw_lr: Amount = 0.0015
+    """AdamW rate of the block matrices, before width scaling, if they are AdamW's."""
     embedding_lr: Amount = 0.2
     """AdamW rate of the token embedding, before width scaling."""
     head_lr: Amount = 0.004
@@ -160,9 +169,12 @@ class OptimConfig(Section):
     momentum_warmup_steps: Whole = 300
     """Steps over which the momentum rises."""
     weight_decay: Amount = 0.1
-    """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """The rates after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
+    """Decoupled weight decay of the block matrices at step 0, times their rate; nothing else decays."""
+    weight_decay_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Over the run the decay falls to 0 in a line, falls to 0 as half a cosine, or stays."""
+    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
+    """The rates after the rise: a plateau and a linear fall (wsd), half a cosine (cosine), or a linear fall from the peak
+    to the end of the run (linear)."""
     warmup_share: Share = 0.02
     """Share of the run in which the rates rise."""
     cooldown_share: Share = 0.4
@@ -178,6 +190,9 @@ class OptimConfig(Section):
             raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
         if self.final_lr_share == 0:
             raise ValueError("optim.final_lr_share=0.0 must be above 0: a step at rate 0 trains nothing")
+        if self.matrices == "adamw" and (self.orthogonalization != "newton-schulz" or self.equal_rows):
+            name = "equal_rows" if self.equal_rows else "orthogonalization"
+            raise ValueError(f"optim.{name} is of Muon; with optim.matrices=adamw leave it out")
 
 
 FIELDS = (
@@ -224,11 +239,22 @@ class TrainConfig(Section):
     """Minutes of training steps; compilation, evaluations and saves are not counted. 0 = no limit."""
     batch_size: Count = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
+    first_batch_size: Whole = 0
+    """Windows in the first steps: batch_size halved some times, which doubles back over batch_warmup_steps. Rates stay as
+    they are. 0 = batch_size."""
+    batch_warmup_steps: Whole = 0
+    """Steps, about, in which the batch grows from first_batch_size to batch_size, as many at each size."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     average: Share = 0.0
     """Share of the steps taken so far, the latest, over which the weights are averaged that evaluations and queries use:
     about their mean age. 0 = the weights after the last step."""
+    average_ema: Share = 0.0
+    """In place of train.average an exponential moving average: the share of it that each step keeps. 0.999 averages over
+    about the latest 1,000 steps, and over all as long as there are fewer. 0 = none."""
+    average_tail: Share = 0.0
+    """In place of train.average the plain mean over this share of the run, at its end; until then the weights themselves.
+    0 = none."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
@@ -265,7 +291,30 @@ class TrainConfig(Section):
         if not (self.total_steps or self.target_tokens or self.max_minutes):
             limits = "train.total_steps, train.target_tokens and train.max_minutes"
             raise ValueError(f"give one of {limits}, else no run ends")
+        averages = [name for name in ("average", "average_ema", "average_tail") if getattr(self, name)]
+        if len(averages) > 1:
+            both = " and ".join(f"train.{name}={getattr(self, name)}" for name in averages)
+            raise ValueError(f"{both} are averages of the same weights; leave one")
+        self._check_batch_warmup()
         self.check_processes(1)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that evaluations and queries use are an average."""
+        return bool(self.average or self.average_ema or self.average_tail)
+
+    def _check_batch_warmup(self) -> None:
+        first, steps = self.first_batch_size, self.batch_warmup_steps
+        if bool(first) != bool(steps):
+            have, lack = ("first_batch_size", "batch_warmup_steps")[:: 1 if first else -1]
+            raise ValueError(f"train.{have}={getattr(self, have)} needs a train.{lack} above 0 beside it")
+        sizes = [self.batch_size >> halvings for halvings in range(self.batch_size.bit_length())]
+        halves = [size for place, size in enumerate(sizes) if size << place == self.batch_size][1:]
+        if first and first not in halves:
+            which = f"one of {', '.join(map(str, halves))}" if halves else "left out, for no half of that is whole"
+            raise ValueError(
+                f"train.first_batch_size={first} must be halves of train.batch_size={self.batch_size}: {which}"
+            )
 
     def check_processes(self, processes: int) -> None:
         """ValueError unless a step's windows can be dealt to so many processes and their micro-batches."""
@@ -276,6 +325,9 @@ class TrainConfig(Section):
                 f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}{among}; "
                 f"pass --train.batch-size {max(1, round(self.batch_size / pieces)) * pieces}"
             )
+        if self.first_batch_size % processes:
+            first = f"train.first_batch_size={self.first_batch_size}"
+            raise ValueError(f"{first} must be a multiple of the {processes} processes; let the batch begin larger")
 
 
 @dataclass(frozen=True)

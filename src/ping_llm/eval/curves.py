@@ -25,7 +25,7 @@ def curve(outcome: Outcome, loss: str, against: str) -> tuple[np.ndarray, np.nda
     """Where a run was evaluated, in `tokens` or `flops`, and its losses there; without its beginning."""
     steps, values = outcome.metrics.known(loss)
     if against == "flops":
-        places = steps * float(outcome.step_flops)
+        places = np.array([outcome.flops(int(step)) for step in steps])
     else:
         known, tokens = outcome.metrics.known("tokens")
         places = np.interp(steps, known, tokens) if len(known) else np.zeros(len(steps))

@@ -63,10 +63,10 @@ class Outcome:
         """Of its windows and of its initial weights."""
         return self.config.seed, self.config.weights_seed
 
-    @property
-    def step_flops(self) -> int:
-        """Floating-point operations of one step, for all places of its windows."""
-        return self.config.train.batch_size * self.config.model.seq_len * flops_per_token(self.config.model)
+    def flops(self, steps: int) -> float:
+        """Floating-point operations of the first steps, for all places of their windows."""
+        windows = schedule.windows_before(steps, self.config.train)
+        return float(windows * self.config.model.seq_len * flops_per_token(self.config.model))
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
@@ -96,7 +96,7 @@ class Outcome:
         values |= {"parameters": float(parameter_count(config.model))}
         steps, queries = int(metrics.steps[-1]), results.get("model_queries_per_cell") if results else None
         outcome = cls(folder, config, metrics, rows, values, queries)
-        values["flops"] = float(steps * outcome.step_flops)
+        values["flops"] = outcome.flops(steps)
         for name, pick in (("tokens", lambda known: known[-1]), ("tokens_per_s", np.median)):
             known = metrics.known(name)[1]
             if len(known):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -248,6 +249,42 @@ class Compare:
             print(f"report: {self.out / 'compare.md'}")
 
 
+@dataclass
+class InspectModel:
+    """Look into a trained model: its residual stream, its attention by field, its map of prefixes, as pictures."""
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(name="run")]  # run folder, or one of its checkpoints.
+    out: Path | None = None  # folder for the pictures and inside.json; RUN/inside if absent.
+    data: Path | None = None  # folder of rows; those that the run learned from, if absent.
+    part: str = "val"  # of the rows, that windows are drawn from.
+    windows: int = 64  # how many.
+    src: str = ""  # source of a ping to look at instead of windows, or a prefix of whole bytes.
+    dst: str = ""  # its destination, likewise.
+    at: str = ""  # its time, ISO 8601.
+    # earlier measurements of the source (.parquet, .csv, .json, .jsonl): src_addr, dst_addr, rtt, event_time.
+    context: Path | None = None
+    rtt: float | None = None  # its RTT in ms; the model's median if absent.
+    ipv4_bits: Literal[8, 16, 24] = 24  # length of the IPv4 prefixes on the map.
+    ipv6_bits: Literal[16, 32, 48] = 48  # length of the IPv6 prefixes.
+    device: str = "auto"  # cpu, cuda or auto.
+
+    def run(self) -> None:
+        from ping_llm.inference.files import read_context
+        from ping_llm.inference.query import Query
+        from ping_llm.inside.inspect import inspect_model
+
+        query = None
+        if self.src or self.dst:
+            query = Query.parse(self.src or None, self.dst or None, self.at or None, read_context(self.context))
+        elif self.at or self.context or self.rtt is not None:
+            raise ValueError("--at, --context and --rtt go with --src and --dst")
+        look, paths = inspect_model(
+            self.run_dir, self.out, self.data, self.part, self.windows, query, self.rtt, self.ipv4_bits, self.ipv6_bits,
+            self.device,
+        )  # fmt: skip
+        print("\n".join([*look.lines(), *map(str, paths)]))
+
+
 def eval(argv: list[str]) -> None:
     """Score a model on PingBench beside baselines that learn from the same rows: report.md, results.json, pictures."""
     from ping_llm.eval.options import EvalOptions
@@ -292,10 +329,11 @@ def inference(argv: list[str]) -> int | None:
 
 
 _COMMANDS = {
-    c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, inference)
+    "-".join(re.findall("^[a-z]+|[A-Z][a-z]+", command.__name__)).lower(): command
+    for command in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, InspectModel, inference)
 }
 _PARSE_THEMSELVES = (train, eval, inference)
-_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval)  # what they print is no answer
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
@@ -306,7 +344,8 @@ def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | 
             return command(argv[1:])
         result = tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
         return result.run() if hasattr(result, "run") else result
-    lines = [f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    wide = max(map(len, commands))
+    lines = [f"  {name:{wide}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
     usage = "\n".join([f"usage: {prog} COMMAND [OPTIONS]   (COMMAND --help says more)", "", *lines])
     if argv and argv[0] in ("-h", "--help"):
         return print(usage)

@@ -56,7 +56,7 @@ class Look:
         ]
         for one in self.maps:
             family = "IPv4" if one.prefixes.ends[0].family == "ipv4" else "IPv6"
-            told = f"the nearest five tell {one.explained:.0%} of the variance of its log median RTT"
+            told = f"the nearest five explain {max(one.explained, 0):.0%} of the variance of log median RTT"
             lines.append(f"map of {len(one.places)} {family} prefixes by their {one.of}: {told}")
         return lines
 

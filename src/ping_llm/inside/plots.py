@@ -58,9 +58,10 @@ def plot_path(path: TokenPath, file: Path, title: str) -> Path:
             )
         axes.set_title("before block 1" if depth == 0 else f"after block {depth}", fontsize=10)
         _plain(axes)
-    figure.supxlabel(f"component 1 ({path.shares[0]:.0%} of the variance)", fontsize=9)
-    figure.supylabel(f"component 2 ({path.shares[1]:.0%})", fontsize=9)
-    _number_lowest(grid, len(depths))
+    for axes in _number_lowest(grid, len(depths)):
+        axes.set_xlabel(f"component 1 ({path.shares[0]:.0%} of the variance)", fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"component 2 ({path.shares[1]:.0%})", fontsize=9)
     _legend(figure, grid, 5)
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.draw_without_rendering()  # where names have room is known once all else has its place
@@ -140,7 +141,7 @@ def plot_prefixes(maps: Sequence[PrefixMap], file: Path, title: str) -> Path:
         style: dict[str, Any] = {"cmap": "viridis_r", "norm": norm, "edgecolors": "white", "linewidths": 0.5}
         image = axes.scatter(*one.places.T, c=one.prefixes.median_ms, s=sizes, **style)
         family = {"ipv4": "IPv4", "ipv6": "IPv6"}[one.prefixes.ends[0].family]
-        told = f"the nearest five tell {max(one.explained, 0):.0%} of the variance of its log median RTT"
+        told = f"the nearest five explain {max(one.explained, 0):.0%} of the variance of log median RTT"
         axes.set_title(f"{len(replies)} prefixes of {family}: {_KINDS[one.of]}\n{told}", fontsize=9)
         axes.set_xlabel(f"component 1 ({one.shares[0]:.0%} of the variance)", fontsize=9)
         axes.set_ylabel(f"component 2 ({one.shares[1]:.0%})", fontsize=9)
@@ -166,10 +167,12 @@ def _spread(count: int, most: int = _PANELS) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
 
 
-def _number_lowest(grid: np.ndarray, count: int) -> None:
-    """Numbers at the axis below the lowest panel of each column, of the `count` that are drawn in."""
-    for axes in grid.flat[max(count - grid.shape[1], 0) : count]:
+def _number_lowest(grid: np.ndarray, count: int) -> list[Axes]:
+    """The lowest panels of each column, of the `count` that are drawn in, with numbers at their axes."""
+    lowest = list(grid.flat[max(count - grid.shape[1], 0) : count])
+    for axes in lowest:
         axes.tick_params(labelbottom=True)
+    return lowest
 
 
 def _table(axes: Axes, percent: np.ndarray, most: float) -> None:

@@ -238,15 +238,33 @@ class Compare:
     # folders of evaluations of these runs, besides those in RUN/eval.
     scores: tuple[Path, ...] = ()
     noise: tuple[Path, ...] = ()  # runs of a noise study, or folders that hold them: what seeds alone change.
+    # instead, put the same pings to every checkpoint of one run; --out then holds checkpoints.md, .json and .png.
+    checkpoints: Flag = False
+    pairs: tuple[tuple[str, str], ...] = ()  # with --checkpoints: sources and destinations; if absent, pings of val.
+    pings: int = 4  # with --checkpoints: how many of val.
+    data: Path | None = None  # with --checkpoints: folder of rows; those that the run learned from, if absent.
 
     def run(self) -> None:
-        from ping_llm.eval.compare import compare, print_comparison
-
         if not self.runs:
             raise ValueError("name the runs, or folders that hold runs, such as that of a sweep")
+        if self.checkpoints:
+            return self._over_time()
+        if self.pairs or self.data:
+            raise ValueError("--pairs and --data go with --checkpoints")
+        from ping_llm.eval.compare import compare, print_comparison
+
         print_comparison(compare(self.runs, self.out, self.against, self.scores, self.noise))
         if self.out:
             print(f"report: {self.out / 'compare.md'}")
+
+    def _over_time(self) -> None:
+        from ping_llm.eval.checkpoints import TEXT_NAME, compare_checkpoints, print_checkpoints
+
+        if len(self.runs) > 1 or self.against or self.scores or self.noise:
+            raise ValueError("--checkpoints looks at one run, without --against, --scores and --noise")
+        print_checkpoints(compare_checkpoints(self.runs[0], self.out, self.pairs, self.data, self.pings))
+        if self.out:
+            print(f"report: {self.out / TEXT_NAME}")
 
 
 @dataclass

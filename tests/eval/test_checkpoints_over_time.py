@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_left_out_and_one_alone_is_said_to_be(run, tmp_p
     notes = compare_checkpoints(copy, pairs=PAIRS[:1], device="cpu").notes
     assert "only one checkpoint is kept" in notes[1]
     (copy / "checkpoints/step-00000030/model.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         compare_checkpoints(copy, pairs=PAIRS[:1], device="cpu")
 
 

@@ -151,8 +151,8 @@ def print_checkpoints(found: OverTime) -> None:
 
     console = Console()
     for ping, title in enumerate(found.titles()):
-        sides = ["left", *["right"] * (len(HEAD) - 1)]
-        table = Table(*(Column(name, justify=side, no_wrap=True) for name, side in zip(HEAD, sides, strict=True)))
+        numbers = [Column(name, justify="right", no_wrap=True) for name in HEAD[1:]]
+        table = Table(Column(HEAD[0], no_wrap=True), *numbers)
         for row in found.rows(ping):
             table.add_row(*row)
         console.print(title, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from lookable import lookable, write_run
 from ping_llm.cli import main
 from ping_llm.data import tokenization as tk
 from ping_llm.inference.query import Query
-from ping_llm.inside.inspect import PICTURES, query_window
+from ping_llm.inside.inspect import PICTURES, fitting, query_window
 from ping_llm.inside.layout import Layout
 
 CONTEXT = "src_addr,dst_addr,rtt,event_time\n" + "".join(
@@ -136,3 +136,10 @@ def test_a_context_that_does_not_fit_is_cut_so_that_the_ping_fits():
     pings = [{"src_addr": "2001:db8::1", "dst_addr": f"2001:db8::{i:x}", "rtt": 5.0} for i in range(2, 40)]
     window = query_window(lookable(), Query.parse("2001:db8::1", "2001:db8::99", None, pings))
     assert len(window) <= 192 and Layout.of(window).measurements > 3
+
+
+def test_a_window_is_read_in_whole_measurements():
+    window = np.array([tk.MEASUREMENT_START, 1, 2, 3, tk.MEASUREMENT_START, 5, 6, tk.PADDING])
+    assert fitting(window, 7).tolist() == window[:7].tolist()
+    assert fitting(window, 6).tolist() == fitting(window, 5).tolist() == window[:4].tolist()
+    assert fitting(np.append(window[:7], tk.MEASUREMENT_START), 7).tolist() == window[:7].tolist()

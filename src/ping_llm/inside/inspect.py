@@ -106,7 +106,7 @@ def inspect_model(
     folder = Path(run) / FOLDER_NAME if out is None else Path(out)
     try_folder(folder, DATA_NAME, *PICTURES)
     if query is None:
-        given = [window[: model.seq_len] for window in fixed_windows(config, rows, part, windows).numpy()]
+        given = [fitting(window, model.seq_len) for window in fixed_windows(config, rows, part, windows).numpy()]
         chosen, _ = answered([Layout.of(window) for window in given])
     else:
         given = [query_window(model, query, rtt_ms)]
@@ -129,6 +129,15 @@ def look_into(
     ends = _prefix(ping.src, ping.src_bits), _prefix(ping.dst, ping.dst_bits)
     text = f"{' → '.join(ends)}, {ping.rtt_ms:.4g} ms, after {measurement} measurements"
     return Look(text, path, attention_by_field(model, windows, measurements), maps)
+
+
+def fitting(window: np.ndarray, seq_len: int) -> np.ndarray:
+    """The tokens of a window (T,) of whole measurements, without padding, and without the last one if they are more than
+    the model reads: training reads the last token of a window as a target alone."""
+    tokens = window[window >= 0]
+    if len(tokens) <= seq_len:
+        return tokens
+    return tokens[: np.flatnonzero(tokens[: seq_len + 1] == tk.MEASUREMENT_START)[-1]]
 
 
 def _is_whole(ping: tk.Decoded) -> bool:

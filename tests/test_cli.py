@@ -46,6 +46,7 @@ def run(*argv) -> subprocess.CompletedProcess:
         ["train", "--help"],
         ["sweep", "--help"],
         ["compare", "--help"],
+        ["inspect-model", "--help"],
         ["inference", "rtt", "--help"],
     ],
 )

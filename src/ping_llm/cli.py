@@ -228,8 +228,7 @@ class Sweep:
 
 @dataclass
 class Compare:
-    """Compare training runs: one table by config, differences with their intervals over seeds, and whether they exceed the
-    noise."""
+    """Compare training runs by config: differences, intervals over seeds, noise; or the checkpoints of one run."""
 
     # run folders, or folders that hold runs, such as that of a sweep.
     runs: Positional[tuple[Path, ...]]

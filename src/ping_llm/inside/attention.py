@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from ping_llm.config import FIELDS
 from ping_llm.inference.engine import Reader
@@ -74,17 +76,28 @@ def attention_by_field(
     for layout, chosen in zip(layouts, measurements, strict=True):
         if not chosen:
             continue
-        weights = [layer.mean(dim=0).numpy() for layer in look_inside(reader, layout.tokens).attention]
-        for measurement in chosen:
-            start = layout.place_of_rtt(measurement)
-            assert start is not None, f"measurement {measurement} has no RTT"
+        starts = [_start(layout, measurement) for measurement in chosen]
+        places = torch.tensor([[start, start + 1] for start in starts])  # (n, 2)
+        seen = look_inside(reader, layout.tokens, partial(_of_places, places=places)).attention
+        weights = torch.stack(seen).numpy()  # (L, n, 2, T)
+        for number, (measurement, start) in enumerate(zip(chosen, starts, strict=True)):
             cells = _cells(layout, measurement)
-            of_bytes = [np.stack([_sums(layer[place], cells) for layer in weights]) for place in (start, start + 1)]
-            sums = sums + np.stack(of_bytes, axis=1)
+            sums = sums + np.array([[_sums(one, cells) for one in layer[number]] for layer in weights])
             alike += [_sums(_alike(len(layout), place), cells) for place in (start, start + 1)]
             same = [layout.destination(m) == layout.destination(measurement) for m in range(measurement)]
             results, met = results + 1, met + any(same)
     return AttentionByField(np.asarray(sums) / results, alike / results, results, met, least)
+
+
+def _start(layout: Layout, measurement: int) -> int:
+    place = layout.place_of_rtt(measurement)
+    assert place is not None, f"measurement {measurement} has no RTT"
+    return place
+
+
+def _of_places(weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Of (H, T, T) the rows at places (n, 2), as means over the heads: (n, 2, T)."""
+    return weights.mean(dim=0)[places.to(weights.device)]
 
 
 def _cells(layout: Layout, measurement: int) -> np.ndarray:

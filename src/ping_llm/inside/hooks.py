@@ -26,7 +26,8 @@ class Inside:
     stream: list[Tensor] = field(default_factory=list)
     """L + 1 tensors (T, D) fp32 on the CPU: what the first block takes, then what each block gives."""
     attention: list[Tensor] = field(default_factory=list)
-    """L tensors (H, T, T) fp32: of each token (the second axis) the shares of those that it looks at, whose sum is 1."""
+    """L tensors (H, T, T) fp32, or what `keep` made of them: of each token (the second axis) the shares of those that it
+    looks at, whose sum is 1."""
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -72,25 +73,31 @@ def attention_weights(
 
 
 @torch.no_grad()
-def look_inside(reader: Reader, tokens: Any) -> Inside:
-    """Reads the tokens (T,) of a window, without padding, in one pass; ValueError if they are more than the model reads."""
+def look_inside(reader: Reader, tokens: Any, keep: Callable[[Tensor], Tensor] = lambda weights: weights) -> Inside:
+    """Reads the tokens (T,) of a window, without padding, in one pass; ValueError if they are more than the model reads.
+
+    `keep` says what is kept of the attention (H, T, T) of each layer: all layers of a long window take much memory.
+    """
     window = torch.as_tensor(tokens, device=reader.device)
     if len(window) > reader.seq_len:
         raise ValueError(f"the window has {len(window)} tokens, and the model reads {reader.seq_len}")
     found, blocks = Inside(), list(reader.gpt.blocks)
 
-    def keep(stream: Tensor) -> None:
+    def take_stream(stream: Tensor) -> None:
         found.stream.append(stream[0].float().cpu())
 
+    def take_attention(weights: Tensor) -> None:
+        found.attention.append(keep(weights[0]).cpu())
+
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        keep(args[0])
+        take_stream(args[0])
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(output)
+        take_stream(output)
 
     handles = [blocks[0].register_forward_pre_hook(before), *(block.register_forward_hook(after) for block in blocks)]
     try:
-        with reader.autocast(), _AttentionMode(lambda weights: found.attention.append(weights[0].cpu())):
+        with reader.autocast(), _AttentionMode(take_attention):
             reader.gpt.states(window[None])
     finally:
         for handle in handles:

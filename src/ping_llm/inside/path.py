@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ping_llm.config import FIELDS
 from ping_llm.inference.engine import Reader
@@ -45,7 +46,13 @@ def measurement_path(reader: Reader, window: np.ndarray, measurement: int) -> To
     (chosen,) = np.nonzero(layout.measurement == measurement)
     if not len(chosen):
         raise ValueError(f"the window holds {layout.measurements} measurements, and none is number {measurement}")
-    stream = np.stack([layer.numpy()[chosen] for layer in look_inside(reader, layout.tokens).stream])  # (L + 1, t, D)
+    stream = np.stack(
+        [layer.numpy()[chosen] for layer in look_inside(reader, layout.tokens, _nothing).stream]
+    )  # (L + 1, t, D)
     found = principal_components(scaled(stream).reshape(-1, stream.shape[-1]))
     names, fields = [layout.name(place) for place in chosen.tolist()], [FIELDS[field] for field in layout.field[chosen]]
     return TokenPath(found.places.reshape(*stream.shape[:2], 2), found.shares, names, fields, measurement)
+
+
+def _nothing(weights: Tensor) -> Tensor:
+    return weights[:0]

@@ -8,28 +8,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ping_llm.config import ModelConfig
 from ping_llm.data.tokenization import BYTE_0, DST_IPV4, DST_IPV6, RTT_START, SRC_IPV4, SRC_IPV6
+from ping_llm.model.attention import Attention
 from ping_llm.model.gpt import GPT, VOCAB_SIZE
 
 FACTOR = 0x9E3779B97F4A7C15
 
 
 def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
-    """Logits (B, T, V) of whole sequences (B, T): three matrices for queries, keys and values, attention by softmax."""
-    config, T = model.config, tokens.shape[1]
+    """Logits (B, T, V) of whole sequences (B, T): each switch as it is described, attention by softmax."""
+    config = model.config
     x = F.embedding(tokens, model.embedding.weight)
     x = normalized(x if model.fields is None else x + plain_field_parts(model, tokens))
     for block in model.blocks:
-        heads = [F.linear(normalized(x), matrix) for matrix in block.attention.qkv.weight.chunk(3)]
-        q, k, v = (each.unflatten(-1, (config.n_head, -1)).transpose(1, 2) for each in heads)  # (B, H, T, K)
-        q, k = (normalized(rotated(each, config.rope_base)) for each in (q, k))
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
-        y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
-        x = x + block.attention.out(y.transpose(1, 2).flatten(2))
+        x = x + plain_attention(block.attention, normalized(x), config)
         x = x + block.mlp.down(F.relu(block.mlp.up(normalized(x))).square())
     logits = model.head(normalized(x))[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
+
+
+def plain_attention(attention: Attention, x: Tensor, config: ModelConfig) -> Tensor:
+    """What attention adds to a normalised residual stream (B, T, D), head by head."""
+    T, K, queries = x.shape[1], config.n_embd // config.n_head, config.n_embd
+    rows = attention.qkv.weight.split(K)  # heads of queries, then of keys, then of values
+    of_kv = config.n_kv_head or config.n_head
+    heads = [F.linear(x, head) for head in rows]
+    if attention.bias is not None:
+        heads = [head + bias for head, bias in zip(heads, attention.bias.split(K), strict=True)]
+    hidden, results = torch.ones(T, T, dtype=torch.bool).triu(1), []
+    for number, q in enumerate(heads[: queries // K]):
+        shared = number * of_kv // config.n_head
+        k, v = heads[config.n_head + shared], heads[config.n_head + of_kv + shared]
+        q, k = (normalized(rotated(each, config.rope_base)) for each in (q, k))
+        results.append((q @ k.mT / math.sqrt(K)).masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+    return attention.out(torch.cat(results, dim=-1))
 
 
 def plain_field_parts(model: GPT, tokens: Tensor) -> Tensor:
@@ -70,7 +83,7 @@ def normalized(x: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, base: float) -> Tensor:
-    """(B, H, T, K): pair i of (x_i, x_{i + K/2}), as a complex number, times exp(j · position · base^(−2i/K))."""
+    """(…, T, K): pair i of (x_i, x_{i + K/2}), as a complex number, times exp(j · position · base^(−2i/K))."""
     T, K = x.shape[-2:]
     angles = torch.arange(T)[:, None] * base ** -(torch.arange(0, K, 2) / K)
     turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)

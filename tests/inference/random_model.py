@@ -15,13 +15,22 @@ def random_model(
     knows_bytes: bool = False,
     calibration: Calibration | None = None,
     field_aware: bool = False,
+    grammar: bool = False,
 ) -> PingModel:
     """Of one block in double precision, with the same weights in each call; nothing is left out of its answers.
 
     One that `knows_bytes` gives no role a chance after RTT_START, as a trained one does, or after a byte; what it says of
     roles among themselves is as random as the rest.
     """
-    config = ModelConfig(n_layer=1, n_embd=width, n_head=2, seq_len=seq_len, field_aware=field_aware, prefix_rows=64)
+    config = ModelConfig(
+        n_layer=1,
+        n_embd=width,
+        n_head=2,
+        seq_len=seq_len,
+        field_aware=field_aware,
+        prefix_rows=64,
+        grammar=grammar,
+    )
     gpt = GPT(config).eval().double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

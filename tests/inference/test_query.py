@@ -24,10 +24,10 @@ CONTEXT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model() -> PingModel:
+@pytest.fixture(scope="module", params=[False, True], ids=["all tokens", "legal tokens"])
+def model(request) -> PingModel:
     torch.manual_seed(0)
-    gpt = GPT(ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=128)).eval()
+    gpt = GPT(ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=128, grammar=request.param)).eval()
     for parameter in gpt.parameters():  # zero-initialised projections would make every answer alike
         torch.nn.init.normal_(parameter, std=0.3)
     return PingModel(gpt, torch.device("cpu"), least_mass=0.0)

@@ -54,6 +54,10 @@ class ModelConfig(Section):
     """Width of the residual stream."""
     n_head: Count = 5
     """Attention heads; n_embd must be a multiple."""
+    n_kv_head: Whole = 0
+    """Heads of keys and values, each shared by as many heads of queries; n_head must be a multiple. 0 = n_head."""
+    qkv_bias: bool = False
+    """Queries, keys and values have biases."""
     seq_len: Annotated[int, Bounds(64)] = 1024  # one IPv6 measurement takes up to 47 tokens
     """Tokens in a training window, and the longest context of a query."""
     rope_base: Annotated[float, Bounds(1)] = 10_000.0
@@ -64,15 +68,38 @@ class ModelConfig(Section):
     """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
     prefix_rows: Annotated[int, Bounds(2)] = 1 << 15
     """Rows of the table of address prefixes, a power of two; of field-aware models."""
+    grammar: bool = False
+    """Tokens that the grammar does not allow next have no probability; else that is learned."""
+    src_bits_ipv4: Annotated[int, Bounds(8, 32)] = 32
+    """Bits of an IPv4 source that are read and learned, whole bytes; the others count as 0. 24 = hosts of a /24 are one."""
+    src_bits_ipv6: Annotated[int, Bounds(8, 128)] = 128
+    """The same of an IPv6 source. 48 = hosts of a /48 are one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
-        if (width := self.n_embd // self.n_head) % 2:
-            raise ValueError(f"model.n_embd / model.n_head = {width} must be even for rotary positions")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}")
+        if self.head_width % 2:
+            raise ValueError(f"model.n_embd / model.n_head = {self.head_width} must be even for rotary positions")
         if self.prefix_rows & (self.prefix_rows - 1):
             raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
+        for name in ("src_bits_ipv4", "src_bits_ipv6"):
+            if getattr(self, name) % 8:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be a multiple of 8: the model reads whole bytes"
+                )
+
+    @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
 
 
 @dataclass(frozen=True)
@@ -271,6 +298,11 @@ class Config(Section):
         if width % multiple or width < FP8_LEAST_WIDTH:
             needs = f"train.precision=fp8 needs a model.n_embd of at least {FP8_LEAST_WIDTH}, a multiple of {multiple}"
             raise ValueError(f"{needs}, not {width}; pass --train.precision bf16")
+        if (shared := self.model.kv_heads * self.model.head_width) % multiple:
+            needs = (
+                f"train.precision=fp8 needs heads of keys and values that are a multiple of {multiple} wide together"
+            )
+            raise ValueError(f"{needs}, not {shared}: change model.n_kv_head, or pass --train.precision bf16")
         if self.model.seq_len % multiple:
             needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
             raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")

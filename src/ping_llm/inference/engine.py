@@ -25,6 +25,7 @@ from ping_llm.inference.grammar import Grammar, follow
 from ping_llm.inference.memory import Memory
 from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, Prompt, byte_tokens
 from ping_llm.model.gpt import GPT, KVCache
+from ping_llm.model.legal import ILLEGAL
 
 LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""
@@ -163,8 +164,11 @@ def result_distributions(
     with reader.autocast():
         states = reader.gpt.states(tokens, cache)  # (B, T, D)
         logits = reader.gpt.logits(torch.stack([states[batch, end - 1], states[batch, end]]))  # (2, B, V)
-    role, first = logits.double().softmax(-1)  # (B, V) after the last field of the prompt, and after RTT_START
-    first = first[:, _BYTES]  # (B, 256)
+    if reader.gpt.config.grammar:
+        for line, prompt in zip(logits[0], prompts, strict=True):
+            line[_illegal(prompt).to(device)] = ILLEGAL
+    role = logits[0].double().softmax(-1)  # (B, V) after the last field of the prompt
+    first = _of_bytes(reader.gpt, logits[1])  # (B, 256) after RTT_START
     mass_1, failed = role[:, tk.RTT_START, None] * first, role[:, tk.FAILED]  # (B, 256), (B,)
     mixing = torch.arange(len(prompts)) if owner is None else torch.from_numpy(owner)
     weight = torch.ones(1, len(prompts)) if weights is None else torch.from_numpy(np.atleast_2d(weights))
@@ -230,7 +234,22 @@ def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> Iterator[tuple[
         everything = taken == len(order) and torch.equal(rows, order.sort().values)
         states = gpt.states(tokens, cache.fork() if everything else cache.select(rows), branches=width)  # (b, width, D)
         row, place = used.nonzero(as_tuple=True)
-        yield rows, (row, byte_1[row, place]), gpt.logits(states[row, place]).double().softmax(-1)[:, _BYTES]
+        yield rows, (row, byte_1[row, place]), _of_bytes(gpt, gpt.logits(states[row, place]))
+
+
+def _of_bytes(gpt: GPT, logits: Tensor) -> Tensor:
+    """Probabilities of the bytes, (…, 256), where only bytes are legal, of logits (…, V)."""
+    if gpt.config.grammar:
+        return logits[..., _BYTES].double().softmax(-1)
+    return logits.double().softmax(-1)[..., _BYTES]
+
+
+def _illegal(prompt: Prompt) -> Tensor:
+    """What the grammar does not allow after a prompt, (V,) bool."""
+    illegal = torch.ones(tk.VOCAB_SIZE, dtype=torch.bool)
+    illegal[list(_RESULTS)] = False
+    illegal[torch.from_numpy(prompt.also_legal)] = False
+    return illegal
 
 
 @torch.inference_mode()
@@ -247,7 +266,7 @@ def line_log_prob(reader: Reader, lines: Sequence[np.ndarray], context: np.ndarr
     longest_first = np.argsort([-len(line) for line in lines], kind="stable")
     for first in range(0, len(lines), _LINES):
         rows = longest_first[first : first + _LINES]
-        given, _ = reader.pad([lines[i] for i in rows])  # (B, T)
+        given = reader.gpt.as_read(reader.pad([lines[i] for i in rows])[0])  # (B, T)
         same = torch.zeros(len(rows), dtype=torch.int64, device=reader.device)
         with reader.autocast():
             logits = reader.gpt(given[:, :-1], read.select(same) if len(context) else None).double()  # (B, T−1, V)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
+from ping_llm.model.counts import matrix_parameters
 from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import WITHOUT_FP8, gpu_kind, named_peak_flops
 
@@ -122,7 +123,7 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
 def fixed_bytes(model: ModelConfig, averaged: bool = False) -> int:
     """Bytes that a GPU holds whatever the batch: fp32 weights and gradients, their bf16 copies, the optimiser's state, the
     largest stack of matrices that Muon works on (in fp32 and twice in bf16), and the fp32 average of `averaged` weights."""
-    matrices = 12 * model.n_layer * model.n_embd**2  # Muon keeps one moment of these
+    matrices = matrix_parameters(model)  # Muon keeps one moment of these
     others = parameter_count(model) - matrices  # AdamW keeps two of the vocabulary's and the fields' tables
     stack = 4 * model.n_layer * model.n_embd**2
     everywhere = 14 if averaged else 10

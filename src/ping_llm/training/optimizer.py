@@ -13,6 +13,7 @@ from ping_llm.training.distributed import Ranks
 from ping_llm.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
+VECTORS_LR_SHARE = 0.02  # of the embedding's rate, of biases and the like; the width is nothing to them
 VALUES_LR_SHARE = 0.1  # of the embedding's rate: a matrix that every RTT byte moves, no table of rows
 
 
@@ -21,14 +22,18 @@ class Optimizer:
 
     `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
     "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay, and their
-    rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the processes that share the
-    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the
-    rate is its argument.
+    rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors have one
+    group each, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the work of
+    a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the rate is
+    its argument.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
         matrices = {
-            name: matrix for block in model.blocks.named_parameters("blocks") for name, matrix in _matrices(*block)
+            name: matrix
+            for block in model.blocks.named_parameters("blocks")
+            if block[0] not in model.vectors()
+            for name, matrix in _matrices(*block)
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
         self.muon = Muon(matrices, config.muon_lr, ranks, compiled)
@@ -40,6 +45,8 @@ class Optimizer:
             for name, share in (("places", 1.0), ("prefixes", 1.0), ("values", VALUES_LR_SHARE)):
                 weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale
                 groups.append({"name": name, "params": [weight], "lr": rate})
+        for name, vector in model.vectors().items():
+            groups.append({"name": name, "params": [vector], "lr": VECTORS_LR_SHARE * config.embedding_lr})
         betas = config.adam_beta1, config.adam_beta2
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.initial_lrs = {"matrices": config.muon_lr} | {g["name"]: g["lr"] for g in self.adamw.param_groups}
@@ -85,6 +92,7 @@ def _matrices(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Matrix]
     if not name.endswith(".qkv.weight"):
         yield name, Matrix(parameter)
         return
-    width = parameter.shape[1]
-    for number, part in enumerate("qkv"):
-        yield name.replace(".qkv.", f".{part}."), Matrix(parameter, slice(number * width, (number + 1) * width))
+    rows, queries = parameter.shape
+    middle = (rows + queries) // 2  # there are as many rows of keys as of values
+    for part, own in zip("qkv", (slice(queries), slice(queries, middle), slice(middle, rows)), strict=True):
+        yield name.replace(".qkv.", f".{part}."), Matrix(parameter, own)

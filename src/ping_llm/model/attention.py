@@ -1,0 +1,108 @@
+"""A normalised residual stream in, what each token learns from those before it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ping_llm.config import ModelConfig
+from ping_llm.model.cache import KVCache
+from ping_llm.model.fp8 import Linear
+from ping_llm.model.norm import rms_norm
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass gives to every block."""
+
+    rotation: tuple[Tensor, Tensor]  # of the heads, and of their swapped halves: (B or none, T, 1, K) each
+    cache: KVCache | None
+    mask: Tensor | None  # (B or 1, 1, T, S) bool, what each token sees; None: all before it
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and normalised queries and keys.
+
+    Where there are fewer heads of keys and values than of queries, neighbouring heads of queries share them: grouped-query
+    attention (Ainslie et al. 2023).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.width = layer, config.head_width
+        self.grouped = config.kv_heads != config.n_head
+        self.rows = config.n_embd, *2 * [config.kv_heads * config.head_width]  # of all queries, all keys, all values
+        self.qkv = Linear(config.n_embd, sum(self.rows))
+        self.bias = nn.Parameter(torch.empty(sum(self.rows))) if config.qkv_bias else None
+        self.out = Linear(config.n_embd, config.n_embd)
+
+    @torch.no_grad()
+    def init_weights(self, bound: float, generator: torch.Generator | None = None) -> None:
+        """See `GPT.init_weights`."""
+        nn.init.uniform_(self.qkv.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.out.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, given: Pass) -> Tensor:
+        """(B, T, D) for x (B, T, D)."""
+        qkv = self.qkv(x) if self.bias is None else self.qkv(x) + self.bias.to(x.dtype)
+        q, k, v = (part.unflatten(-1, (-1, self.width)) for part in qkv.split(self.rows, dim=-1))  # (B, T, H, K)
+        q, k = rms_norm(rotate(q, given.rotation)), rms_norm(rotate(k, given.rotation))
+        return self._attend(q, k, v, given, given.mask)
+
+    def at(self, places: Tensor, x: Tensor, given: Pass) -> Tensor:
+        """(B, P, D) of the tokens at `places`, (B, P) of the T given, only: keys and values are those of all of x."""
+        (B, T, D), P, K = x.shape, places.shape[1], self.width
+        at = places[..., None]  # (B, P, 1)
+        q, kv = (
+            self._product(part, rows)
+            for part, rows in ((x.gather(1, at.expand(B, P, D)), slice(D)), (x, slice(D, None)))
+        )
+        q = q.unflatten(-1, (-1, K))
+        k, v = (part.unflatten(-1, (-1, K)) for part in kv.chunk(2, dim=-1))
+        own, swapped = (part.expand(B, T, 1, K).gather(1, at[..., None].expand(B, P, 1, K)) for part in given.rotation)
+        q, k = rms_norm(rotate(q, (own, swapped))), rms_norm(rotate(k, given.rotation))
+        if given.mask is None:
+            seen = torch.arange(T, device=x.device) <= at  # (B, P, T)
+        else:
+            S = given.mask.shape[-1]
+            seen = given.mask[:, 0].expand(B, T, S).gather(1, at.expand(B, P, S))
+        return self._attend(q, k, v, given, seen[:, None])
+
+    def _product(self, x: Tensor, rows: slice) -> Tensor:
+        """What some rows of the matrix say of x."""
+        return F.linear(x, self.qkv.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, given: Pass, mask: Tensor | None) -> Tensor:
+        """(B, P, D) of queries (B, P, H, K) and keys and values (B, T, H, K); without `mask` each sees all before it."""
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, K)
+        if given.cache is not None:
+            k, v = given.cache.append(self.layer, k, v)  # (B, H, S, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def rotation_table(config: ModelConfig) -> Tensor:
+    """Cosines, then sines of all positions: (seq_len, K) fp32, for bf16 cannot count to T."""
+    K = config.head_width
+    positions = torch.arange(config.seq_len, dtype=torch.float32)
+    exponents = torch.arange(0, K, 2, dtype=torch.float32) / K
+    angles = positions[:, None] * config.rope_base**-exponents  # (T, K/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotation_of(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, of rows of the table (…, T, K): (…, T, 1, K), of a head and of its swapped halves."""
+    cos, sin = angles[..., None, :].chunk(2, dim=-1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (i, i + K/2) of each head, (B, T, H, K), by the angle of its position."""
+    own, swapped = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * own, torch.cat([second, first], dim=-1), swapped)

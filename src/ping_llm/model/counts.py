@@ -1,0 +1,42 @@
+"""The shape of a model in, what it weighs and what it takes to train it out; no model is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ping_llm.config import ModelConfig
+from ping_llm.model.fields import PLACES, VALUE_FEATURES, VOCAB_SIZE
+
+
+def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
+    """How many matrices the blocks have of each shape (outputs, inputs); queries, keys and values count as three."""
+    D, L = config.n_embd, config.n_layer
+    shapes = Counter({(D, D): 2 * L, (4 * D, D): L, (D, 4 * D): L})  # of queries and out, of the MLP
+    shapes[config.kv_heads * config.head_width, D] += 2 * L
+    return shapes
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights of all matrices of the blocks: 12·D²·L of the plain model."""
+    return sum(rows * columns * count for (rows, columns), count in matrices(config).items())
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D of the plain model."""
+    rows = 2 * VOCAB_SIZE  # of embedding and head
+    if config.field_aware:
+        rows += PLACES + config.prefix_rows + VALUE_FEATURES
+    biases = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias
+    return matrix_parameters(config) + rows * config.n_embd + biases * config.n_layer
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Floating-point operations to train on one token of a full window: 6·(12·D²·L + V·D) + 12·L·D·T.
+
+    Six for each weight that is multiplied (tables are looked up; the value's matrix is multiplied), and attention by the
+    usual convention, which also counts the pairs of tokens that the causal mask hides.
+    """
+    multiplied = matrix_parameters(config) + VOCAB_SIZE * config.n_embd
+    if config.field_aware:
+        multiplied += VALUE_FEATURES * config.n_embd
+    return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +14,9 @@ from ping_llm.model.checkpoint import save, save_config
 from ping_llm.model.gpt import GPT
 
 
-def config_of(field_aware: bool = False) -> ModelConfig:
-    return ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=192, field_aware=field_aware, prefix_rows=64)
+def config_of(field_aware: bool = False, **switches: Any) -> ModelConfig:
+    fields = {"n_layer": 2, "n_embd": 32, "n_head": 2, "seq_len": 192, "prefix_rows": 64} | switches
+    return ModelConfig(field_aware=field_aware, **fields)
 
 
 def random_gpt(config: ModelConfig, seed: int = 0) -> GPT:
@@ -25,9 +27,9 @@ def random_gpt(config: ModelConfig, seed: int = 0) -> GPT:
     return gpt
 
 
-def lookable(field_aware: bool = False) -> PingModel:
+def lookable(field_aware: bool = False, **switches: Any) -> PingModel:
     """In double precision, so that what is compared differs by no rounding."""
-    gpt = random_gpt(config_of(field_aware)).double()
+    gpt = random_gpt(config_of(field_aware, **switches)).double()
     return PingModel(gpt, torch.device("cpu"), Calibration(), least_mass=0.0)
 
 

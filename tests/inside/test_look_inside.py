@@ -9,6 +9,7 @@ from lookable import lookable
 from ping_llm.data import tokenization as tk
 from ping_llm.inside import hooks
 from ping_llm.inside.hooks import attention_weights, look_inside
+from ping_llm.model.fields import read_fields
 from ping_llm.model.gpt import GPT
 
 WINDOW = np.array(
@@ -45,18 +46,23 @@ def test_weights_mix_the_values_as_the_attention_of_torch_does(options):
     torch.testing.assert_close(weights @ values, F.scaled_dot_product_attention(q, k, v, **options))
 
 
-@pytest.mark.parametrize("field_aware", [False, True])
-def test_the_attention_seen_is_what_the_model_mixes_its_values_by(field_aware, monkeypatch):
-    model, given = lookable(field_aware), []
-    weights_of = attention_weights
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"field_aware": True}, {"n_head": 4, "n_kv_head": 2, "qkv_bias": True}, {"grammar": True}],
+    ids=lambda switches: next(iter(switches), "plain"),
+)
+def test_the_attention_seen_is_what_the_model_mixes_its_values_by(switches, monkeypatch):
+    model, given = lookable(**switches), []
+    weights_of, heads = attention_weights, model.gpt.config.n_head
     monkeypatch.setattr(hooks, "attention_weights", lambda *a, **k: given.append((a, k)) or weights_of(*a, **k))
     seen = look_inside(model, WINDOW)
     assert len(given) == len(seen.attention) == 2
     for weights, (arguments, options) in zip(seen.attention, given, strict=True):
-        assert weights.shape == (2, len(WINDOW), len(WINDOW)) and not weights.triu(1).any()
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, len(WINDOW)))
+        assert weights.shape == (heads, len(WINDOW), len(WINDOW)) and not weights.triu(1).any()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(heads, len(WINDOW)))
         mixed = F.scaled_dot_product_attention(*arguments, **options)[0]
-        torch.testing.assert_close(weights.double() @ arguments[2][0], mixed, rtol=1e-5, atol=1e-6)
+        values = arguments[2][0].repeat_interleave(heads // arguments[2].shape[1], dim=0)
+        torch.testing.assert_close(weights.double() @ values, mixed, rtol=1e-5, atol=1e-6)
     assert seen.attention[0].std() > 0.01  # not all alike
 
 
@@ -66,7 +72,10 @@ def test_the_stream_goes_from_the_embedding_to_what_the_head_reads(field_aware):
     seen = look_inside(model, WINDOW)
     assert [tuple(layer.shape) for layer in seen.stream] == [(len(WINDOW), 32)] * 3
     with torch.no_grad():
-        torch.testing.assert_close(seen.stream[0], model.gpt._embed(tokens, None, None)[0].float())
+        embedded = model.gpt.embedding(tokens)[0]
+        if field_aware:
+            embedded = embedded + model.gpt.fields(read_fields(tokens)[0])[0]
+        torch.testing.assert_close(seen.stream[0], F.rms_norm(embedded, (32,)).float())
         torch.testing.assert_close(seen.stream[-1], model.gpt.states(tokens)[0].float())
     assert (seen.stream[1] - seen.stream[0]).abs().max() > 0.1
 

@@ -143,3 +143,5 @@ def test_a_window_is_read_in_whole_measurements():
     assert fitting(window, 7).tolist() == window[:7].tolist()
     assert fitting(window, 6).tolist() == fitting(window, 5).tolist() == window[:4].tolist()
     assert fitting(np.append(window[:7], tk.MEASUREMENT_START), 7).tolist() == window[:7].tolist()
+    assert fitting(np.append(window[:6], window[:2]), 3).tolist() == []
+    assert fitting(np.append(window[:6], window[:2]), 5).tolist() == window[:4].tolist()

@@ -105,6 +105,20 @@ def test_the_largest_batch_is_the_largest_that_fits():
     )
 
 
+def test_activations_by_hand_and_more_of_them_where_nothing_is_compiled():
+    """small: 1,024 tokens of 20 blocks of 640 channels at 38 bytes compiled and 48 eager, and 267 logits at 10."""
+    assert activation_bytes(SMALL.model) == 1024 * (38 * 20 * 640 + 10 * 267) == 500_807_680
+    assert activation_bytes(SMALL.model, compiled=False) == 1024 * (48 * 20 * 640 + 10 * 267) == 631_879_680
+    for choice, kind, size in (
+        ("auto", "compiled", 500_807_680),
+        (True, "compiled", 500_807_680),
+        (False, "eager", 631_879_680),
+    ):
+        plan = plan_cost(with_train(SMALL, compile=choice), ROUND, gpus=1)
+        assert plan.largest_micro_batch == int((92e9 - fixed_bytes(SMALL.model)) // size)
+        assert sum(line.endswith(f"a micro-batch of 128, {kind}") for line in plan.lines) == 1
+
+
 @pytest.mark.parametrize(("gpu", "pieces"), [("l40s", 4), ("l4", 16)])
 def test_a_batch_that_does_not_fit_is_cut_as_advised(gpu, pieces):
     """full.toml takes two micro-batches of 32 windows on each of 8 GPUs."""

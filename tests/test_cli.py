@@ -47,6 +47,7 @@ def run(*argv) -> subprocess.CompletedProcess:
         ["train", "--help"],
         ["sweep", "--help"],
         ["compare", "--help"],
+        ["inspect-model", "--help"],
         ["inference", "rtt", "--help"],
     ],
 )

@@ -7,6 +7,7 @@ Nothing heavy is imported before the options are parsed, so that `--help` answer
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -227,8 +228,7 @@ class Sweep:
 
 @dataclass
 class Compare:
-    """Compare training runs: one table by config, differences with their intervals over seeds, and whether they exceed the
-    noise."""
+    """Compare training runs by config: differences, intervals over seeds, noise; or the checkpoints of one run."""
 
     # run folders, or folders that hold runs, such as that of a sweep.
     runs: Positional[tuple[Path, ...]]
@@ -237,15 +237,69 @@ class Compare:
     # folders of evaluations of these runs, besides those in RUN/eval.
     scores: tuple[Path, ...] = ()
     noise: tuple[Path, ...] = ()  # runs of a noise study, or folders that hold them: what seeds alone change.
+    # instead, put the same pings to every checkpoint of one run; --out then holds checkpoints.md, .json and .png.
+    checkpoints: Flag = False
+    pairs: tuple[tuple[str, str], ...] = ()  # with --checkpoints: sources and destinations; if absent, pings of val.
+    pings: int = 4  # with --checkpoints: how many of val.
+    data: Path | None = None  # with --checkpoints: folder of rows; those that the run learned from, if absent.
 
     def run(self) -> None:
-        from ping_llm.eval.compare import compare, print_comparison
-
         if not self.runs:
             raise ValueError("name the runs, or folders that hold runs, such as that of a sweep")
+        if self.checkpoints:
+            return self._over_time()
+        if self.pairs or self.data:
+            raise ValueError("--pairs and --data go with --checkpoints")
+        from ping_llm.eval.compare import compare, print_comparison
+
         print_comparison(compare(self.runs, self.out, self.against, self.scores, self.noise))
         if self.out:
             print(f"report: {self.out / 'compare.md'}")
+
+    def _over_time(self) -> None:
+        from ping_llm.eval.checkpoints import TEXT_NAME, compare_checkpoints, print_checkpoints
+
+        if len(self.runs) > 1 or self.against or self.scores or self.noise:
+            raise ValueError("--checkpoints looks at one run, without --against, --scores and --noise")
+        print_checkpoints(compare_checkpoints(self.runs[0], self.out, self.pairs, self.data, self.pings))
+        if self.out:
+            print(f"report: {self.out / TEXT_NAME}")
+
+
+@dataclass
+class InspectModel:
+    """Look into a trained model: its residual stream, its attention by field, its map of prefixes, as pictures."""
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(name="run")]  # run folder, or one of its checkpoints.
+    out: Path | None = None  # folder for the pictures and inside.json; RUN/inside if absent.
+    data: Path | None = None  # folder of rows; those that the run learned from, if absent.
+    part: str = "val"  # of the rows, that windows are drawn from.
+    windows: int = 64  # how many.
+    src: str = ""  # source of a ping to look at instead of windows, or a prefix of whole bytes.
+    dst: str = ""  # its destination, likewise.
+    at: str = ""  # its time, ISO 8601.
+    # earlier measurements of the source (.parquet, .csv, .json, .jsonl): src_addr, dst_addr, rtt, event_time.
+    context: Path | None = None
+    rtt: float | None = None  # its RTT in ms; the model's median if absent.
+    ipv4_bits: Literal[8, 16, 24] = 24  # length of the IPv4 prefixes on the map.
+    ipv6_bits: Literal[16, 32, 48] = 48  # length of the IPv6 prefixes.
+    device: str = "auto"  # cpu, cuda or auto.
+
+    def run(self) -> None:
+        from ping_llm.inference.files import read_context
+        from ping_llm.inference.query import Query
+        from ping_llm.inside.inspect import inspect_model
+
+        query = None
+        if self.src or self.dst:
+            query = Query.parse(self.src or None, self.dst or None, self.at or None, read_context(self.context))
+        elif self.at or self.context or self.rtt is not None:
+            raise ValueError("--at, --context and --rtt go with --src and --dst")
+        look, paths = inspect_model(
+            self.run_dir, self.out, self.data, self.part, self.windows, query, self.rtt, self.ipv4_bits, self.ipv6_bits,
+            self.device,
+        )  # fmt: skip
+        print("\n".join([*look.lines(), *map(str, paths)]))
 
 
 def eval(argv: list[str]) -> None:
@@ -304,10 +358,10 @@ def launch(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm launch")
 
 
-_ALL = (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, launch, inference)
-_COMMANDS = {c.__name__.lower(): c for c in _ALL}
+_ALL = (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference)
+_COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
 _PARSE_THEMSELVES = (train, eval, launch, inference)
-_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval)  # what they print is no answer
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
@@ -318,7 +372,8 @@ def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | 
             return command(argv[1:])
         result = tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
         return result.run() if hasattr(result, "run") else result
-    lines = [f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    wide = max(map(len, commands))
+    lines = [f"  {name:{wide}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
     usage = "\n".join([f"usage: {prog} COMMAND [OPTIONS]   (COMMAND --help says more)", "", *lines])
     if argv and argv[0] in ("-h", "--help"):
         return print(usage)

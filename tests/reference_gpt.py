@@ -12,6 +12,7 @@ from ping_llm.config import ModelConfig
 from ping_llm.data.tokenization import BYTE_0, DST_IPV4, DST_IPV6, RTT_START, SRC_IPV4, SRC_IPV6
 from ping_llm.model.attention import Attention
 from ping_llm.model.gpt import GPT, VOCAB_SIZE
+from ping_llm.model.mlp import MLP
 
 FACTOR = 0x9E3779B97F4A7C15
 
@@ -20,10 +21,14 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
     """Logits (B, T, V) of whole sequences (B, T): each switch as it is described, attention by softmax."""
     config = model.config
     x = F.embedding(tokens, model.embedding.weight)
-    x = normalized(x if model.fields is None else x + plain_field_parts(model, tokens))
+    if model.fields is not None:
+        x = x + plain_field_parts(model, tokens)
+    if model.positions is not None:
+        x = x + model.positions.weight[: tokens.shape[1]]
+    x = normalized(x)
     for block in model.blocks:
         x = x + plain_attention(block.attention, normalized(x), config)
-        x = x + block.mlp.down(F.relu(block.mlp.up(normalized(x))).square())
+        x = x + plain_mlp(block.mlp, normalized(x), config)
     logits = model.head(normalized(x))[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
 
@@ -40,9 +45,22 @@ def plain_attention(attention: Attention, x: Tensor, config: ModelConfig) -> Ten
     for number, q in enumerate(heads[: queries // K]):
         shared = number * of_kv // config.n_head
         k, v = heads[config.n_head + shared], heads[config.n_head + of_kv + shared]
-        q, k = (normalized(rotated(each, config.rope_base)) for each in (q, k))
+        if config.positions == "rotary":
+            q, k = rotated(q, config.rope_base), rotated(k, config.rope_base)
+        q, k = normalized(q), normalized(k)
         results.append((q @ k.mT / math.sqrt(K)).masked_fill(hidden, -torch.inf).softmax(-1) @ v)
     return attention.out(torch.cat(results, dim=-1))
+
+
+def plain_mlp(mlp: MLP, x: Tensor, config: ModelConfig) -> Tensor:
+    """What the MLP adds to a normalised residual stream (B, T, D)."""
+    up = x @ mlp.up.weight.T
+    if config.mlp == "swiglu":
+        gate = x @ mlp.gate.weight.T
+        return mlp.down(gate * torch.sigmoid(gate) * up)
+    if config.mlp == "gelu":
+        return mlp.down(up * (1 + torch.erf(up / 2**0.5)) / 2)
+    return mlp.down(up.clamp(min=0) ** 2)
 
 
 def plain_field_parts(model: GPT, tokens: Tensor) -> Tensor:

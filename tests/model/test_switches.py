@@ -23,8 +23,14 @@ SWITCHES: dict[str, dict] = {
     "n_kv_head": {"n_kv_head": 2},
     "one_kv_head": {"n_kv_head": 1},
     "qkv_bias": {"qkv_bias": True},
+    "learned": {"positions": "learned"},
+    "no_positions": {"positions": "none"},
+    "gelu": {"mlp": "gelu"},
+    "swiglu": {"mlp": "swiglu"},
 }
-ALL = {name: value for switch in SWITCHES.values() for name, value in switch.items()}
+ALL = {"positions": "learned"} | {
+    name: value for switch in SWITCHES.values() for name, value in switch.items() if value != "none"
+}
 CASES = SWITCHES | {"all": ALL, "all_field_aware": ALL | {"field_aware": True, "grammar": True}}
 
 
@@ -221,6 +227,33 @@ def test_a_config_from_before_the_switches_is_that_of_a_plain_model():
 def test_what_excludes_each_other_is_said_at_once(switches, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         dataclasses.replace(PLAIN, **switches)
+
+
+def test_swiglu_has_as_many_weights_as_tiles_of_16_allow():
+    """8/3 of the width inside: 426.7 of 160, 1,706.7 of 640, 4,096 of 1,536."""
+    for width, inner in ((160, 432), (640, 1712), (1536, 4096)):
+        config = ModelConfig(n_embd=width, n_head=4, mlp="swiglu")
+        assert config.mlp_width == inner
+        plain = parameter_count(dataclasses.replace(config, mlp="relu2"))
+        assert parameter_count(config) == pytest.approx(plain, rel=0.01)
+
+
+@torch.no_grad()
+def test_without_positions_only_what_came_first_matters():
+    """Two blocks would see an order through what the earlier tokens saw; the last of one block sees a set."""
+    model, tokens = GPT(dataclasses.replace(PLAIN, n_layer=1, positions="none")), random_tokens(1, 12)
+    model.blocks[0].attention.out.weight.normal_()
+    model.head.weight.normal_()
+    shuffled = torch.cat(
+        [tokens[:, torch.randperm(11, generator=torch.Generator().manual_seed(0))], tokens[:, 11:]], dim=1
+    )
+    torch.testing.assert_close(model(tokens)[:, -1], model(shuffled)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_odd_width_need_no_rotary_positions():
+    with pytest.raises(ValueError, match=r"n_head = 7 must be even for rotary positions"):
+        ModelConfig(n_embd=35, n_head=5)
+    assert GPT(ModelConfig(n_embd=35, n_head=5, positions="learned"))(random_tokens(1, 4)).shape == (1, 4, 267)
 
 
 def test_fp8_multiplies_whole_tiles_of_shared_heads():

@@ -58,8 +58,13 @@ class ModelConfig(Section):
     """Heads of keys and values, each shared by as many heads of queries; n_head must be a multiple. 0 = n_head."""
     qkv_bias: bool = False
     """Queries, keys and values have biases."""
+    mlp: Literal["relu2", "gelu", "swiglu"] = "relu2"
+    """Squared ReLU or GELU, four times as wide inside, or SwiGLU, whose third matrix makes it narrower: as many weights."""
     seq_len: Annotated[int, Bounds(64)] = 1024  # one IPv6 measurement takes up to 47 tokens
     """Tokens in a training window, and the longest context of a query."""
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    """How tokens know where they stand: queries and keys are turned by it, the embedding has a vector of it, or not at all,
+    so that only the causal mask says what came first."""
     rope_base: Annotated[float, Bounds(1)] = 10_000.0
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
@@ -77,7 +82,7 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
         if self.n_head % self.kv_heads:
             raise ValueError(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}")
-        if self.head_width % 2:
+        if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"model.n_embd / model.n_head = {self.head_width} must be even for rotary positions")
         if self.prefix_rows & (self.prefix_rows - 1):
             raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
@@ -86,6 +91,11 @@ class ModelConfig(Section):
     def head_width(self) -> int:
         """Channels of an attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside an MLP: of SwiGLU 8/3 of n_embd, to the nearest multiple of 16."""
+        return 4 * self.n_embd if self.mlp != "swiglu" else max(16, round(self.n_embd / 6) * 16)
 
     @property
     def kv_heads(self) -> int:

@@ -11,7 +11,10 @@ from ping_llm.model.fields import PLACES, VALUE_FEATURES, VOCAB_SIZE
 def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
     """How many matrices the blocks have of each shape (outputs, inputs); queries, keys and values count as three."""
     D, L = config.n_embd, config.n_layer
-    shapes = Counter({(D, D): 2 * L, (4 * D, D): L, (D, 4 * D): L})  # of queries and out, of the MLP
+    inner = config.mlp_width
+    shapes = Counter({(D, D): 2 * L})  # of queries and out
+    shapes[inner, D] += 2 * L if config.mlp == "swiglu" else L
+    shapes[D, inner] += L
     shapes[config.kv_heads * config.head_width, D] += 2 * L
     return shapes
 
@@ -26,6 +29,7 @@ def parameter_count(config: ModelConfig) -> int:
     rows = 2 * VOCAB_SIZE  # of embedding and head
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
+    rows += config.seq_len * (config.positions == "learned")
     biases = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias
     return matrix_parameters(config) + rows * config.n_embd + biases * config.n_layer
 

@@ -30,6 +30,7 @@ from ping_llm.model.norm import rms_norm
 __all__ = ["GPT", "VOCAB_SIZE", "KVCache", "answering_at", "flops_per_token", "parameter_count"]
 
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
+_TABLES = ("positions.weight",)
 
 
 def answering_at(model: GPT, places: Tensor) -> GPT:
@@ -50,13 +51,15 @@ class GPT(nn.Module):
         rows = -(-VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.fields = FieldEmbedding(config) if config.field_aware else None
+        self.positions = nn.Embedding(config.seq_len, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, rows, bias=False)
-        self.rotation: Tensor  # (seq_len, K)
+        self.rotation: Tensor | None  # (seq_len, K), of rotary positions
         self.legal_table: Tensor | None  # of models that hold to the grammar, as the next
         self.place_table: Tensor
         with torch.device("cpu"):  # no weights, so they are not saved, and they are made even where weights are not
-            self.register_buffer("rotation", rotation_table(config), persistent=False)
+            rotation = rotation_table(config) if config.positions == "rotary" else None
+            self.register_buffer("rotation", rotation, persistent=False)
             self.register_buffer("legal_table", legal_table(VOCAB_SIZE) if config.grammar else None, persistent=False)
             self.register_buffer("place_table", place_table() if config.grammar else None, persistent=False)
         self.init_weights(generator)
@@ -68,8 +71,9 @@ class GPT(nn.Module):
         | weight                  | distribution            | why                                                   |
         |-------------------------|-------------------------|-------------------------------------------------------|
         | embedding               | normal, deviation 1     | normalised right after, so only its direction counts  |
+        | positions, learned      | normal, deviation 1     | as much as the token says                             |
         | attention qkv           | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
-        | MLP up                  | uniform, deviation D^−½ | the same                                              |
+        | MLP up, gate            | uniform, deviation D^−½ | the same                                              |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
         | biases                  | 0                       | they begin as if there were none                      |
         | head                    | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
@@ -82,6 +86,12 @@ class GPT(nn.Module):
         for block in cast(Iterable[Block], self.blocks):
             block.attention.init_weights(bound, generator)
             block.mlp.init_weights(bound, generator)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=1.0, generator=generator)
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """Tables beside those of tokens and fields: of positions."""
+        return {name: weight for name, weight in self.named_parameters() if name in _TABLES}
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The weights that are neither matrices nor tables: biases."""
@@ -123,13 +133,14 @@ class GPT(nn.Module):
     def _states(
         self, tokens: Tensor, features: FieldFeatures | None, cache: KVCache | None, branches: int | None
     ) -> Tensor:
-        B, T = tokens.shape
+        T = tokens.shape[1]
         positions, mask = self._places(tokens, cache, branches or 1)
-        x = self._embed(_side_by_side(tokens, branches), features).view(B, T, -1)
-        last = self.config.seq_len - 1
-        # (B or none, T, K)
-        angles = self.rotation[:T] if positions is None else self.rotation[positions.clamp(max=last)]
-        given = Pass(rotation_of(angles.to(x.dtype)), cache, mask)
+        x = self._embed(tokens, features, positions, branches)
+        rotation = None
+        if self.rotation is not None:  # (B or none, T, K)
+            angles = self.rotation[:T] if positions is None else self.rotation[positions]
+            rotation = rotation_of(angles.to(x.dtype))
+        given = Pass(rotation, cache, mask)
         for block in self.blocks:
             x = block(x, given)
         return x
@@ -141,7 +152,7 @@ class GPT(nn.Module):
         if cached or branches > 1:
             positions = torch.arange(T // branches, device=tokens.device).repeat(branches).expand_as(tokens)
             if cache is not None and cached:
-                positions = positions + cache.lengths()[:, None]
+                positions = (positions + cache.lengths()[:, None]).clamp(max=self.config.seq_len - 1)
         if cache is not None:
             cache.valid = tokens >= 0 if cache.valid is None else torch.cat([cache.valid, tokens >= 0], dim=1)
         if positions is None:
@@ -168,15 +179,27 @@ class GPT(nn.Module):
             cache.field = after if branches is None else None
         return features
 
-    def _embed(self, tokens: Tensor, features: FieldFeatures | None) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, features: FieldFeatures | None, positions: Tensor | None, branches: int | None
+    ) -> Tensor:
         """Input of the first block, (B, T, D) in the dtype of the residual stream: that in which linear layers answer."""
-        dtype = self.embedding.weight.dtype
+        (B, T), weight = tokens.shape, self.embedding.weight
+        dtype = weight.dtype
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
-        if self.fields is None or features is None:
+        own, added = _side_by_side(tokens, branches).clamp(min=0), []
+        if self.fields is not None and features is not None:
+            added.append(self.fields(features))
+        if self.positions is not None:
+            at = self.positions.weight[:T] if positions is None else self.positions(positions)
+            added.append(at.reshape(-1, *own.shape[1:], at.shape[-1]))
+        if not added:
             # The table is normalised rather than each token; its gradients are summed up before they are cast.
-            return F.embedding(tokens.clamp(min=0), rms_norm(self.embedding.weight)).to(dtype)
-        return rms_norm(F.embedding(tokens.clamp(min=0), self.embedding.weight) + self.fields(features)).to(dtype)
+            return F.embedding(own, rms_norm(weight)).to(dtype).view(B, T, -1)
+        x = F.embedding(own, weight)
+        for part in added:
+            x = x + part
+        return rms_norm(x).to(dtype).view(B, T, -1)
 
 
 def _side_by_side(tokens: Tensor, branches: int | None) -> Tensor:

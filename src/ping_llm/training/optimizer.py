@@ -21,7 +21,8 @@ class Optimizer:
     """Both optimisers; each parameter of the model is in exactly one group.
 
     `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
-    "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay, and their
+    "prefixes", at the embedding's rate, and "values", at a tenth of it; other tables by
+    their names, at the embedding's rate. All but the matrices have no weight decay, and their
     rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors have one
     group each, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the work of
     a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the rate is
@@ -32,7 +33,7 @@ class Optimizer:
         matrices = {
             name: matrix
             for block in model.blocks.named_parameters("blocks")
-            if block[0] not in model.vectors()
+            if block[0] not in model.tables() | model.vectors()
             for name, matrix in _matrices(*block)
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
@@ -45,6 +46,8 @@ class Optimizer:
             for name, share in (("places", 1.0), ("prefixes", 1.0), ("values", VALUES_LR_SHARE)):
                 weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale
                 groups.append({"name": name, "params": [weight], "lr": rate})
+        for name, table in model.tables().items():
+            groups.append({"name": name, "params": [table], "lr": config.embedding_lr * width_scale})
         for name, vector in model.vectors().items():
             groups.append({"name": name, "params": [vector], "lr": VECTORS_LR_SHARE * config.embedding_lr})
         betas = config.adam_beta1, config.adam_beta2

@@ -20,7 +20,8 @@ FACTOR = 0x9E3779B97F4A7C15
 def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
     """Logits (B, T, V) of whole sequences (B, T): each switch as it is described, attention by softmax."""
     config = model.config
-    x = F.embedding(tokens, model.embedding.weight)
+    table = model.embedding.weight
+    x = F.embedding(tokens, normalized(table) if config.tied_head else table)
     if model.fields is not None:
         x = x + plain_field_parts(model, tokens)
     if model.positions is not None:
@@ -29,7 +30,7 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
     for block in model.blocks:
         x = x + plain_attention(block.attention, normalized(x), config)
         x = x + plain_mlp(block.mlp, normalized(x), config)
-    logits = model.head(normalized(x))[..., :VOCAB_SIZE]
+    logits = (normalized(x) @ (table if config.tied_head else model.head.weight).T)[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
 
 

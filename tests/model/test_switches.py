@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference_gpt import plain_logits
 from test_model import random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +29,7 @@ SWITCHES: dict[str, dict] = {
     "no_positions": {"positions": "none"},
     "gelu": {"mlp": "gelu"},
     "swiglu": {"mlp": "swiglu"},
+    "tied_head": {"tied_head": True},
 }
 ALL = {"positions": "learned"} | {
     name: value for switch in SWITCHES.values() for name, value in switch.items() if value != "none"
@@ -151,7 +154,8 @@ def test_a_switch_changes_the_answers(name):
 def test_parameters_are_counted_as_the_module_holds_them(case):
     config = dataclasses.replace(PLAIN, **case)
     model = GPT(config)
-    assert sum(weight.numel() for weight in model.parameters()) == parameter_count(config) + 2 * (320 - 267) * 48
+    padded = (1 if config.tied_head else 2) * (320 - 267) * 48
+    assert sum(weight.numel() for weight in model.parameters()) == parameter_count(config) + padded
     muon = Optimizer(model, OptimConfig()).muon.matrices.values()
     assert sum(matrix.weight.numel() for matrix in muon) == matrix_parameters(config)
     shapes = [tuple(matrix.weight.shape) for matrix in muon]
@@ -236,6 +240,17 @@ def test_swiglu_has_as_many_weights_as_tiles_of_16_allow():
         assert config.mlp_width == inner
         plain = parameter_count(dataclasses.replace(config, mlp="relu2"))
         assert parameter_count(config) == pytest.approx(plain, rel=0.01)
+
+
+@torch.no_grad()
+def test_a_tied_model_knows_nothing_at_first_and_its_head_is_its_embedding():
+    for fields in (False, True):
+        model, tokens = GPT(dataclasses.replace(PLAIN, tied_head=True, field_aware=fields)), random_tokens(4, 65)
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        assert loss.item() == pytest.approx(math.log(267), abs=0.01)
+    before, only = model.logits(torch.ones(1, 48)), torch.arange(267) == 99
+    model.embedding.weight[99] += 1
+    assert torch.equal((model.logits(torch.ones(1, 48)) != before)[0], only)
 
 
 @torch.no_grad()

@@ -69,6 +69,8 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
+    tied_head: bool = False
+    """The output head is the table of token embeddings, which then has the head's beginning and the head's rate."""
     field_aware: bool = False
     """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
     prefix_rows: Annotated[int, Bounds(2)] = 1 << 15

@@ -26,7 +26,7 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 def parameter_count(config: ModelConfig) -> int:
     """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D of the plain model."""
-    rows = 2 * VOCAB_SIZE  # of embedding and head
+    rows = (1 if config.tied_head else 2) * VOCAB_SIZE  # of embedding and head
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
     rows += config.seq_len * (config.positions == "learned")

@@ -53,7 +53,7 @@ class GPT(nn.Module):
         self.fields = FieldEmbedding(config) if config.field_aware else None
         self.positions = nn.Embedding(config.seq_len, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.head = nn.Linear(config.n_embd, rows, bias=False)
+        self.head = nn.Linear(config.n_embd, rows, bias=False) if not config.tied_head else None
         self.rotation: Tensor | None  # (seq_len, K), of rotary positions
         self.legal_table: Tensor | None  # of models that hold to the grammar, as the next
         self.place_table: Tensor
@@ -76,11 +76,12 @@ class GPT(nn.Module):
         | MLP up, gate            | uniform, deviation D^−½ | the same                                              |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
         | biases                  | 0                       | they begin as if there were none                      |
-        | head                    | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
+        | head, tied or not       | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
         """
         bound = (3 / self.config.n_embd) ** 0.5  # of a uniform distribution with deviation D^−½
-        nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
-        nn.init.normal_(self.head.weight, std=0.001, generator=generator)
+        nn.init.normal_(self.embedding.weight, std=0.001 if self.head is None else 1.0, generator=generator)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.001, generator=generator)
         if self.fields is not None:
             self.fields.init_weights(generator)
         for block in cast(Iterable[Block], self.blocks):
@@ -117,7 +118,9 @@ class GPT(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits of the token after each state, (…, D) to (…, V) fp32, of illegal tokens too."""
-        logits = self.head(rms_norm(states))[..., :VOCAB_SIZE].float()
+        states = rms_norm(states)
+        logits = F.linear(states, self.embedding.weight) if self.head is None else self.head(states)
+        logits = logits[..., :VOCAB_SIZE].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def states(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
@@ -196,7 +199,7 @@ class GPT(nn.Module):
         if not added:
             # The table is normalised rather than each token; its gradients are summed up before they are cast.
             return F.embedding(own, rms_norm(weight)).to(dtype).view(B, T, -1)
-        x = F.embedding(own, weight)
+        x = F.embedding(own, weight if self.head is not None else rms_norm(weight))  # a head may be of any size
         for part in added:
             x = x + part
         return rms_norm(x).to(dtype).view(B, T, -1)

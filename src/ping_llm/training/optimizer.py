@@ -20,13 +20,12 @@ VALUES_LR_SHARE = 0.1  # of the embedding's rate: a matrix that every RTT byte m
 class Optimizer:
     """Both optimisers; each parameter of the model is in exactly one group.
 
-    `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
-    "prefixes", at the embedding's rate, and "values", at a tenth of it; other tables by
-    their names, at the embedding's rate. All but the matrices have no weight decay, and their
-    rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors have one
-    group each, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the work of
-    a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the rate is
-    its argument.
+    `initial_lrs` holds the peak rate of each group: "matrices", "embedding" (at the head's rate where it is the head, too),
+    "head", and in field-aware models "places" and "prefixes", at the embedding's rate, and "values", at a tenth of it. Other
+    tables go by their names, at the embedding's rate. All but the matrices have no weight decay, and their rates are scaled
+    by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors go by their names, at a fiftieth
+    of the embedding's rate, which is not scaled. `ranks` are the processes that share the work of a step; this one alone by
+    default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the rate is its argument.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
@@ -38,10 +37,11 @@ class Optimizer:
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
         self.muon = Muon(matrices, config.muon_lr, ranks, compiled)
-        groups = [
-            {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
-            {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
-        ]
+        head_rate = config.head_lr * width_scale
+        rate = config.embedding_lr * width_scale if model.head is not None else head_rate
+        groups = [{"name": "embedding", "params": [model.embedding.weight], "lr": rate}]
+        if model.head is not None:
+            groups.append({"name": "head", "params": [model.head.weight], "lr": head_rate})
         if model.fields is not None:
             for name, share in (("places", 1.0), ("prefixes", 1.0), ("values", VALUES_LR_SHARE)):
                 weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale

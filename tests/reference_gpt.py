@@ -26,10 +26,18 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
         x = x + plain_field_parts(model, tokens)
     if model.positions is not None:
         x = x + model.positions.weight[: tokens.shape[1]]
-    x = normalized(x)
-    for block in model.blocks:
+    x = x0 = normalized(x)
+    given, L = [], config.n_layer
+    for layer, block in enumerate(model.blocks):
+        if config.residual_scalars:
+            x = x * model.mixing.residual[layer]
+        if config.x0_scalars:
+            x = x + x0 * model.mixing.x0[layer]
+        if config.unet_skips and layer >= L - L // 2:
+            x = x + given[L - 1 - layer] * model.mixing.skips[L - 1 - layer]
         x = x + plain_attention(block.attention, normalized(x), config)
         x = x + plain_mlp(block.mlp, normalized(x), config)
+        given.append(x)
     logits = (normalized(x) @ (table if config.tied_head else model.head.weight).T)[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, config_from_dict, config_to_dict
+from ping_llm.model.block import Mixing
 from ping_llm.model.checkpoint import load_model, save, save_config
 from ping_llm.model.counts import matrices, matrix_parameters
 from ping_llm.model.fields import VALUE_FEATURES
@@ -29,6 +30,9 @@ SWITCHES: dict[str, dict] = {
     "no_positions": {"positions": "none"},
     "gelu": {"mlp": "gelu"},
     "swiglu": {"mlp": "swiglu"},
+    "residual_scalars": {"residual_scalars": True},
+    "x0_scalars": {"x0_scalars": True},
+    "unet_skips": {"unet_skips": True},
     "tied_head": {"tied_head": True},
 }
 ALL = {"positions": "learned"} | {
@@ -226,6 +230,7 @@ def test_a_config_from_before_the_switches_is_that_of_a_plain_model():
     ("switches", "message"),
     [
         ({"n_kv_head": 3}, "model.n_head=4 must be a multiple of model.n_kv_head=3"),
+        ({"n_layer": 1, "unet_skips": True}, "model.unet_skips needs a model.n_layer of at least 2"),
     ],
 )
 def test_what_excludes_each_other_is_said_at_once(switches, message):
@@ -251,6 +256,28 @@ def test_a_tied_model_knows_nothing_at_first_and_its_head_is_its_embedding():
     before, only = model.logits(torch.ones(1, 48)), torch.arange(267) == 99
     model.embedding.weight[99] += 1
     assert torch.equal((model.logits(torch.ones(1, 48)) != before)[0], only)
+
+
+@torch.no_grad()
+def test_scalars_begin_as_if_there_were_none():
+    plain = GPT(PLAIN, torch.Generator().manual_seed(0))
+    mixed = GPT(dataclasses.replace(PLAIN, residual_scalars=True, x0_scalars=True), torch.Generator().manual_seed(0))
+    for model in (plain, mixed):
+        model.blocks[0].attention.out.weight.fill_(0.1)
+    assert torch.equal(plain(tokens := random_tokens(2, 20)), mixed(tokens))
+    assert mixed.mixing.residual.tolist() == [1, 1, 1] and mixed.mixing.x0.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("layers", "pairs"), [(2, {1: 0}), (5, {3: 1, 4: 0}), (4, {2: 1, 3: 0})])
+def test_each_block_of_the_second_half_sees_its_mirror_image(layers, pairs):
+    """The middle one of an odd number is its own."""
+    mixing = Mixing(dataclasses.replace(PLAIN, n_layer=layers, unet_skips=True))
+    mixing.init_weights()
+    assert mixing.skips.tolist() == [1] * (layers // 2)
+    earlier = [torch.tensor(10.0**number) for number in range(mixing.kept)]
+    for layer in range(layers):
+        added = 10 ** pairs[layer] if layer in pairs else 0
+        assert mixing(layer, torch.tensor(0.5), torch.tensor(7.0), earlier[:layer]) == 0.5 + added
 
 
 @torch.no_grad()

@@ -69,6 +69,12 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
+    residual_scalars: bool = False
+    """Before each block the residual stream is multiplied by a learned number."""
+    x0_scalars: bool = False
+    """Before each block the embedding, times a learned number, is added to the residual stream."""
+    unet_skips: bool = False
+    """Before each block of the second half what its mirror image of the first half gave is added, times a learned number."""
     tied_head: bool = False
     """The output head is the table of token embeddings, which then has the head's beginning and the head's rate."""
     field_aware: bool = False
@@ -86,6 +92,8 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"model.n_embd / model.n_head = {self.head_width} must be even for rotary positions")
+        if self.unet_skips and self.n_layer < 2:
+            raise ValueError("model.unet_skips needs a model.n_layer of at least 2: one block has no other half")
         if self.prefix_rows & (self.prefix_rows - 1):
             raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
 

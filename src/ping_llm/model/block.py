@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 from ping_llm.model.attention import Attention, Pass
 from ping_llm.model.mlp import MLP
 from ping_llm.model.norm import rms_norm
+
+
+class Mixing(nn.Module):
+    """What goes into each block: the residual stream, and earlier states of it times learned numbers, if switched on.
+
+    The numbers for the embedding begin at 0, the others at 1, as in modded-nanogpt and nanochat.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = L = config.n_layer
+        self.residual = nn.Parameter(torch.empty(L)) if config.residual_scalars else None
+        self.x0 = nn.Parameter(torch.empty(L)) if config.x0_scalars else None
+        self.kept = L // 2 if config.unet_skips else 0
+        self.skips = nn.Parameter(torch.empty(self.kept)) if config.unet_skips else None
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """See `GPT.init_weights`."""
+        for numbers, first in ((self.residual, 1.0), (self.x0, 0.0), (self.skips, 1.0)):
+            if numbers is not None:
+                nn.init.constant_(numbers, first)
+
+    def forward(self, layer: int, x: Tensor, x0: Tensor, earlier: list[Tensor]) -> Tensor:
+        """Input of a block, (B, T, D), of what the block before it, the embedding and the first `kept` blocks gave."""
+        if self.residual is not None:
+            x = self.residual[layer] * x
+        if self.x0 is not None:
+            x = x + self.x0[layer] * x0
+        mirror = self.layers - 1 - layer
+        if self.skips is not None and mirror < layer:
+            x = x + self.skips[mirror] * earlier[mirror]
+        return x
 
 
 class Block(nn.Module):

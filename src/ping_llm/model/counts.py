@@ -30,8 +30,10 @@ def parameter_count(config: ModelConfig) -> int:
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
     rows += config.seq_len * (config.positions == "learned")
-    biases = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias
-    return matrix_parameters(config) + rows * config.n_embd + biases * config.n_layer
+    vectors = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias  # of a layer
+    vectors += config.residual_scalars + config.x0_scalars
+    skips = config.n_layer // 2 * config.unet_skips
+    return matrix_parameters(config) + rows * config.n_embd + vectors * config.n_layer + skips
 
 
 def flops_per_token(config: ModelConfig) -> int:

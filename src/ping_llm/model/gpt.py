@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 from ping_llm.model.attention import Pass, rotation_of, rotation_table
-from ping_llm.model.block import Block, BlockAt
+from ping_llm.model.block import Block, BlockAt, Mixing
 from ping_llm.model.cache import KVCache
 from ping_llm.model.counts import flops_per_token, parameter_count
 from ping_llm.model.fields import VOCAB_SIZE, FieldEmbedding, FieldFeatures, read_fields
@@ -53,6 +53,7 @@ class GPT(nn.Module):
         self.fields = FieldEmbedding(config) if config.field_aware else None
         self.positions = nn.Embedding(config.seq_len, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.mixing = Mixing(config)
         self.head = nn.Linear(config.n_embd, rows, bias=False) if not config.tied_head else None
         self.rotation: Tensor | None  # (seq_len, K), of rotary positions
         self.legal_table: Tensor | None  # of models that hold to the grammar, as the next
@@ -75,7 +76,8 @@ class GPT(nn.Module):
         | attention qkv           | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
         | MLP up, gate            | uniform, deviation D^−½ | the same                                              |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
-        | biases                  | 0                       | they begin as if there were none                      |
+        | biases, x0 scalars      | 0                       | they begin as if there were none                      |
+        | other scalars           | 1                       | the stream as it is, and as much of its mirror image  |
         | head, tied or not       | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
         """
         bound = (3 / self.config.n_embd) ** 0.5  # of a uniform distribution with deviation D^−½
@@ -87,6 +89,7 @@ class GPT(nn.Module):
         for block in cast(Iterable[Block], self.blocks):
             block.attention.init_weights(bound, generator)
             block.mlp.init_weights(bound, generator)
+        self.mixing.init_weights()
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=1.0, generator=generator)
 
@@ -95,8 +98,9 @@ class GPT(nn.Module):
         return {name: weight for name, weight in self.named_parameters() if name in _TABLES}
 
     def vectors(self) -> dict[str, nn.Parameter]:
-        """The weights that are neither matrices nor tables: biases."""
-        return {name: weight for name, weight in self.named_parameters() if name.endswith(".bias")}
+        """The weights that are neither matrices nor tables: biases, and the numbers that states are mixed by."""
+        named = self.named_parameters()
+        return {name: weight for name, weight in named if name.endswith(".bias") or name.startswith("mixing.")}
 
     def learn_in_fp8(self, wanted: bool) -> None:
         """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""
@@ -144,8 +148,11 @@ class GPT(nn.Module):
             angles = self.rotation[:T] if positions is None else self.rotation[positions]
             rotation = rotation_of(angles.to(x.dtype))
         given = Pass(rotation, cache, mask)
-        for block in self.blocks:
-            x = block(x, given)
+        x0, earlier = x, []
+        for layer, block in enumerate(self.blocks):
+            x = block(self.mixing(layer, x, x0, earlier), given)
+            if layer < self.mixing.kept:
+                earlier.append(x)
         return x
 
     def _places(self, tokens: Tensor, cache: KVCache | None, branches: int) -> tuple[Tensor | None, Tensor | None]:

@@ -35,14 +35,14 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
             x = x + x0 * model.mixing.x0[layer]
         if config.unet_skips and layer >= L - L // 2:
             x = x + given[L - 1 - layer] * model.mixing.skips[L - 1 - layer]
-        x = x + plain_attention(block.attention, normalized(x), config)
+        x = x + plain_attention(block.attention, normalized(x), x0, config)
         x = x + plain_mlp(block.mlp, normalized(x), config)
         given.append(x)
     logits = (normalized(x) @ (table if config.tied_head else model.head.weight).T)[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
 
 
-def plain_attention(attention: Attention, x: Tensor, config: ModelConfig) -> Tensor:
+def plain_attention(attention: Attention, x: Tensor, x0: Tensor, config: ModelConfig) -> Tensor:
     """What attention adds to a normalised residual stream (B, T, D), head by head."""
     T, K, queries = x.shape[1], config.n_embd // config.n_head, config.n_embd
     rows = attention.qkv.weight.split(K)  # heads of queries, then of keys, then of values
@@ -50,10 +50,15 @@ def plain_attention(attention: Attention, x: Tensor, config: ModelConfig) -> Ten
     heads = [F.linear(x, head) for head in rows]
     if attention.bias is not None:
         heads = [head + bias for head, bias in zip(heads, attention.bias.split(K), strict=True)]
+    if attention.value is not None:
+        gates = [3 * torch.sigmoid(x[..., :12] @ gate)[..., None] for gate in attention.value.gate.weight]
+        projections = [F.linear(x0, head) for head in attention.value.project.weight.split(K)]
     hidden, results = torch.ones(T, T, dtype=torch.bool).triu(1), []
     for number, q in enumerate(heads[: queries // K]):
         shared = number * of_kv // config.n_head
         k, v = heads[config.n_head + shared], heads[config.n_head + of_kv + shared]
+        if attention.value is not None:
+            v = v + gates[shared] * projections[shared]
         if config.positions == "rotary":
             q, k = rotated(q, config.rope_base), rotated(k, config.rope_base)
         q, k = normalized(q), normalized(k)

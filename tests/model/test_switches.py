@@ -30,6 +30,7 @@ SWITCHES: dict[str, dict] = {
     "no_positions": {"positions": "none"},
     "gelu": {"mlp": "gelu"},
     "swiglu": {"mlp": "swiglu"},
+    "value_embeddings": {"value_embeddings": True},
     "residual_scalars": {"residual_scalars": True},
     "x0_scalars": {"x0_scalars": True},
     "unet_skips": {"unet_skips": True},
@@ -278,6 +279,13 @@ def test_each_block_of_the_second_half_sees_its_mirror_image(layers, pairs):
     for layer in range(layers):
         added = 10 ** pairs[layer] if layer in pairs else 0
         assert mixing(layer, torch.tensor(0.5), torch.tensor(7.0), earlier[:layer]) == 0.5 + added
+
+
+def test_every_other_block_embeds_values_the_last_among_them():
+    for layers, expected in ((4, [False, True, False, True]), (3, [True, False, True]), (1, [True])):
+        model = GPT(dataclasses.replace(PLAIN, n_layer=layers, value_embeddings=True))
+        assert [block.attention.value is not None for block in model.blocks] == expected
+        assert not model.blocks[-1].attention.value.gate.weight.any()
 
 
 @torch.no_grad()

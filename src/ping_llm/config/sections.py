@@ -69,6 +69,8 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     softcap: Annotated[float, Bounds(1)] = 15.0
     """Logits are softcap·tanh(logits / softcap)."""
+    value_embeddings: bool = False
+    """In every other block, the last among them, the embedding also speaks through the values: a gated projection of it."""
     residual_scalars: bool = False
     """Before each block the residual stream is multiplied by a learned number."""
     x0_scalars: bool = False

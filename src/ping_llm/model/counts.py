@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ping_llm.config import ModelConfig
+from ping_llm.model.attention import GATE_CHANNELS
 from ping_llm.model.fields import PLACES, VALUE_FEATURES, VOCAB_SIZE
 
 
@@ -15,7 +16,10 @@ def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
     shapes = Counter({(D, D): 2 * L})  # of queries and out
     shapes[inner, D] += 2 * L if config.mlp == "swiglu" else L
     shapes[D, inner] += L
-    shapes[config.kv_heads * config.head_width, D] += 2 * L
+    embeds = (L + 1) // 2 if config.value_embeddings else 0
+    shapes[config.kv_heads * config.head_width, D] += 2 * L + embeds
+    if embeds:
+        shapes[config.kv_heads, min(GATE_CHANNELS, D)] += embeds
     return shapes
 
 

@@ -75,8 +75,10 @@ class GPT(nn.Module):
         | positions, learned      | normal, deviation 1     | as much as the token says                             |
         | attention qkv           | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
         | MLP up, gate            | uniform, deviation D^−½ | the same                                              |
+        | value embeddings        | uniform, deviation D^−½ | as much as the values themselves                      |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
         | biases, x0 scalars      | 0                       | they begin as if there were none                      |
+        | gate of value embedding | 0                       | it begins at 3/2 everywhere                           |
         | other scalars           | 1                       | the stream as it is, and as much of its mirror image  |
         | head, tied or not       | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
         """
@@ -147,8 +149,9 @@ class GPT(nn.Module):
         if self.rotation is not None:  # (B or none, T, K)
             angles = self.rotation[:T] if positions is None else self.rotation[positions]
             rotation = rotation_of(angles.to(x.dtype))
-        given = Pass(rotation, cache, mask)
-        x0, earlier = x, []
+        given = Pass(rotation, cache, x, mask)
+        x0 = x
+        earlier: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             x = block(self.mixing(layer, x, x0, earlier), given)
             if layer < self.mixing.kept:

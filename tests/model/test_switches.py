@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_gpt import plain_logits
+from switches import ALL, LEFT_OUT, PLAIN, SWITCHES
 from test_model import random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,25 +22,7 @@ from ping_llm.model.fields import VALUE_FEATURES
 from ping_llm.model.gpt import GPT, KVCache, answering_at, flops_per_token, parameter_count
 from ping_llm.training.optimizer import Optimizer
 
-PLAIN = ModelConfig(n_layer=3, n_embd=48, n_head=4, seq_len=64, prefix_rows=64)
-SWITCHES: dict[str, dict] = {
-    "n_kv_head": {"n_kv_head": 2},
-    "one_kv_head": {"n_kv_head": 1},
-    "qkv_bias": {"qkv_bias": True},
-    "learned": {"positions": "learned"},
-    "no_positions": {"positions": "none"},
-    "gelu": {"mlp": "gelu"},
-    "swiglu": {"mlp": "swiglu"},
-    "value_embeddings": {"value_embeddings": True},
-    "residual_scalars": {"residual_scalars": True},
-    "x0_scalars": {"x0_scalars": True},
-    "unet_skips": {"unet_skips": True},
-    "tied_head": {"tied_head": True},
-}
-ALL = {"positions": "learned"} | {
-    name: value for switch in SWITCHES.values() for name, value in switch.items() if value != "none"
-}
-CASES = SWITCHES | {"all": ALL, "all_field_aware": ALL | {"field_aware": True, "grammar": True}}
+CASES = SWITCHES | {"left_out": LEFT_OUT, "all": ALL, "all_field_aware": ALL | {"field_aware": True, "grammar": True}}
 
 
 def awake(**switches) -> GPT:
@@ -181,8 +164,9 @@ def test_the_graph_is_whole(case, learns):
     model = GPT(dataclasses.replace(PLAIN, **case))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    options = {"keys": torch.tensor([5, 6])} if learns and model.leaves_out else {}
     with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(tokens := random_tokens(2, 64)), model(tokens))
+        assert torch.equal(compiled(tokens := random_tokens(2, 64), **options), model(tokens, **options))
 
 
 def test_every_weight_moves_and_a_restored_optimizer_goes_on(case):

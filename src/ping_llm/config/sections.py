@@ -71,6 +71,11 @@ class ModelConfig(Section):
     """Logits are softcap·tanh(logits / softcap)."""
     value_embeddings: bool = False
     """In every other block, the last among them, the embedding also speaks through the values: a gated projection of it."""
+    dropout: Annotated[float, Bounds(0, 0.9)] = 0.0
+    """Share of what attention and MLP add to the residual stream that is left out while the model learns."""
+    stochastic_depth: Annotated[float, Bounds(0, 0.9)] = 0.0
+    """Share of the windows that pass the last block by while the model learns; those before it are passed by more rarely, in
+    proportion to their number."""
     residual_scalars: bool = False
     """Before each block the residual stream is multiplied by a learned number."""
     x0_scalars: bool = False

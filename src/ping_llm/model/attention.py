@@ -27,6 +27,7 @@ class Pass:
     cache: KVCache | None
     x0: Tensor  # (B, T, D), the embedding
     mask: Tensor | None  # (B or 1, 1, T, S) bool, what each token sees; None: all before it
+    keys: Tensor | None  # (B,) of the windows, where values are left out; None: nowhere
 
 
 class ValueEmbedding(nn.Module):

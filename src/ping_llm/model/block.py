@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 from ping_llm.model.attention import Attention, Pass
+from ping_llm.model.dropout import dropped
 from ping_llm.model.mlp import MLP
 from ping_llm.model.norm import rms_norm
 
@@ -45,17 +46,33 @@ class Mixing(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each on the normalised residual stream and added to it."""
+    """Attention, then the MLP, each on the normalised residual stream and added to it.
+
+    With stochastic depth (Huang et al., Deep networks with stochastic depth, 2016) windows pass block i of L by, i / L as
+    many as pass the last one by, and what it adds to the others is made larger, so that the mean stays.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.passed_by = config.stochastic_depth * (layer + 1) / config.n_layer
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
         """(B, T, D)."""
-        x = x + self.attention(rms_norm(x), given)
-        return x + self.mlp(rms_norm(x))
+        x = x + self._learning(self.attention(rms_norm(x), given), given.keys, 0)
+        return x + self._learning(self.mlp(rms_norm(x)), given.keys, 1)
+
+    def _learning(self, added: Tensor, keys: Tensor | None, part: int) -> Tensor:
+        """What is added while the model learns: all of it where there are no keys."""
+        if keys is None:
+            return added
+        if self.dropout:
+            added = dropped(added, self.dropout, keys, 3 * self.layer + part)
+        if self.passed_by:
+            added = added * dropped(added.new_ones(len(added), 1, 1), self.passed_by, keys, 3 * self.layer + 2)
+        return added
 
 
 class BlockAt(nn.Module):

@@ -104,17 +104,24 @@ class GPT(nn.Module):
         named = self.named_parameters()
         return {name: weight for name, weight in named if name.endswith(".bias") or name.startswith("mixing.")}
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether values are left out while the model learns: then `forward` wants keys."""
+        return self.config.dropout > 0 or self.config.stochastic_depth > 0
+
     def learn_in_fp8(self, wanted: bool) -> None:
         """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""
         for layer in self.blocks.modules():
             if isinstance(layer, Linear):
                 layer.fp8 = wanted
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, branches: int | None = None, keys: Tensor | None = None
+    ) -> Tensor:
         """Logits of the token after each given one, (B, T, V) fp32; see `states`. Of a model that holds to the grammar,
-        illegal tokens have none."""
+        illegal tokens have none. `keys`, (B,) of the windows, are given by steps that learn: values are left out by them."""
         features = self._read_fields(tokens, cache, branches)
-        logits = self.logits(self._states(tokens, features, cache, branches))
+        logits = self.logits(self._states(tokens, features, cache, branches, keys))
         if self.legal_table is None or features is None:
             return logits
         rows = legal_states(features, self.place_table).view(tokens.shape)
@@ -140,7 +147,12 @@ class GPT(nn.Module):
         return self._states(tokens, self._read_fields(tokens, cache, branches), cache, branches)
 
     def _states(
-        self, tokens: Tensor, features: FieldFeatures | None, cache: KVCache | None, branches: int | None
+        self,
+        tokens: Tensor,
+        features: FieldFeatures | None,
+        cache: KVCache | None,
+        branches: int | None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         T = tokens.shape[1]
         positions, mask = self._places(tokens, cache, branches or 1)
@@ -149,7 +161,7 @@ class GPT(nn.Module):
         if self.rotation is not None:  # (B or none, T, K)
             angles = self.rotation[:T] if positions is None else self.rotation[positions]
             rotation = rotation_of(angles.to(x.dtype))
-        given = Pass(rotation, cache, x, mask)
+        given = Pass(rotation, cache, x, mask, keys)
         x0 = x
         earlier: list[Tensor] = []
         for layer, block in enumerate(self.blocks):

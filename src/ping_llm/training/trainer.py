@@ -129,7 +129,7 @@ class Training:
             where = f"process {ranks.rank} finds other rows in {config.data.rows}"
             raise ValueError(f"{where} than the main one; copy them")
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
-        torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
+        torch.manual_seed(config.seed)  # nothing draws from it; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
@@ -172,7 +172,7 @@ class Training:
             wait_s = time.perf_counter() - started
             lr_scale = schedule.lr_scale(progress, self.config.optim)
             votes = (stop.is_set(), clock if self.ranks.is_main else 0.0)  # all processes stop after the same step
-            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
+            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale, step=state.step)
             grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
             (*counts, stopped, elapsed_s) = totals.tolist()
             trained = int(sum(counts[: len(FIELDS)]))  # targets; the other counts are of some of these

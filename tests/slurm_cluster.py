@@ -58,6 +58,7 @@ JobCompType=jobcomp/none
 JobRequeue=1
 KillWait=5
 InactiveLimit=0
+MinJobAge=86400
 GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP

@@ -90,6 +90,10 @@ class ModelConfig(Section):
     """Rows of the table of address prefixes, a power of two; of field-aware models."""
     grammar: bool = False
     """Tokens that the grammar does not allow next have no probability; else that is learned."""
+    src_bits_ipv4: Annotated[int, Bounds(8, 32)] = 32
+    """Bits of an IPv4 source that are read and learned, whole bytes; the others count as 0. 24 = hosts of a /24 are one."""
+    src_bits_ipv6: Annotated[int, Bounds(8, 128)] = 128
+    """The same of an IPv6 source. 48 = hosts of a /48 are one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +107,11 @@ class ModelConfig(Section):
             raise ValueError("model.unet_skips needs a model.n_layer of at least 2: one block has no other half")
         if self.prefix_rows & (self.prefix_rows - 1):
             raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
+        for name in ("src_bits_ipv4", "src_bits_ipv6"):
+            if getattr(self, name) % 8:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be a multiple of 8: the model reads whole bytes"
+                )
 
     @property
     def head_width(self) -> int:

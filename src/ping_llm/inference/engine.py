@@ -266,7 +266,7 @@ def line_log_prob(reader: Reader, lines: Sequence[np.ndarray], context: np.ndarr
     longest_first = np.argsort([-len(line) for line in lines], kind="stable")
     for first in range(0, len(lines), _LINES):
         rows = longest_first[first : first + _LINES]
-        given, _ = reader.pad([lines[i] for i in rows])  # (B, T)
+        given = reader.gpt.as_read(reader.pad([lines[i] for i in rows])[0])  # (B, T)
         same = torch.zeros(len(rows), dtype=torch.int64, device=reader.device)
         with reader.autocast():
             logits = reader.gpt(given[:, :-1], read.select(same) if len(context) else None).double()  # (B, T−1, V)

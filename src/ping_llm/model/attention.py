@@ -116,7 +116,7 @@ class Attention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (rms_norm(q), rms_norm(k), v))  # (B, H, T, K)
         if given.cache is not None:
             k, v = given.cache.append(self.layer, k, v)  # (B, H, S, K)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

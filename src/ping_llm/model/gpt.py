@@ -22,7 +22,7 @@ from ping_llm.model.attention import Pass, rotation_of, rotation_table
 from ping_llm.model.block import Block, BlockAt, Mixing
 from ping_llm.model.cache import KVCache
 from ping_llm.model.counts import flops_per_token, parameter_count
-from ping_llm.model.fields import VOCAB_SIZE, FieldEmbedding, FieldFeatures, read_fields
+from ping_llm.model.fields import VOCAB_SIZE, WHOLE, FieldEmbedding, FieldFeatures, coarse, read_fields
 from ping_llm.model.fp8 import Linear
 from ping_llm.model.legal import ILLEGAL, legal_states, legal_table, place_table
 from ping_llm.model.norm import rms_norm
@@ -48,6 +48,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.src_bytes = (config.src_bits_ipv4 // 8, config.src_bits_ipv6 // 8)  # of sources, that are read
         rows = -(-VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.fields = FieldEmbedding(config) if config.field_aware else None
@@ -109,6 +110,11 @@ class GPT(nn.Module):
         """Whether values are left out while the model learns: then `forward` wants keys."""
         return self.config.dropout > 0 or self.config.stochastic_depth > 0
 
+    def as_read(self, windows: Tensor) -> Tensor:
+        """Windows (B, T) as the model reads them: what it can be expected to foretell. Bytes of sources it does not read
+        are 0; negative tokens stay as they are."""
+        return coarse(windows, self.src_bytes)
+
     def learn_in_fp8(self, wanted: bool) -> None:
         """Whether the matrices of the blocks are multiplied in FP8 while they learn; embedding and head never are."""
         for layer in self.blocks.modules():
@@ -156,7 +162,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         T = tokens.shape[1]
         positions, mask = self._places(tokens, cache, branches or 1)
-        x = self._embed(tokens, features, positions, branches)
+        read = _side_by_side(tokens, branches) if features is None else features.tokens
+        x = self._embed(read, features, positions).view(*tokens.shape, -1)
         rotation = None
         if self.rotation is not None:  # (B or none, T, K)
             angles = self.rotation[:T] if positions is None else self.rotation[positions]
@@ -194,37 +201,36 @@ class GPT(nn.Module):
 
     def _read_fields(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> FieldFeatures | None:
         """What the tokens mean within their fields, each of the continuations as a prompt of its own; None: not wanted."""
-        if self.fields is None and self.legal_table is None:
+        if self.fields is None and self.legal_table is None and self.src_bytes == WHOLE:
             return None
         state = None if cache is None else cache.field
         if state is not None and branches is not None:
             state = state.map(lambda tensor: tensor.repeat_interleave(branches, dim=0))
-        features, after = read_fields(_side_by_side(tokens, branches), state)
+        features, after = read_fields(_side_by_side(tokens, branches), state, self.src_bytes)
         if cache is not None:
             cache.field = after if branches is None else None
         return features
 
-    def _embed(
-        self, tokens: Tensor, features: FieldFeatures | None, positions: Tensor | None, branches: int | None
-    ) -> Tensor:
-        """Input of the first block, (B, T, D) in the dtype of the residual stream: that in which linear layers answer."""
-        (B, T), weight = tokens.shape, self.embedding.weight
+    def _embed(self, tokens: Tensor, features: FieldFeatures | None, positions: Tensor | None) -> Tensor:
+        """Input of the first block, (…, D) in the dtype of the residual stream: that in which linear layers answer."""
+        weight, added = self.embedding.weight, []
         dtype = weight.dtype
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
-        own, added = _side_by_side(tokens, branches).clamp(min=0), []
         if self.fields is not None and features is not None:
             added.append(self.fields(features))
         if self.positions is not None:
-            at = self.positions.weight[:T] if positions is None else self.positions(positions)
-            added.append(at.reshape(-1, *own.shape[1:], at.shape[-1]))
+            at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+            added.append(self.positions(at.view(-1, tokens.shape[1])))
         if not added:
             # The table is normalised rather than each token; its gradients are summed up before they are cast.
-            return F.embedding(own, rms_norm(weight)).to(dtype).view(B, T, -1)
-        x = F.embedding(own, weight if self.head is not None else rms_norm(weight))  # a head may be of any size
+            return F.embedding(tokens.clamp(min=0), rms_norm(weight)).to(dtype)
+        x = F.embedding(
+            tokens.clamp(min=0), weight if self.head is not None else rms_norm(weight)
+        )  # heads vary in size
         for part in added:
             x = x + part
-        return rms_norm(x).to(dtype).view(B, T, -1)
+        return rms_norm(x).to(dtype)
 
 
 def _side_by_side(tokens: Tensor, branches: int | None) -> Tensor:

@@ -64,7 +64,7 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
     What training has met is looked up in its rows.
     """
     results, rows = results or 2 * config.train.eval_queries, config.data.rows
-    familiar = Familiar.of_rows(RowReader(rows, "train"))
+    familiar = Familiar.of_rows(RowReader(rows, "train"), gpt.src_bytes)
     precision: Literal["fp32", "bf16"] = "bf16" if native_bf16(device) else "fp32"
     reader = Reader(gpt, device, Calibration(familiar=familiar), precision, LEAST_MASS)
     found = draw_results(rows, results, np.random.default_rng(config.seed))

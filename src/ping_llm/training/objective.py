@@ -113,6 +113,7 @@ class Objective:
 
         Padding is put in as token 0; it stands at the right, so no target depends on it. Muted tokens are put in, too.
         """
+        tokens = self.model.as_read(tokens)
         read = torch.where(tokens <= MUTED, MUTED - tokens, tokens)
         fields = token_fields(read, self.role_fields, self.byte_fields)
         return read[:, :-1].clamp(min=0), tokens[:, 1:].clamp(min=PADDING), fields[:, 1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
         x = x + plain_field_parts(model, tokens)
     if model.positions is not None:
         x = x + model.positions.weight[: tokens.shape[1]]
+    if model.bigrams is not None:
+        pairs = [[267 * first + second for first, second in pairwise(line)] for line in tokens.tolist()]
+        x = x + F.pad(model.bigrams.weight[torch.tensor(pairs)], (0, 0, 1, 0))
     x = x0 = normalized(x)
     given, L = [], config.n_layer
     for layer, block in enumerate(model.blocks):

@@ -17,6 +17,7 @@ SWITCHES: dict[str, dict] = {
     "residual_scalars": {"residual_scalars": True},
     "x0_scalars": {"x0_scalars": True},
     "unet_skips": {"unet_skips": True},
+    "bigrams": {"bigrams": True},
     "tied_head": {"tied_head": True},
 }
 LEFT_OUT = {"dropout": 0.2, "stochastic_depth": 0.3}

@@ -265,6 +265,15 @@ def test_each_block_of_the_second_half_sees_its_mirror_image(layers, pairs):
         assert mixing(layer, torch.tensor(0.5), torch.tensor(7.0), earlier[:layer]) == 0.5 + added
 
 
+@torch.no_grad()
+def test_a_pair_of_tokens_has_a_row_of_its_own():
+    model, tokens = GPT(dataclasses.replace(PLAIN, bigrams=True)), torch.tensor([[3, 14, 15, 3, 14, 14, 3]])
+    assert model.bigrams.weight.shape == (71_289, 48) and not model.bigrams.weight.any()
+    before = model.states(tokens)
+    model.bigrams.weight[3 * 267 + 14] = 2.0
+    assert (model.states(tokens) != before).any(-1).tolist() == [[False, True, False, False, True, False, False]]
+
+
 def test_every_other_block_embeds_values_the_last_among_them():
     for layers, expected in ((4, [False, True, False, True]), (3, [True, False, True]), (1, [True])):
         model = GPT(dataclasses.replace(PLAIN, n_layer=layers, value_embeddings=True))

@@ -82,6 +82,8 @@ class ModelConfig(Section):
     """Before each block the embedding, times a learned number, is added to the residual stream."""
     unet_skips: bool = False
     """Before each block of the second half what its mirror image of the first half gave is added, times a learned number."""
+    bigrams: bool = False
+    """A token's embedding also has a row for it and the token before: one for each of the 71,289 pairs."""
     tied_head: bool = False
     """The output head is the table of token embeddings, which then has the head's beginning and the head's rate."""
     field_aware: bool = False

@@ -33,6 +33,7 @@ def parameter_count(config: ModelConfig) -> int:
     rows = (1 if config.tied_head else 2) * VOCAB_SIZE  # of embedding and head
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
+    rows += VOCAB_SIZE**2 * config.bigrams
     rows += config.seq_len * (config.positions == "learned")
     vectors = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias  # of a layer
     vectors += config.residual_scalars + config.x0_scalars

@@ -30,7 +30,7 @@ from ping_llm.model.norm import rms_norm
 __all__ = ["GPT", "VOCAB_SIZE", "KVCache", "answering_at", "flops_per_token", "parameter_count"]
 
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
-_TABLES = ("positions.weight",)
+_TABLES = ("positions.weight", "bigrams.weight")
 
 
 def answering_at(model: GPT, places: Tensor) -> GPT:
@@ -53,6 +53,8 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.fields = FieldEmbedding(config) if config.field_aware else None
         self.positions = nn.Embedding(config.seq_len, config.n_embd) if config.positions == "learned" else None
+        self.bigrams = nn.Embedding(VOCAB_SIZE**2, config.n_embd) if config.bigrams else None
+        self.looks_back = int(config.bigrams)  # tokens before each that its input depends on
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.mixing = Mixing(config)
         self.head = nn.Linear(config.n_embd, rows, bias=False) if not config.tied_head else None
@@ -78,7 +80,7 @@ class GPT(nn.Module):
         | MLP up, gate            | uniform, deviation D^−½ | the same                                              |
         | value embeddings        | uniform, deviation D^−½ | as much as the values themselves                      |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
-        | biases, x0 scalars      | 0                       | they begin as if there were none                      |
+        | biases, bigrams, x0     | 0                       | they begin as if there were none                      |
         | gate of value embedding | 0                       | it begins at 3/2 everywhere                           |
         | other scalars           | 1                       | the stream as it is, and as much of its mirror image  |
         | head, tied or not       | normal, deviation 0.001 | as nanochat: loss ≈ ln V, yet gradients flow at once  |
@@ -95,9 +97,11 @@ class GPT(nn.Module):
         self.mixing.init_weights()
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=1.0, generator=generator)
+        if self.bigrams is not None:
+            nn.init.zeros_(self.bigrams.weight)
 
     def tables(self) -> dict[str, nn.Parameter]:
-        """Tables beside those of tokens and fields: of positions."""
+        """Tables beside those of tokens and fields: of positions and pairs of tokens."""
         return {name: weight for name, weight in self.named_parameters() if name in _TABLES}
 
     def vectors(self) -> dict[str, nn.Parameter]:
@@ -161,9 +165,10 @@ class GPT(nn.Module):
         keys: Tensor | None = None,
     ) -> Tensor:
         T = tokens.shape[1]
-        positions, mask = self._places(tokens, cache, branches or 1)
         read = _side_by_side(tokens, branches) if features is None else features.tokens
-        x = self._embed(read, features, positions).view(*tokens.shape, -1)
+        line = self._line(read, cache, branches)
+        positions, mask = self._places(tokens, cache, branches or 1)
+        x = self._embed(read, features, positions, line).view(*tokens.shape, -1)
         rotation = None
         if self.rotation is not None:  # (B or none, T, K)
             angles = self.rotation[:T] if positions is None else self.rotation[positions]
@@ -211,7 +216,22 @@ class GPT(nn.Module):
             cache.field = after if branches is None else None
         return features
 
-    def _embed(self, tokens: Tensor, features: FieldFeatures | None, positions: Tensor | None) -> Tensor:
+    def _line(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> Tensor | None:
+        """Tokens as they are read, (B, T), after the `looks_back` before them, −1 where there is none; None: not wanted."""
+        if not self.looks_back:
+            return None
+        before = tokens.new_full((len(tokens), self.looks_back), -1)
+        if cache is not None:
+            rows, held = len(tokens) // (branches or 1), cache.tokens
+            if held is not None:
+                before = cache.latest(self.looks_back).repeat_interleave(branches or 1, dim=0)
+            new = tokens.reshape(rows, -1)
+            cache.tokens = new if held is None else torch.cat([held, new], dim=1)
+        return torch.cat([before, tokens], dim=1)
+
+    def _embed(
+        self, tokens: Tensor, features: FieldFeatures | None, positions: Tensor | None, line: Tensor | None
+    ) -> Tensor:
         """Input of the first block, (…, D) in the dtype of the residual stream: that in which linear layers answer."""
         weight, added = self.embedding.weight, []
         dtype = weight.dtype
@@ -221,7 +241,11 @@ class GPT(nn.Module):
             added.append(self.fields(features))
         if self.positions is not None:
             at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
-            added.append(self.positions(at.view(-1, tokens.shape[1])))
+            added.append(self.positions(at.reshape(-1, tokens.shape[1])))
+        if self.bigrams is not None and line is not None:
+            first = line[:, -tokens.shape[1] - 1 : -1]  # (B, T), the token before
+            pair = self.bigrams(first.clamp(min=0) * VOCAB_SIZE + tokens.clamp(min=0))
+            added.append(torch.where((first >= 0)[..., None], pair, 0.0))
         if not added:
             # The table is normalised rather than each token; its gradients are summed up before they are cast.
             return F.embedding(tokens.clamp(min=0), rms_norm(weight)).to(dtype)

@@ -14,6 +14,7 @@ from ping_llm.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
 VECTORS_LR_SHARE = 0.02  # of the embedding's rate, of biases and the like; the width is nothing to them
+BIGRAMS_LR_SHARE = 0.1  # of the embedding's rate: they begin at 0, and most pairs are rare
 VALUES_LR_SHARE = 0.1  # of the embedding's rate: a matrix that every RTT byte moves, no table of rows
 
 
@@ -22,10 +23,11 @@ class Optimizer:
 
     `initial_lrs` holds the peak rate of each group: "matrices", "embedding" (at the head's rate where it is the head, too),
     "head", and in field-aware models "places" and "prefixes", at the embedding's rate, and "values", at a tenth of it. Other
-    tables go by their names, at the embedding's rate. All but the matrices have no weight decay, and their rates are scaled
-    by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors go by their names, at a fiftieth
-    of the embedding's rate, which is not scaled. `ranks` are the processes that share the work of a step; this one alone by
-    default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the rate is its argument.
+    tables go by their names, at the embedding's rate, or a tenth of it for bigrams. All but the matrices have no weight
+    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors
+    go by their names, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the
+    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the
+    rate is its argument.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
@@ -47,7 +49,8 @@ class Optimizer:
                 weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale
                 groups.append({"name": name, "params": [weight], "lr": rate})
         for name, table in model.tables().items():
-            groups.append({"name": name, "params": [table], "lr": config.embedding_lr * width_scale})
+            share = BIGRAMS_LR_SHARE if name == "bigrams.weight" else 1.0
+            groups.append({"name": name, "params": [table], "lr": share * config.embedding_lr * width_scale})
         for name, vector in model.vectors().items():
             groups.append({"name": name, "params": [vector], "lr": VECTORS_LR_SHARE * config.embedding_lr})
         betas = config.adam_beta1, config.adam_beta2

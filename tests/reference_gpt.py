@@ -12,7 +12,9 @@ from torch import Tensor
 from ping_llm.config import ModelConfig
 from ping_llm.data.tokenization import BYTE_0, DST_IPV4, DST_IPV6, RTT_START, SRC_IPV4, SRC_IPV6
 from ping_llm.model.attention import Attention
+from ping_llm.model.codewords import Codewords
 from ping_llm.model.gpt import GPT, VOCAB_SIZE
+from ping_llm.model.lookup import Lookup
 from ping_llm.model.mlp import MLP
 
 FACTOR = 0x9E3779B97F4A7C15
@@ -32,6 +34,7 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
         x = x + F.pad(model.bigrams.weight[torch.tensor(pairs)], (0, 0, 1, 0))
     x = x0 = normalized(x)
     given, L = [], config.n_layer
+    words = None if model.codewords is None else plain_codewords(model.codewords)
     for layer, block in enumerate(model.blocks):
         if config.residual_scalars:
             x = x * model.mixing.residual[layer]
@@ -39,11 +42,37 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
             x = x + x0 * model.mixing.x0[layer]
         if config.unet_skips and layer >= L - L // 2:
             x = x + given[L - 1 - layer] * model.mixing.skips[L - 1 - layer]
+        if block.lookup is not None:
+            x = x + plain_lookup(block.lookup, normalized(x), words, tokens)
         x = x + plain_attention(block.attention, normalized(x), x0, config)
         x = x + plain_mlp(block.mlp, normalized(x), config)
         given.append(x)
     logits = (normalized(x) @ (table if config.tied_head else model.head.weight).T)[..., :VOCAB_SIZE]
     return config.softcap * torch.tanh(logits / config.softcap)
+
+
+def plain_codewords(codewords: Codewords) -> dict[tuple[int, ...], int]:
+    """The row of each n-gram."""
+    words = {(token,): row for token, row in enumerate(codewords.singles.tolist())}
+    edges = [
+        (*divmod(edge, 267), row) for edge, row in zip(codewords.edges.tolist(), codewords.longer.tolist(), strict=True)
+    ]
+    while len(words) < 267 + sum(parent < codewords.rows for parent, _, _ in edges):
+        of_row = {row: word for word, row in words.items()}
+        words |= {(*of_row[parent], token): row for parent, token, row in edges if parent in of_row}
+    return words
+
+
+def plain_lookup(lookup: Lookup, x: Tensor, words: dict[tuple[int, ...], int], tokens: Tensor) -> Tensor:
+    """What a large table adds to a normalised residual stream (B, T, D), token by token."""
+    longest, found = max(map(len, words)), []
+    for line, stream in zip(tokens.tolist(), x, strict=True):
+        for end, own in enumerate(stream, 1):
+            ngrams = [tuple(line[begin:end]) for begin in range(max(0, end - longest), end)]
+            rows = lookup.rows.weight[[words[ngram] for ngram in ngrams if ngram in words]]
+            found.append((rows @ own / own.shape[0] ** 0.5).softmax(-1) @ rows)
+    up = lookup.up(torch.stack(found).view(x.shape))
+    return lookup.mix(torch.cat([normalized(up), x], dim=-1))
 
 
 def plain_attention(attention: Attention, x: Tensor, x0: Tensor, config: ModelConfig) -> Tensor:

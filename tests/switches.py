@@ -18,6 +18,7 @@ SWITCHES: dict[str, dict] = {
     "x0_scalars": {"x0_scalars": True},
     "unet_skips": {"unet_skips": True},
     "bigrams": {"bigrams": True},
+    "lookups": {"lookup_rows": 400, "lookup_length": 4},
     "tied_head": {"tied_head": True},
 }
 LEFT_OUT = {"dropout": 0.2, "stochastic_depth": 0.3}

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, config_from_dict, config_to_dict
 from ping_llm.model.block import Mixing
 from ping_llm.model.checkpoint import load_model, save, save_config
+from ping_llm.model.codewords import lzw
 from ping_llm.model.counts import matrices, matrix_parameters
 from ping_llm.model.fields import VALUE_FEATURES
 from ping_llm.model.gpt import GPT, KVCache, answering_at, flops_per_token, parameter_count
@@ -31,6 +32,8 @@ def awake(**switches) -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
+    if model.codewords is not None:  # n-grams of the tokens that the tests read
+        model.codewords.fill(*lzw([*random_tokens(4, 24).numpy(), *random_tokens(4, 24).numpy()], 380, 4))
     return model
 
 

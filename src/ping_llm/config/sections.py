@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+LEAST_ROWS = 267  # of a table of n-grams: the tokens
 FP8_MULTIPLE = 16  # of each side of a product in FP8
 FP8_LEAST_WIDTH = 128  # as in nanochat: rounding is a pass over each factor, and small products leave little to win
 RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
@@ -84,6 +85,11 @@ class ModelConfig(Section):
     """Before each block of the second half what its mirror image of the first half gave is added, times a learned number."""
     bigrams: bool = False
     """A token's embedding also has a row for it and the token before: one for each of the 71,289 pairs."""
+    lookup_rows: Whole = 0
+    """Rows of each of two large tables, at a third and two thirds of the depth, that tokens look at: one for each of so many
+    n-grams, the first that LZW finds in training windows. 0 = no such tables."""
+    lookup_length: Annotated[int, Bounds(2, 32)] = 8
+    """Tokens of the longest of these n-grams."""
     tied_head: bool = False
     """The output head is the table of token embeddings, which then has the head's beginning and the head's rate."""
     field_aware: bool = False
@@ -105,6 +111,9 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"model.n_embd / model.n_head = {self.head_width} must be even for rotary positions")
+        if self.lookup_rows and self.lookup_rows <= LEAST_ROWS:
+            needs = f"model.lookup_rows={self.lookup_rows} must be 0 or above {LEAST_ROWS}"
+            raise ValueError(f"{needs}: each token has a row, and n-grams need some, too")
         if self.unet_skips and self.n_layer < 2:
             raise ValueError("model.unet_skips needs a model.n_layer of at least 2: one block has no other half")
         if self.prefix_rows & (self.prefix_rows - 1):
@@ -119,6 +128,11 @@ class ModelConfig(Section):
     def head_width(self) -> int:
         """Channels of an attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def lookup_layers(self) -> set[int]:
+        """The blocks that begin with a look at a large table."""
+        return {self.n_layer // 3, 2 * self.n_layer // 3} if self.lookup_rows else set()
 
     @property
     def mlp_width(self) -> int:

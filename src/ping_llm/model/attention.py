@@ -25,6 +25,7 @@ class Pass:
 
     rotation: Rotation | None  # of rotary positions: (B or none, T, 1, K) each
     cache: KVCache | None
+    codewords: Tensor | None  # (B, T, n) rows of the large tables that each token looks at
     x0: Tensor  # (B, T, D), the embedding
     mask: Tensor | None  # (B or 1, 1, T, S) bool, what each token sees; None: all before it
     keys: Tensor | None  # (B,) of the windows, where values are left out; None: nowhere

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ping_llm.config import ModelConfig
 from ping_llm.model.attention import Attention, Pass
 from ping_llm.model.dropout import dropped
+from ping_llm.model.lookup import Lookup
 from ping_llm.model.mlp import MLP
 from ping_llm.model.norm import rms_norm
 
@@ -46,7 +47,7 @@ class Mixing(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each on the normalised residual stream and added to it.
+    """Attention, then the MLP, each on the normalised residual stream and added to it; in some a look at a table before.
 
     With stochastic depth (Huang et al., Deep networks with stochastic depth, 2016) windows pass block i of L by, i / L as
     many as pass the last one by, and what it adds to the others is made larger, so that the mean stays.
@@ -56,22 +57,30 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.passed_by = config.stochastic_depth * (layer + 1) / config.n_layer
+        self.lookup = Lookup(config) if layer in config.lookup_layers else None
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
         """(B, T, D)."""
+        x = self.informed(x, given)
         x = x + self._learning(self.attention(rms_norm(x), given), given.keys, 0)
         return x + self._learning(self.mlp(rms_norm(x)), given.keys, 1)
+
+    def informed(self, x: Tensor, given: Pass) -> Tensor:
+        """What the block begins with, (B, T, D): with what a large table says, if it has one."""
+        if self.lookup is None or given.codewords is None:
+            return x
+        return x + self._learning(self.lookup(rms_norm(x), given.codewords), given.keys, 3)
 
     def _learning(self, added: Tensor, keys: Tensor | None, part: int) -> Tensor:
         """What is added while the model learns: all of it where there are no keys."""
         if keys is None:
             return added
         if self.dropout:
-            added = dropped(added, self.dropout, keys, 3 * self.layer + part)
+            added = dropped(added, self.dropout, keys, 4 * self.layer + part)
         if self.passed_by:
-            added = added * dropped(added.new_ones(len(added), 1, 1), self.passed_by, keys, 3 * self.layer + 2)
+            added = added * dropped(added.new_ones(len(added), 1, 1), self.passed_by, keys, 4 * self.layer + 2)
         return added
 
 
@@ -84,6 +93,7 @@ class BlockAt(nn.Module):
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
         """(B, P, D)."""
+        x = self.block.informed(x, given)
         at = self.places[..., None].expand(*self.places.shape, x.shape[-1])
         chosen = x.gather(1, at) + self.block.attention.at(self.places, rms_norm(x), given)
         return chosen + self.block.mlp(rms_norm(chosen))

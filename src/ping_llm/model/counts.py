@@ -20,6 +20,9 @@ def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
     shapes[config.kv_heads * config.head_width, D] += 2 * L + embeds
     if embeds:
         shapes[config.kv_heads, min(GATE_CHANNELS, D)] += embeds
+    if lookups := len(config.lookup_layers):
+        shapes[4 * D, D] += lookups
+        shapes[D, 5 * D] += lookups
     return shapes
 
 
@@ -33,7 +36,7 @@ def parameter_count(config: ModelConfig) -> int:
     rows = (1 if config.tied_head else 2) * VOCAB_SIZE  # of embedding and head
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
-    rows += VOCAB_SIZE**2 * config.bigrams
+    rows += VOCAB_SIZE**2 * config.bigrams + config.lookup_rows * len(config.lookup_layers)
     rows += config.seq_len * (config.positions == "learned")
     vectors = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias  # of a layer
     vectors += config.residual_scalars + config.x0_scalars

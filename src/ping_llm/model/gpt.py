@@ -21,6 +21,7 @@ from ping_llm.config import ModelConfig
 from ping_llm.model.attention import Pass, rotation_of, rotation_table
 from ping_llm.model.block import Block, BlockAt, Mixing
 from ping_llm.model.cache import KVCache
+from ping_llm.model.codewords import Codewords
 from ping_llm.model.counts import flops_per_token, parameter_count
 from ping_llm.model.fields import VOCAB_SIZE, WHOLE, FieldEmbedding, FieldFeatures, coarse, read_fields
 from ping_llm.model.fp8 import Linear
@@ -30,7 +31,7 @@ from ping_llm.model.norm import rms_norm
 __all__ = ["GPT", "VOCAB_SIZE", "KVCache", "answering_at", "flops_per_token", "parameter_count"]
 
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
-_TABLES = ("positions.weight", "bigrams.weight")
+_TABLES = ("positions.weight", "bigrams.weight", "lookup.rows.weight")
 
 
 def answering_at(model: GPT, places: Tensor) -> GPT:
@@ -54,7 +55,9 @@ class GPT(nn.Module):
         self.fields = FieldEmbedding(config) if config.field_aware else None
         self.positions = nn.Embedding(config.seq_len, config.n_embd) if config.positions == "learned" else None
         self.bigrams = nn.Embedding(VOCAB_SIZE**2, config.n_embd) if config.bigrams else None
-        self.looks_back = int(config.bigrams)  # tokens before each that its input depends on
+        self.codewords = Codewords(config) if config.lookup_rows else None
+        # Tokens before each that its input depends on.
+        self.looks_back = config.lookup_length - 1 if config.lookup_rows else int(config.bigrams)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.mixing = Mixing(config)
         self.head = nn.Linear(config.n_embd, rows, bias=False) if not config.tied_head else None
@@ -76,10 +79,13 @@ class GPT(nn.Module):
         |-------------------------|-------------------------|-------------------------------------------------------|
         | embedding               | normal, deviation 1     | normalised right after, so only its direction counts  |
         | positions, learned      | normal, deviation 1     | as much as the token says                             |
+        | rows of lookup tables   | normal, deviation 1     | keys for a normalised stream; values are normalised   |
+        | lookup up               | uniform, deviation D^−½ | keeps the scale                                       |
         | attention qkv           | uniform, deviation D^−½ | keeps the scale; bounded, so no outliers under bf16   |
         | MLP up, gate            | uniform, deviation D^−½ | the same                                              |
         | value embeddings        | uniform, deviation D^−½ | as much as the values themselves                      |
         | attention out, MLP down | 0                       | a block begins as the identity                        |
+        | lookup mix              | 0                       | the same                                              |
         | biases, bigrams, x0     | 0                       | they begin as if there were none                      |
         | gate of value embedding | 0                       | it begins at 3/2 everywhere                           |
         | other scalars           | 1                       | the stream as it is, and as much of its mirror image  |
@@ -94,6 +100,8 @@ class GPT(nn.Module):
         for block in cast(Iterable[Block], self.blocks):
             block.attention.init_weights(bound, generator)
             block.mlp.init_weights(bound, generator)
+            if block.lookup is not None:
+                block.lookup.init_weights(bound, generator)
         self.mixing.init_weights()
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=1.0, generator=generator)
@@ -101,8 +109,8 @@ class GPT(nn.Module):
             nn.init.zeros_(self.bigrams.weight)
 
     def tables(self) -> dict[str, nn.Parameter]:
-        """Tables beside those of tokens and fields: of positions and pairs of tokens."""
-        return {name: weight for name, weight in self.named_parameters() if name in _TABLES}
+        """Tables beside those of tokens and fields: of positions, pairs of tokens and codewords."""
+        return {name: weight for name, weight in self.named_parameters() if name.endswith(_TABLES)}
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The weights that are neither matrices nor tables: biases, and the numbers that states are mixed by."""
@@ -173,7 +181,10 @@ class GPT(nn.Module):
         if self.rotation is not None:  # (B or none, T, K)
             angles = self.rotation[:T] if positions is None else self.rotation[positions]
             rotation = rotation_of(angles.to(x.dtype))
-        given = Pass(rotation, cache, x, mask, keys)
+        codewords = None
+        if self.codewords is not None and line is not None:
+            codewords = self.codewords(line)[:, self.looks_back :].reshape(*tokens.shape, -1)
+        given = Pass(rotation, cache, codewords, x, mask, keys)
         x0 = x
         earlier: list[Tensor] = []
         for layer, block in enumerate(self.blocks):

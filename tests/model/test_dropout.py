@@ -63,7 +63,7 @@ def test_the_first_draws_of_a_window_by_hand():
         return (value ^ value >> 31) % 2**63
 
     gamma = 0x9E3779B97F4A7C15
-    key = mix(((7 * 4 + 2) * gamma + mix(5)) % 2**64)  # seed 5, step 7, window 2 of 4
+    key = mix((mix(mix(5) + 7) + 2 * gamma) % 2**64)  # seed 5, step 7, window 2 of 4
     assert window_keys(5, 7, 4, 0, 1, CPU)[2] == key
     start = mix(key + 6)
     kept = [mix((start + j * gamma) % 2**64) % 2**24 >= 0.25 * 2**24 for j in range(12)]

@@ -218,6 +218,7 @@ def test_a_config_from_before_the_switches_is_that_of_a_plain_model():
     ("switches", "message"),
     [
         ({"n_kv_head": 3}, "model.n_head=4 must be a multiple of model.n_kv_head=3"),
+        ({"lookup_rows": 267}, "model.lookup_rows=267 must be 0 or above 267"),
         ({"n_layer": 1, "unet_skips": True}, "model.unet_skips needs a model.n_layer of at least 2"),
     ],
 )

@@ -14,10 +14,10 @@ from ping_llm.model.fields import ODD, mix
 _DRAW = (1 << 24) - 1  # draws are whole numbers up to here
 
 
-def window_keys(seed: int, step: int, batch_size: int, rank: int, world: int, device: torch.device) -> Tensor:
-    """A number for each window that a process has of a step's batch, every world-th of them: (batch_size / world,) int64."""
-    number = torch.arange(rank, batch_size, world, device=device) + step * batch_size
-    return mix(number * ODD + mix(torch.full((), seed, device=device)))
+def window_keys(seed: int, step: int, windows: int, rank: int, world: int, device: torch.device) -> Tensor:
+    """A number for each window that a process has of a step's, every world-th of them: (windows / world,) int64."""
+    start = mix(mix(torch.full((), seed, device=device)) + step)
+    return mix(start + torch.arange(rank, windows, world, device=device) * ODD)
 
 
 def dropped(x: Tensor, share: float, keys: Tensor, site: int) -> Tensor:

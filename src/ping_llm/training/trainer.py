@@ -31,6 +31,7 @@ from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.calibration import calibrate
+from ping_llm.training.codewords import learn_codewords
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
 from ping_llm.training.objective import Objective, resolve_compile_optimizer
@@ -136,6 +137,9 @@ class Training:
         average = WeightAverage(model, config.train.average) if config.train.average else None
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer, average) if checkpoint else None
+        if state is None:
+            alone = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+            learn_codewords(model, lambda: feed.batches(alone, 0, torch.device("cpu"), 0, 1), ranks)
         objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries, average)

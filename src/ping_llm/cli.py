@@ -296,10 +296,16 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-_COMMANDS = {
-    c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, inference)
-}
-_PARSE_THEMSELVES = (train, eval, inference)
+def launch(argv: list[str]) -> int | None:
+    """Watch for free GPUs of a provider; rent them once and train there: watch."""
+    from ping_llm.launch.watch import COMMANDS
+
+    return _dispatch(argv, COMMANDS, "ping-llm launch")
+
+
+_ALL = (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, launch, inference)
+_COMMANDS = {c.__name__.lower(): c for c in _ALL}
+_PARSE_THEMSELVES = (train, eval, launch, inference)
 _WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
 
 

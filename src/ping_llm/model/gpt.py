@@ -260,9 +260,8 @@ class GPT(nn.Module):
         if not added:
             # The table is normalised rather than each token; its gradients are summed up before they are cast.
             return F.embedding(tokens.clamp(min=0), rms_norm(weight)).to(dtype)
-        x = F.embedding(
-            tokens.clamp(min=0), weight if self.head is not None else rms_norm(weight)
-        )  # heads vary in size
+        table = weight if self.head is not None else rms_norm(weight)  # that of a tied head grows from near 0
+        x = F.embedding(tokens.clamp(min=0), table)
         for part in added:
             x = x + part
         return rms_norm(x).to(dtype)

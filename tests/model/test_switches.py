@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference_gpt import plain_logits
+from switches import ALL, LEFT_OUT, PLAIN, SWITCHES
 from test_model import random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, config_from_dict, config_to_dict
+from ping_llm.model.block import Mixing
 from ping_llm.model.checkpoint import load_model, save, save_config
+from ping_llm.model.codewords import lzw
 from ping_llm.model.counts import matrices, matrix_parameters
 from ping_llm.model.fields import VALUE_FEATURES
 from ping_llm.model.gpt import GPT, KVCache, answering_at, flops_per_token, parameter_count
 from ping_llm.training.optimizer import Optimizer
 
-PLAIN = ModelConfig(n_layer=3, n_embd=48, n_head=4, seq_len=64, prefix_rows=64)
-SWITCHES: dict[str, dict] = {
-    "n_kv_head": {"n_kv_head": 2},
-    "one_kv_head": {"n_kv_head": 1},
-    "qkv_bias": {"qkv_bias": True},
-}
-ALL = {name: value for switch in SWITCHES.values() for name, value in switch.items()}
-CASES = SWITCHES | {"all": ALL, "all_field_aware": ALL | {"field_aware": True, "grammar": True}}
+CASES = SWITCHES | {"left_out": LEFT_OUT, "all": ALL, "all_field_aware": ALL | {"field_aware": True, "grammar": True}}
 
 
 def awake(**switches) -> GPT:
@@ -34,6 +32,8 @@ def awake(**switches) -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
+    if model.codewords is not None:  # n-grams of the tokens that the tests read
+        model.codewords.fill(*lzw([*random_tokens(4, 24).numpy(), *random_tokens(4, 24).numpy()], 380, 4))
     return model
 
 
@@ -145,7 +145,8 @@ def test_a_switch_changes_the_answers(name):
 def test_parameters_are_counted_as_the_module_holds_them(case):
     config = dataclasses.replace(PLAIN, **case)
     model = GPT(config)
-    assert sum(weight.numel() for weight in model.parameters()) == parameter_count(config) + 2 * (320 - 267) * 48
+    padded = (1 if config.tied_head else 2) * (320 - 267) * 48
+    assert sum(weight.numel() for weight in model.parameters()) == parameter_count(config) + padded
     muon = Optimizer(model, OptimConfig()).muon.matrices.values()
     assert sum(matrix.weight.numel() for matrix in muon) == matrix_parameters(config)
     shapes = [tuple(matrix.weight.shape) for matrix in muon]
@@ -166,8 +167,9 @@ def test_the_graph_is_whole(case, learns):
     model = GPT(dataclasses.replace(PLAIN, **case))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    options = {"keys": torch.tensor([5, 6])} if learns and model.leaves_out else {}
     with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(tokens := random_tokens(2, 64)), model(tokens))
+        assert torch.equal(compiled(tokens := random_tokens(2, 64), **options), model(tokens, **options))
 
 
 def test_every_weight_moves_and_a_restored_optimizer_goes_on(case):
@@ -216,11 +218,89 @@ def test_a_config_from_before_the_switches_is_that_of_a_plain_model():
     ("switches", "message"),
     [
         ({"n_kv_head": 3}, "model.n_head=4 must be a multiple of model.n_kv_head=3"),
+        ({"lookup_rows": 267}, "model.lookup_rows=267 must be 0 or above 267"),
+        ({"n_layer": 1, "unet_skips": True}, "model.unet_skips needs a model.n_layer of at least 2"),
     ],
 )
 def test_what_excludes_each_other_is_said_at_once(switches, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         dataclasses.replace(PLAIN, **switches)
+
+
+def test_swiglu_has_as_many_weights_as_tiles_of_16_allow():
+    """8/3 of the width inside: 426.7 of 160, 1,706.7 of 640, 4,096 of 1,536."""
+    for width, inner in ((160, 432), (640, 1712), (1536, 4096)):
+        config = ModelConfig(n_embd=width, n_head=4, mlp="swiglu")
+        assert config.mlp_width == inner
+        plain = parameter_count(dataclasses.replace(config, mlp="relu2"))
+        assert parameter_count(config) == pytest.approx(plain, rel=0.01)
+
+
+@torch.no_grad()
+def test_a_tied_model_knows_nothing_at_first_and_its_head_is_its_embedding():
+    for fields in (False, True):
+        model, tokens = GPT(dataclasses.replace(PLAIN, tied_head=True, field_aware=fields)), random_tokens(4, 65)
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        assert loss.item() == pytest.approx(math.log(267), abs=0.01)
+    before, only = model.logits(torch.ones(1, 48)), torch.arange(267) == 99
+    model.embedding.weight[99] += 1
+    assert torch.equal((model.logits(torch.ones(1, 48)) != before)[0], only)
+
+
+@torch.no_grad()
+def test_scalars_begin_as_if_there_were_none():
+    plain = GPT(PLAIN, torch.Generator().manual_seed(0))
+    mixed = GPT(dataclasses.replace(PLAIN, residual_scalars=True, x0_scalars=True), torch.Generator().manual_seed(0))
+    for model in (plain, mixed):
+        model.blocks[0].attention.out.weight.fill_(0.1)
+    assert torch.equal(plain(tokens := random_tokens(2, 20)), mixed(tokens))
+    assert mixed.mixing.residual.tolist() == [1, 1, 1] and mixed.mixing.x0.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("layers", "pairs"), [(2, {1: 0}), (5, {3: 1, 4: 0}), (4, {2: 1, 3: 0})])
+def test_each_block_of_the_second_half_sees_its_mirror_image(layers, pairs):
+    """The middle one of an odd number is its own."""
+    mixing = Mixing(dataclasses.replace(PLAIN, n_layer=layers, unet_skips=True))
+    mixing.init_weights()
+    assert mixing.skips.tolist() == [1] * (layers // 2)
+    earlier = [torch.tensor(10.0**number) for number in range(mixing.kept)]
+    for layer in range(layers):
+        added = 10 ** pairs[layer] if layer in pairs else 0
+        assert mixing(layer, torch.tensor(0.5), torch.tensor(7.0), earlier[:layer]) == 0.5 + added
+
+
+@torch.no_grad()
+def test_a_pair_of_tokens_has_a_row_of_its_own():
+    model, tokens = GPT(dataclasses.replace(PLAIN, bigrams=True)), torch.tensor([[3, 14, 15, 3, 14, 14, 3]])
+    assert model.bigrams.weight.shape == (71_289, 48) and not model.bigrams.weight.any()
+    before = model.states(tokens)
+    model.bigrams.weight[3 * 267 + 14] = 2.0
+    assert (model.states(tokens) != before).any(-1).tolist() == [[False, True, False, False, True, False, False]]
+
+
+def test_every_other_block_embeds_values_the_last_among_them():
+    for layers, expected in ((4, [False, True, False, True]), (3, [True, False, True]), (1, [True])):
+        model = GPT(dataclasses.replace(PLAIN, n_layer=layers, value_embeddings=True))
+        assert [block.attention.value is not None for block in model.blocks] == expected
+        assert not model.blocks[-1].attention.value.gate.weight.any()
+
+
+@torch.no_grad()
+def test_without_positions_only_what_came_first_matters():
+    """Two blocks would see an order through what the earlier tokens saw; the last of one block sees a set."""
+    model, tokens = GPT(dataclasses.replace(PLAIN, n_layer=1, positions="none")), random_tokens(1, 12)
+    model.blocks[0].attention.out.weight.normal_()
+    model.head.weight.normal_()
+    shuffled = torch.cat(
+        [tokens[:, torch.randperm(11, generator=torch.Generator().manual_seed(0))], tokens[:, 11:]], dim=1
+    )
+    torch.testing.assert_close(model(tokens)[:, -1], model(shuffled)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_odd_width_need_no_rotary_positions():
+    with pytest.raises(ValueError, match=r"n_head = 7 must be even for rotary positions"):
+        ModelConfig(n_embd=35, n_head=5)
+    assert GPT(ModelConfig(n_embd=35, n_head=5, positions="learned"))(random_tokens(1, 4)).shape == (1, 4, 267)
 
 
 def test_fp8_multiplies_whole_tiles_of_shared_heads():

@@ -186,7 +186,7 @@ def result_distributions(
         wanted = torch.stack([focus.values(values) for values in mixed(share)])  # (M, n, 256)
         followed |= (wanted[:, mixing] & (share >= reader.least_mass)).any(0)
 
-    codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.head.weight.dtype)
+    codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.embedding.weight.dtype)
     mass, passes = torch.zeros_like(failed), 0  # mass: of all results of each prompt
     with reader.autocast():
         for rows, (place, byte_1), second in _second_bytes(reader.gpt, cache, followed):

@@ -21,6 +21,7 @@ class KVCache:
         self.keys: list[Tensor] = []  # L tensors of (B, heads of keys, S, K), rotated to their positions
         self.values: list[Tensor] = []  # L tensors of the same shape
         self.valid: Tensor | None = None  # (B, S) bool, False where the token was padding
+        self.tokens: Tensor | None = None  # (B, S) as they were read; of models that look at what came last
         self.field: FieldState | None = None  # the field that the last real token of each prompt is in
 
     @property
@@ -32,6 +33,14 @@ class KVCache:
         """Real tokens of each prompt, (B,): the position of the next one."""
         assert self.valid is not None, "an empty cache has no prompts"
         return self.valid.sum(dim=1)
+
+    def latest(self, count: int) -> Tensor:
+        """The last real tokens of each prompt, (B, count), −1 before its first."""
+        assert self.valid is not None and self.tokens is not None, "an empty cache has no prompts"
+        number = self.valid.long().cumsum(dim=1)  # of each real token, from 1 on
+        wanted = number[:, -1:] + torch.arange(1 - count, 1, device=number.device)  # (B, count)
+        place = torch.searchsorted(number, wanted.clamp(min=1)).clamp(max=self.size - 1)
+        return self.tokens.gather(1, place).masked_fill(wanted < 1, -1)
 
     def fork(self) -> KVCache:
         """A cache of the same tokens; what is appended to it is not seen by this one."""
@@ -55,5 +64,6 @@ class KVCache:
         mapped = KVCache()
         mapped.keys, mapped.values = [function(k) for k in self.keys], [function(v) for v in self.values]
         mapped.valid = None if self.valid is None else function(self.valid)
+        mapped.tokens = None if self.tokens is None else function(self.tokens)
         mapped.field = None if self.field is None else self.field.map(function)
         return mapped

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections import Counter
 
 from ping_llm.config import ModelConfig
+from ping_llm.model.attention import GATE_CHANNELS
 from ping_llm.model.fields import PLACES, VALUE_FEATURES, VOCAB_SIZE
 
 
 def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
     """How many matrices the blocks have of each shape (outputs, inputs); queries, keys and values count as three."""
     D, L = config.n_embd, config.n_layer
-    shapes = Counter({(D, D): 2 * L, (4 * D, D): L, (D, 4 * D): L})  # of queries and out, of the MLP
-    shapes[config.kv_heads * config.head_width, D] += 2 * L
+    inner = config.mlp_width
+    shapes = Counter({(D, D): 2 * L})  # of queries and out
+    shapes[inner, D] += 2 * L if config.mlp == "swiglu" else L
+    shapes[D, inner] += L
+    embeds = (L + 1) // 2 if config.value_embeddings else 0
+    shapes[config.kv_heads * config.head_width, D] += 2 * L + embeds
+    if embeds:
+        shapes[config.kv_heads, min(GATE_CHANNELS, D)] += embeds
+    if lookups := len(config.lookup_layers):
+        shapes[4 * D, D] += lookups
+        shapes[D, 5 * D] += lookups
     return shapes
 
 
@@ -23,11 +33,15 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 def parameter_count(config: ModelConfig) -> int:
     """Weights of the model without the padded vocabulary rows: 12·D²·L + 2·V·D of the plain model."""
-    rows = 2 * VOCAB_SIZE  # of embedding and head
+    rows = (1 if config.tied_head else 2) * VOCAB_SIZE  # of embedding and head
     if config.field_aware:
         rows += PLACES + config.prefix_rows + VALUE_FEATURES
-    biases = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias
-    return matrix_parameters(config) + rows * config.n_embd + biases * config.n_layer
+    rows += VOCAB_SIZE**2 * config.bigrams + config.lookup_rows * len(config.lookup_layers)
+    rows += config.seq_len * (config.positions == "learned")
+    vectors = (config.n_embd + 2 * config.kv_heads * config.head_width) * config.qkv_bias  # of a layer
+    vectors += config.residual_scalars + config.x0_scalars
+    skips = config.n_layer // 2 * config.unet_skips
+    return matrix_parameters(config) + rows * config.n_embd + vectors * config.n_layer + skips
 
 
 def flops_per_token(config: ModelConfig) -> int:

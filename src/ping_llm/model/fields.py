@@ -28,7 +28,7 @@ SEEN_STATES = 1 << 5  # bits: source, destination, result and time of this measu
 _COUNTER = 15  # bits that count the sources of a window, its destinations, results and times
 _OCTAVES = 14
 VALUE_FEATURES = 2 * _OCTAVES
-_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; its powers weigh the bytes of a prefix, modulo 2^64
+ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio; its powers weigh the bytes of a prefix, modulo 2^64
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_fields(
     features = FieldFeatures(
         tokens,
         role.clamp(0, ROLES - 1) * WIDTH + index,
-        torch.where(of_address, _mix(prefix + role * _MULTIPLIER), 0),
+        torch.where(of_address, mix(prefix + role * ODD), 0),
         torch.where(of_rtt, half_codes, -1),
         seen,
     )
@@ -138,6 +138,16 @@ class FieldEmbedding(nn.Module):
         return self.places(features.place) + prefix + value
 
 
+def mix(value: Tensor) -> Tensor:
+    """A 63-bit hash above 0 whose low bits depend on all bits of the value: the finaliser of SplitMix64.
+
+    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014.
+    """
+    value = (value ^ _shifted(value, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    value = (value ^ _shifted(value, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return ((value ^ _shifted(value, 31)) & ((1 << 63) - 1)).clamp(min=1)
+
+
 def coarse(tokens: Tensor, src_bytes: tuple[int, int]) -> Tensor:
     """Windows (B, T) with only so many bytes of IPv4 and IPv6 sources, the others 0; negative tokens stay as they are."""
     if src_bytes == WHOLE:
@@ -182,18 +192,8 @@ def _byte_weights(device: torch.device) -> Tensor:
     weights, value = [], 1
     for _ in range(WIDTH):
         weights.append(value - (1 << 64) if value >= 1 << 63 else value)
-        value = value * (_MULTIPLIER % (1 << 64)) % (1 << 64)
+        value = value * (ODD % (1 << 64)) % (1 << 64)
     return torch.tensor(weights, device=device)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """A 63-bit hash above 0 whose low bits depend on all bits of the value: the finaliser of SplitMix64.
-
-    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014.
-    """
-    value = (value ^ _shifted(value, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    value = (value ^ _shifted(value, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return ((value ^ _shifted(value, 31)) & ((1 << 63) - 1)).clamp(min=1)
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:

@@ -17,33 +17,36 @@ from ping_llm.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
 VECTORS_LR_SHARE = 0.02  # of the embedding's rate, of biases and the like; the width is nothing to them
+BIGRAMS_LR_SHARE = 0.1  # of the embedding's rate: they begin at 0, and most pairs are rare
 VALUES_LR_SHARE = 0.1  # of the embedding's rate: a matrix that every RTT byte moves, no table of rows
 
 
 class Optimizer:
     """Both optimisers, or AdamW alone; each parameter of the model is in exactly one group.
 
-    `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
-    "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay. AdamW's
-    rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors have one group
-    each, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the work of a
-    step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the rate is
-    its argument.
+    `initial_lrs` holds the peak rate of each group: "matrices", "embedding" (at the head's rate where it is the head, too),
+    "head", and in field-aware models "places" and "prefixes", at the embedding's rate, and "values", at a tenth of it. Other
+    tables go by their names, at the embedding's rate, or a tenth of it for bigrams. All but the matrices have no weight
+    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors
+    go by their names, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the
+    work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the
+    rate is its argument.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
         matrices = {
             name: matrix
             for block in model.blocks.named_parameters("blocks")
-            if block[0] not in model.vectors()
+            if block[0] not in model.tables() | model.vectors()
             for name, matrix in _matrices(*block)
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
+        head_rate = config.head_lr * width_scale
+        rate = config.embedding_lr * width_scale if model.head is not None else head_rate
+        groups = [{"name": "embedding", "params": [model.embedding.weight], "lr": rate}]
+        if model.head is not None:
+            groups.append({"name": "head", "params": [model.head.weight], "lr": head_rate})
         self.muon: Muon | None = None
-        groups = [
-            {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
-            {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
-        ]
         if config.matrices == "muon":
             how = compiled, config.orthogonalization, config.equal_rows
             self.muon = Muon(matrices, config.muon_lr, ranks, *how)
@@ -56,6 +59,9 @@ class Optimizer:
             for name, share in (("places", 1.0), ("prefixes", 1.0), ("values", VALUES_LR_SHARE)):
                 weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale
                 groups.append({"name": name, "params": [weight], "lr": rate})
+        for name, table in model.tables().items():
+            share = BIGRAMS_LR_SHARE if name == "bigrams.weight" else 1.0
+            groups.append({"name": name, "params": [table], "lr": share * config.embedding_lr * width_scale})
         for name, vector in model.vectors().items():
             groups.append({"name": name, "params": [vector], "lr": VECTORS_LR_SHARE * config.embedding_lr})
         betas = config.adam_beta1, config.adam_beta2

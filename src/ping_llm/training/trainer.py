@@ -31,6 +31,7 @@ from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.calibration import calibrate
+from ping_llm.training.codewords import learn_codewords
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
 from ping_llm.training.objective import Objective, resolve_compile_optimizer
@@ -130,13 +131,16 @@ class Training:
             where = f"process {ranks.rank} finds other rows in {config.data.rows}"
             raise ValueError(f"{where} than the main one; copy them")
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
-        torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
+        torch.manual_seed(config.seed)  # nothing draws from it; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
         average = WeightAverage.wanted(model, config.train)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer, average) if checkpoint else None
+        if state is None:
+            alone = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+            learn_codewords(model, lambda: feed.batches(alone, 0, torch.device("cpu"), 0, 1), ranks)
         objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries, average)
@@ -174,7 +178,7 @@ class Training:
             wait_s = time.perf_counter() - started
             lr_scale = schedule.lr_scale(progress, self.config.optim)
             votes = (stop.is_set(), clock if self.ranks.is_main else 0.0)  # all processes stop after the same step
-            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
+            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale, step=state.step)
             grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
             (*counts, stopped, elapsed_s) = totals.tolist()
             trained = int(sum(counts[: len(FIELDS)]))  # targets; the other counts are of some of these

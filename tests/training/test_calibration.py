@@ -157,7 +157,7 @@ def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, m
     model = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": SHARES}))
     likelihood = np.where(np.array(list(SHARES)) == best, -3.0, -6.0)  # known lengths come in this order
 
-    def with_likelihood(reader, contexts) -> ReadContexts:
+    def with_likelihood(reader, contexts, likelihoods) -> ReadContexts:
         assert len(contexts) == len(SHARES)
         return dataclasses.replace(read(reader, contexts), log_likelihood=likelihood)
 

@@ -260,7 +260,7 @@ def _notes(groups: Sequence[Group], studied: Sequence[Group]) -> list[str]:
         notes.append(
             "PingBench was put to these models over other parts of val: what is called val is of other queries"
         )
-    queries = {one.bench_queries for one in benched}
+    queries = {one.bench_queries for one in benched if one.bench_queries is not None}
     if len(queries) > 1:
         counts = ", ".join(f"{count:,}" for count in sorted(queries))
         notes.append(f"PingBench put {counts} queries a cell to these models: its numbers are of other queries")

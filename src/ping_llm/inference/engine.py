@@ -170,8 +170,8 @@ def result_distributions(
     computed, which bounds the error of any probability. Where the least mass of the reader is 0, all is computed.
     """
     also_legal = np.zeros((len(prompts), tk.VOCAB_SIZE), dtype=bool)
-    for row, prompt in zip(also_legal, prompts, strict=True):
-        row[prompt.also_legal] = True
+    for line, prompt in zip(also_legal, prompts, strict=True):
+        line[prompt.also_legal] = True
     no_result = torch.from_numpy(also_legal).to(reader.device)
     role, first, groups = _first_bytes(reader, prompts, no_result, read, np.asarray(context_of, dtype=np.int64))
     device = role.device
@@ -228,7 +228,7 @@ def result_distributions(
 def _first_bytes(
     reader: Reader, prompts: Sequence[Prompt], no_result: Tensor, read: ReadContexts | None, context_of: np.ndarray
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, KVCache]]]:
-    """P(token) after B prompts (B, V), P(byte) after RTT_START (B, 256); and some prompts at a time (b,) what was read of them.
+    """P(token) after B prompts, (B, V), P(byte) after RTT_START, (B, 256), and what was read of some prompts (b,) at a time.
 
     `no_result` (B, V) is what the grammar allows besides results.
     Prompts of which about equally much is left to read are read together.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
+from ping_llm.model.counts import matrices as matrices_of
 from ping_llm.model.counts import matrix_parameters
 from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import WITHOUT_FP8, gpu_kind, named_peak_flops
@@ -155,8 +156,8 @@ def fixed_bytes(model: ModelConfig, averaged: bool = False, adamw: bool = False)
     largest stack of matrices that Muon works on (in fp32 and twice in bf16), and the fp32 average of `averaged` weights.
     With `adamw` alone the matrices have two moments, and there is no stack."""
     matrices = matrix_parameters(model)  # Muon keeps one moment of these
+    stack = max(rows * columns * count for (rows, columns), count in matrices_of(model).items())
     others = parameter_count(model) - matrices  # AdamW keeps two of the vocabulary's and the fields' tables
-    stack = 4 * model.n_layer * model.n_embd**2
     everywhere = 14 if averaged else 10
     of_matrices = 8 * matrices if adamw else 4 * matrices + 8 * stack
     return everywhere * (matrices + others) + of_matrices + 8 * others

@@ -24,7 +24,11 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ping_llm.config import Config
-from ping_llm.model import gpt
+from ping_llm.model import attention as attention_module
+from ping_llm.model.attention import Attention, Pass, Rotation
+from ping_llm.model.block import Block
+from ping_llm.model.mlp import MLP
+from ping_llm.model.norm import rms_norm
 from ping_llm.training import objective
 from ping_llm.training.trainer import Training
 
@@ -48,10 +52,10 @@ def variants(config: Config, device: torch.device) -> dict[str, Variant]:
     forms = {
         "eager": Variant(config=lambda config: with_train(config, compile=False)),
         f"heads of {width}": Variant(config=lambda config: with_heads(config, width)),
-        "squared ReLU as a power": Variant(lambda: patch.object(gpt.MLP, "forward", _power)),
-        "residual stream in fp32": Variant(lambda: patch.object(gpt.Block, "forward", _fp32_stream)),
-        "angles anew in each kernel": Variant(lambda: patch.object(gpt, "_rotate", _angles_anew)),
-        "three matrices for q, k, v": Variant(lambda: patch.object(gpt.Attention, "forward", _three_matrices)),
+        "squared ReLU as a power": Variant(lambda: patch.object(MLP, "forward", _power)),
+        "residual stream in fp32": Variant(lambda: patch.object(Block, "forward", _fp32_stream)),
+        "angles anew in each kernel": Variant(lambda: patch.object(attention_module, "rotate", _angles_anew)),
+        "three matrices for q, k, v": Variant(lambda: patch.object(Attention, "forward", _three_matrices)),
         "without the compiled optimiser": Variant(
             lambda: patch.object(profile_training, "resolve_compile_optimizer", lambda *_: False), lacking=no_gpu
         ),
@@ -119,16 +123,16 @@ def attention(backend: SDPBackend | None) -> AbstractContextManager[object]:
     return nullcontext() if backend is None else sdpa_kernel(backend)
 
 
-def _power(self: gpt.MLP, x: Tensor) -> Tensor:
+def _power(self: MLP, x: Tensor) -> Tensor:
     return self.down(torch.pow(F.relu(self.up(x)).float(), 2))  # as CUDA's autocast runs it
 
 
-def _fp32_stream(self: gpt.Block, x: Tensor, *rest: Any) -> Tensor:
-    x = x.float() + self.attention(gpt._rms_norm(x.float()), *rest)
-    return x + self.mlp(gpt._rms_norm(x))
+def _fp32_stream(self: Block, x: Tensor, given: Pass) -> Tensor:
+    x = x.float() + self.attention(rms_norm(x.float()), given)
+    return x + self.mlp(rms_norm(x))
 
 
-def _angles_anew(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def _angles_anew(x: Tensor, rotation: Rotation) -> Tensor:
     T, K = x.shape[1], x.shape[-1]
     exponents = torch.arange(0, K, 2, dtype=torch.float32, device=x.device) / K
     angles = torch.arange(T, device=x.device)[:, None, None].float() * 10_000.0**-exponents  # (T, 1, K/2)
@@ -137,9 +141,9 @@ def _angles_anew(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * own, x.roll(K // 2, dims=-1), swapped)
 
 
-def _three_matrices(self: gpt.Attention, x: Tensor, rotation: tuple[Tensor, Tensor], *_: Any) -> Tensor:
+def _three_matrices(self: Attention, x: Tensor, given: Pass) -> Tensor:
     B, T, D = x.shape
-    q, k, v = (F.linear(x, matrix).view(B, T, self.n_head, -1) for matrix in self.qkv.weight.chunk(3))
-    q, k = gpt._rms_norm(gpt._rotate(q, rotation)), gpt._rms_norm(gpt._rotate(k, rotation))
+    q, k, v = (F.linear(x, matrix).view(B, T, -1, self.width) for matrix in self.qkv.weight.chunk(3))
+    q, k = (rms_norm(attention_module.rotate(part, given.rotation)) for part in (q, k))
     y = F.scaled_dot_product_attention(*(heads.transpose(1, 2) for heads in (q, k, v)), is_causal=True)
     return self.out(y.transpose(1, 2).reshape(B, T, D))

@@ -18,6 +18,7 @@ from servers import serving
 
 from ping_llm.data.measurement import pack_address
 from ping_llm.data.rows import (
+from gpu_cloud_server import fake_machine, serving_gpus
     FORMAT_VERSION,
     INDEX_NAME,
     INDEX_SCHEMA,
@@ -89,3 +90,23 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with serving() as server:
         yield server
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A server on the loopback interface that rents out GPUs."""
+    monkeypatch.setenv("no_proxy", "*")
+    with serving_gpus() as server:
+        yield server
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """The folder of the machine that is rented; the current folder is a checkout."""
+    machine, checkout = tmp_path / "machine", tmp_path / "checkout"
+    for name, value in fake_machine(machine).items():
+        monkeypatch.setenv(name, value)
+    (checkout / "configs").mkdir(parents=True)
+    (checkout / "configs" / "tiny.toml").write_text("[model]\n")
+    monkeypatch.chdir(checkout)
+    return machine

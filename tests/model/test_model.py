@@ -39,9 +39,13 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.where(torch.rand(shape, generator=generator) < 0.2, roles, tokens)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("tiny", 1_314_240), ("small", 98_645_760), ("full", 680_297_472)])
-def test_parameter_count_of_each_config(name, parameters):
+@pytest.mark.parametrize(
+    ("name", "plain", "prefixes"), [("tiny", 1_314_240, 15), ("small", 98_645_760, 17), ("full", 680_297_472, 18)]
+)
+def test_parameter_count_of_each_config(name, plain, prefixes):
+    """Beside the transformer 11 roles of 18 places, the prefixes and 28 features of values are vectors of its width."""
     config = load_config(CONFIGS / f"{name}.toml").model
+    parameters = plain + (11 * 18 + 2**prefixes + 28) * config.n_embd
     assert parameter_count(config) == parameters
     with torch.device("meta"):
         held = sum(parameter.numel() for parameter in GPT(config).parameters())
@@ -49,11 +53,11 @@ def test_parameter_count_of_each_config(name, parameters):
 
 
 def test_flops_per_token_by_hand():
-    # 6·(98,304,000 in blocks + 170,880 in the head) + 12·20·640·1024 of attention
-    assert flops_per_token(load_config(CONFIGS / "small.toml").model) == 748_135_680
-    # 6·(679,477,248 + 410,112) + 12·24·1536·1024, and 6·(1,228,800 + 42,720) + 12·4·160·256
-    assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_532_308_992
-    assert flops_per_token(load_config(CONFIGS / "tiny.toml").model) == 9_595_200
+    # 6·(98,304,000 in blocks + 170,880 in the head + 28·640 of values) + 12·20·640·1024 of attention
+    assert flops_per_token(load_config(CONFIGS / "small.toml").model) == 748_243_200
+    # 6·(679,477,248 + 410,112 + 28·1536) + 12·24·1536·1024, and 6·(1,228,800 + 42,720 + 28·160) + 12·4·160·256
+    assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_532_567_040
+    assert flops_per_token(load_config(CONFIGS / "tiny.toml").model) == 9_622_080
     assert flops_per_token(ModelConfig(n_layer=4, n_embd=160, n_head=5, seq_len=384)) == 10_578_240
 
 

@@ -25,6 +25,7 @@ from ping_llm.system.streams import lost_output, steady_streams
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "scipy": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
+_EXTRAS |= dict.fromkeys(("fastapi", "fastapi_swagger", "prometheus_client", "uvicorn"), "serve")
 _WARNINGS_OF_A_KIND = 3
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -296,10 +297,16 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
-_COMMANDS = {
-    c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, inference)
-}
-_PARSE_THEMSELVES = (train, eval, inference)
+def serve(argv: list[str]) -> None:
+    """Answer queries over HTTP: an API, its description, metrics, and a page."""
+    from ping_llm.serve.cli import serve
+
+    tyro.cli(serve, args=argv, prog="ping-llm serve")
+
+
+_TRAINED = (train, Plot, Sweep, Compare, eval, Plan, inference, serve)
+_COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, *_TRAINED)}
+_PARSE_THEMSELVES = (train, eval, inference, serve)
 _WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
 
 

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from ping_llm.serve import bodies
-from ping_llm.serve.guard import GONE, ClientGone, Guard, Refusal, json_bytes, unavailable
+from ping_llm.serve.guard import GONE, QUERIES, ClientGone, Guard, Refusal, json_bytes, unavailable
 from ping_llm.serve.service import Service
 from ping_llm.serve.worker import Busy, Job
 
@@ -42,6 +43,7 @@ def make_app(service: Service, token: str | None = None, log_addresses: bool = F
     _add_states(app, service)
     _add_errors(app)
     _say_more(app, token is not None)
+    app.get("/docs", include_in_schema=False)(lambda: RedirectResponse("/docs/"))
     swagger = importlib.resources.files("fastapi_swagger") / "resources"
     app.mount("/docs/swagger", StaticFiles(directory=str(swagger)))
     app.mount("/docs", StaticFiles(directory=DOCS, html=True))
@@ -49,30 +51,31 @@ def make_app(service: Service, token: str | None = None, log_addresses: bool = F
     return Guard(app, service.limits, service.metrics, lambda: service.worker.is_taking, token, log_addresses)
 
 
-def _add_queries(app: FastAPI, service: Service) -> None:
-    def examples(route: str) -> Any:
-        given = bodies.EXAMPLES[route]
-        return Body(openapi_examples={name: {"summary": name, "value": value} for name, value in given.items()})
+def _examples(route: str) -> Any:
+    given = bodies.EXAMPLES[route]
+    return Body(openapi_examples={name: {"summary": name, "value": value} for name, value in given.items()})
 
+
+def _add_queries(app: FastAPI, service: Service) -> None:
     @app.post("/v1/rtt", tags=["queries"])
-    async def rtt(request: Request, body: Annotated[bodies.RttBody, examples("rtt")]) -> Response:
+    async def rtt(request: Request, body: Annotated[bodies.RttBody, _examples("rtt")]) -> Response:
         """The distribution of the RTT of a ping, as `ping-llm inference rtt --json` says it; of several, `answers`."""
         return await answer(service, request, service.rtt, body)
 
     @app.post("/v1/rank", tags=["queries"])
-    async def rank(request: Request, body: Annotated[bodies.RankBody, examples("rank")]) -> Response:
+    async def rank(request: Request, body: Annotated[bodies.RankBody, _examples("rank")]) -> Response:
         """Which of several destinations is nearest, as `ping-llm inference rank --json` says it."""
         return await answer(service, request, service.rank, body)
 
     @app.post("/v1/destinations", tags=["queries"])
     async def destinations(
-        request: Request, body: Annotated[bodies.DestinationsBody, examples("destinations")]
+        request: Request, body: Annotated[bodies.DestinationsBody, _examples("destinations")]
     ) -> Response:
         """The likeliest destinations, given the RTT or not, as `ping-llm inference dst --json` says them."""
         return await answer(service, request, service.destinations, body)
 
     @app.post("/v1/score", tags=["queries"])
-    async def score(request: Request, body: Annotated[bodies.ScoreBody, examples("score")]) -> Response:
+    async def score(request: Request, body: Annotated[bodies.ScoreBody, _examples("score")]) -> Response:
         """How surprising measured pings are, as `ping-llm inference score --json` says it."""
         return await answer(service, request, service.score, body)
 
@@ -153,8 +156,12 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        reasons = {404: "there is no such page", 405: f"{request.method} is not taken here"}
-        return _error(error.status_code, reasons.get(error.status_code, str(error.detail)), error.headers)
+        code, reason = error.status_code, str(error.detail)
+        if code == 404 and request.url.path in QUERIES:
+            code, reason = 405, "send a POST with an object of JSON; /docs says which"
+        elif code == 404:
+            reason = "there is no such page"
+        return _error(code, reason, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -161,6 +161,8 @@ def _add_errors(app: FastAPI) -> None:
             code, reason = 405, "send a POST with an object of JSON; /docs says which"
         elif code == 404:
             reason = "there is no such page"
+        elif code == 400:
+            reason = "the body is no JSON in UTF-8, or is nested too deeply"
         return _error(code, reason, error.headers)
 
     @app.exception_handler(Exception)

@@ -43,6 +43,8 @@ def read_token(path: Path | None) -> str | None:
 
 def listen_at(host: str, port: int, has_token: bool) -> socket.socket:
     """A socket that is bound and does not listen yet; ValueError if that cannot be, or is open to others without a token."""
+    if not 0 <= port < 1 << 16:  # the system would take the rest of a division
+        raise ValueError(f"--port {port} must be from 0, for a free one, to 65535")
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, OverflowError) as error:

@@ -48,6 +48,8 @@ ROOT = Path(__file__).parents[1]
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
 LEAST_QUERIES, QUICK_QUERIES = 64, 16  # of a round; with many clients, two for each
 PATIENCE_S = 600
+KINDS = {"whole": False, "statistics": True}
+"""Whether they are the quick ones, by name."""
 SOAK_CLIENTS = 8
 SOAK_EVERY_S = 15.0
 
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="run folder of a trained model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="how many ask at a time")
+    parser.add_argument("--answers", nargs="+", choices=KINDS, default=[*KINDS], help="which of the two kinds")
     parser.add_argument("--rounds", type=int, default=3, help="how often service and library are timed in turn")
     parser.add_argument("--quick", action="store_true", help="few queries, one round")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes of load, after which nothing else is measured")
@@ -72,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             numbers = soak(port, pid, 60 * options.soak)
         else:
             rounds = 1 if options.quick else options.rounds
-            numbers = load(PingModel.load(run, "cpu"), port, options.clients, rounds, options.quick)
+            numbers = load(PingModel.load(run, "cpu"), port, options.answers, options.clients, rounds, options.quick)
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
@@ -111,11 +114,12 @@ def serving(run: Path) -> Iterator[tuple[Path, int, int]]:
         process.wait()
 
 
-def load(model: PingModel, port: int, clients: Sequence[int], rounds: int, quick: bool) -> dict:
+def load(model: PingModel, port: int, kinds: Sequence[str], clients: Sequence[int], rounds: int, quick: bool) -> dict:
     """Latency and queries/s for each number of clients, beside the library."""
     print(f"{'':24}{'clients':>8}{'p50 ms':>9}{'p99 ms':>9}{'queries/s':>11}{'library':>9}{'ratio':>7}{'range':>13}")
     numbers: dict[str, dict] = {}
-    for name, is_quick in (("whole distributions", False), ("statistics", True)):
+    for name in kinds:
+        is_quick = KINDS[name]
         for count in clients:
             queries = make_queries(max(QUICK_QUERIES if quick else LEAST_QUERIES, (1 if quick else 2) * count), count)
             bodies = [json.dumps(query | {"quick": True} if is_quick else query).encode() for query in queries]

@@ -250,7 +250,6 @@ def test_a_model_is_needed_and_has_to_be_one(tmp_path, capsys):
     said = refusal(capsys)
     assert said == "name the model that answers: --model RUN, the run folder of a trained model"
     assert str(tmp_path) in refusal(capsys, "--model", tmp_path, "--port", 0)
-    assert refusal(capsys, "--model", tmp_path, "--rows", 0) == "--rows 0 must be more than 0"
 
 
 def test_help_says_what_there_is(capsys):

@@ -5,7 +5,8 @@
 
 For each number of clients, each of which sends its next query once it has the answer to the last: median and 99th
 percentile of the latency, and queries/s beside those of the library for the same queries in one call, in this process, with
-as many threads. The two are measured in turn, as often as --rounds says; printed are the median ratio and the range of all.
+as many threads. The two are measured in turn, as often as --rounds says; printed are the median ratio and the range of all, and
+the processor's time of each for a query, which other work on the machine changes less.
 Whole distributions (`rtt_many` of a list, and its statistics) and statistics (`batch`, of the service `quick`) are told
 apart.
 
@@ -75,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
             numbers = soak(port, pid, 60 * options.soak)
         else:
             rounds = 1 if options.quick else options.rounds
-            numbers = load(PingModel.load(run, "cpu"), port, options.answers, options.clients, rounds, options.quick)
+            numbers = load(
+                PingModel.load(run, "cpu"), port, pid, options.answers, options.clients, rounds, options.quick
+            )
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
@@ -114,9 +117,15 @@ def serving(run: Path) -> Iterator[tuple[Path, int, int]]:
         process.wait()
 
 
-def load(model: PingModel, port: int, kinds: Sequence[str], clients: Sequence[int], rounds: int, quick: bool) -> dict:
+def load(
+    model: PingModel, port: int, pid: int, kinds: Sequence[str], clients: Sequence[int], rounds: int, quick: bool
+) -> dict:
     """Latency and queries/s for each number of clients, beside the library."""
-    print(f"{'':24}{'clients':>8}{'p50 ms':>9}{'p99 ms':>9}{'queries/s':>11}{'library':>9}{'ratio':>7}{'range':>13}")
+    print(
+        f"{'':12}{'clients':>8}{'p50 ms':>9}{'p99 ms':>9}{'queries/s':>11}{'library':>9}{'ratio':>7}{'range':>13}",
+        end="",
+    )
+    print(f"{'cpu ms':>8}{'library':>9}")
     numbers: dict[str, dict] = {}
     for name in kinds:
         is_quick = KINDS[name]
@@ -124,24 +133,32 @@ def load(model: PingModel, port: int, kinds: Sequence[str], clients: Sequence[in
             queries = make_queries(max(QUICK_QUERIES if quick else LEAST_QUERIES, (1 if quick else 2) * count), count)
             bodies = [json.dumps(query | {"quick": True} if is_quick else query).encode() for query in queries]
             asyncio.run(ask_all(port, bodies[:count], count)), answer_all(model, queries[:count], is_quick)
-            ratios, latencies, rates, own_rates = [], [], [], []
+            latencies: list[float] = []
+            taken = []  # of each round: seconds of the service and of the library, and those of the processor
             for _ in range(rounds):
+                cpu = cpu_s(pid)
                 seconds, each = asyncio.run(ask_all(port, bodies, count))
-                begin = time.perf_counter()
-                answer_all(model, queries, is_quick)
-                own_s = time.perf_counter() - begin
                 latencies += each
-                rates.append(len(queries) / seconds)
-                own_rates.append(len(queries) / own_s)
-                ratios.append(own_s / seconds)
+                service = (seconds, cpu_s(pid) - cpu)
+                begin, cpu = time.perf_counter(), time.process_time()
+                answer_all(model, queries, is_quick)
+                taken.append((*service, time.perf_counter() - begin, time.process_time() - cpu))
+            service_s, service_cpu, own_s, own_cpu = np.median(taken, axis=0) / len(queries)
+            ratios = [own / served for served, _, own, _ in taken]
             p50, p99 = (1e3 * float(np.quantile(latencies, q)) for q in (0.5, 0.99))
-            rate, own, ratio = (float(np.median(values)) for values in (rates, own_rates, ratios))
-            numbers[f"{name}, {count} clients"] = {
-                "p50_ms": p50, "p99_ms": p99, "queries_per_s": rate, "library_queries_per_s": own, "ratios": ratios,
-            }  # fmt: skip
+            one = {"p50_ms": p50, "p99_ms": p99, "queries_per_s": 1 / service_s, "library_queries_per_s": 1 / own_s}
+            one |= {"ratios": ratios, "cpu_ms": 1e3 * service_cpu, "library_cpu_ms": 1e3 * own_cpu}
+            numbers[f"{name}, {count} clients"] = one
             spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
-            print(f"{name:24}{count:8}{p50:9.1f}{p99:9.1f}{rate:11.1f}{own:9.1f}{ratio:7.2f}{spread:>13}", flush=True)
+            print(f"{name:12}{count:8}{p50:9.1f}{p99:9.1f}{1 / service_s:11.1f}{1 / own_s:9.1f}", end="")
+            print(f"{np.median(ratios):7.2f}{spread:>13}{1e3 * service_cpu:8.1f}{1e3 * own_cpu:9.1f}", flush=True)
     return numbers
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has had so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def make_queries(count: int, seed: int) -> list[dict]:

@@ -126,6 +126,7 @@ def test_bench_serve_measures(tmp_path, monkeypatch, capsys):
     for one in numbers.values():
         assert 0 < one["p50_ms"] <= one["p99_ms"] and len(one["ratios"]) == 1
         assert one["ratios"][0] == pytest.approx(one["queries_per_s"] / one["library_queries_per_s"])
+        assert one["cpu_ms"] > 0 and one["library_cpu_ms"] > 0
     looks = measured(script, tmp_path, "--soak", 0.02)["looks"]
     assert len(looks) >= 4 and looks[-1]["answers"] > 0 and looks[-1]["files"] > 5 and looks[-1]["rss_mb"] > 50
 

@@ -4,9 +4,9 @@
     python scripts/bench_serve.py [--model RUN] --soak 10
 
 For each number of clients, each of which sends its next query once it has the answer to the last: median and 99th
-percentile of the latency, and queries/s beside those of the library for the same queries in one call, in this process, with
-as many threads. The two are measured in turn, as often as --rounds says; printed are the median ratio and the range of all, and
-the processor's time of each for a query, which other work on the machine changes less.
+percentile of the latency, and queries/s beside those of the library for the same queries in one call, in this process,
+with as many threads. The two are measured in turn, as often as --rounds says; printed are the median ratio and the range
+of all, and the processor's time of each for a query, which other work on the machine changes less.
 Whole distributions (`rtt_many` of a list, and its statistics) and statistics (`batch`, of the service `quick`) are told
 apart.
 

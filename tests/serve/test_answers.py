@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serve_runs import CONTEXT, DST, OTHER, PING, SRC, held, serving
+from serve_runs import CONTEXT, DST, OTHER, PING, SRC, held, make_run, serving
 from servers import wait_for
 
 from ping_llm import cli
@@ -17,6 +17,16 @@ from ping_llm.inference.query import Query
 from ping_llm.model.gpt import parameter_count
 from ping_llm.serve.bodies import EXAMPLES
 from ping_llm.serve.guard import DOCS_CSP, HEADERS
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def model(run_dir):
+    return PingModel.load(run_dir, "cpu")
 
 
 @pytest.fixture(scope="module")

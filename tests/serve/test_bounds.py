@@ -6,7 +6,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serve_runs import CONTEXT, DST, PING, SRC, held, serving
+from serve_runs import CONTEXT, DST, PING, SRC, held, make_run, serving
 from servers import wait_for
 from starlette.testclient import TestClient
 
@@ -18,6 +18,16 @@ from ping_llm.serve.logs import json_logs
 from ping_llm.serve.service import Service
 
 TOKEN = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def model(run_dir):
+    return PingModel.load(run_dir, "cpu")
 
 
 @pytest.fixture(scope="module")

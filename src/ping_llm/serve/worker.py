@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-GATHER_S = 0.003  # that the first job of a call waits for others
+GATHER_S = 0.003  # that the jobs of a call wait for one more, as long as
+MOST_GATHERS = 8  # of these times are not over
 MOST_TOGETHER = 64  # queries of a call: so many the library answers at a time
 
 
@@ -127,11 +128,11 @@ class Worker:
                     return []
                 self._changed.wait()
             kind = self._waiting[0].kind
-            end = time.monotonic() + self.gather_s
+            end = time.monotonic() + MOST_GATHERS * self.gather_s
             while kind.key is not None and self._cost_of(kind) < MOST_TOGETHER and not self._ending:
-                if not (left := end - time.monotonic()) > 0:
+                left = min(self.gather_s, end - time.monotonic())
+                if not (left > 0 and self._changed.wait(left)):  # nobody came
                     break
-                self._changed.wait(left)
             taken: list[Job] = []
             cost = 0
             for job in list(self._waiting):

@@ -123,7 +123,7 @@ def measure(folder: Path, quick: bool, large: int) -> dict:
 def measure_scales(folder: Path, results: int, scales: tuple[int, ...]) -> dict:
     """Time and memory of `prepare` at each scale, and what its shuffle costs; `folder` is empty."""
     days = max(results / RESULTS_A_DAY, 0.05)
-    found = synthesize(folder / "dump", probes=300, targets=50, days=days)["results"]
+    found = synthesize(folder / "dump", probes=PROBES, targets=50, days=days)["results"]
     files = sorted((folder / "dump").glob("ping-*.bz2"))
     report: dict = {"results": found}
     for shards in (0, 4):

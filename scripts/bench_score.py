@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from ping_llm.cli import exit_code
@@ -39,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 PROMPT_HISTORY = 10
 DEMO = ROOT / "out" / "demo"
 QUICK_COUNT = 60
+FIRST, EVERY = 7, 15  # of the measurements, those that prompts answer for
+LEAST_COUNT = FIRST + EVERY + 1  # of two of them NLLs can be correlated
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     count, rounds = (QUICK_COUNT, 1) if options.quick else (300, 3)
     measured = made_up(count) if rows is None else of_rows(rows, count)
     print(f"{name} on {device_name(model.device)} in {model.precision}, {options.threads} threads")
-    print(f"{count} measurements of {'no rows, made up' if rows is None else rows}, median of {rounds} rounds")
+    print(f"{len(measured)} measurements of {'no rows, made up' if rows is None else rows}, median of {rounds} rounds")
     print(
         f"{'':38}{'prompts':>10}{'windows':>10}{'ratio':>8}{'spread':>14}{'r of NLL':>10}{'mean NLL':>16}", flush=True
     )
@@ -91,14 +94,18 @@ def load(run: Path | None, device: str, precision: str) -> tuple[PingModel, str]
 
 
 def of_rows(folder: Path, count: int) -> Context:
-    """The first measurements of the IPv4 sources of test-s1, at most a quarter of them of one row."""
+    """The first measurements of the IPv4 sources of test-s1, at most a quarter of them of one row; ValueError if they are
+    too few to compare."""
     parts = []
     for row in RowReader(folder, "test-s1"):
         table = row.to_measurements()
-        if table.column("ip_version")[0].as_py() == 4:
-            parts.append(Context.of_measurements(table.slice(0, -(-count // 4))))
+        of_ipv4 = table.filter(pc.equal(table.column("ip_version"), 4)).slice(0, -(-count // 4))
+        parts += [Context.of_measurements(of_ipv4)] if len(of_ipv4) else []
         if sum(map(len, parts)) >= count:
             break
+    if sum(map(len, parts)) < LEAST_COUNT:
+        found = f"{sum(map(len, parts))} measurements of IPv4 sources in test-s1"
+        raise ValueError(f"{folder} holds only {found}, fewer than {LEAST_COUNT}; name other rows with --rows")
     names = ("src", "dst", "rtt_ms", "time_s")
     return Context(*(np.concatenate([getattr(part, name) for part in parts]) for name in names)).take(slice(count))
 
@@ -119,7 +126,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Times and answers of both ways on the same measurements, for each history of the windows; the prompts answer for one
     in 15."""
-    some, times = np.arange(7, len(measured), 15), []
+    some, times = np.arange(FIRST, len(measured), EVERY), []
     for _ in range(rounds):
         prompts_s, alone = seconds(lambda: with_prompts(model, measured, some, src_known))
         of_windows = [seconds(lambda h=history: scored(model, measured, h, src_known)) for history in histories]

@@ -23,8 +23,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "out/mutants"
 EQUIVALENT = ROOT / "tests/equivalent_mutants.toml"
+_MODEL = ["tests/model/test_model.py", "tests/model/test_switches.py"]
 TESTS = {
-    "model/gpt.py": ["tests/model/test_model.py"],
+    "model/gpt.py": _MODEL,
+    "model/attention.py": _MODEL,
+    "model/block.py": [*_MODEL, "tests/model/test_dropout.py"],
+    "model/cache.py": _MODEL,
+    "model/codewords.py": ["tests/model/test_codewords.py"],
+    "model/counts.py": _MODEL,
+    "model/dropout.py": ["tests/model/test_dropout.py"],
+    "model/lookup.py": ["tests/model/test_codewords.py", "tests/model/test_switches.py"],
+    "model/mlp.py": _MODEL,
     "model/loss.py": ["tests/model/test_loss.py"],
     "training/objective.py": [
         "tests/training/test_objective.py",

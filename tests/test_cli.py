@@ -2,6 +2,7 @@
 
 import bz2
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def run(*argv) -> subprocess.CompletedProcess:
         ["train", "--help"],
         ["sweep", "--help"],
         ["compare", "--help"],
+        ["inspect-model", "--help"],
         ["inference", "rtt", "--help"],
     ],
 )
@@ -170,3 +172,31 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, capsys):
     assert main(["prepare", str(tmp_path / "a.json"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
     err = capsys.readouterr().err
     assert str(tmp_path / "out") in err and err.count("\n") == 1
+
+
+def test_train_sets_up_threads_memory_and_the_cache_of_what_is_compiled_unless_the_user_did(tmp_path):
+    """Before torch is imported, which reads them then."""
+    (tmp_path / "config.toml").write_text("")
+    code = (
+        "import os, sys\n"
+        "from ping_llm.cli import train\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            names = 'OMP_WAIT_POLICY', 'PYTORCH_ALLOC_CONF', 'TORCHINDUCTOR_CACHE_DIR'\n"
+        "            print([os.environ.get(name) for name in names])\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        f"train([{str(tmp_path / 'config.toml')!r}])"
+    )
+    names = {"OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR"}
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    own = {"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "", "TORCHINDUCTOR_CACHE_DIR": "here"}
+    cache = str(tmp_path / "ping-llm" / "compiled")
+    bare["XDG_CACHE_HOME"] = str(tmp_path)
+    for given, expected in (
+        ({}, ["PASSIVE", "expandable_segments:True", cache]),
+        (own, ["ACTIVE", "", "here"]),
+    ):
+        done = subprocess.run([sys.executable, "-uc", code], capture_output=True, text=True, env=bare | given)
+        assert done.stdout == f"{expected}\n", done.stderr

@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from ping_llm.config import Config, config_from_dict, parse_config
-from ping_llm.config.sections import Bounds
+from ping_llm.config.bounds import Bounds
 
 
 def numbers(kind: type) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ CANNOT_RUN = {
     "ping-llm fetch": "downloads dumps; tests/data/ingest/test_fetch.py fetches from a server of its own",
     "slurm/submit": "needs SLURM; tests/launch/test_slurm.py starts one",
     "modal volume": "needs an account; tests/launch/test_modal.py runs the script on a stub",
+    "ping-llm launch watch": "needs an account; tests/launch/test_gpu_watch.py runs it on a server of its own",
     "docker compose": "needs Docker; tests/launch/test_deploy.py builds what the image holds",
     "host1$ torchrun": "needs two machines; tests/training/test_two_hosts.py runs two hosts in name spaces",
 }

@@ -13,6 +13,7 @@ from paths import SCRIPTS
 
 from ping_llm.cli import exit_code
 from ping_llm.config import Config, ModelConfig
+from ping_llm.data.measurement import is_ipv4
 
 RUN_ELSEWHERE = {
     "bench_train": "training/test_bench_train.py",
@@ -81,6 +82,24 @@ def test_bench_prepare_measures(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_bench_prepare_measures_how_time_and_memory_grow(tmp_path, monkeypatch):
+    """The same results once and twice, in buckets by their size and in four."""
+    script = importlib.import_module("bench_prepare")
+    monkeypatch.setattr(script, "PROBES", 10)
+    numbers = measured(script, tmp_path, "--scale", "--quick", "--results", 3_000)
+    assert list(numbers)[1:5] == ["1x", "2x", "1x in 4 buckets", "2x in 4 buckets"]
+    for once, twice in (("1x", "2x"), ("1x in 4 buckets", "2x in 4 buckets")):
+        once, twice = numbers[once], numbers[twice]
+        assert twice["lines"] == 2 * once["lines"] == 2 * numbers["results"] > 0
+        more = (twice["cpu_s"] - once["cpu_s"]) / once["lines"]
+        assert twice["us_more"] == pytest.approx(1e6 * more, abs=1e6 * 0.1 / once["lines"])  # seconds are rounded
+        assert min(once["peak_rss_mb"], twice["peak_rss_mb"]) > 50
+    assert 0 < numbers["piece_measurements"] <= numbers["results"]
+    for buckets in (4, 256, 6000):
+        assert numbers[f"write_{buckets}_buckets_ms"] > 0 and numbers[f"read_{buckets}_buckets_us_a_batch"] > 0
+
+
+@pytest.mark.slow
 def test_bench_score_measures(tmp_path, monkeypatch):
     script = importlib.import_module("bench_score")
     (tmp_path / "configs").mkdir()
@@ -97,6 +116,22 @@ def test_bench_score_measures(tmp_path, monkeypatch):
     for case in numbers["cases"]:
         assert case["least_ratio"] <= case["ratio"] <= case["most_ratio"] and case["mean_history"] > 5
         assert case["windows_nll"] == pytest.approx(case["prompts_nll"], abs=1.0)
+
+
+@pytest.mark.parametrize(("ipv6_share", "count", "left"), [(1.0, 400, 0), (0.0, 12, 12)])
+def test_bench_score_says_in_one_line_that_rows_hold_too_few_to_compare(tmp_path, capsys, ipv6_share, count, left):
+    folder = write_rows(tmp_path, {"test-s1": [make_row(count, ipv6_share=ipv6_share)]}, shards=1)
+    assert exit_code(lambda: importlib.import_module("bench_score").of_rows(folder, 60)) == 1
+    assert capsys.readouterr().err == (
+        f"error: {folder} holds only {left} measurements of IPv4 sources in test-s1, fewer than 23; "
+        "name other rows with --rows\n"
+    )
+
+
+def test_bench_score_takes_the_measurements_of_ipv4_sources(tmp_path):
+    rows = [make_row(400, seed=i, probe_id=i) for i in range(5)]
+    measured = importlib.import_module("bench_score").of_rows(write_rows(tmp_path, {"test-s1": rows}, shards=1), 60)
+    assert len(measured) == 60 and is_ipv4(measured.src).all()
 
 
 @pytest.mark.slow

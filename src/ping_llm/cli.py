@@ -6,12 +6,10 @@ Nothing heavy is imported before the options are parsed, so that `--help` answer
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
+import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,13 +18,9 @@ import tyro
 from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
+from ping_llm.system.exits import exit_code
 from ping_llm.system.files import cache_folder, try_file, try_folder
-from ping_llm.system.streams import lost_output, steady_streams
 
-_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "scipy": "baselines", "transformers": "hf"}
-_EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
-_EXTRAS |= dict.fromkeys(("fastapi", "fastapi_swagger", "prometheus_client", "uvicorn"), "serve")
-_WARNINGS_OF_A_KIND = 3
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -198,22 +192,23 @@ class Plot:
 class Plan:
     """Estimate what a training run takes before you pay for it: memory, hours, dollars."""
 
-    config: Positional[Path]  # TOML file of the run.
+    config: Positional[Path | None] = None  # TOML file of the run; with --depth it may be left out.
+    # blocks of the model: sets width, heads, tokens, batch, rates and weight decay, as for ping-llm train, and prints them.
+    depth: int | None = None
+    ratio: float | None = None  # with --depth: tokens for each weight of the matrices and the head; 12 if absent.
+    target_flops: float | None = None  # with --depth, in place of --ratio: FLOPs of the whole run.
     gpu: str = "h100"  # kind of GPU, one of the price table.
     gpus: int = 1  # how many, over all machines.
     # share of its peak that a GPU reaches in training; 0.4 is assumed. A run's report.md says what it reached.
     mfu: float = 0.4
-    grad_accum: int = 0  # micro-batches a step, instead of those of the file.
+    # micro-batches a step, instead of those of the file; with --depth, as few as fit if absent.
+    grad_accum: int = 0
     prices: Path | None = None  # price table; that of the package, prices.toml, if absent.
 
     def run(self) -> None:
-        from ping_llm.config import load_config
-        from ping_llm.launch.plan import GPU, PRICES, plan_cost
+        from ping_llm.launch.dial import plan_lines
 
-        run = load_config(self.config)
-        train = dataclasses.replace(run.train, grad_accum=self.grad_accum or run.train.grad_accum)
-        gpu = GPU.named(self.gpu, self.prices or PRICES)
-        print("\n".join(plan_cost(dataclasses.replace(run, train=train), gpu, self.gpus, self.mfu).lines))
+        print("\n".join(plan_lines(**vars(self))))
 
 
 @dataclass
@@ -233,8 +228,7 @@ class Sweep:
 
 @dataclass
 class Compare:
-    """Compare training runs: one table by config, differences with their intervals over seeds, and whether they exceed the
-    noise."""
+    """Compare training runs by config: differences, intervals over seeds, noise; or the checkpoints of one run."""
 
     # run folders, or folders that hold runs, such as that of a sweep.
     runs: Positional[tuple[Path, ...]]
@@ -243,15 +237,69 @@ class Compare:
     # folders of evaluations of these runs, besides those in RUN/eval.
     scores: tuple[Path, ...] = ()
     noise: tuple[Path, ...] = ()  # runs of a noise study, or folders that hold them: what seeds alone change.
+    # instead, put the same pings to every checkpoint of one run; --out then holds checkpoints.md, .json and .png.
+    checkpoints: Flag = False
+    pairs: tuple[tuple[str, str], ...] = ()  # with --checkpoints: sources and destinations; if absent, pings of val.
+    pings: int = 4  # with --checkpoints: how many of val.
+    data: Path | None = None  # with --checkpoints: folder of rows; those that the run learned from, if absent.
 
     def run(self) -> None:
-        from ping_llm.eval.compare import compare, print_comparison
-
         if not self.runs:
             raise ValueError("name the runs, or folders that hold runs, such as that of a sweep")
+        if self.checkpoints:
+            return self._over_time()
+        if self.pairs or self.data:
+            raise ValueError("--pairs and --data go with --checkpoints")
+        from ping_llm.eval.compare import compare, print_comparison
+
         print_comparison(compare(self.runs, self.out, self.against, self.scores, self.noise))
         if self.out:
             print(f"report: {self.out / 'compare.md'}")
+
+    def _over_time(self) -> None:
+        from ping_llm.eval.checkpoints import TEXT_NAME, compare_checkpoints, print_checkpoints
+
+        if len(self.runs) > 1 or self.against or self.scores or self.noise:
+            raise ValueError("--checkpoints looks at one run, without --against, --scores and --noise")
+        print_checkpoints(compare_checkpoints(self.runs[0], self.out, self.pairs, self.data, self.pings))
+        if self.out:
+            print(f"report: {self.out / TEXT_NAME}")
+
+
+@dataclass
+class InspectModel:
+    """Look into a trained model: its residual stream, its attention by field, its map of prefixes, as pictures."""
+
+    run_dir: Annotated[Positional[Path], tyro.conf.arg(name="run")]  # run folder, or one of its checkpoints.
+    out: Path | None = None  # folder for the pictures and inside.json; RUN/inside if absent.
+    data: Path | None = None  # folder of rows; those that the run learned from, if absent.
+    part: str = "val"  # of the rows, that windows are drawn from.
+    windows: int = 64  # how many.
+    src: str = ""  # source of a ping to look at instead of windows, or a prefix of whole bytes.
+    dst: str = ""  # its destination, likewise.
+    at: str = ""  # its time, ISO 8601.
+    # earlier measurements of the source (.parquet, .csv, .json, .jsonl): src_addr, dst_addr, rtt, event_time.
+    context: Path | None = None
+    rtt: float | None = None  # its RTT in ms; the model's median if absent.
+    ipv4_bits: Literal[8, 16, 24] = 24  # length of the IPv4 prefixes on the map.
+    ipv6_bits: Literal[16, 32, 48] = 48  # length of the IPv6 prefixes.
+    device: str = "auto"  # cpu, cuda or auto.
+
+    def run(self) -> None:
+        from ping_llm.inference.files import read_context
+        from ping_llm.inference.query import Query
+        from ping_llm.inside.inspect import inspect_model
+
+        query = None
+        if self.src or self.dst:
+            query = Query.parse(self.src or None, self.dst or None, self.at or None, read_context(self.context))
+        elif self.at or self.context or self.rtt is not None:
+            raise ValueError("--at, --context and --rtt go with --src and --dst")
+        look, paths = inspect_model(
+            self.run_dir, self.out, self.data, self.part, self.windows, query, self.rtt, self.ipv4_bits, self.ipv6_bits,
+            self.device,
+        )  # fmt: skip
+        print("\n".join([*look.lines(), *map(str, paths)]))
 
 
 def eval(argv: list[str]) -> None:
@@ -275,16 +323,22 @@ def eval(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """Train a model: CONFIG.toml [--section.option value …]."""
-    from ping_llm.config import parse_config
-
-    config = parse_config(argv, "ping-llm train")
+    """Train a model: CONFIG.toml [--section.option value …], or --depth N."""
     # Threads of OpenMP spin while they wait: with any other work on the machine, training would take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     # Memory is taken in pieces that can grow: batches of several shapes leave no gaps.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    prog = "ping-llm train"
+    if any(argument.partition("=")[0] in ("--depth", "--ratio", "--target-flops") for argument in argv):
+        from ping_llm.launch.dial import parse_run  # it counts the weights of models, which takes torch
+
+        config = parse_run(argv, prog, on_this_machine=True)
+    else:
+        from ping_llm.config import parse_config
+
+        config = parse_config(argv, prog)
     from ping_llm.training.trainer import train
 
     train(config)
@@ -297,6 +351,13 @@ def inference(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm inference")
 
 
+def launch(argv: list[str]) -> int | None:
+    """Watch for free GPUs of a provider; rent them once and train there: watch."""
+    from ping_llm.launch.watch import COMMANDS
+
+    return _dispatch(argv, COMMANDS, "ping-llm launch")
+
+
 def serve(argv: list[str]) -> None:
     """Answer queries over HTTP: an API, its description, metrics, and a page."""
     from ping_llm.serve.cli import serve
@@ -304,10 +365,11 @@ def serve(argv: list[str]) -> None:
     tyro.cli(serve, args=argv, prog="ping-llm serve")
 
 
-_TRAINED = (train, Plot, Sweep, Compare, eval, Plan, inference, serve)
-_COMMANDS = {c.__name__.lower(): c for c in (Synth, Fetch, Prepare, Inspect, *_TRAINED)}
-_PARSE_THEMSELVES = (train, eval, inference, serve)
-_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, eval)  # what they print is no answer
+_MODELS = (train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve)
+_ALL = (Synth, Fetch, Prepare, Inspect, *_MODELS)
+_COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
+_PARSE_THEMSELVES = (train, eval, launch, inference, serve)
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval)  # what they print is no answer
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
@@ -318,7 +380,8 @@ def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | 
             return command(argv[1:])
         result = tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
         return result.run() if hasattr(result, "run") else result
-    lines = [f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    wide = max(map(len, commands))
+    lines = [f"  {name:{wide}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
     usage = "\n".join([f"usage: {prog} COMMAND [OPTIONS]   (COMMAND --help says more)", "", *lines])
     if argv and argv[0] in ("-h", "--help"):
         return print(usage)
@@ -334,65 +397,3 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     writes_files = _COMMANDS.get(argv[0] if argv else "") in _WRITE_FILES
     return exit_code(lambda: _dispatch(argv, _COMMANDS, "ping-llm"), needs_stdout=not writes_files)
-
-
-def exit_code(command: Callable[[], int | None], needs_stdout: bool = True) -> int:
-    """Calls what a program does, and returns the program's exit code; errors are one line each, and printing ends nothing.
-
-    Output that could not be printed is an error of a program that `needs_stdout`, for its answer is lost. Of one whose files
-    are the result it is a warning.
-    """
-    with steady_streams():
-        try:
-            code = _one_line_errors(command)
-        except SystemExit as stopped:  # of a parser that has printed help, or what is wrong
-            if stopped.code or not lost_output():
-                raise
-            code, needs_stdout = 0, True
-        if lost := lost_output():
-            kind = "error" if needs_stdout else "warning"
-            print(f"{kind}: standard output did not take what was printed ({lost})", file=sys.stderr)
-            return code or int(needs_stdout)
-        return code
-
-
-def _one_line_errors(command: Callable[[], int | None]) -> int:
-    """What `command` returns; 1 after one line that says what was wrong, 130 if interrupted."""
-    log, warnings = logging.getLogger("ping_llm"), _WarningLines()
-    log.addHandler(warnings)
-    try:
-        return command() or 0
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        text = f"{error.name} is not installed; pip install 'ping-llm[{_EXTRAS[error.name]}]'"
-    except (ValueError, OSError) as error:
-        if os.environ.get("PING_LLM_TRACEBACK"):
-            raise
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    finally:
-        log.removeHandler(warnings)
-        warnings.close()
-    print(f"error: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
-    return 1
-
-
-class _WarningLines(logging.Handler):
-    """Warnings of the package as lines on standard error; of one kind the first few, and how many more there were."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.counts: Counter[str] = Counter()  # by the text before its arguments are filled in
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.counts[record.msg] += 1
-        if self.counts[record.msg] <= _WARNINGS_OF_A_KIND:
-            print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr)
-
-    def close(self) -> None:
-        if more := sum(max(count - _WARNINGS_OF_A_KIND, 0) for count in self.counts.values()):
-            print(f"warning: {more:,} more of the kinds above", file=sys.stderr)
-        super().close()

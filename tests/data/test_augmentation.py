@@ -13,6 +13,7 @@ from ping_llm.config import FIELDS, Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import tokenization as tk
 from ping_llm.data.augmentation import pseudonyms, shift_pairs
 from ping_llm.data.measurement import IPV4_MAPPED_PREFIX, is_ipv4, pack_address
+from ping_llm.data.rows import ProbeRow
 from ping_llm.data.windows import encode_windows, sample_window
 from ping_llm.model.gpt import GPT
 from ping_llm.training.distributed import Ranks
@@ -157,3 +158,35 @@ def test_muted_tokens_are_read_but_no_targets():
     sums, totals = sums[: len(FIELDS)], totals[: len(FIELDS)]  # the bytes of RTTs are counted once more after them
     assert totals.sum() == counted.sum()
     torch.testing.assert_close(sums.sum() / totals.sum().float(), nats)
+
+
+def test_a_shift_is_of_source_and_destination_and_drifts_in_windows_in_time_order_alone():
+    """Two sources ping one destination in 20 ms: with a factor for each, and two only where time is told."""
+    packed = np.array([list(pack_address(text)) for text in ("192.0.2.1", "192.0.2.2", "198.51.100.1")], dtype=np.uint8)
+    turns, zeros = np.arange(400) % 2, np.zeros(400, dtype=np.int64)
+    columns = (zeros, turns, zeros, np.full(400, 20, np.float32), zeros.astype(np.uint8), packed[:2], packed[2:])
+    row = ProbeRow.from_codes(1, 1_700_000_000 + 60 * np.arange(400), *columns)
+    drifts, apart = {}, {}
+    for full_time in (0.0, 1.0):
+        config = DataConfig(
+            full_time=full_time, partial_time=0, src_prefix_dropout=0, dst_prefix_dropout=0, shifted_pairs=1
+        )
+        windows = [sample_window(row, config, 300, np.random.default_rng(seed)) for seed in range(60)]
+        rtts = [[set(w.rtt_ms[row.src[w.index] == source].tolist()) for source in range(2)] for w in windows]
+        drifts[full_time] = sum(len(own) == 2 for of_window in rtts for own in of_window)
+        apart[full_time] = sum(not one & other for one, other in rtts)
+        assert all(1 <= len(own) <= 2 for of_window in rtts for own in of_window)
+    assert drifts[0.0] == 0 and 5 < drifts[1.0] < 50  # 0.3 of the shifted ones of 120
+    assert min(apart.values()) > 30
+
+
+def test_factors_are_log_normal_and_between_a_third_and_all_of_the_pairs_have_one():
+    pair, rtt_ms, shares, logs = np.arange(2000), np.full(2000, 20.0), [], []
+    for seed in range(60):
+        log_factor = np.log(shift_pairs(pair, rtt_ms, False, np.random.default_rng(seed))[0] / 20)
+        shares.append((log_factor != 0).mean())
+        logs.append(log_factor[log_factor != 0])
+    drawn = np.concatenate(logs)
+    assert abs(drawn.std() - 0.7) < 0.02 and abs(drawn.mean()) < 0.02
+    assert abs(drawn).max() < 2.001 and 0.001 < (abs(drawn) > 1.999).mean() < 0.01  # P(|z| > 2 / 0.7) = 0.004
+    assert 0.25 < min(shares) < 0.4 and max(shares) > 0.9

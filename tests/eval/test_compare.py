@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ping_llm.cli import main
-from ping_llm.config import Config, ModelConfig, TrainConfig
+from ping_llm.config import Config, LossConfig, ModelConfig, TrainConfig
 from ping_llm.eval.compare import Comparison, compare
 from ping_llm.eval.curves import curve, mean_curve
 from ping_llm.eval.outcomes import SHARE, Outcome, benchmark, group_runs, quantities, read_runs
@@ -165,6 +165,36 @@ def test_runs_of_a_folder_stand_in_the_order_of_the_numbers_in_their_names(tmp_p
 def test_an_unfinished_run_is_named(tmp_path):
     run = write_run(tmp_path / "run", 2.0, steps=10)
     assert compare([run]).notes == [f"{run} is not finished: 50%, step 10"]
+    other = write_run(tmp_path / "other", 2.0, seed=1)
+    assert f"{run} is not finished: 50%, step 10" in compare([other], noise=[run]).notes
+
+
+def test_a_run_that_has_logged_nothing_is_named_and_left_out(tmp_path):
+    write_run(tmp_path / "sweep/a,seed=0", 2.0)
+    failed, begun = tmp_path / "sweep/b,seed=0", write_run(tmp_path / "sweep/c,seed=0", 2.0, n_embd=64)
+    failed.mkdir()
+    (failed / "train.log").touch()
+    (begun / "metrics.jsonl").unlink()
+    found = compare([tmp_path / "sweep"])
+    assert [group.name for group in found.groups] == ["a"]
+    assert found.notes == [f"{run} has logged nothing and is left out" for run in (failed, begun)]
+
+
+def test_a_loss_that_each_config_weights_its_own_way_is_shown_and_not_judged(sweep, tmp_path):
+    """Of two runs that know every field equally well, the one that weights RTTs more has the larger mean."""
+    for seed in range(2):
+        run = write_run(tmp_path / f"rtt=3,seed={seed}", 9.0 + seed, seed)
+        save_config(run, Config(model=MODEL, train=TRAIN, loss=LossConfig(rtt=3.0), seed=seed))
+    weighted = [tmp_path / f"rtt=3,seed={seed}" for seed in range(2)]
+    found = compare([sweep / "n_embd=32,seed=0", sweep / "n_embd=32,seed=1", *weighted])
+    assert set(found.differences) == {
+        f"{at}_{name}" for at in ("end", "best") for name in ("val_loss_rtt", "val_rtt_bits", "val_median_rel_error")
+    }
+    table = {row[0]: row[1:] for row in found.table()[1]}
+    assert table["val loss, nats, end"] == ["2.0500 ± 0.0707", "9.5000 ± 0.7071", "–", "–"]
+    assert "val loss is a mean of its own for each, and is not judged" in found.notes[0]
+    assert "end_val_loss" not in compare([sweep], noise=weighted).differences  # nor by the deviation of another mean
+    assert "end_val_loss" in compare([sweep]).differences
 
 
 # PingBench
@@ -179,6 +209,32 @@ def test_of_pingbench_the_parts_of_val_count_in_the_two_contexts_of_the_primary_
         "ratio_val-s1": 1.0, "ratio_val-s4": 4.0, "ratio_val": 2.0,
         "crps_val-s1": 0.1, "crps_val-s4": 0.4, "crps_val": 0.2,
     })  # fmt: skip
+
+
+def test_a_part_of_val_that_lacks_a_context_is_left_out_and_said_to_be(tmp_path):
+    """Its mean over one context would stand beside means over two."""
+    runs = [write_run(tmp_path / name, 2.0, n_embd=width) for name, width in (("a", 32), ("b", 64))]
+    for run in runs:
+        write_results(run / "eval", run, val_s1=0.5, val_s2=0.5)
+    assert not any("PingBench" in note for note in compare(runs).notes)
+    path = runs[1] / "eval/results.json"
+    results = json.loads(path.read_text())
+
+    def without(*parts: str) -> None:
+        cells = [cell for cell in results["cells"] if cell["draw"] != "other" or cell["split"] not in parts]
+        path.write_text(json.dumps(results | {"cells": cells}))
+
+    without("val-s2")
+    found = compare(runs)
+    assert (
+        found.differences["ratio_val-s1"]["b"].value == 0 and "ratio_val-s2" not in found.groups[1].outcomes[0].values
+    )
+    assert found.notes == [
+        "PingBench was put to these models over other parts of val: what is called val is of other queries"
+    ]
+    without("val-s1", "val-s2")
+    (note,) = compare(runs).notes
+    assert note.startswith(f"PingBench of {runs[1]} has no part of val with both contexts")
 
 
 def test_evaluations_are_found_in_run_folders_and_by_the_run_that_they_name(tmp_path):
@@ -214,6 +270,19 @@ def test_curves_are_over_tokens_and_over_the_flops_of_whole_windows(sweep):
     flops, _ = curve(group.outcomes[0], "val_loss", "flops")
     assert flops.tolist() == [steps * 8 * 64 * flops_per_token(MODEL) for steps in (10, 20)]
     assert mean_curve(group, "val_loss", "tokens")[1] == pytest.approx([1.55, 2.05])
+
+
+def test_the_mean_curve_is_over_the_steps_after_which_all_runs_were_evaluated(sweep):
+    """One run was evaluated after 10 and 20 steps, the other after 5, 10 and 20, of which 5 is no place of the mean."""
+    path = sweep / "n_embd=32,seed=1/metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "tokens": 2600, "val_loss": 7.0}\n')
+    (group, _), _ = group_runs(read_runs([sweep]))
+    assert len(curve(group.outcomes[1], "val_loss", "tokens")[0]) == 3
+    places, values = mean_curve(group, "val_loss", "tokens")
+    assert places.tolist() == [4000, 8000] and values == pytest.approx([1.55, 2.05])
+    path.write_text('{"step": 7, "tokens": 2600, "val_loss": 7.0}\n')
+    (group, _), _ = group_runs(read_runs([sweep]))
+    assert [len(column) for column in mean_curve(group, "val_loss", "tokens")] == [0, 0]
 
 
 def test_the_command_prints_the_table_and_writes_text_numbers_and_curves(sweep, tmp_path, capsys, monkeypatch):

@@ -1,15 +1,20 @@
 """The model's scores in PingBench are those of its single answers, query for query."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 
 from ping_llm.config import ModelConfig
 from ping_llm.data.measurement import format_address, pack_address
+from ping_llm.data.rows import ProbeRow
 from ping_llm.eval.columns import Measurements
 from ping_llm.eval.metrics import QUANTILE_LEVELS
 from ping_llm.eval.model import ModelMethods, fitted, model_queries
 from ping_llm.eval.queries import Seen, SplitQueries, learned_from
+from ping_llm.inference.memory import Memory
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt
 from ping_llm.model.gpt import GPT
@@ -52,6 +57,23 @@ def test_what_fits_is_what_the_prompt_of_the_model_holds(queries):
         again = build_prompt(model_queries(kept.take(slice(i, i + 1)))[0], 128)
         assert again.tokens.tolist() == prompt.tokens.tolist()
     assert fitted(queries, 4096).context.tolist() == queries.context.tolist()
+
+
+def test_with_a_memory_the_scores_are_those_of_answers_that_look_into_it(model, queries, tmp_path):
+    table = queries.measurements
+    train = table.rows_of_part("train")
+    ids = table.src_id[train].astype(np.int64), table.dst_id[train].astype(np.int64)
+    zeros = np.zeros(len(train), dtype=np.int64)
+    columns = (table.time_s[train], zeros, *ids, table.rtt_ms[train], zeros.astype(np.uint8))
+    row = ProbeRow.from_codes(1, *columns, table.addresses, table.addresses)
+    remembers = replace(model, memory=Memory.open(write_rows(tmp_path, {"train": [row]}, shards=1)))
+    few = queries.given(0).take(slice(8))
+    rng = np.random.default_rng(0)
+    alone, scores = (ModelMethods(one, ("all",)).scores(few, rng)["ping-llm, source all"] for one in (model, remembers))
+    answers = remembers.rtt_many(model_queries(few), "all")
+    assert all(answer.context_measurements for answer in answers)
+    np.testing.assert_allclose(scores.p_fail, [answer.p_fail for answer in answers], rtol=1e-3)
+    assert (np.abs(scores.p_fail / alone.p_fail - 1) > 1e-2).any()
 
 
 @pytest.mark.parametrize("src_known", ["all", "none", "auto"])

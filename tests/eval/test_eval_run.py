@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pyarrow.compute import field
 from ping_llm import cli
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data.ingest.prepare import prepare
-from ping_llm.data.rows import manifest_sha256, read_manifest
+from ping_llm.data.rows import RowReader, manifest_sha256, read_manifest
 from ping_llm.data.synthetic.synthesize import synthesize
 from ping_llm.eval import diagnose
 from ping_llm.eval import run as eval_run
@@ -27,10 +28,12 @@ from ping_llm.eval.baselines.history import ROLLING_MEDIAN, PairHistory
 from ping_llm.eval.baselines.neighbours import PROFILE_KNN
 from ping_llm.eval.baselines.simple import ADDITIVE, GLOBAL_MEDIAN, SOURCE_MEDIAN
 from ping_llm.eval.baselines.stack import Stack
-from ping_llm.eval.model import TRUE_DISTRIBUTION
+from ping_llm.eval.model import TRUE_DISTRIBUTION, model_queries
 from ping_llm.eval.options import EvalOptions
 from ping_llm.eval.queries import SPLITS, VAL_SPLITS
 from ping_llm.eval.run import evaluate, leak_problem
+from ping_llm.inference.context import Context
+from ping_llm.inference.evidence import recalled
 from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 
@@ -173,6 +176,52 @@ def test_a_model_is_scored_beside_the_baselines(world, run):
     assert "LEAK" not in report and "bits per destination" in report and "std of log p" in report
     names = {path.stem for path in (world / "scored").glob("*.png")}
     assert {"loss_per_field", "densities", "ratio_by_cell"} <= names
+
+
+@pytest.mark.parametrize("other_sources", [False, True])
+def test_what_a_memory_adds_to_a_query_is_of_train_and_earlier(world, run, tmp_path, other_sources):
+    """Of no part of PingBench does a query get a row that is held out, or one of its own second or later."""
+    options = EvalOptions(run, world / "rows", queries=60, device="cpu")
+    models, _, train_rows = eval_run._open_run(options)
+    memory = replace(models.model.memory, other_sources=other_sources)
+    train = measured(RowReader(world / "rows", "train"))
+    held_out = measured(RowReader(world / "rows", "val")) | measured(RowReader(world / "rows", "test-s1"))
+    assert len(memory) == len(train) and not train & held_out
+    _, splits = eval_run._load_queries(options, train_rows)
+    assert {split.split for split in splits} == {*VAL_SPLITS, *SPLITS}
+    added = Counter()
+    for split in splits:
+        for queries in (split.recent.given(0), split.other.given(10)):
+            asked = model_queries(queries)
+            for query, filled in zip(asked, recalled(memory, asked, 512), strict=True):
+                given, found = keys_of(query.context), keys_of(filled.context)
+                assert found - given <= train
+                assert all(time_s < query.time_s for *_, time_s in found)
+                added[split.split] += len(found - given)
+    assert added["val-s1"] and added["test-s1"] and added["test-s2"]
+    assert bool(added["test-s3"]) is other_sources  # of a source that is held out train knows nothing
+    assert eval_run._open_run(replace(options, no_memory=True))[0].model.memory is None
+    synthesize(tmp_path / "dump", probes=6, targets=5, days=0.05, seed=9, workers=1)
+    prepare([str(tmp_path / "dump")], tmp_path / "new", workers=1, split="none")
+    other = eval_run._open_run(replace(options, data=tmp_path / "new"))[0].model.memory
+    assert len(other) == len(train)  # queries of other rows are answered from what the run has learned from
+
+
+def measured(rows: RowReader) -> set[tuple]:
+    """The measurements of a part, as of `keys_of`."""
+    found = set()
+    for row in rows:
+        ends = row.src_addresses[row.src], row.dst_addresses[row.dst]
+        found |= keys_of(Context(*ends, row.rtt_ms.astype(np.float64), row.time_s))
+    return found
+
+
+def keys_of(context: Context) -> set[tuple]:
+    """Source, destination, RTT and second of each measurement."""
+    if not len(context):
+        return set()
+    ends = ([packed.tobytes() for packed in end] for end in (context.src, context.dst))
+    return set(zip(*ends, context.rtt_ms.tolist(), context.time_s.tolist(), strict=True))
 
 
 def parts_of(results: dict) -> set[str]:

@@ -9,13 +9,13 @@ from conftest import write_rows
 from random_model import random_model
 from test_past import DST, HOUR, SRC, T, query, row_of
 
+from ping_llm.inference.blend import situations
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.experts import Expert, Experts
 from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.memory import Memory
-from ping_llm.inference.mixture import situations
 from ping_llm.inference.packed import Foreseen, Windows, foresee
 from ping_llm.inference.past import pasts
 from ping_llm.inference.query import Endpoint, Query

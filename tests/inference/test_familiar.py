@@ -52,3 +52,15 @@ def test_damaged_columns_are_refused():
         Familiar.of_json({"src": "AAAA"})
     with pytest.raises(ValueError):
         Familiar.of_json({"src": "no base64!", "dst": ""})
+
+
+def test_of_a_model_that_reads_networks_of_sources_the_network_is_what_was_met():
+    familiar = Familiar.of_rows([Row({0}, {0})], (3, 6))  # 192.0.2.1
+    texts = ["192.0.2.1", "192.0.2.77", "192.0.3.1"]
+    packed = np.array([list(pack_address(text)) for text in texts], dtype=np.uint8)
+    assert familiar.known_bytes("src", packed).tolist() == [4, 4, 2]
+    assert familiar.known_bytes("dst", packed).tolist() == [4, 3, 2]
+    assert Familiar.of_json(familiar.to_json()) == familiar != Familiar.of_rows([Row({0}, {0})])
+    host, network = (set(one.src.tolist()) for one in (Familiar.of_rows([Row({0}, set())]), familiar))
+    assert len(host) == len(network) == 4
+    assert len(host - network) == 1  # the host itself: whoever has the calibration cannot look it up

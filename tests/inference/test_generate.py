@@ -192,6 +192,20 @@ def test_top_1_is_greedy_at_any_temperature_and_seed(gpt, temperature, seed):
     )
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 5e-324])
+def test_a_top_p_near_0_is_greedy(gpt, top_p):
+    greedy = generate(Reader(gpt, CPU), 2, temperature=0)
+    assert generate(Reader(gpt, CPU), 2, seed=3, temperature=2, top_p=top_p).drop("log_prob") == greedy.drop("log_prob")
+
+
+def test_temperature_1_that_keeps_all_tokens_draws_what_is_drawn_without_options(gpt):
+    plain = generate(Reader(gpt, CPU), 3, seed=5)
+    everything = {"temperature": 1.0, "top_k": tk.VOCAB_SIZE, "top_p": 1.0, "min_p": 0.0}
+    assert generate(Reader(gpt, CPU), 3, seed=5, **everything) == plain
+    log_p = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    torch.testing.assert_close(Sampling().distribution(log_p), log_p.exp(), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("chosen", [{}, FILTERED])
 def test_log_prob_is_that_of_the_unfiltered_model(gpt, chosen):
     table = generate(Reader(gpt, CPU), 20, seed=5, prompt_tokens=GIVEN, **chosen)

@@ -29,8 +29,7 @@ TEXTS += ("::5", "0:0:0:1::5")
 HOSTS = np.array(
     [list(pack_address(text)) for text in (*TEXTS, "192.0.2.1", "192.0.2.2", "203.0.113.9")], dtype=np.uint8
 )
-NETWORKS = (0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 6, 7)  # of each host; those of ::/48 have no neighbours
-KINDS = ("pair", "of_source", "to_destination", "to_network")
+KINDS = ("pair", "of_source", "to_destination")
 
 pings = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10), st.integers(0, 6)), min_size=1, max_size=60)
 seconds = st.sampled_from([*range(8), ANY_TIME])
@@ -58,8 +57,6 @@ def memory_of(folder: Path, *parts: list[tuple[int, int, int]]) -> Memory:
 
 def slowly(memory: Memory, kind: str, src: bytes, dst: bytes, before_s: int) -> list[int]:
     """All places that a query is after, newest first, by looking at every measurement."""
-    texts = [host.tobytes() for host in HOSTS]
-    network = dict(zip(texts, NETWORKS, strict=True))
     found = []
     for place in range(len(memory)):
         source, destination = (memory.addresses[ids[place]].tobytes() for ids in (memory.src_id, memory.dst_id))
@@ -67,7 +64,6 @@ def slowly(memory: Memory, kind: str, src: bytes, dst: bytes, before_s: int) -> 
             "pair": (source, destination) == (src, dst),
             "of_source": source == src,
             "to_destination": destination == dst,
-            "to_network": source == src and destination != dst and network[destination] == network[dst],
         }
         if wanted[kind] and memory.time_s[place] < before_s:
             found.append(place)

@@ -9,7 +9,7 @@ from random_model import random_model
 from scipy import stats
 
 from ping_llm.data import tokenization as tk
-from ping_llm.inference.calibration import Calibration, Surprise
+from ping_llm.inference.calibration import Calibration, Surprise, _fit_tail
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.mixture import distributions
@@ -184,6 +184,20 @@ def test_the_tail_of_a_generalised_pareto_distribution_is_found_again():
         for share in (0.5, 0.1, 0.01, 0.001):
             at = np.exp(-stats.genpareto.isf(share, shape, scale=scale))
             assert surprise.calibrated(np.array([at]))[0] == pytest.approx(share, rel=0.2)
+
+
+@pytest.mark.parametrize("excess", [[3.0, 5.0, 9.0], [0.1, 0.1, 0.2, 0.15], [0.5, 6.0], []])
+def test_a_tail_of_few_results_is_the_likeliest_given_that_it_is_expected_near_a_right_one(excess):
+    """The density of a generalised Pareto distribution at the excesses, times normal densities of log scale (deviation 1.5)
+    and shape (0.3), at its largest: no neighbour of what is found is likelier by more than the grid allows."""
+    scale, shape = _fit_tail(np.array(excess))
+
+    def height(log_scale: float, shape: float) -> float:
+        density = stats.genpareto.logpdf(excess, shape, scale=np.exp(log_scale)).sum()
+        return density + stats.norm.logpdf(log_scale, scale=1.5) + stats.norm.logpdf(shape, scale=0.3)
+
+    best = max(height(s, k) for s in np.linspace(-4, 5, 46) for k in np.linspace(-0.5, 1, 16))
+    assert height(np.log(scale), shape) > best - 0.01
 
 
 def test_few_results_leave_p_values_near_what_they_were():

@@ -82,8 +82,8 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(model):
 
 def test_two_forward_passes_are_counted_honestly(model, monkeypatch):
     calls = []
-    states = model.gpt.states
-    monkeypatch.setattr(model.gpt, "states", lambda *a, **k: calls.append(1) or states(*a, **k))
+    states = GPT.states
+    monkeypatch.setattr(GPT, "states", lambda *a, **k: calls.append(1) or states(*a, **k))
     distribution = model.rtt("192.0.2.1", "198.51.100.7", context=CONTEXT, src_known="all")
     assert len(calls) == distribution.forward_passes == 2
 

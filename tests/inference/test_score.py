@@ -164,6 +164,14 @@ def test_p_values_are_read_against_those_of_val(model):
     assert flagged[0]["anomaly"] is True
 
 
+def test_what_was_scored_before_is_scored_anew_under_the_same_names(model):
+    old = pa.Table.from_pylist([row | {"p_value": "old", "pit": "old", "anomaly": "old"} for row in MEASUREMENTS])
+    scored, fresh = model.score(old, anomaly_at=0.3), model.score(pa.Table.from_pylist(MEASUREMENTS), anomaly_at=0.3)
+    assert sorted(scored.column_names) == sorted(fresh.column_names)
+    assert scored.select(fresh.column_names).equals(fresh)
+    assert model.score(old).column("anomaly").to_pylist() == ["old"] * len(MEASUREMENTS)  # was not asked for
+
+
 def test_no_measurements_are_scored_as_none(model):
     nothing = pa.table({name: pa.array([], kind) for name, kind in (("src_addr", "string"), ("dst_addr", "string"))})
     scored = model.score(nothing.append_column("rtt", pa.array([], "double")))

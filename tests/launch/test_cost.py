@@ -9,7 +9,7 @@ import torch
 from paths import CONFIGS
 
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
-from ping_llm.launch.plan import GPU, PRICES, activation_bytes, fixed_bytes, plan_cost
+from ping_llm.launch.plan import GPU, PRICES, activation_bytes, fewest_pieces, fixed_bytes, plan_cost
 from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.optimizer import Optimizer
@@ -59,6 +59,27 @@ def test_the_tables_of_fields_count_with_both_moments_of_adamw_by_hand():
     assert fixed_bytes(dataclasses.replace(FIELD_AWARE, prefix_rows=2048)) - fixed_bytes(FIELD_AWARE) == 18 * 1024 * 64
 
 
+def test_a_growing_batch_takes_more_steps_for_the_same_tokens_by_hand():
+    """128 windows from 32 on, 8 steps: 4 of 32 and 4 of 64 are 384 windows, of which whole batches take 3 steps."""
+    growing = with_train(SMALL, first_batch_size=32, batch_warmup_steps=8)
+    by_steps = plan_cost(with_train(growing, total_steps=100), ROUND, 1)
+    assert (by_steps.steps, by_steps.tokens) == (100, (384 + 92 * 128) * 1024)
+    by_tokens = plan_cost(with_train(growing, total_steps=0, target_tokens=by_steps.tokens), ROUND, 1)
+    assert (by_tokens.steps, by_tokens.tokens) == (pytest.approx(100), by_steps.tokens)
+    assert by_tokens.hours == by_steps.hours
+
+
+def test_more_micro_batches_than_needed_are_said():
+    lines = plan_cost(with_train(SMALL, grad_accum=4), ROUND, 1).lines
+    assert lines[-1].endswith("the batch fits, and so it would with --train.grad-accum 1")
+    assert plan_cost(SMALL, ROUND, 1).lines[-1].endswith("the batch fits")
+
+
+@pytest.mark.parametrize(("windows", "largest", "pieces"), [(128, 200, 1), (128, 100, 2), (96, 40, 3), (7, 3, 7)])
+def test_the_fewest_micro_batches_by_hand(windows, largest, pieces):
+    assert fewest_pieces(windows, largest) == pieces
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("field_aware", [False, True])
 def test_weights_gradients_moments_and_averages_are_as_large_as_the_plan_counts(field_aware, averaged):
@@ -74,6 +95,18 @@ def test_weights_gradients_moments_and_averages_are_as_large_as_the_plan_counts(
     counted = fixed_bytes(config, averaged) - 2 * parameter_count(config) - 8 * 4 * 64**2
     steps = 4 * len(optimizer.adamw.param_groups)  # AdamW counts them in fp32
     assert sum(tensor.nbytes for tensor in held) == counted + (20 if averaged else 16) * 2 * 53 * 64 + steps
+
+
+def test_adamw_alone_keeps_two_moments_of_all_weights_and_no_stack():
+    model = GPT(FIELD_AWARE)
+    optimizer = Optimizer(model, OptimConfig(matrices="adamw"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.9, 0.0)
+    held = [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.state_dict().values()]
+    counted = fixed_bytes(FIELD_AWARE, adamw=True) - 2 * parameter_count(FIELD_AWARE)
+    steps = 4 * sum(len(group["params"]) for group in optimizer.adamw.param_groups)
+    assert sum(tensor.nbytes for tensor in held) == counted + 16 * 2 * 53 * 64 + steps
 
 
 def test_fp8_is_planned_as_bf16_and_says_so():
@@ -103,6 +136,20 @@ def test_the_largest_batch_is_the_largest_that_fits():
     assert plan.largest_micro_batch == int(room // activation_bytes(SMALL.model)) and plan.fits == (
         plan.largest_micro_batch >= 128
     )
+
+
+def test_activations_by_hand_and_more_of_them_where_nothing_is_compiled():
+    """small: 1,024 tokens of 20 blocks of 640 channels at 38 bytes compiled and 48 eager, and 267 logits at 10."""
+    assert activation_bytes(SMALL.model) == 1024 * (38 * 20 * 640 + 10 * 267) == 500_807_680
+    assert activation_bytes(SMALL.model, compiled=False) == 1024 * (48 * 20 * 640 + 10 * 267) == 631_879_680
+    for choice, kind, size in (
+        ("auto", "compiled", 500_807_680),
+        (True, "compiled", 500_807_680),
+        (False, "eager", 631_879_680),
+    ):
+        plan = plan_cost(with_train(SMALL, compile=choice), ROUND, gpus=1)
+        assert plan.largest_micro_batch == int((92e9 - fixed_bytes(SMALL.model)) // size)
+        assert sum(line.endswith(f"a micro-batch of 128, {kind}") for line in plan.lines) == 1
 
 
 @pytest.mark.parametrize(("gpu", "pieces"), [("l40s", 4), ("l4", 16)])

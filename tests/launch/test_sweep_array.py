@@ -80,6 +80,13 @@ def test_a_mistake_in_the_sweep_or_one_that_is_done_submits_nothing(programs, sw
     assert not (tmp_path / "calls").exists()
 
 
+def test_a_list_that_could_not_be_printed_is_an_error(programs, sweep):
+    """Else slurm/submit would take no runs for a sweep that is done."""
+    command = [sys.executable, "-m", "ping_llm.launch.sweep_array", sweep]
+    lost = run(["bash", "-c", 'exec "$@" >/dev/full', "_", *command], programs)
+    assert lost.returncode == 1 and lost.stderr.startswith("error: standard output did not take what was printed")
+
+
 def test_a_job_of_the_array_trains_its_run_writes_its_log_and_goes_back_to_the_queue_alone(programs, tmp_path):
     """The last job of an array has the number of the whole array: it must not put all of it back."""
     config = tmp_path / "runs/b/run.toml"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from paths import CONFIGS
 from reference_gpt import plain_logits
+from torch.overrides import TorchFunctionMode
 
 from ping_llm.config import ModelConfig, load_config
 from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count
@@ -118,6 +119,31 @@ def test_the_residual_stream_is_of_the_precision_of_the_products(model):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 model(random_tokens(1, 8))
     assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_gradients_of_the_embedding_are_summed_up_in_fp32(model):
+    """4,096 times the same token: a sum in bf16 stands still after a few hundred of about the same size."""
+    slope, gradients = torch.randn(267, generator=torch.Generator().manual_seed(2)), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            total = (model(torch.full((64, 64), 5)) * slope).sum()
+        gradients.append(torch.autograd.grad(total, model.embedding.weight)[0][5])
+    exact, low = gradients
+    assert (low - exact).norm() < 0.05 * exact.norm()
+
+
+def test_no_power_is_taken_of_a_token_on_the_way_to_a_gradient(model):
+    """Autocast of CUDA takes powers in fp32, `square` among them; that of CPUs does not, so what is called is looked at."""
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.add(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    with Calls(), torch.autocast("cpu", torch.bfloat16):
+        model(random_tokens(1, 8))
+    assert "relu" in names and not {"pow", "square", "__pow__", "float_power"} & names
 
 
 @torch.no_grad()

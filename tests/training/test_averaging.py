@@ -25,10 +25,11 @@ from training_runs import (
     write_config,
 )
 
+from ping_llm.config import config_from_dict
 from ping_llm.model.checkpoint import load_latest, load_model
 from ping_llm.model.gpt import GPT
 from ping_llm.training import trainer
-from ping_llm.training.averaging import WeightAverage
+from ping_llm.training.averaging import WeightAverage, load_trained
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 from ping_llm.training.optimizer import Optimizer
@@ -36,13 +37,13 @@ from ping_llm.training.optimizer import Optimizer
 CPU = torch.device("cpu")
 
 
-def averages(share: float, values: list[float]) -> list[float]:
+def averages(values: list[float], **kind: float) -> list[float]:
     """The average after each step of a model of one weight, which has these values."""
     model, found = nn.Linear(1, 1, bias=False), []
-    average = WeightAverage(model, share)
+    average = WeightAverage(model, **kind)
     for step, value in enumerate(values, 1):
         nn.init.constant_(model.weight, value)
-        average.update(step)
+        average.update(step, step / len(values))
         found.append(average.weights["weight"].item())
     return found
 
@@ -50,16 +51,29 @@ def averages(share: float, values: list[float]) -> list[float]:
 def test_averages_by_hand():
     """The way to the weights is 1, 1/2, 1/3, 1/4 for a share of 1, and 1, 1, 2/3, 1/2 for a half."""
     values = [10.0, 20.0, 30.0, 40.0]
-    assert averages(1.0, values) == pytest.approx([10, 15, 20, 25])  # plain means
-    assert averages(0.5, values) == pytest.approx([10, 20, 80 / 3, 100 / 3])
-    assert averages(0.25, values) == [10, 20, 30, 40]  # the latest quarter of up to 4 steps is one step
+    assert averages(values, share=1.0) == pytest.approx([10, 15, 20, 25])  # plain means
+    assert averages(values, share=0.5) == pytest.approx([10, 20, 80 / 3, 100 / 3])
+    assert averages(values, share=0.25) == [10, 20, 30, 40]  # the latest quarter of up to 4 steps is one step
+
+
+def test_an_exponential_average_by_hand():
+    """The way is 1, 1/2, and then 0.4: what is kept is 0.6, and less as long as there are fewer than 2.5 steps."""
+    assert averages([10.0, 20.0, 30.0, 40.0], ema=0.6) == pytest.approx([10, 15, 21, 28.6])
+    assert averages([10.0, 20.0, 30.0], ema=1.0) == pytest.approx([10, 15, 20])
+
+
+def test_the_average_of_a_tail_by_hand():
+    """Half of six steps: the first three are themselves, of the others it is the plain mean."""
+    values = [10.0, 20.0, 30.0, 40.0, 60.0, 110.0]
+    assert averages(values, tail=0.5) == pytest.approx([10, 20, 30, 40, 50, 70])
+    assert averages(values, tail=1.0)[-1] == pytest.approx(45)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.02, 1.0), st.integers(200, 600))
 def test_the_mean_age_of_the_weights_is_about_the_share_of_the_steps(share, steps):
     """Weights that are the number of their step: the average is the mean number."""
-    mean_age = 1 - averages(share, [float(step) for step in range(1, steps + 1)])[-1] / steps
+    mean_age = 1 - averages([float(step) for step in range(1, steps + 1)], share=share)[-1] / steps
     assert mean_age == pytest.approx(share / (1 + share), abs=2 / steps)
 
 
@@ -117,6 +131,7 @@ def runs(tmp_path_factory):
 
 
 VARIANTS = {"plain": {}, "averaged": {"average": 0.5}}
+KINDS = {"ema": {"average_ema": 0.7}, "tail": {"average_tail": 0.6}}
 
 
 def test_averaging_changes_nothing_of_what_is_learned(runs):
@@ -142,6 +157,54 @@ def test_the_checkpoint_answers_with_the_average_and_its_validation_loss_is_of_t
     assert state["step"] == 12 and state["val_loss"] == metrics(folder)[-1]["val_loss"]
     values = Objective(config, model, Ranks(CPU)).evaluate(val_windows(config))
     assert values["val_loss"] == pytest.approx(state["val_loss"], rel=1e-6)
+
+
+def test_what_is_logged_of_the_weights_that_are_trained_is_what_a_plain_run_logs(runs):
+    plain, averaged, _ = runs
+    logged = [line["val_trained_loss"] for line in metrics(averaged) if "val_loss" in line]
+    assert logged == [line["val_loss"] for line in metrics(plain) if "val_loss" in line]
+    assert not any("val_trained_loss" in line for line in metrics(plain))
+
+
+def test_either_weights_can_be_loaded(runs):
+    plain, averaged, _ = runs
+    expected = load_latest(plain).model
+    for path in (averaged, averaged / "checkpoints/step-00000012"):
+        model, config, state = load_trained(path)
+        assert state["step"] == 12 and config.train.average == 0.5
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    assert not torch.equal(load_model(averaged)[0].head.weight, expected["head.weight"])
+    with pytest.raises(ValueError, match="averages no weights; load its model as it is"):
+        load_trained(plain)
+
+
+def test_damaged_trained_weights_are_not_loaded(tmp_path):
+    run(make_config(tmp_path, total_steps=1, average=0.5))
+    with (tmp_path / "checkpoints/step-00000001/optimizer.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"00000000")
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors is damaged; restore it or load the averaged weights"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_averages_are_of_the_weights_of_their_steps(runs, tmp_path, kind):
+    """Of the tail of 0.6, steps 5 to 12 count alike. An ema of 0.7 is a plain mean of three steps, then keeps 0.7."""
+    run(make_config(tmp_path, **KINDS[kind]))
+    heads, expected = [weights[1] for weights in runs[2]], None
+    for step, head in enumerate(heads, 1):
+        way = max(0.3, 1 / step) if kind == "ema" else 1 / max(1, step - 4)
+        expected = head if expected is None else expected + way * (head - expected)
+    torch.testing.assert_close(load_latest(tmp_path).model["head.weight"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "both", [("average", "average_ema"), ("average", "average_tail"), ("average_ema", "average_tail")]
+)
+def test_two_averages_are_refused_in_one_line(both):
+    message = rf"^train\.{both[0]}=0\.5 and train\.{both[1]}=0\.5 are averages of the same weights; leave one$"
+    with pytest.raises(ValueError, match=message):
+        config_from_dict({"train": dict.fromkeys(both, 0.5)}, "config.toml")
 
 
 def stopped_in_step_8(config, start_step, *given):

@@ -20,6 +20,7 @@ from ping_llm.data.rows import RowReader
 from ping_llm.inference.calibration import CALIBRATION_NAME, LEAST_SHARE, Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.engine import ReadContexts
+from ping_llm.inference.evidence import recalled
 from ping_llm.inference.experts import LEAST_WEIGHT, Expert, Experts
 from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.model import PingModel
@@ -36,6 +37,7 @@ from ping_llm.training.calibration import (
     under_known_lengths,
     val_surprise,
 )
+from ping_llm.training.experts import LEAST_RESULTS
 from ping_llm.training.trainer import Feed, train
 from ping_llm.training.validation import ValQueries
 
@@ -155,7 +157,7 @@ def test_the_length_that_makes_the_context_likely_is_the_one_that_answers(gpt, m
     model = PingModel(gpt, torch.device("cpu"), Calibration({"ipv4": SHARES}))
     likelihood = np.where(np.array(list(SHARES)) == best, -3.0, -6.0)  # known lengths come in this order
 
-    def with_likelihood(reader, contexts) -> ReadContexts:
+    def with_likelihood(reader, contexts, likelihoods) -> ReadContexts:
         assert len(contexts) == len(SHARES)
         return dataclasses.replace(read(reader, contexts), log_likelihood=likelihood)
 
@@ -210,6 +212,41 @@ def test_calibration_is_of_the_results_of_val_with_their_past(gpt, config):
     assert not calibration.is_new(Endpoint.whole(train.src_addresses[0].tobytes()))
     queries, _ = sample_results(RowReader(config.data.rows, "val"), 32, np.random.default_rng(config.seed))
     assert max(len(query.context) for query in queries) == HISTORY
+
+
+def test_a_known_length_with_a_small_share_is_none_and_too_few_results_give_no_shares(gpt, config, monkeypatch):
+    names = ["none", "/8", "/16", "/24", "all"]
+    monkeypatch.setattr(calibration_module, "under_known_lengths", lambda *_: (names, None, None))
+    shares = np.array([LEAST_WEIGHT * 0.99, 0.2, 0.2, 0.2, 0.4 - LEAST_WEIGHT * 0.99])
+    monkeypatch.setattr(calibration_module, "fit_shares", lambda *_: shares)
+    reader = PingModel(gpt, torch.device("cpu"))
+    found = draw_results(config.data.rows, 300, np.random.default_rng(0))
+    given = [own for weights in calibration_module.fit_src_weights(reader, found) for own in weights.values()]
+    expected = dict(zip(names[1:], (shares[1:] / shares[1:].sum()).tolist(), strict=True))
+    assert given and all(own == pytest.approx(expected) for own in given)
+    few = found.take(np.arange(LEAST_RESULTS - 1))
+    assert calibration_module.fit_src_weights(reader, few) == ({}, {})
+
+
+@pytest.mark.parametrize("mesh", [0.0, 0.5])
+def test_experts_are_fitted_to_queries_that_have_recalled_what_they_will_be_given(gpt, config, monkeypatch, mesh):
+    """With other sources as evidence where the run learned from meshes, as a model of the run is loaded."""
+    seen = []
+
+    def fit_nothing(reader, found):
+        seen.append((reader.memory, found.queries))
+
+    monkeypatch.setattr(calibration_module, "fit_experts", fit_nothing)
+    monkeypatch.setattr(calibration_module, "fit_src_weights", lambda reader, found: ({}, {}))
+    monkeypatch.setattr(calibration_module, "val_surprise", lambda *_: None)
+    meshed = dataclasses.replace(config, data=dataclasses.replace(config.data, mesh=mesh))
+    calibrate(gpt, meshed, torch.device("cpu"), 60)
+    ((memory, queries),) = seen
+    assert memory.other_sources is (mesh > 0) and len(memory) == RowReader(config.data.rows, "train").measurements.sum()
+    drawn = draw_results(config.data.rows, 60, np.random.default_rng(config.seed)).queries
+    expected = recalled(memory, drawn, gpt.config.seq_len)
+    assert [len(query.context) for query in queries] == [len(query.context) for query in expected]
+    assert sum(len(query.context) for query in queries) > sum(len(query.context) for query in drawn)
 
 
 def test_p_values_are_fitted_to_as_many_results_of_val_as_are_wanted_or_to_all(gpt, config, caplog, monkeypatch):

@@ -13,13 +13,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training_runs import MODEL, make_config, make_windows
+from training_runs import MODEL, make_config, make_windows, run
 
 from ping_llm.config import ModelConfig, OptimConfig
 from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import deterministic
-from ping_llm.training import objective
+from ping_llm.training import objective, trainer
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import (
     HOPPER_ATTENTION,
@@ -82,6 +82,16 @@ def test_a_compiled_optimizer_takes_the_eager_steps_and_rates_that_change_compil
     assert counters["stats"]["unique_graphs"] == 2 * 3
 
 
+def test_a_run_takes_its_steps_with_the_compiled_optimizer_where_that_is_wanted(tmp_path, monkeypatch):
+    """On a GPU; here as if this were one. Two graphs for each of the three shapes."""
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
+    for wanted, graphs in ((False, 0), (True, 6)):
+        monkeypatch.setattr(trainer, "resolve_compile_optimizer", lambda *_, wanted=wanted: wanted)
+        run(make_config(tmp_path / str(wanted), total_steps=2, compile=False))
+        assert counter.frame_count == graphs
+
+
 def test_steps_and_evaluations_are_one_graph_each_whatever_is_left_over(monkeypatch):
     """Micro-batches of 4 windows; 10 windows of val end in a part of 2."""
     counter, compiler = CompileCounter(), torch.compile
@@ -115,6 +125,18 @@ def test_the_order_of_attention_is_that_of_a_hopper_and_of_no_other_device(monke
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     with attention_order(CPU):
         assert torch._C._get_sdp_priority_order() == before
+
+
+def test_steps_and_evaluations_attend_in_that_order(monkeypatch):
+    """Here as if this were a Hopper, and with one that this device cannot take left out."""
+    order, model = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], GPT(MODEL)
+    monkeypatch.setattr(objective, "attention_order", lambda _: sdpa_kernel(order, set_priority=True))
+    seen = []
+    with model.blocks[-1].register_forward_pre_hook(lambda *_: seen.append(torch._C._get_sdp_priority_order()[:2])):
+        run = Objective(make_config(Path("unused"), grad_accum=2), model, Ranks(CPU))
+        run.backward(make_windows(8, 0))
+        run.evaluate(make_windows(4, 0))
+    assert seen == [[int(each) for each in order]] * 3
 
 
 def model_of(layers: int, fp8: bool) -> GPT:

@@ -41,6 +41,22 @@ def test_shares_are_those_of_the_distribution_that_results_come_from():
     assert fit_shares(gram, told, part)[2] < 0.35  # then the shares of the two hardly matter
 
 
+def test_a_part_of_val_counts_as_much_however_small_its_errors_are():
+    """With a share a of the first and b = 1 − a the CRPS is s·(1 + 3b²) in one part and 1 + a² in the other. The sum of
+    their logarithms is least where 6b / (1 + 3b²) = 2a / (1 + a²), at a = 0.82, whatever s is; their own sum, with s = 0.01,
+    where 0.06b = 2a, at a = 0.03. The penalty draws a little to one half."""
+    part = np.arange(60) % 2
+    gram = np.where(part[:, None, None] == 0, [[1.0, 1.0], [1.0, 4.0]], [[2.0, 1.0], [1.0, 1.0]])
+    for scale in (1.0, 0.01):
+        scaled = gram * np.where(part == 0, scale, 1.0)[:, None, None]
+        assert fit_shares(scaled, np.zeros((60, 2)), part)[0] == pytest.approx(0.82, abs=0.03)
+        nothing = np.zeros((60, 2, 3))
+        of_model = np.concatenate([np.concatenate([scaled, nothing[..., :1]], axis=2), nothing[:, :1]], axis=1)
+        situation, cut = np.zeros((60, 3)), np.tile([True, False], (60, 1))
+        fitted = fit_odds({}, of_model, {}, situation, cut, part)
+        assert fitted.weights({}, situation, cut)[:, 0] == pytest.approx([0.82, 0.18, 0], abs=0.03)
+
+
 def test_kernels_are_as_wide_as_results_lie_from_their_past_and_wider_after_longer():
     rng = np.random.default_rng(1)
     n = 1500

@@ -248,3 +248,15 @@ def test_a_batch_that_cannot_be_dealt_is_refused(model, tmp_path):
     ranks = types.SimpleNamespace(device=CPU, rank=0, world=3)
     with pytest.raises(ValueError, match="times the 3 processes"):
         objective_of(model, tmp_path, ranks)
+
+
+def test_hosts_of_a_network_teach_a_model_that_reads_networks_the_same(tmp_path):
+    model, tokens = GPT(dataclasses.replace(MODEL, src_bits_ipv4=24)), make_windows(2, seed=0)
+    host = torch.arange(tokens.shape[1]) % 12 == 5  # the last byte of a source
+    assert (tokens[:, host] >= 11).any()
+    objective = objective_of(model, tmp_path)
+    sums = [objective.backward(torch.where(host & (tokens >= 11), byte, tokens))[0] for byte in (11, 40)]
+    assert torch.equal(sums[0], sums[1])
+    inputs, targets, _ = objective.targets(tokens)
+    read = torch.where(host & (tokens >= 11), 11, tokens)
+    assert torch.equal(targets, read[:, 1:]) and torch.equal(inputs, read[:, :-1].clamp(min=0))

@@ -20,6 +20,13 @@ def test_weight_decay_table():
     assert decays == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02, 0])
 
 
+def test_weight_decay_stays_or_falls_as_a_cosine():
+    constant, cosine = (OptimConfig(weight_decay=0.1, weight_decay_schedule=name) for name in ("constant", "cosine"))
+    assert [schedule.weight_decay(done, constant) for done in (0.0, 0.5, 1.0)] == [0.1, 0.1, 0.1]
+    decays = [schedule.weight_decay(done, cosine) for done in (0.0, 0.25, 0.5, 0.75, 1.0, 1.3)]
+    assert decays == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447, 0, 0], abs=1e-7)
+
+
 def test_momentum_table():
     momenta = [schedule.momentum(step, OptimConfig()) for step in (0, 150, 300, 10_000)]
     assert momenta == pytest.approx([0.85, 0.9, 0.95, 0.95])
@@ -55,6 +62,14 @@ def test_cosine_table():
     assert schedule.lr_scale(1.3, config) == pytest.approx(0.1)  # as a run by the clock may end
     rising = OptimConfig(schedule="cosine", warmup_share=1.0, cooldown_share=0.0, final_lr_share=0.1)
     assert [schedule.lr_scale(done, rising) for done in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.55, 1.0])
+
+
+def test_linear_table():
+    config = OptimConfig(schedule="linear", warmup_share=0.2, final_lr_share=0.1)
+    scales = [schedule.lr_scale(step / 10, config) for step in range(11)]
+    falling = [1, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1]
+    assert scales == pytest.approx([0.1, 0.55, *falling])
+    assert schedule.lr_scale(1.3, config) == pytest.approx(0.1)  # as a run by the clock may end
 
 
 def test_rates_of_the_last_step_of_a_run_are_those_of_its_progress_before():

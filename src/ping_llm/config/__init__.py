@@ -1,5 +1,6 @@
 """A TOML file and the command line in, one tree of frozen dataclasses out. Defaults < file < command line."""
 
+from ping_llm.config.model import ModelConfig
 from ping_llm.config.reading import (
     config_from_dict,
     config_to_dict,
@@ -14,7 +15,6 @@ from ping_llm.config.sections import (
     Config,
     DataConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
 )

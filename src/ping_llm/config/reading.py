@@ -19,6 +19,12 @@ from ping_llm.config.sections import Config
 
 T = TypeVar("T")
 
+DIAL_HELP = (
+    "--depth N, beside the file or in place of it, sets all that follows from the number of blocks: width, heads, tokens, "
+    "batch, rates, weight decay and, by this machine's memory, micro-batches; options given explicitly stay. With it, "
+    "--ratio R: tokens for each weight of the matrices and the head (12); or --target-flops F: FLOPs of the whole run."
+)
+
 
 def load_config(path: Path | str) -> Config:
     """Reads a TOML file over the defaults; ValueError names an unknown key, a wrong type or a value out of range."""
@@ -35,14 +41,15 @@ def read_toml(path: Path, example: str = "configs/tiny.toml") -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable TOML file: {error}") from None
 
 
-def parse_config(argv: list[str], prog: str) -> Config:
-    """`CONFIG.toml [--section.option value …]` in, the resolved config out."""
-    default = Config()
-    if argv and not argv[0].startswith("-"):
+def parse_config(argv: list[str], prog: str, default: Config | None = None) -> Config:
+    """`CONFIG.toml [--section.option value …]` in, the resolved config out; of a `default` without the file."""
+    if default is None and argv and not argv[0].startswith("-"):
         default, argv = load_config(argv[0]), argv[1:]
-    elif not ({"-h", "--help"} & set(argv)):
-        raise ValueError(f"{prog} needs a config file as its first argument, for example configs/tiny.toml")
-    errors, title = io.StringIO(), "Train a model on probe rows."
+    elif default is None and not ({"-h", "--help"} & set(argv)):
+        raise ValueError(
+            f"{prog} needs a config file as its first argument, for example configs/tiny.toml, or --depth N"
+        )
+    default, errors, title = default or Config(), io.StringIO(), f"Train a model on probe rows. {DIAL_HELP}"
     try:
         with redirect_stderr(errors):
             return tyro.cli(Config, default=default, args=argv, prog=f"{prog} CONFIG.toml", description=title)
@@ -111,11 +118,19 @@ def _explain(error: Exception, kind: Any, value: Any, source: str, name: str) ->
     if isinstance(error, ForbiddenExtraKeysError):
         key = next(key for key in value if key in error.extra_fields)
         known = [f.name for f in dataclasses.fields(kind)]
+        inner = {
+            own.name: f"{table}.{own.name}"
+            for table, of_table in typing.get_type_hints(kind).items()
+            if dataclasses.is_dataclass(of_table)
+            for own in dataclasses.fields(of_table)
+        }
         near = difflib.get_close_matches(key, known, n=1)
+        near = near or [inner[one] for one in difflib.get_close_matches(key, inner, n=1)]
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key {prefix}{key}; {hint}"
     if dataclasses.is_dataclass(kind):
         return f"{source}: {name} must be a table, not {value!r}" if not isinstance(value, dict) else str(error)
     if typing.get_origin(kind) is Literal:
         return f"{source}: {name}={value!r} must be one of {', '.join(map(str, typing.get_args(kind)))}"
-    return f"{source}: {name}={value!r} must be of type {getattr(kind, '__origin__', kind).__name__}"
+    items = "".join(f" of {one.__name__}" for one in typing.get_args(kind)) if typing.get_origin(kind) is list else ""
+    return f"{source}: {name}={value!r} must be of type {getattr(kind, '__origin__', kind).__name__}{items}"

@@ -1,80 +1,18 @@
-"""The tables of a config and the bounds of their values: one frozen dataclass each, `Config` of them all."""
+"""The tables of a config, one frozen dataclass each, and `Config` of them all."""
 
 from __future__ import annotations
 
-import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from ping_llm.config.bounds import RESUMABLE, Amount, Bounds, Count, Section, Share, Whole
+from ping_llm.config.model import ModelConfig
+
 FP8_MULTIPLE = 16  # of each side of a product in FP8
 FP8_LEAST_WIDTH = 128  # as in nanochat: rounding is a pass over each factor, and small products leave little to win
-RESUMABLE = {"resumable": True}  # a field that may differ when a run is continued: it does not change what is learned
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The values that a field may have, both ends included."""
-
-    least: float
-    most: float = math.inf
-
-    def __str__(self) -> str:
-        return f"at least {self.least:g}" if self.most == math.inf else f"between {self.least:g} and {self.most}"
-
-
-Count = Annotated[int, Bounds(1)]
-Whole = Annotated[int, Bounds(0)]
-Amount = Annotated[float, Bounds(0)]
-Share = Annotated[float, Bounds(0, 1)]
-
-
-class Section:
-    """A table of the config; ValueError names the field that is out of its bounds."""
-
-    def __post_init__(self) -> None:
-        section = type(self).__name__.removesuffix("Config").lower()
-        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
-            value, place = getattr(self, name), f"{section}.{name}".removeprefix(".")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{place}={value} must be a finite number")
-            for bounds in getattr(kind, "__metadata__", ()):
-                if isinstance(bounds, Bounds) and not bounds.least <= value <= bounds.most:
-                    raise ValueError(f"{place}={value} must be {bounds}")
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    n_layer: Count = 4
-    """Transformer blocks."""
-    n_embd: Count = 160
-    """Width of the residual stream."""
-    n_head: Count = 5
-    """Attention heads; n_embd must be a multiple."""
-    seq_len: Annotated[int, Bounds(64)] = 1024  # one IPv6 measurement takes up to 47 tokens
-    """Tokens in a training window, and the longest context of a query."""
-    rope_base: Annotated[float, Bounds(1)] = 10_000.0
-    """Base of the rotary position frequencies."""
-    softcap: Annotated[float, Bounds(1)] = 15.0
-    """Logits are softcap·tanh(logits / softcap)."""
-    field_aware: bool = False
-    """A token's embedding also says its place in its field, the address prefix so far and the RTT so far."""
-    prefix_rows: Annotated[int, Bounds(2)] = 1 << 15
-    """Rows of the table of address prefixes, a power of two; of field-aware models."""
-    grammar: bool = False
-    """Tokens that the grammar does not allow next have no probability; else that is learned."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_embd % self.n_head:
-            raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
-        if (width := self.n_embd // self.n_head) % 2:
-            raise ValueError(f"model.n_embd / model.n_head = {width} must be even for rotary positions")
-        if self.prefix_rows & (self.prefix_rows - 1):
-            raise ValueError(f"model.prefix_rows={self.prefix_rows} must be a power of two")
 
 
 @dataclass(frozen=True)
@@ -116,8 +54,17 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
+    matrices: Literal["muon", "adamw"] = "muon"
+    """Optimiser of the block matrices; all else is AdamW's."""
     muon_lr: Amount = 0.02
     """Muon rate of the block matrices; fits every width."""
+    orthogonalization: Literal["newton-schulz", "polar-express"] = "newton-schulz"
+    """Polynomials of Muon's five iterations: the same each time (Newton–Schulz), or each the best after those before it
+    (Polar Express), which end nearer to an orthogonal matrix."""
+    equal_rows: bool = False
+    """Scale the rows of Muon's momentum to one length before it is made orthogonal (MuonEq)."""
+    adamw_lr: Amount = 0.0015
+    """AdamW rate of the block matrices, before width scaling, if they are AdamW's."""
     embedding_lr: Amount = 0.2
     """AdamW rate of the token embedding, before width scaling."""
     head_lr: Amount = 0.004
@@ -135,9 +82,12 @@ class OptimConfig(Section):
     momentum_warmup_steps: Whole = 300
     """Steps over which the momentum rises."""
     weight_decay: Amount = 0.1
-    """Muon decoupled weight decay at step 0; falls to 0 linearly over the run."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """The rates after the rise: a plateau and a linear fall (wsd), or half a cosine (cosine)."""
+    """Decoupled weight decay of the block matrices at step 0, times their rate; nothing else decays."""
+    weight_decay_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Over the run the decay falls to 0 in a line, falls to 0 as half a cosine, or stays."""
+    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
+    """The rates after the rise: a plateau and a linear fall (wsd), half a cosine (cosine), or a linear fall from the peak
+    to the end of the run (linear)."""
     warmup_share: Share = 0.02
     """Share of the run in which the rates rise."""
     cooldown_share: Share = 0.4
@@ -153,6 +103,9 @@ class OptimConfig(Section):
             raise ValueError(f"optim.warmup_share + optim.cooldown_share = {total} must not exceed 1")
         if self.final_lr_share == 0:
             raise ValueError("optim.final_lr_share=0.0 must be above 0: a step at rate 0 trains nothing")
+        if self.matrices == "adamw" and (self.orthogonalization != "newton-schulz" or self.equal_rows):
+            name = "equal_rows" if self.equal_rows else "orthogonalization"
+            raise ValueError(f"optim.{name} is of Muon; with optim.matrices=adamw leave it out")
 
 
 FIELDS = (
@@ -199,11 +152,22 @@ class TrainConfig(Section):
     """Minutes of training steps; compilation, evaluations and saves are not counted. 0 = no limit."""
     batch_size: Count = 64
     """Windows in one optimiser step, over all processes and micro-batches."""
+    first_batch_size: Whole = 0
+    """Windows in the first steps: batch_size halved some times, which doubles back over batch_warmup_steps. Rates stay as
+    they are. 0 = batch_size."""
+    batch_warmup_steps: Whole = 0
+    """Steps, about, in which the batch grows from first_batch_size to batch_size, as many at each size."""
     grad_accum: Count = field(default=1, metadata=RESUMABLE)
     """Micro-batches of each process in one step; batch_size must be a multiple of them times the processes."""
     average: Share = 0.0
     """Share of the steps taken so far, the latest, over which the weights are averaged that evaluations and queries use:
     about their mean age. 0 = the weights after the last step."""
+    average_ema: Share = 0.0
+    """In place of train.average an exponential moving average: the share of it that each step keeps. 0.999 averages over
+    about the latest 1,000 steps, and over all as long as there are fewer. 0 = none."""
+    average_tail: Share = 0.0
+    """In place of train.average the plain mean over this share of the run, at its end; until then the weights themselves.
+    0 = none."""
     device: str = field(default="auto", metadata=RESUMABLE)
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
@@ -240,7 +204,30 @@ class TrainConfig(Section):
         if not (self.total_steps or self.target_tokens or self.max_minutes):
             limits = "train.total_steps, train.target_tokens and train.max_minutes"
             raise ValueError(f"give one of {limits}, else no run ends")
+        averages = [name for name in ("average", "average_ema", "average_tail") if getattr(self, name)]
+        if len(averages) > 1:
+            both = " and ".join(f"train.{name}={getattr(self, name)}" for name in averages)
+            raise ValueError(f"{both} are averages of the same weights; leave one")
+        self._check_batch_warmup()
         self.check_processes(1)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that evaluations and queries use are an average."""
+        return bool(self.average or self.average_ema or self.average_tail)
+
+    def _check_batch_warmup(self) -> None:
+        first, steps = self.first_batch_size, self.batch_warmup_steps
+        if bool(first) != bool(steps):
+            have, lack = ("first_batch_size", "batch_warmup_steps")[:: 1 if first else -1]
+            raise ValueError(f"train.{have}={getattr(self, have)} needs a train.{lack} above 0 beside it")
+        sizes = [self.batch_size >> halvings for halvings in range(self.batch_size.bit_length())]
+        halves = [size for place, size in enumerate(sizes) if size << place == self.batch_size][1:]
+        if first and first not in halves:
+            which = f"one of {', '.join(map(str, halves))}" if halves else "left out, for no half of that is whole"
+            raise ValueError(
+                f"train.first_batch_size={first} must be halves of train.batch_size={self.batch_size}: {which}"
+            )
 
     def check_processes(self, processes: int) -> None:
         """ValueError unless a step's windows can be dealt to so many processes and their micro-batches."""
@@ -251,6 +238,9 @@ class TrainConfig(Section):
                 f"train.batch_size={self.batch_size} must be a multiple of train.grad_accum={self.grad_accum}{among}; "
                 f"pass --train.batch-size {max(1, round(self.batch_size / pieces)) * pieces}"
             )
+        if self.first_batch_size % processes:
+            first = f"train.first_batch_size={self.first_batch_size}"
+            raise ValueError(f"{first} must be a multiple of the {processes} processes; let the batch begin larger")
 
 
 @dataclass(frozen=True)
@@ -273,6 +263,11 @@ class Config(Section):
         if width % multiple or width < FP8_LEAST_WIDTH:
             needs = f"train.precision=fp8 needs a model.n_embd of at least {FP8_LEAST_WIDTH}, a multiple of {multiple}"
             raise ValueError(f"{needs}, not {width}; pass --train.precision bf16")
+        if (shared := self.model.kv_heads * self.model.head_width) % multiple:
+            needs = (
+                f"train.precision=fp8 needs heads of keys and values that are a multiple of {multiple} wide together"
+            )
+            raise ValueError(f"{needs}, not {shared}: change model.n_kv_head, or pass --train.precision bf16")
         if self.model.seq_len % multiple:
             needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
             raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")

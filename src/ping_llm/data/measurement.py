@@ -102,10 +102,10 @@ def distinct_addresses(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distinct.view(np.uint8).reshape(-1, ADDRESS_BYTES), place.astype(np.int32)
 
 
-def network_of(packed: np.ndarray, ipv4_bits: int = 24, ipv6_bits: int = 48, rest: int = 0) -> np.ndarray:
-    """(n, 16) addresses with `rest` for every byte after a prefix of whole bytes of their family."""
+def network_of(packed: np.ndarray, ipv4_bits: int = 24, ipv6_bits: int = 48) -> np.ndarray:
+    """(n, 16) addresses with 0 for every byte after a prefix of whole bytes of their family."""
     kept = np.where(is_ipv4(packed), 12 + ipv4_bits // 8, ipv6_bits // 8)
-    return np.where(np.arange(ADDRESS_BYTES) < kept[:, None], packed, rest).astype(np.uint8)
+    return np.where(np.arange(ADDRESS_BYTES) < kept[:, None], packed, 0).astype(np.uint8)
 
 
 def log_rtt(rtt_ms: np.ndarray) -> np.ndarray:

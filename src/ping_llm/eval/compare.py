@@ -5,19 +5,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ping_llm.eval.curves import plot_curves
-from ping_llm.eval.outcomes import CRPS, SHARE, Group, Outcome, Quantity, group_runs, quantities, read_runs
+from ping_llm.eval.outcomes import (
+    CRPS,
+    SHARE,
+    Group,
+    Outcome,
+    Quantity,
+    begun_only,
+    group_runs,
+    quantities,
+    read_runs,
+)
 from ping_llm.eval.paired import Difference, Noise, difference
 from ping_llm.system.files import try_folder, write_atomically
 
 TEXT_NAME, DATA_NAME, CURVES_NAME = "compare.md", "compare.json", "curves.png"
 EMPTY, EXCEEDS = "–", "*"
+_WEIGHTED = ("end_val_loss", "best_val_loss")  # means over the fields by the weights of each config
 READING = (
     "Each number is the mean over the runs of a config, ± their deviation over seeds. Δ is the mean of the differences of",
     "runs with the same seeds, with its 95 % interval (Student's t) and the number n of pairs. The noise is the deviation",
@@ -51,6 +62,11 @@ class Comparison:
         groups = [first, *(group for group in groups if group is not first)]
         studied, _ = group_runs([*outcomes, *noise_runs])
         shown, noise, differences = _shown(groups), dict[str, Noise](), dict[str, dict[str, Difference]]()
+        if len({one.loss_weights for group in studied for one in group.outcomes}) > 1:
+            shown = [replace(one, judged=one.judged and one.name not in _WEIGHTED) for one in shown]
+            notes.append(
+                "the runs weight the fields otherwise ([loss]): val loss is a mean of its own for each, and is not judged"
+            )
         for quantity in shown:
             name = quantity.name
             pooled = Noise.pooled([[*group.by_seed(name).values()] for group in studied])
@@ -61,7 +77,7 @@ class Comparison:
                     group.name: difference(group.by_seed(name), first.by_seed(name), pooled) for group in groups[1:]
                 }
                 differences[name] = {group: one for group, one in found.items() if one}
-        return cls(groups, shown, noise, differences, notes + _notes(groups) + _by_kind_of_seed(studied))
+        return cls(groups, shown, noise, differences, notes + _notes(groups, studied) + _by_kind_of_seed(studied))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a column for each config and, beside all but the first, one for its differences."""
@@ -160,6 +176,8 @@ def compare(
 
         try_folder(out, TEXT_NAME, DATA_NAME, CURVES_NAME)
     comparison = Comparison.of(read_runs(runs, scores), against, read_runs(noise) if noise else ())
+    empty = [f"{folder} has logged nothing and is left out" for folder in begun_only([*runs, *noise])]
+    comparison = replace(comparison, notes=[*empty, *comparison.notes])
     if out is not None:
         drawn = plot_curves(comparison.groups, out / CURVES_NAME)
         text = json.dumps(comparison.to_json(), indent=1)
@@ -217,11 +235,11 @@ def _shown(groups: Sequence[Group]) -> list[Quantity]:
     return [one for one in quantities() if runs_with(one.name) and not one.name.startswith(f"{dropped}_")]
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
-    """What speaks against comparing these runs."""
+def _notes(groups: Sequence[Group], studied: Sequence[Group]) -> list[str]:
+    """What speaks against comparing these runs; `studied` are those that the noise is of, too."""
     outcomes = [one for group in groups for one in group.outcomes]
     notes = []
-    for one in outcomes:
+    for one in (one for group in studied for one in group.outcomes):
         if one.progress < 1:
             step = one.metrics.steps[-1]
             notes.append(f"{one.folder} is not finished: {one.progress:.0%}, step {step:,}")
@@ -232,7 +250,17 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     }
     if differ := [name for name, found in facts.items() if len(found) > 1]:
         notes.append(f"the runs differ in {', '.join(differ)}: their losses on val are of other windows")
-    queries = {one.bench_queries for one in outcomes if one.bench_queries is not None}
+    benched = [one for one in outcomes if one.bench_queries is not None]
+    notes += [
+        f"PingBench of {one.folder} has no part of val with both contexts, k = 0 and other 10; nothing of it is shown"
+        for one in benched
+        if not one.bench_parts
+    ]
+    if len({tuple(one.bench_parts) for one in benched if one.bench_parts}) > 1:
+        notes.append(
+            "PingBench was put to these models over other parts of val: what is called val is of other queries"
+        )
+    queries = {one.bench_queries for one in benched if one.bench_queries is not None}
     if len(queries) > 1:
         counts = ", ".join(f"{count:,}" for count in sorted(queries))
         notes.append(f"PingBench put {counts} queries a cell to these models: its numbers are of other queries")

@@ -25,7 +25,7 @@ def curve(outcome: Outcome, loss: str, against: str) -> tuple[np.ndarray, np.nda
     """Where a run was evaluated, in `tokens` or `flops`, and its losses there; without its beginning."""
     steps, values = outcome.metrics.known(loss)
     if against == "flops":
-        places = steps * float(outcome.step_flops)
+        places = np.array([outcome.flops(int(step)) for step in steps])
     else:
         known, tokens = outcome.metrics.known("tokens")
         places = np.interp(steps, known, tokens) if len(known) else np.zeros(len(steps))
@@ -33,10 +33,17 @@ def curve(outcome: Outcome, loss: str, against: str) -> tuple[np.ndarray, np.nda
 
 
 def mean_curve(group: Group, loss: str, against: str) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over the runs of a group at the evaluations that all of them have; their places are means too."""
-    counts = min(len(curve(one, loss, against)[0]) for one in group.outcomes)
-    cut = [tuple(part[:counts] for part in curve(one, loss, against)) for one in group.outcomes]
-    return np.mean([places for places, _ in cut], axis=0), np.mean([values for _, values in cut], axis=0)
+    """The mean over the runs of a group at the steps after which all of them were evaluated; their places are means too."""
+    found = []
+    for one in group.outcomes:
+        places, values = curve(one, loss, against)
+        steps = one.metrics.known(loss)[0]
+        found.append(
+            dict(zip(steps[len(steps) - len(places) :].tolist(), zip(places, values, strict=True), strict=True))
+        )
+    steps_of_all = sorted(set.intersection(*map(set, found)))
+    points = np.array([[own[step] for step in steps_of_all] for own in found]).reshape(len(found), -1, 2)
+    return points[..., 0].mean(axis=0), points[..., 1].mean(axis=0)
 
 
 def plot_curves(groups: Sequence[Group], path: Path) -> bool:

@@ -33,6 +33,7 @@ _SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "val_rtt_bits": ("bits per RTT", "{:.3f}".format),
     "val_median_rel_error": ("median error of val", "{:.2%}".format),
 }
+_BEGUN = (CONFIG_NAME, "train.log")  # what a run writes first, and what a sweep writes of it
 _SEEDS = re.compile(r",seed=\d+(,init=\d+)?$")  # at the end of the name of a sweep's run
 
 
@@ -62,10 +63,20 @@ class Outcome:
         """Of its windows and of its initial weights."""
         return self.config.seed, self.config.weights_seed
 
+    def flops(self, steps: int) -> float:
+        """Floating-point operations of the first steps, for all places of their windows."""
+        windows = schedule.windows_before(steps, self.config.train)
+        return float(windows * self.config.model.seq_len * flops_per_token(self.config.model))
+
     @property
-    def step_flops(self) -> int:
-        """Floating-point operations of one step, for all places of its windows."""
-        return self.config.train.batch_size * self.config.model.seq_len * flops_per_token(self.config.model)
+    def loss_weights(self) -> tuple[float, ...]:
+        """Of the fields in its loss, on val too."""
+        return tuple(getattr(self.config.loss, name) for name in FIELDS)
+
+    @property
+    def bench_parts(self) -> list[str]:
+        """The parts of val that its numbers of PingBench are of."""
+        return [split for split in VAL_SPLITS if f"{CRPS}_{split}" in self.values]
 
     @property
     def progress(self) -> float:
@@ -85,7 +96,7 @@ class Outcome:
         values |= {"parameters": float(parameter_count(config.model))}
         steps, queries = int(metrics.steps[-1]), results.get("model_queries_per_cell") if results else None
         outcome = cls(folder, config, metrics, rows, values, queries)
-        values["flops"] = float(steps * outcome.step_flops)
+        values["flops"] = outcome.flops(steps)
         for name, pick in (("tokens", lambda known: known[-1]), ("tokens_per_s", np.median)):
             known = metrics.known(name)[1]
             if len(known):
@@ -143,7 +154,8 @@ def validation(metrics: Metrics) -> dict[str, float]:
 
 def benchmark(results: Mapping[str, Any]) -> dict[str, float]:
     """Of the results of PingBench, for each part of val and for all: the geometric mean over the two contexts of the primary
-    result of the model's CRPS, and of that ÷ the comparator's. Of parts of test nothing is read: they choose no config."""
+    result of the model's CRPS, and of that ÷ the comparator's. A part that lacks one of them is left out, for its mean would
+    be of other queries. Of parts of test nothing is read: they choose no config."""
     method = subject(results)
     values: dict[str, float] = {}
     for name, key in ((SHARE, "crps_ratio"), (CRPS, "crps_log")):
@@ -153,6 +165,7 @@ def benchmark(results: Mapping[str, Any]) -> dict[str, float]:
             primary = cell["family"] == FAMILIES[0] and (cell["draw"], cell["k"]) in PRIMARY_CONTEXTS
             if primary and cell["split"] in VAL_SPLITS and known:
                 logs.setdefault(cell["split"], []).append(math.log(known))
+        logs = {split: found for split, found in logs.items() if len(found) == len(PRIMARY_CONTEXTS)}
         values |= {f"{name}_{split}": math.exp(np.mean(found)) for split, found in logs.items()}
         if logs:
             values[f"{name}_val"] = math.exp(np.mean([log for found in logs.values() for log in found]))
@@ -177,6 +190,13 @@ def read_runs(paths: Sequence[Path], scores: Sequence[Path] = ()) -> list[Outcom
             results = _read_results(own)
         outcomes.append(Outcome.read(shown[folder], results))
     return outcomes
+
+
+def begun_only(paths: Sequence[Path]) -> list[Path]:
+    """The runs in folders of runs that have logged nothing, in order: `read_runs` knows nothing of them."""
+    inside = [folder for path in paths if not (path / CONFIG_NAME).is_file() for folder in sorted(path.iterdir())]
+    begun = [folder for folder in inside if any((folder / name).is_file() for name in _BEGUN)]
+    return [folder for folder in begun if not (folder / METRICS_NAME).is_file()]
 
 
 def group_runs(outcomes: Iterable[Outcome]) -> tuple[list[Group], list[str]]:

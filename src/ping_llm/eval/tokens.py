@@ -58,6 +58,7 @@ def part_windows(options: EvalOptions, part: str, count: int) -> torch.Tensor:
 @torch.inference_mode()
 def score_tokens(model: PingModel, windows: torch.Tensor) -> TokenScores:
     """How well the model predicts each token of windows (n, T+1) from those before it."""
+    windows = model.gpt.as_read(windows)
     field = token_fields(windows, torch.as_tensor(FIELD_OF_ROLE), torch.as_tensor(FIELD_OF_BYTES_AFTER))[:, 1:]
     nats, right = [], []
     for part in windows.split(_BATCH):

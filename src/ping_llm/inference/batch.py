@@ -20,12 +20,12 @@ from ping_llm.inference.distribution import QUANTILES, RTTDistribution
 from ping_llm.inference.engine import Focus, Reader
 from ping_llm.inference.evidence import recalled
 from ping_llm.inference.mixture import CHUNK, distributions
+from ping_llm.inference.prompt import LEAST_TOKENS
 from ping_llm.inference.query import Endpoint, SrcKnown, known_lengths
 from ping_llm.inference.table import ContextTable, QueryTable
 
 ANSWER_COLUMNS = ("p_fail", "mean_ms", *(f"q{q:g}" for q in QUANTILES))
 SCORE_COLUMNS = ("nll_nats", "crps_log", "pit")
-LEAST_TOKENS = 8  # of a context measurement: start, a source of no bytes, a whole IPv4 destination, a failure
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,16 @@ from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.grammar import Grammar, follow
 from ping_llm.inference.memory import Memory
 from ping_llm.inference.prompt import DST_ROLES, SRC_ROLES, Prompt, byte_tokens
-from ping_llm.model.gpt import GPT, KVCache
+from ping_llm.model.gpt import GPT, KVCache, answering_at
 from ping_llm.model.legal import ILLEGAL
 
 LEAST_MASS = 1e-7
 """Values of byte 1 below this probability, among results, are not followed: their byte 2 is taken as uniform."""
 FOCUS_MASS = 1e-3
 """Likewise where only some statistics are wanted, and the value does not decide any of them."""
-SECOND_PASS_TOKENS = 2048  # values of byte 1 that are followed together
+MOST_PARTS = 32  # of one query, that are followed at a value of byte 1 for what is wanted: they speak for the others
+TOKENS_OF_A_PASS = 2048  # after what was read before
+PASS_TOKENS = 64  # that a pass costs beside those it reads
 _LINES = 256  # token sequences read together
 _BYTES = slice(tk.BYTE_0, tk.VOCAB_SIZE)
 _RESULTS = (tk.RTT_START, tk.FAILED)
@@ -83,28 +85,38 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class ReadContexts:
-    """Contexts that were read once, to be continued by any number of prompts."""
+    """Beginnings of prompts, contexts and maybe more, that were read once, to be continued by any number of prompts."""
 
-    cache: KVCache  # one prompt a context
+    cache: KVCache  # one prompt a beginning
     log_likelihood: np.ndarray  # (C,) nats, of their results to byte 1, each given what stands before it
+    lengths: np.ndarray  # (C,) tokens of each
 
 
 @torch.inference_mode()
-def read_contexts(reader: Reader, contexts: Sequence[np.ndarray]) -> ReadContexts:
-    """Reads C contexts, each (T,) tokens, together; one may be empty."""
-    tokens, _ = reader.pad(contexts)
-    cache = KVCache()
-    with reader.autocast():
-        logits = reader.gpt(tokens, cache)[:, :-1].double()  # (C, T−1, V)
-    nexts = tokens[:, 1:]
+def read_contexts(reader: Reader, contexts: Sequence[np.ndarray], likelihoods: bool = True) -> ReadContexts:
+    """Reads C contexts, each (T,) tokens, together; one may be empty. Without `likelihoods` these are 0."""
+    tokens, lengths = reader.pad(contexts)
+    cache, nexts = KVCache(), tokens[:, 1:]
     results = torch.tensor(_RESULTS, device=nexts.device)
     is_result = torch.isin(nexts, results)  # (C, T−1)
-    of_result = logits[..., results].log_softmax(-1).gather(-1, (nexts == tk.FAILED).long()[..., None])[..., 0]
     is_byte_1 = tokens[:, :-1] == tk.RTT_START
-    byte_1 = (nexts - tk.BYTE_0).clamp(0, 255)
-    of_byte_1 = logits[..., _BYTES].log_softmax(-1).gather(-1, byte_1[..., None])[..., 0]
-    log_likelihood = (of_result * is_result + of_byte_1 * is_byte_1).sum(1)
-    return ReadContexts(cache, log_likelihood.cpu().numpy())
+    wanted = (is_result | is_byte_1) & likelihoods
+    most = max(1, int(wanted.sum(1).max()))
+    places = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (C, P), those wanted first
+    if not places.shape[1]:
+        places = lengths[:, None] * 0
+    with reader.autocast():
+        states = answering_at(reader.gpt, places).states(tokens, cache)  # (C, P, D)
+        log_likelihood = np.zeros(len(contexts))
+        if wanted.any():
+            logits = reader.gpt.logits(states).double()  # (C, P, V)
+            coming = nexts.gather(1, places)  # (C, P)
+            of_result = logits[..., results].log_softmax(-1).gather(-1, (coming == tk.FAILED).long()[..., None])[..., 0]
+            byte_1 = (coming - tk.BYTE_0).clamp(0, 255)
+            of_byte_1 = logits[..., _BYTES].log_softmax(-1).gather(-1, byte_1[..., None])[..., 0]
+            of_each = of_result * is_result.gather(1, places) + of_byte_1 * is_byte_1.gather(1, places)
+            log_likelihood = (of_each * wanted.gather(1, places)).sum(1).cpu().numpy()
+    return ReadContexts(cache, log_likelihood, lengths.cpu().numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,25 +162,19 @@ def result_distributions(
 ) -> RTTDistribution:
     """The distributions of the results that come after B prompts, normalised over all results.
 
-    With `read`, the context of prompt i is its `context_of[i]`-th and is not read again. With `owner`, (B,) ascending from
+    With `read`, prompt i begins with its `context_of[i]`-th, which is not read again. With `owner`, (B,) ascending from
     0 to n − 1, there are n mixtures of the distributions that belong together, whose `weights` (B,) sum to 1; with weights
     (M, B) there are M times n, those of the first weights first. `focus` says what is wanted of the n. `total_probability`
     is the mass that results had among all that the model could say but what is legal there and no result: a query is about
     its result now, not whether a timestamp comes first. `unresolved` is the probability of RTTs of which only byte 1 was
     computed, which bounds the error of any probability. Where the least mass of the reader is 0, all is computed.
     """
-    own = [prompt.tokens if read is None else prompt.tokens[prompt.context_length :] for prompt in prompts]
-    tokens, lengths = reader.pad([np.append(line, tk.RTT_START) for line in own])
-    cache = KVCache() if read is None else read.cache.select(torch.tensor(list(context_of), device=tokens.device))
-    device, batch, end = tokens.device, torch.arange(len(prompts), device=tokens.device), lengths - 1
-    with reader.autocast():
-        states = reader.gpt.states(tokens, cache)  # (B, T, D)
-        logits = reader.gpt.logits(torch.stack([states[batch, end - 1], states[batch, end]]))  # (2, B, V)
-    if reader.gpt.config.grammar:
-        for line, prompt in zip(logits[0], prompts, strict=True):
-            line[_illegal(prompt).to(device)] = ILLEGAL
-    role = logits[0].double().softmax(-1)  # (B, V) after the last field of the prompt
-    first = _of_bytes(reader.gpt, logits[1])  # (B, 256) after RTT_START
+    also_legal = np.zeros((len(prompts), tk.VOCAB_SIZE), dtype=bool)
+    for line, prompt in zip(also_legal, prompts, strict=True):
+        line[prompt.also_legal] = True
+    no_result = torch.from_numpy(also_legal).to(reader.device)
+    role, first, groups = _first_bytes(reader, prompts, no_result, read, np.asarray(context_of, dtype=np.int64))
+    device = role.device
     mass_1, failed = role[:, tk.RTT_START, None] * first, role[:, tk.FAILED]  # (B, 256), (B,)
     mixing = torch.arange(len(prompts)) if owner is None else torch.from_numpy(owner)
     weight = torch.ones(1, len(prompts)) if weights is None else torch.from_numpy(np.atleast_2d(weights))
@@ -182,59 +188,98 @@ def result_distributions(
     share = mass_1 * (weight / (mass_1.sum(1) + failed))[..., None]
     focus = focus if reader.least_mass else None
     followed = (share >= (reader.least_mass if focus is None else max(FOCUS_MASS, reader.least_mass))).any(0)
+    spoken_for = torch.zeros_like(followed)
     if focus is not None:
         wanted = torch.stack([focus.values(values) for values in mixed(share)])  # (M, n, 256)
-        followed |= (wanted[:, mixing] & (share >= reader.least_mass)).any(0)
+        chosen = (wanted[:, mixing] & (share >= reader.least_mass)).any(0)
+        if n == 1 and len(prompts) > MOST_PARTS:
+            likeliest = share.amax(0)
+            spoken_for = chosen & ~followed & (likeliest < likeliest.topk(MOST_PARTS, dim=0).values[-1])
+        followed |= chosen & ~spoken_for
 
-    codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.head.weight.dtype)
-    mass, passes = torch.zeros_like(failed), 0  # mass: of all results of each prompt
-    with reader.autocast():
-        for rows, (place, byte_1), second in _second_bytes(reader.gpt, cache, followed):
-            row = rows[place]  # (f,) of each value that is followed
+    codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.embedding.weight.dtype)
+    mass, passes = (mass_1 * ~followed).sum(1) + failed, len(groups)  # mass: of all results of each prompt
+    for group, cache in groups:
+        for rows, (place, byte_1), second in _second_bytes(reader, cache, followed[group]):
+            row = group[rows][place]  # (f,) of each value that is followed
             within = mass_1[row, byte_1, None] * second  # (f, 256)
             mass.index_add_(0, row, within.sum(1))
-            mass[rows] += (mass_1 * ~followed)[rows].sum(1) + failed[rows]
             for one, scale in zip(codes, (weight / mass)[:, row, None], strict=True):
                 one.view(-1, 256).index_add_(0, mixing[row] * 256 + byte_1, (within * scale).to(one))
             passes += 1
     scale = weight / mass  # (M, B)
     unfollowed = mixed(mass_1 * ~followed * scale[..., None])  # (M, n, 256)
-    codes += (unfollowed / 256).to(codes)[..., None]
-    no_result = torch.stack([row[torch.from_numpy(p.also_legal)].sum() for row, p in zip(role, prompts, strict=True)])
-    total = weight * (mass / (1 - no_result)).clamp(max=1.0)
+    resolved, alike = codes.sum(3, dtype=torch.float64), mixed(mass_1 * spoken_for * scale[..., None])
+    codes *= torch.where(resolved > 0, 1 + alike / resolved, 1.0).to(codes)[..., None]
+    codes += (torch.where(resolved > 0, unfollowed - alike, unfollowed) / 256).to(codes)[..., None]
+    total = weight * (mass / (1 - role.masked_fill(~no_result, 0.0).sum(1))).clamp(max=1.0)
     context = torch.tensor([prompt.context_measurements for prompt in prompts], device=device)
     context = context.new_zeros(n).scatter_reduce(0, mixing, context, "amax").repeat(M)
     return RTTDistribution(
         codes.view(M * n, -1).cpu().numpy(),
         mixed(failed * scale).flatten().cpu().numpy(),
         total_probability=mixed(total).flatten().cpu().numpy(),
-        forward_passes=1 + passes + (read is not None),
+        forward_passes=passes + (read is not None),
         context_measurements=context.cpu().numpy(),
         unresolved=unfollowed.sum(2).flatten().cpu().numpy(),
     )
 
 
-def _second_bytes(gpt: GPT, cache: KVCache, followed: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], Tensor]]:
+def _first_bytes(
+    reader: Reader, prompts: Sequence[Prompt], no_result: Tensor, read: ReadContexts | None, context_of: np.ndarray
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, KVCache]]]:
+    """P(token) after B prompts, (B, V), P(byte) after RTT_START, (B, 256), and what was read of some prompts (b,) at a time.
+
+    `no_result` (B, V) is what the grammar allows besides results.
+    Prompts of which about equally much is left to read are read together.
+    """
+    begun = np.zeros(len(prompts), dtype=np.int64) if read is None else read.lengths[context_of]
+    own = [np.append(prompt.tokens[first:], tk.RTT_START) for prompt, first in zip(prompts, begun, strict=True)]
+    left = np.array([len(line) for line in own])
+    order, groups = np.argsort(left, kind="stable"), []
+    role = torch.empty(len(prompts), tk.VOCAB_SIZE, dtype=torch.float64, device=reader.device)
+    first = torch.empty(len(prompts), 256, dtype=torch.float64, device=reader.device)
+    result = torch.zeros(tk.VOCAB_SIZE, dtype=torch.bool, device=reader.device)
+    result[list(_RESULTS)] = True
+    for some in _alike(left[order]):
+        rows = np.sort(order[some])
+        tokens, lengths = reader.pad([own[i] for i in rows])
+        group = torch.from_numpy(rows).to(reader.device)
+        cache = KVCache() if read is None else read.cache.select(torch.from_numpy(context_of[rows]).to(reader.device))
+        with reader.autocast():
+            ends = torch.stack([lengths - 2, lengths - 1], dim=1)  # (b, 2)
+            logits = reader.gpt.logits(answering_at(reader.gpt, ends).states(tokens, cache))  # (b, 2, V)
+        of_role = logits[:, 0]
+        if reader.gpt.config.grammar:
+            of_role = of_role.masked_fill(~(result | no_result[group]), ILLEGAL)
+        role[group], first[group] = of_role.double().softmax(-1), _of_bytes(reader.gpt, logits[:, 1])
+        groups.append((group, cache))
+    return role, first, groups
+
+
+def _second_bytes(
+    reader: Reader, cache: KVCache, followed: Tensor
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], Tensor]]:
     """P(byte 2 | byte 1) of the values of byte 1 that are `followed`, (B, 256) bool, some prompts at a time.
 
     Of each pass: the rows (b,) of its prompts; of each of f values the place among these rows and byte 1, (f,) both; and
-    P(byte 2), (f, 256). Prompts that follow about equally many stand together.
+    P(byte 2), (f, 256). Prompts that follow about equally many stand together: they are padded to the most.
     """
     counts = followed.sum(1)
-    order = counts.argsort()
-    first = 0
-    while first < len(order):
-        widths = counts[order[first:]].clamp(min=1) * torch.arange(1, len(order) - first + 1, device=order.device)
-        taken = max(1, int((widths <= SECOND_PASS_TOKENS).sum()))
-        rows, first = order[first : first + taken], first + taken
+    order = counts.argsort(stable=True)
+    for some in _alike(counts[order].cpu().numpy()):
+        rows = order[some]
         width = max(1, int(counts[rows].max()))
         byte_1 = followed[rows].int().argsort(dim=1, descending=True, stable=True)[:, :width]  # followed ones first
         used = torch.arange(width, device=rows.device) < counts[rows, None]  # (b, width)
         tokens = torch.where(used, byte_1 + tk.BYTE_0, tk.PADDING)
-        everything = taken == len(order) and torch.equal(rows, order.sort().values)
-        states = gpt.states(tokens, cache.fork() if everything else cache.select(rows), branches=width)  # (b, width, D)
+        everything = torch.equal(rows, torch.arange(len(order), device=rows.device))
         row, place = used.nonzero(as_tuple=True)
-        yield rows, (row, byte_1[row, place]), _of_bytes(gpt, gpt.logits(states[row, place]))
+        with reader.autocast():
+            own = cache.fork() if everything else cache.select(rows)
+            states = reader.gpt.states(tokens, own, branches=width)  # (b, width, D)
+            second = _of_bytes(reader.gpt, reader.gpt.logits(states[row, place]))
+        yield rows, (row, byte_1[row, place]), second
 
 
 def _of_bytes(gpt: GPT, logits: Tensor) -> Tensor:
@@ -244,12 +289,21 @@ def _of_bytes(gpt: GPT, logits: Tensor) -> Tensor:
     return logits.double().softmax(-1)[..., _BYTES]
 
 
-def _illegal(prompt: Prompt) -> Tensor:
-    """What the grammar does not allow after a prompt, (V,) bool."""
-    illegal = torch.ones(tk.VOCAB_SIZE, dtype=torch.bool)
-    illegal[list(_RESULTS)] = False
-    illegal[torch.from_numpy(prompt.also_legal)] = False
-    return illegal
+def _alike(counts: np.ndarray) -> list[slice]:
+    """Stretches of `counts` (B,), which ascend: those that cost least, where each is padded to its largest one."""
+    widths = np.maximum(counts, 1)
+    cost, begin = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=np.int64)
+    for end, width in enumerate(widths, start=1):
+        tokens = width * np.arange(end, 0, -1)  # of a stretch from each place up to `end`
+        total = cost[:end] + tokens + PASS_TOKENS
+        total[:-1][tokens[:-1] > TOKENS_OF_A_PASS] = np.inf
+        begin[end] = total.argmin()
+        cost[end] = total[begin[end]]
+    stretches, end = [], len(widths)
+    while end:
+        stretches.append(slice(int(begin[end]), end))
+        end = int(begin[end])
+    return stretches[::-1]
 
 
 @torch.inference_mode()
@@ -266,7 +320,7 @@ def line_log_prob(reader: Reader, lines: Sequence[np.ndarray], context: np.ndarr
     longest_first = np.argsort([-len(line) for line in lines], kind="stable")
     for first in range(0, len(lines), _LINES):
         rows = longest_first[first : first + _LINES]
-        given, _ = reader.pad([lines[i] for i in rows])  # (B, T)
+        given = reader.gpt.as_read(reader.pad([lines[i] for i in rows])[0])  # (B, T)
         same = torch.zeros(len(rows), dtype=torch.int64, device=reader.device)
         with reader.autocast():
             logits = reader.gpt(given[:, :-1], read.select(same) if len(context) else None).double()  # (B, T−1, V)

@@ -105,11 +105,11 @@ class Expert:
         masses = np.zeros((len(weights), len(log_edges()) - 1))
         for mass, own, of_width, results in zip(masses, weights, shares, past.log_ms, strict=True):
             used = np.flatnonzero(own > 0)
+            used = used[np.argsort(results[used])]
             wide = np.zeros(len(mass) // _COARSE)
             for width, share in zip(self.widths, of_width, strict=True):
                 target, edges = (wide, log_edges()[::_COARSE]) if width > _WIDE else (mass, log_edges())
-                for place in used:
-                    _add_laplace(target, edges, results[place], width, own[place] * share)
+                _add_laplace(target, edges, results[used], width, own[used] * share)
             mass += np.repeat(wide / np.diff(log_edges()[::_COARSE]), _COARSE) * code_widths()
         total = masses.sum(axis=1, keepdims=True)
         return masses / np.where(total > 0, total, 1.0)
@@ -161,12 +161,24 @@ class Experts:
         return cls(experts, tuple(map(tuple, values["cuts"])), odds)
 
 
-def _add_laplace(mass: np.ndarray, edges: np.ndarray, center: float, width: float, weight: float) -> None:
-    """Adds `weight` times the probabilities of the codes between `edges` under a Laplace kernel, as far as they count."""
-    first, end = np.searchsorted(edges, [center - _REACH * width, center + _REACH * width])
-    first, end = max(int(first) - 1, 0), min(int(end), len(mass))
-    if first >= end:
+def _add_laplace(mass: np.ndarray, edges: np.ndarray, centers: np.ndarray, width: float, weights: np.ndarray) -> None:
+    """Adds the probabilities of the codes between `edges` under Laplace kernels with `weights` (E,) around `centers` (E,),
+    which ascend, as far as they count.
+
+    The tails of all kernels on one side of a point fall off alike, so their sum at the nearest centre says what it is there.
+    """
+    if not len(centers):
         return
-    away = edges[first : end + 1] - center
-    tail = np.exp(-np.abs(away) / width) / 2
-    mass[first:end] += weight * np.diff(np.where(away < 0, tail, 1 - tail))
+    near = np.exp(-np.abs(centers[:, None] - centers) / width)  # (E, E)
+    below = np.append(0.0, np.cumsum(weights))  # of the kernels before each centre, and of all
+    left, right = np.append(0.0, np.tril(near) @ weights), np.append(np.triu(near) @ weights, 0.0)
+    before, after = np.append(centers[:1], centers), np.append(centers, centers[-1:])  # beyond them no tail counts
+    first = np.maximum(np.searchsorted(edges, centers - _REACH * width) - 1, 0)
+    end = np.minimum(np.searchsorted(edges, centers + _REACH * width), len(mass))
+    apart = np.flatnonzero(first[1:] > end[:-1])  # between centres whose kernels do not meet
+    for low, high in zip(first[np.append(0, apart + 1)], end[np.append(apart, len(end) - 1)], strict=True):
+        if low < high:
+            x = edges[low : high + 1]
+            k = np.searchsorted(centers, x, "right")
+            tails = right[k] * np.exp((x - after[k]) / width), left[k] * np.exp((before[k] - x) / width)
+            mass[low:high] += np.maximum(np.diff(below[k] + (tails[0] - tails[1]) / 2), 0.0)

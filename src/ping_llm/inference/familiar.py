@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,27 +25,31 @@ class Familiar:
 
     src: np.ndarray
     dst: np.ndarray
+    src_bytes: tuple[int, int] = (4, 16)  # of IPv4 and IPv6 sources that the model reads: the others are taken as 0
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Familiar):
             return NotImplemented
-        return np.array_equal(self.src, other.src) and np.array_equal(self.dst, other.dst)
+        same = np.array_equal(self.src, other.src) and np.array_equal(self.dst, other.dst)
+        return same and self.src_bytes == other.src_bytes
 
     def __hash__(self) -> int:
         return hash((self.src.tobytes(), self.dst.tobytes()))
 
     @classmethod
-    def of_rows(cls, rows: Iterable[ProbeRow]) -> Familiar:
-        """Of the measurements of rows."""
+    def of_rows(cls, rows: Iterable[ProbeRow], src_bytes: tuple[int, int] = (4, 16)) -> Familiar:
+        """Of the measurements of rows; of sources, of what a model that reads so many bytes of them sees."""
         met: tuple[set[int], set[int]] = (set(), set())
         for row in rows:
-            for own, addresses in zip(met, (row.src_addresses, row.dst_addresses), strict=True):
+            as_read = (_as_read(row.src_addresses, src_bytes), row.dst_addresses)
+            for own, addresses in zip(met, as_read, strict=True):
                 own.update(np.unique(_prefix_hashes(addresses)).tolist())
-        return cls(*(np.array(sorted(own), dtype=np.uint64) for own in met))
+        src, dst = (np.array(sorted(own), dtype=np.uint64) for own in met)
+        return cls(src, dst, src_bytes)
 
     def known_bytes(self, role: Role, packed: np.ndarray) -> np.ndarray:
         """(n,) int64: of the longest of LENGTHS that was met of each of (n, 16) addresses in this role, else 0."""
-        hashes = _prefix_hashes(packed)  # (n, 4)
+        hashes = _prefix_hashes(_as_read(packed, self.src_bytes) if role == "src" else packed)  # (n, 4)
         met = self.src if role == "src" else self.dst
         place = np.minimum(np.searchsorted(met, hashes), max(len(met) - 1, 0))
         found = met[place] == hashes if len(met) else np.zeros(hashes.shape, dtype=bool)
@@ -59,15 +63,25 @@ class Familiar:
             lambda role, packed: int(self.known_bytes(role, np.frombuffer(packed, np.uint8)[None])[0])
         )
 
-    def to_json(self) -> dict[str, str]:
-        """Both columns, of 8 bytes each, the lowest first, in base64."""
-        return {role: base64.b64encode(getattr(self, role).astype("<u8").tobytes()).decode() for role in ("src", "dst")}
+    def to_json(self) -> dict[str, Any]:
+        """Both columns, of 8 bytes each, the lowest first, in base64; and the bytes of sources that are read."""
+        roles = ("src", "dst")
+        columns = {role: base64.b64encode(getattr(self, role).astype("<u8").tobytes()).decode() for role in roles}
+        return columns | {"src_bytes": list(self.src_bytes)}
 
     @classmethod
-    def of_json(cls, values: Mapping[str, str]) -> Familiar:
+    def of_json(cls, values: Mapping[str, Any]) -> Familiar:
         """What `to_json` made of one; KeyError, TypeError or ValueError if it is damaged."""
         columns = (base64.b64decode(values[role], validate=True) for role in ("src", "dst"))
-        return cls(*(np.frombuffer(column, dtype="<u8").astype(np.uint64) for column in columns))
+        src, dst = (np.frombuffer(column, dtype="<u8").astype(np.uint64) for column in columns)
+        ipv4, ipv6 = map(int, values.get("src_bytes", (4, 16)))  # older ones knew all of a source
+        return cls(src, dst, (ipv4, ipv6))
+
+
+def _as_read(packed: np.ndarray, src_bytes: tuple[int, int]) -> np.ndarray:
+    """Sources (n, 16) with 0 for the bytes that a model does not read."""
+    read = np.where(is_ipv4(packed), ADDRESS_BYTES - 4 + src_bytes[0], src_bytes[1])
+    return np.where(np.arange(ADDRESS_BYTES) < read[:, None], packed, 0).astype(np.uint8)
 
 
 def _prefix_hashes(packed: np.ndarray) -> np.ndarray:

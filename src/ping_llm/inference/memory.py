@@ -1,7 +1,7 @@
-"""A folder of rows in, the measurements of a pair, of either end or of a network before a second out.
+"""A folder of rows in, the measurements of a pair or of either end before a second out.
 
 The measurements of one part lie sorted in a file of Arrow that is mapped into memory, not read: opening it takes no longer
-for more of them. They stand by source, destination and time; three more orders are kept as places. A query is two or three
+for more of them. They stand by source, destination and time; two more orders are kept as places. A query is two or three
 bisections and a look at what stands before, for any number of queries at once, and reaches no measurement of the query's
 second or later.
 """
@@ -20,21 +20,18 @@ import pyarrow as pa
 
 from ping_llm.data.measurement import (
     FAILED_RTT_MS,
-    IPV4_MAPPED_PREFIX,
     as_text,
     binary_column,
     byte_matrix,
     distinct_addresses,
-    is_ipv4,
     log_rtt,
-    network_of,
 )
 from ping_llm.data.rows import RowReader, manifest_sha256, read_manifest
 from ping_llm.system.files import cache_folder, move_atomically
 
 ANY_TIME = np.iinfo(np.int64).max
 """As the second of a query of no time: all measurements are earlier."""
-_VERSION = 1  # of the file
+_VERSION = 2  # of the file
 _AT_ONCE = 1 << 22  # places that are looked up together: 32 MB a column
 
 log = logging.getLogger(__name__)
@@ -55,8 +52,6 @@ class Memory:
     rtt_ms: np.ndarray  # (n,) float32, −1 = failed
     by_source: np.ndarray  # (n,) places by source and time
     by_destination: np.ndarray  # (n,) places by destination and time
-    by_network: np.ndarray  # (n,) places by source, network of the destination, and time
-    run_first: np.ndarray  # (n,) of each one in `by_network`, where its run of one destination begins
     other_sources: bool = False  # whether those of other sources are evidence too: see evidence.py
 
     def __len__(self) -> int:
@@ -96,7 +91,7 @@ class Memory:
     def _of_table(cls, table: pa.Table) -> Memory:
         """KeyError if a column is missing; the arrays are views of the table."""
         dst = table.column("dst").chunk(0)
-        names = ("src_id", "time_s", "rtt_ms", "by_source", "by_destination", "by_network", "run_first")
+        names = ("src_id", "time_s", "rtt_ms", "by_source", "by_destination")
         columns: dict[str, Any] = {name: _values(table.column(name).chunk(0)) for name in names}
         return cls(addresses=byte_matrix(dst.dictionary), dst_id=_values(dst.indices), **columns)
 
@@ -124,25 +119,6 @@ class Memory:
         first, end = order.equal(self.dst_id, self.ids(dst))
         return order.latest(first, order.bisect(self.time_s, before_s, first, end), count)
 
-    def to_network(self, src: np.ndarray, dst: np.ndarray, before_s: np.ndarray, count: int) -> np.ndarray:
-        """Of the source, to other addresses of the destination's /24 or /48; the destination need not be held."""
-        order, destination = _Order(self.by_network, len(self)), self.ids(dst)
-        first, end = order.equal(self.src_id, self.ids(src))
-        low, high = self._network(dst)
-        first, end = order.bisect(self.dst_id, low, first, end), order.bisect(self.dst_id, high, first, end)
-        at = order.bisect(self.time_s, before_s, first, end) - 1  # (q,) the next one to look at
-        found = np.full((len(dst), count), -1, dtype=np.int64)
-        for column in found.T:
-            place = np.maximum(at, 0)
-            own = (at >= first) & (self.dst_id[self.by_network[place]] == destination)
-            at = np.where(
-                own, self.run_first[place].astype(np.int64) - 1, at
-            )  # before a run stands another destination
-            place = np.maximum(at, 0)
-            column[:] = np.where(at >= first, self.by_network[place], -1)
-            at -= 1
-        return found
-
     def latest(self, sources: np.ndarray, dst: np.ndarray, before_s: int) -> np.ndarray:
         """(C, D) places of the latest of each of C sources, by id, to each of D destinations (D, 16), or −1."""
         C, D = len(sources), len(dst)
@@ -152,13 +128,6 @@ class Memory:
     def log_ms(self, places: np.ndarray) -> np.ndarray:
         """Logarithm of the RTTs in ms at places; NaN where there was no answer, or there is no place."""
         return log_rtt(np.where(places >= 0, self.rtt_ms[np.maximum(places, 0)], FAILED_RTT_MS))
-
-    def _network(self, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(q,) ids of the first address of each destination's network, and of the first one after it."""
-        known = as_text(self.addresses)
-        low = np.searchsorted(known, as_text(network_of(dst)))
-        high = np.searchsorted(known, as_text(network_of(dst, rest=255)), "right")
-        return low, np.where(_is_beside_ipv4(dst), low, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,11 +172,6 @@ def _values(column: pa.Array) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
 
 
-def _is_beside_ipv4(packed: np.ndarray) -> np.ndarray:
-    """(n,) whether addresses are of ::/48, where IPv4 is mapped to: it is no network, and the others of it no neighbours."""
-    return ~is_ipv4(packed) & (packed[:, :6] == np.frombuffer(IPV4_MAPPED_PREFIX[:6], np.uint8)).all(axis=1)
-
-
 def _sorted_table(rows: RowReader) -> pa.Table:
     """The measurements of rows, with all that `Memory` holds of them."""
     src, dst, time_s, rtt_ms, packed, held = [], [], [], [], [], 0
@@ -222,13 +186,8 @@ def _sorted_table(rows: RowReader) -> pa.Table:
     columns = place[np.concatenate(src)], place[np.concatenate(dst)], np.concatenate(time_s), np.concatenate(rtt_ms)
     order = np.lexsort((columns[2], columns[1], columns[0]))
     src_id, dst_id, seconds, rtt = (column[order] for column in columns)
-    cut = network_of(addresses)
-    network = np.cumsum(np.append(True, (cut[1:] != cut[:-1]).any(axis=1)))[dst_id]  # ascends with the addresses
     small = np.int32 if len(order) < 1 << 31 else np.int64
-    by_source, by_destination, by_network = (
-        np.lexsort(keys).astype(small) for keys in ((seconds, src_id), (seconds, dst_id), (seconds, network, src_id))
-    )
-    begins = np.append(True, np.diff(src_id[by_network]) | np.diff(dst_id[by_network]))
+    by_source, by_destination = (np.lexsort((seconds, ids)).astype(small) for ids in (src_id, dst_id))
     return pa.table(
         {
             "src_id": src_id,
@@ -237,8 +196,6 @@ def _sorted_table(rows: RowReader) -> pa.Table:
             "rtt_ms": rtt,
             "by_source": by_source,
             "by_destination": by_destination,
-            "by_network": by_network,
-            "run_first": np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0)).astype(small),
         }
     )
 

@@ -8,13 +8,16 @@ each weighted by the probability that the model gives its third byte, after the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ping_llm.data import tokenization as tk
+from ping_llm.inference.blend import Blend
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import (
+    PASS_TOKENS,
     Focus,
     ReadContexts,
     Reader,
@@ -23,15 +26,13 @@ from ping_llm.inference.engine import (
     read_contexts,
     result_distributions,
 )
-from ping_llm.inference.experts import CUTS, SITUATION, Experts, Past
-from ping_llm.inference.familiar import Familiar, Role
-from ping_llm.inference.past import pasts
 from ping_llm.inference.prompt import (
     DST_ROLES,
     SRC_ROLES,
     Prompt,
     address_tokens,
     build_prompt,
+    build_prompts,
     fitting_places,
     opening,
 )
@@ -40,7 +41,7 @@ from ping_llm.inference.query import Endpoint, Query, SrcKnown, known_lengths, k
 CHUNK = 64  # queries answered together at most: their distributions take 17 MB
 TOKENS_AT_ONCE = 12_000  # of contexts and prompts, whose keys and values are in memory together: 61 MB of a tiny model
 LEAST_WEIGHT = 1e-4  # known lengths of the source of less weight are left out
-CONTEXT_TOKENS = 20  # about, of a measurement
+CONTEXT_TOKENS, PART_TOKENS = 20, 12  # about, of a measurement, and of a part without context
 PARTS_LEFT_OUT = 1e4  # the least likely prefixes one byte longer, of so many times `least_mass` together
 
 
@@ -127,7 +128,7 @@ def whole_byte_queries(
     Also the weight of each known length of the source, by name.
     """
     variants, weights = weighted_variants(reader, query, src_known)
-    parts = [_parts(reader, variant) for variant in variants]
+    parts = _parts(reader, variants)
     shares = np.concatenate([weight * share for weight, (_, share) in zip(weights, parts, strict=True)])
     names = {known_name(variant.src): float(weight) for variant, weight in zip(variants, weights, strict=True)}
     return [part for some, _ in parts for part in some], shares, names
@@ -198,95 +199,48 @@ def _of_whole_bytes(
     return answers
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Blend:
-    """What answers some queries beside the model, and how much each part counts; see `Experts`."""
-
-    experts: Experts
-    queries: Sequence[Query]
-    cuts: np.ndarray  # (q, CUTS) bytes of the destination that are given under each, 0 where it is not cut
-    weights: np.ndarray  # (1 + CUTS + kinds, q)
-    pasts: Mapping[str, Past]
-
-    @classmethod
-    def of(cls, reader: Reader, queries: Sequence[Query], cut: bool = True) -> Blend | None:
-        """None where the reader has no experts; without `cut` the model is given every destination as it is."""
-        experts = reader.calibration.experts
-        if experts is None:
-            return None
-        situation, cuts = situations(reader.calibration.familiar, queries)
-        found = pasts(queries, reader.memory)
-        return cls(experts, queries, cuts, experts.weights(found, situation, (cuts > 0) & cut), found)
-
-    @property
-    def of_model(self) -> np.ndarray:
-        """(q,) weight of the model, whatever it is given."""
-        return self.weights[: 1 + len(CUTS)].sum(axis=0)
-
-    @property
-    def of_experts(self) -> np.ndarray:
-        """(kinds, q) weight of each expert."""
-        return self.weights[1 + len(CUTS) :]
-
-    def cut(self, i: int, variants: Sequence[Query]) -> list[Query]:
-        """The variants of a query with less of the destination, for each of CUTS that counts."""
-        dst = self.queries[i].dst
-        kept = [length for length, weight in zip(self.cuts[i], self.weights[1:, i], strict=False) if weight]
-        return [dataclasses.replace(v, dst=dst.cut(int(length))) for length in kept if dst for v in variants]
-
-    def shares(self, i: int) -> np.ndarray:
-        """Of the model's part of a query, those of the whole destination and of each of CUTS that counts; they sum to 1."""
-        own = self.weights[: 1 + len(CUTS), i]
-        own = own[(own > 0) | (np.arange(len(own)) == 0)]
-        return own / own.sum()
-
-    def apply(self, found: RTTDistribution) -> RTTDistribution:
-        """The model's answers, mixed with those of the experts."""
-        of_model, codes = self.of_model, found.code_probability
-        if (of_model < 1).any():
-            codes = codes * of_model[:, None].astype(codes.dtype)
-            for weight, (kind, expert) in zip(self.of_experts, self.experts.experts.items(), strict=True):
-                rows = np.flatnonzero(weight)
-                if len(rows):
-                    scale = (weight * found.p_answer)[rows, None]
-                    codes[rows] += (scale * expert.code_probability(self.pasts[kind].take(rows))).astype(codes.dtype)
-        return dataclasses.replace(found, code_probability=codes, unresolved=found.unresolved * of_model)
-
-
-def situations(familiar: Familiar | None, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
-    """The SITUATION of q queries (q, 3), and bytes of the destination that are given under each of CUTS (q, CUTS), 0 where
-    it is not cut: a destination that training has met, or that is no host."""
-    situation, cuts = np.zeros((len(queries), len(SITUATION))), np.zeros((len(queries), len(CUTS)), dtype=np.int64)
-    situation[:, 2] = np.log1p([len(query.context) for query in queries])
-    roles: tuple[Role, ...] = ("src", "dst")
-    for column, role in enumerate(roles):
-        ends = [getattr(query, role) for query in queries]
-        hosts = [i for i, end in enumerate(ends) if end is not None and not end.is_prefix]
-        if familiar is None or not hosts:
-            continue
-        packed = np.frombuffer(b"".join(ends[i].packed for i in hosts), np.uint8).reshape(-1, 16)
-        met = familiar.known_bytes(role, packed)
-        new = met < [ends[i].width for i in hosts]
-        situation[hosts, column] = new
-        if role == "dst":
-            shown = np.maximum(met, 1)
-            cuts[hosts] = np.where(new[:, None], np.stack([shown, np.where(shown > 1, 1, 0)], axis=1), 0)
-    return situation, cuts
-
-
 def read_prompts(
-    reader: Reader, queries: Sequence[Query], likelihoods: bool = False
+    reader: Reader, queries: Sequence[Query], likelihoods: bool = False, of_parts: bool = False
 ) -> tuple[list[Prompt], ReadContexts | None, np.ndarray]:
-    """The prompts of B queries, and the place of each one's context, (B,), among the contexts that were read.
+    """The prompts of B queries, and the place of each one's beginning, (B,), among the different ones, which are read once.
 
-    They are read if some queries share one, or if their `likelihoods` are wanted.
+    That is its stem or, of queries that are parts of one, what these share. They are read if enough queries share one, or
+    if the `likelihoods` of their contexts are wanted.
     """
-    prompts = [build_prompt(query, reader.seq_len) for query in queries]
+    prompts = (_prompts_of_parts if of_parts else build_prompts)(queries, reader.seq_len)
+    begins = [prompt.tokens[: prompt.parts_length if of_parts else prompt.stem_length].tobytes() for prompt in prompts]
     places: dict[bytes, int] = {}
-    context_of = np.array([places.setdefault(prompt.context.tobytes(), len(places)) for prompt in prompts])
-    contexts = [np.frombuffer(context, dtype=np.int64) for context in places]
-    wanted = (likelihoods or len(contexts) < len(prompts)) and any(map(len, contexts))
-    return prompts, read_contexts(reader, contexts) if wanted else None, context_of
+    place_of = np.array([places.setdefault(begin, len(places)) for begin in begins])
+    saved = (sum(map(len, begins)) - sum(map(len, places))) // np.dtype(np.int64).itemsize
+    if not (likelihoods and any(prompt.context_length for prompt in prompts)) and saved < PASS_TOKENS:
+        return prompts, None, place_of
+    return prompts, read_contexts(reader, [np.frombuffer(b, dtype=np.int64) for b in places], likelihoods), place_of
+
+
+def _prompts_of_parts(queries: Sequence[Query], seq_len: int) -> list[Prompt]:
+    """`build_prompts` of parts; those of one source, which differ in one byte of the destination, are encoded once."""
+    first = [i for i, query in enumerate(queries) if not i or query.src is not queries[i - 1].src]
+    prompts: list[Prompt] = []
+    for prompt, begin, end in zip(
+        build_prompts([queries[i] for i in first], seq_len), first, [*first[1:], len(queries)], strict=True
+    ):
+        if prompt.context_measurements < len(queries[begin].context):  # which of it fit depends on the destination
+            prompts += build_prompts(queries[begin:end], seq_len)
+            continue
+        prompts.append(prompt)
+        same = (
+            prompt.context_length,
+            prompt.stem_length,
+            prompt.parts_length,
+            prompt.also_legal,
+            len(queries[begin].context),
+        )
+        for query in queries[begin + 1 : end]:
+            assert query.dst is not None, query
+            tokens = prompt.tokens.copy()
+            tokens[prompt.parts_length] = tk.BYTE_0 + query.dst.known[-1]
+            prompts.append(Prompt(tokens, *same))
+    return prompts
 
 
 def source_variants(reader: Reader, query: Query, every: Sequence[SrcKnown]) -> list[Query]:
@@ -333,13 +287,14 @@ def _of_partial_bytes(
     ascending = np.argsort(weights)
     left_out = ascending[: int((np.cumsum(weights[ascending]) < PARTS_LEFT_OUT * reader.least_mass).sum())]
     kept = np.setdiff1d(np.arange(len(parts)), left_out)
+    kept = kept[weights[kept] > 0]
+    tokens = min(PART_TOKENS + len(query.context) * CONTEXT_TOKENS, reader.seq_len)
     found, masses = [], []
-    for rows in np.split(kept, range(CHUNK, len(kept), CHUNK)):
-        mass = weights[rows].sum()
-        if mass > 0:
-            mixing = np.zeros(len(rows), dtype=np.int64)
-            found.append(_together(reader, [parts[i] for i in rows], mixing, weights[rows] / mass, focus))
-            masses.append(mass)
+    for rows in np.array_split(kept, -(-len(kept) * tokens // TOKENS_AT_ONCE)):
+        masses.append(weights[rows].sum())
+        prompts, read, context_of = read_prompts(reader, [parts[i] for i in rows], of_parts=True)
+        owner = np.zeros(len(rows), dtype=np.int64)
+        found.append(result_distributions(reader, prompts, read, context_of, owner, weights[rows] / masses[-1], focus))
     total = sum(masses)
     mixture = RTTDistribution.concatenate(found).mixture(np.array(masses) / total, np.zeros(len(found), dtype=np.int64))
     passes = sum(int(some.forward_passes[0]) for some in found)
@@ -348,31 +303,34 @@ def _of_partial_bytes(
     return dataclasses.replace(mixture, forward_passes=passes, unresolved=unresolved, src_weights=named)
 
 
-def _together(
-    reader: Reader, queries: Sequence[Query], owner: np.ndarray, weights: np.ndarray, focus: Focus | None
-) -> RTTDistribution:
-    """Mixtures of the answers to queries of whole bytes, as of `result_distributions`; a shared context is read once."""
-    prompts, read, context_of = read_prompts(reader, queries)
-    return result_distributions(reader, prompts, read, context_of, owner, weights, focus)
-
-
-def _parts(reader: Reader, query: Query) -> tuple[list[Query], np.ndarray]:
-    """The whole-byte queries of one query, one or more, and their shares (n,), by the chain rule src, dst."""
-    if not query.has_partial_byte:
-        return [query], np.ones(1)
-    parts, log_p = [query], np.zeros(1)
-    if query.src is not None and query.src.extra_bits:
-        nothing = dataclasses.replace(query, src=None, dst=None)
-        ((ends, log_p),) = _partial_bytes(reader, [nothing], query.src, SRC_ROLES)
-        parts = [dataclasses.replace(query, src=end) for end in ends]
-    if query.dst is not None:
-        openings = [dataclasses.replace(part, dst=None) for part in parts]
-        of_dst = list(_partial_bytes(reader, openings, query.dst, DST_ROLES))
-        log_p = np.concatenate([own + log_q for own, (_, log_q) in zip(log_p, of_dst, strict=True)])
+def _parts(reader: Reader, variants: Sequence[Query]) -> list[tuple[list[Query], np.ndarray]]:
+    """The whole-byte queries of each variant of one query, and their shares (n,), by the chain rule src, dst."""
+    if not any(variant.has_partial_byte for variant in variants):
+        return [([variant], np.ones(1)) for variant in variants]
+    parts: list[tuple[Query, float, int]] = []  # with its log-probability, and the number of its variant
+    for number, variant in enumerate(variants):
+        if variant.src is not None and variant.src.extra_bits:
+            nothing = dataclasses.replace(variant, src=None, dst=None)
+            ((ends, log_p),) = _partial_bytes(reader, [nothing], variant.src, SRC_ROLES)
+            parts += [(dataclasses.replace(variant, src=end), p, number) for end, p in zip(ends, log_p, strict=True)]
+        else:
+            parts.append((variant, 0.0, number))
+    dst = variants[0].dst
+    if dst is not None:
+        openings = [dataclasses.replace(part, dst=None) for part, _, _ in parts]
         parts = [
-            dataclasses.replace(part, dst=end) for part, (ends, _) in zip(parts, of_dst, strict=True) for end in ends
+            (Query(part.src, end, part.time_s, part.context), own + log_q, number)
+            for (part, own, number), (ends, log_p) in zip(
+                parts, _partial_bytes(reader, openings, dst, DST_ROLES), strict=True
+            )
+            for end, log_q in zip(ends, log_p, strict=True)
         ]
-    return parts, np.exp(log_p - np.logaddexp.reduce(log_p))
+    found = []
+    for number in range(len(variants)):
+        own = [(part, log_p) for part, log_p, of in parts if of == number]
+        shares = np.array([log_p for _, log_p in own])
+        found.append(([part for part, _ in own], np.exp(shares - np.logaddexp.reduce(shares))))
+    return found
 
 
 def _partial_bytes(

@@ -21,10 +21,11 @@ import torch
 
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import ADDRESS_BYTES, is_ipv4
+from ping_llm.inference.blend import Blend
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution, code_widths, log_edges
 from ping_llm.inference.engine import Reader
-from ping_llm.inference.mixture import Blend, weighted_lengths
+from ping_llm.inference.mixture import weighted_lengths
 from ping_llm.inference.query import Endpoint, Query, SrcKnown
 from ping_llm.model.gpt import KVCache, answering_at
 

@@ -19,6 +19,7 @@ from ping_llm.inference.context import Context, Records
 Time = dt.datetime | str | float | None
 SrcKnown = str | int
 """How much of the source is known: "all", "none", a prefix length in bits, or "auto" for a mixture of several."""
+NO_CONTEXT = Context.parse(None)
 _BITS = re.compile(r"\d{1,3}", re.ASCII)
 _AUTO_BYTES = {4: (0, 1, 2, 3, 4), 16: (0, 4, 6, 8, 16)}  # of the prefixes that auto mixes, by the width of the address
 
@@ -166,7 +167,7 @@ class Query:
             both = "%s and %s are of two families, which do not ping each other; the model answers"
             log.warning(both, source, destination)
         if context is None or not len(context):
-            return cls(source, destination, time_s, Context.parse(None))
+            return cls(source, destination, time_s, NO_CONTEXT)
         if source is None:
             raise ValueError("a context says where the source is; give that source")
         if source.extra_bits:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
+from ping_llm.model.counts import matrices as matrices_of
+from ping_llm.model.counts import matrix_parameters
 from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
 from ping_llm.system.hardware import WITHOUT_FP8, gpu_kind, named_peak_flops
+from ping_llm.training import schedule
 
 PRICES = Path(__file__).with_name("prices.toml")
 ASSUMED_MFU = 0.40
@@ -78,27 +81,17 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     config.train.check_processes(gpus)
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu} must be a share of the peak, above 0 and at most 1")
-    step_tokens = config.train.batch_size * config.model.seq_len
-    limits = [config.train.total_steps or None, config.train.target_tokens / step_tokens or None]
-    if not any(limits):
-        raise ValueError("the run ends by train.max_minutes alone; give train.total_steps or train.target_tokens")
-    steps = min(limit for limit in limits if limit)
-    tokens, tokens_per_s = steps * step_tokens, gpus * gpu.peak_flops * mfu / flops_per_token(config.model)
+    steps, tokens = _length(config)
+    tokens_per_s = gpus * gpu.peak_flops * mfu / flops_per_token(config.model)
     hours = tokens / tokens_per_s / 3600
     dollars = hours * gpus * gpu.dollars_per_hour
     windows = config.train.batch_size // gpus  # of a step, for each GPU
     micro_batch = windows // config.train.grad_accum
     compiled = config.train.compile is not False
-    fixed_gb = fixed_bytes(config.model, averaged=config.train.average > 0) / 1e9
+    fixed_gb = fixed_bytes(config.model, config.train.averages, config.optim.matrices == "adamw") / 1e9
     window_gb = activation_bytes(config.model, compiled) / 1e9
-    largest = max(0, int((gpu.memory_gb * (1 - SPARE_SHARE) - fixed_gb) / window_gb))
-    if micro_batch <= largest:
-        advice = "the batch fits"
-    elif largest:
-        pieces = next(n for n in range(1, windows + 1) if windows % n == 0 and windows // n <= largest)
-        advice = f"the batch does not fit: pass --train.grad-accum {pieces}"
-    else:
-        advice = "take GPUs with more memory, or a smaller model"
+    largest = largest_micro_batch(config, gpu.memory_gb)
+    advice = _advice(config.train.grad_accum, windows, largest)
     what = f"{gpus} × {gpu.name.upper()} at {mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s"
     activations_gb = micro_batch * window_gb
     lines = [
@@ -119,14 +112,55 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     return CostPlan(steps, tokens, tokens_per_s, hours, dollars, micro_batch, largest, lines)
 
 
-def fixed_bytes(model: ModelConfig, averaged: bool = False) -> int:
+def _length(config: Config) -> tuple[float, float]:
+    """Steps and places of windows of a run, by the nearer of its two limits; ValueError if it has only that of time."""
+    train = config.train
+    growth = schedule.growth_steps(train)
+    saved = growth - schedule.windows_before(growth, train) / train.batch_size  # steps that small batches add
+    by_tokens = train.target_tokens / (train.batch_size * config.model.seq_len)
+    limits = [train.total_steps or None, by_tokens + saved if by_tokens else None]
+    if not any(limits):
+        raise ValueError("the run ends by train.max_minutes alone; give train.total_steps or train.target_tokens")
+    steps = min(limit for limit in limits if limit)
+    if steps == train.total_steps:
+        return steps, schedule.windows_before(train.total_steps, train) * config.model.seq_len
+    return steps, train.target_tokens
+
+
+def _advice(pieces: int, windows: int, largest: int) -> str:
+    """On the micro-batches of a step of so many windows a GPU, of which `largest` fit."""
+    if not largest:
+        return "take GPUs with more memory, or a smaller model"
+    fewest = fewest_pieces(windows, largest)
+    if windows // pieces > largest:
+        return f"the batch does not fit: pass --train.grad-accum {fewest}"
+    return "the batch fits" + (f", and so it would with --train.grad-accum {fewest}" if fewest < pieces else "")
+
+
+def largest_micro_batch(config: Config, memory_gb: float, on_cpu: bool = False) -> int:
+    """Windows whose activations fit beside all else in a GPU of so much memory; or in half of a machine's, in fp32."""
+    fixed = fixed_bytes(config.model, config.train.averages, config.optim.matrices == "adamw")
+    compiled = config.train.compile is True or (config.train.compile == "auto" and not on_cpu)
+    window = activation_bytes(config.model, compiled) * (2 if on_cpu else 1)
+    share = 0.5 if on_cpu else 1 - SPARE_SHARE
+    return max(0, int((memory_gb * 1e9 * share - fixed) / window))
+
+
+def fewest_pieces(windows: int, largest: int) -> int:
+    """Into how many equal micro-batches of at most `largest` windows so many are cut, at least."""
+    return next(n for n in range(1, windows + 1) if windows % n == 0 and windows // n <= largest)
+
+
+def fixed_bytes(model: ModelConfig, averaged: bool = False, adamw: bool = False) -> int:
     """Bytes that a GPU holds whatever the batch: fp32 weights and gradients, their bf16 copies, the optimiser's state, the
-    largest stack of matrices that Muon works on (in fp32 and twice in bf16), and the fp32 average of `averaged` weights."""
-    matrices = 12 * model.n_layer * model.n_embd**2  # Muon keeps one moment of these
+    largest stack of matrices that Muon works on (in fp32 and twice in bf16), and the fp32 average of `averaged` weights.
+    With `adamw` alone the matrices have two moments, and there is no stack."""
+    matrices = matrix_parameters(model)  # Muon keeps one moment of these
+    stack = max(rows * columns * count for (rows, columns), count in matrices_of(model).items())
     others = parameter_count(model) - matrices  # AdamW keeps two of the vocabulary's and the fields' tables
-    stack = 4 * model.n_layer * model.n_embd**2
     everywhere = 14 if averaged else 10
-    return everywhere * (matrices + others) + 4 * matrices + 8 * others + 8 * stack
+    of_matrices = 8 * matrices if adamw else 4 * matrices + 8 * stack
+    return everywhere * (matrices + others) + of_matrices + 8 * others
 
 
 def activation_bytes(model: ModelConfig, compiled: bool = True) -> int:

@@ -29,7 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ping_llm.config import Config, parse_config
+from ping_llm.config import Config
+from ping_llm.launch.dial import parse_run
 from ping_llm.launch.job import DONE, PREEMPTED, check_run, copy_rows, local_rows, saved
 from ping_llm.system.streams import steady_streams
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
             check_gpus(device, node)
             return 0
         numbers = [int(argv.pop(0)) for _ in range(3)] if name == "judge" else []
-        config = parse_config(argv, "ping-llm train")
+        config = parse_run(argv, "ping-llm train")
         node = Node.from_environment(config.train.device)
         if name == "ranks":
             return run_ranks(argv, config, node)

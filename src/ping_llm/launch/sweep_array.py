@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ping_llm.launch.sweep import SweepRun, check_sweep, read_sweep
+from ping_llm.system.exits import exit_code
 from ping_llm.system.files import write_atomically
-from ping_llm.system.streams import steady_streams
 
 
 def write_list(runs: Sequence[SweepRun]) -> Path:
@@ -42,23 +42,20 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the list and the numbers of the runs that are left; exit code 1 after one line that says what is wrong."""
+    return exit_code(lambda: _print_left(argv))
+
+
+def _print_left(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("slurm/submit sweep", allow_abbrev=False, add_help=False)
     parser.add_argument("file", type=Path, metavar="SWEEP.toml")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(list(argv))
-    try:
-        runs = read_sweep(options.file, options.out)
-        left = check_sweep(runs)
-        if not left:
-            print(f"all {len(runs)} runs in {runs[0].folder.parent} are done", file=sys.stderr)
-            return 0
+    runs = read_sweep(options.file, options.out)
+    if left := check_sweep(runs):
         print(write_list(runs), ranges([runs.index(run) for run in left]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    else:
+        print(f"all {len(runs)} runs in {runs[0].folder.parent} are done", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    with steady_streams():
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from ping_llm.config import ModelConfig
 
+VOCAB_SIZE = 267  # ROLES and bytes
 ROLES = 11  # tokens below are roles, the others bytes; the model's tests hold these numbers against the vocabulary's
 SRC_ROLES, DST_ROLES, TIME_ROLES = [1, 2], [3, 4], [5, 6, 7]
 _ADDRESSES = (*SRC_ROLES, *DST_ROLES)
 _START, _RTT, _FAILED = 0, 8, 10
 WIDTH = 18  # the role at index 0, up to 16 bytes, and one index for what is too long for any field
 PLACES = ROLES * WIDTH
+WHOLE = (4, 16)  # bytes of an address
 SEEN_STATES = 1 << 5  # bits: source, destination, result and time of this measurement; a time anywhere in the window
 _COUNTER = 15  # bits that count the sources of a window, its destinations, results and times
 _OCTAVES = 14
 VALUE_FEATURES = 2 * _OCTAVES
-_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; its powers weigh the bytes of a prefix, modulo 2^64
+ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio; its powers weigh the bytes of a prefix, modulo 2^64
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,20 @@ class FieldState:
 class FieldFeatures:
     """What the tokens (B, T) mean; padding means something, and nothing of it is used."""
 
+    tokens: Tensor  # (B, T) int64, as they are read: see `coarse`
     place: Tensor  # (B, T) int64, below PLACES
     prefix: Tensor  # (B, T) int64, a 63-bit hash of the role and the bytes so far; 0 where the token is no address byte
     half_codes: Tensor  # (B, T) int64, of the RTT so far, twice its code; −1 where the token is no byte of an RTT
     seen: Tensor  # (B, T) int64, below SEEN_STATES
 
 
-def read_fields(tokens: Tensor, state: FieldState | None = None) -> tuple[FieldFeatures, FieldState]:
-    """Features of tokens (B, T), −1 = padding at the right, that come after `state`; and the state after them."""
+def read_fields(
+    tokens: Tensor, state: FieldState | None = None, src_bytes: tuple[int, int] = WHOLE
+) -> tuple[FieldFeatures, FieldState]:
+    """Features of tokens (B, T), −1 = padding at the right, that come after `state`; and the state after them.
+
+    Of IPv4 and IPv6 sources `src_bytes` are read, and the others as 0.
+    """
     B, T = tokens.shape
     if state is None:  # a window begins with a role, so this one is never read
         zero = tokens.new_zeros(B)
@@ -67,6 +75,7 @@ def read_fields(tokens: Tensor, state: FieldState | None = None) -> tuple[FieldF
     at = last.clamp(min=0)
     role = torch.where(begun, tokens.gather(1, at), state.role[:, None])
     index = torch.where(begun, place - last, state.index[:, None] + 1 + place).clamp(max=WIDTH - 1)
+    tokens = _coarse(tokens, role, index, src_bytes)
     byte = torch.where(tokens >= ROLES, tokens - ROLES, 0)
     weights = _byte_weights(tokens.device)[index]  # (B, T)
     prefix = _since(torch.where(tokens >= ROLES, (byte + 1) * weights, 0), at, begun, state.prefix)
@@ -77,8 +86,9 @@ def read_fields(tokens: Tensor, state: FieldState | None = None) -> tuple[FieldF
     half_codes = 2 * code + (index == 1) * 255  # the middle of the codes that begin with byte 1
     of_rtt = (role == _RTT) & ((index == 1) | (index == 2))
     features = FieldFeatures(
+        tokens,
         role.clamp(0, ROLES - 1) * WIDTH + index,
-        torch.where(of_address, _mix(prefix + role * _MULTIPLIER), 0),
+        torch.where(of_address, mix(prefix + role * ODD), 0),
         torch.where(of_rtt, half_codes, -1),
         seen,
     )
@@ -128,6 +138,33 @@ class FieldEmbedding(nn.Module):
         return self.places(features.place) + prefix + value
 
 
+def mix(value: Tensor) -> Tensor:
+    """A 63-bit hash above 0 whose low bits depend on all bits of the value: the finaliser of SplitMix64.
+
+    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014.
+    """
+    value = (value ^ _shifted(value, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    value = (value ^ _shifted(value, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return ((value ^ _shifted(value, 31)) & ((1 << 63) - 1)).clamp(min=1)
+
+
+def coarse(tokens: Tensor, src_bytes: tuple[int, int]) -> Tensor:
+    """Windows (B, T) with only so many bytes of IPv4 and IPv6 sources, the others 0; negative tokens stay as they are."""
+    if src_bytes == WHOLE:
+        return tokens
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    last = place.masked_fill((tokens < 0) | (tokens >= ROLES), 0).cummax(dim=1).values
+    return _coarse(tokens, tokens.gather(1, last), place - last, src_bytes)
+
+
+def _coarse(tokens: Tensor, role: Tensor, index: Tensor, src_bytes: tuple[int, int]) -> Tensor:
+    """Tokens (B, T) that stand at `index` of the field of `role`, both (B, T), as they are read."""
+    if src_bytes == WHOLE:
+        return tokens
+    unread = (role == SRC_ROLES[0]) & (index > src_bytes[0]) | (role == SRC_ROLES[1]) & (index > src_bytes[1])
+    return torch.where(unread & (tokens >= ROLES), ROLES, tokens)
+
+
 def _since(amounts: Tensor, at: Tensor, begun: Tensor, before: Tensor) -> Tensor:
     """Sums (B, T) of `amounts` since the last role at place `at`, whose own amount is 0; `before` counts where none was."""
     total = amounts.cumsum(dim=1)
@@ -155,18 +192,8 @@ def _byte_weights(device: torch.device) -> Tensor:
     weights, value = [], 1
     for _ in range(WIDTH):
         weights.append(value - (1 << 64) if value >= 1 << 63 else value)
-        value = value * (_MULTIPLIER % (1 << 64)) % (1 << 64)
+        value = value * (ODD % (1 << 64)) % (1 << 64)
     return torch.tensor(weights, device=device)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """A 63-bit hash above 0 whose low bits depend on all bits of the value: the finaliser of SplitMix64.
-
-    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014.
-    """
-    value = (value ^ _shifted(value, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    value = (value ^ _shifted(value, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return ((value ^ _shifted(value, 31)) & ((1 << 63) - 1)).clamp(min=1)
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:

@@ -106,6 +106,15 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def memory_gb(device: torch.device) -> float:
+    """Memory of the GPU; or of the machine, or what its control group may take of that."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    limit, memory = Path("/sys/fs/cgroup/memory.max"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(memory, int(text) if text.isdecimal() else memory) / 1e9
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory that this process has held so far: on the GPU, or of the machine."""
     if device.type == "cuda":

@@ -15,6 +15,7 @@ import torch
 from ping_llm.config import Config
 from ping_llm.data.measurement import log_rtt, network_of
 from ping_llm.data.rows import ProbeRow, RowReader
+from ping_llm.inference.blend import situations
 from ping_llm.inference.calibration import Calibration, Surprise
 from ping_llm.inference.context import Context
 from ping_llm.inference.distribution import RTTDistribution, log_edges
@@ -23,7 +24,7 @@ from ping_llm.inference.evidence import recalled
 from ping_llm.inference.experts import CUTS, LEAST_WEIGHT, Experts
 from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.memory import Memory
-from ping_llm.inference.mixture import CHUNK, distributions, read_prompts, situations, source_variants
+from ping_llm.inference.mixture import CHUNK, distributions, read_prompts, source_variants
 from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.past import pasts
 from ping_llm.inference.query import Query, known_name
@@ -64,7 +65,7 @@ def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) 
     What training has met is looked up in its rows.
     """
     results, rows = results or 2 * config.train.eval_queries, config.data.rows
-    familiar = Familiar.of_rows(RowReader(rows, "train"))
+    familiar = Familiar.of_rows(RowReader(rows, "train"), gpt.src_bytes)
     precision: Literal["fp32", "bf16"] = "bf16" if native_bf16(device) else "fp32"
     reader = Reader(gpt, device, Calibration(familiar=familiar), precision, LEAST_MASS)
     found = draw_results(rows, results, np.random.default_rng(config.seed))

@@ -35,7 +35,7 @@ COLUMNS = {
     **{f"loss_{name}": Column(f"{_FIELD_NAMES.get(name, name)} (nats per token)") for name in FIELDS},
     "loss_rtt1": Column("byte 1 of the RTT (nats)"),
     "loss_rtt2": Column("byte 2 of the RTT (nats)"),
-    "lr": Column("learning rate of Muon", line="lr {:.2g}"),
+    "lr": Column("learning rate of the matrices", line="lr {:.2g}"),
     "tokens_per_s": Column("tokens/s", line="{:,.0f} tokens/s"),
     "mfu": Column("model FLOPs\nutilisation (%)", 100.0, "MFU {:.1%}"),
     "data_wait_share": Column("time waiting\nfor data (%)", 100.0, "waits {:.1%}"),
@@ -46,6 +46,9 @@ COLUMNS = {
 COLUMNS |= {f"val_{name}": column for name, column in COLUMNS.items() if name.startswith("loss")}
 COLUMNS |= {
     "val_loss": COLUMNS["loss"]._replace(line="val: loss {:.4f}"),
+    "val_trained_loss": Column(
+        "weighted loss of the weights\nnot averaged (nats per token)", line="not averaged {:.4f}"
+    ),
     "val_loss_rtt": COLUMNS["loss_rtt"]._replace(line="rtt {:.4f} nats"),
     "val_rtt_bits": Column("bits per RTT", line="{:.3f} bits per RTT"),
     "val_median_rel_error": Column("median relative\nerror of the RTT (%)", 100.0, "median error {:.1%}"),

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import Config
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, MUTED, PADDING
+from ping_llm.model.dropout import window_keys
 from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import (
     PARTS,
@@ -84,7 +85,7 @@ class Objective:
         self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
         self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
-        self.loss = config.loss
+        self.loss, self.seed = config.loss, config.seed
         self.weights = field_weights(config.loss).to(self.device)  # (7,)
         self.precision = precision or resolve_precision(config.train.precision, self.device)
         model.learn_in_fp8(self.precision == "fp8")
@@ -95,8 +96,8 @@ class Objective:
             self.parallel = DistributedDataParallel(
                 model, device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
-        self.forward: Callable[[Tensor], Tensor] = self.parallel or model
-        self.forward_alone: Callable[[Tensor], Tensor] = model  # without an exchange: processes may have unequal work
+        self.forward: Callable[..., Tensor] = self.parallel or model
+        self.forward_alone: Callable[..., Tensor] = model  # without an exchange: processes may have unequal work
         self.compiled = resolve_compile(config.train.compile, self.device)
         if self.compiled:  # every pass is of the same shape
             self.forward = torch.compile(self.forward, dynamic=False)
@@ -112,17 +113,20 @@ class Objective:
 
         Padding is put in as token 0; it stands at the right, so no target depends on it. Muted tokens are put in, too.
         """
+        tokens = self.model.as_read(tokens)
         read = torch.where(tokens <= MUTED, MUTED - tokens, tokens)
         fields = token_fields(read, self.role_fields, self.byte_fields)
         return read[:, :-1].clamp(min=0), tokens[:, 1:].clamp(min=PADDING), fields[:, 1:]
 
-    def logits(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """(B, T, V) fp32."""
+    def logits(self, forward: Callable[..., Tensor], inputs: Tensor, **options: Tensor) -> Tensor:
+        """(B, T, V) fp32; the options are those of the model's forward pass."""
         with self.autocast(), attention_order(self.device):
-            return forward(inputs)
+            return forward(inputs, **options)
 
-    def backward(self, tokens: Tensor, *votes: float, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def backward(self, tokens: Tensor, *votes: float, loss_scale: float = 1.0, step: int = 0) -> tuple[Tensor, Tensor]:
         """Adds `loss_scale` times the gradients of the loss over a step's batch, (B, T+1) in this process.
+
+        What is left out of the model is a function of the seed, the `step` and the number of a window in the whole batch.
 
         Returns the sums of the cross-entropy (7,) fp32 of this process, and float64 of all: the counts of targets (7,),
         then the sums of the `votes` that each of them cast. Nothing here waits for the device.
@@ -135,11 +139,12 @@ class Objective:
         scale = self.ranks.world * loss_scale / (self.weights * totals[: len(PARTS)]).sum()
         sums = torch.zeros(len(PARTS), device=self.device)
         parts = (tensor.split(self.micro_batch) for tensor in (inputs, targets, fields))
+        options = self._options(len(tokens), step)
         micro_batches = list(zip(*parts, strict=True))
         for number, (micro_inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
             # Gradients are exchanged once, with those of the last micro-batch.
             with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
-                logits = self.logits(self.forward, micro_inputs)
+                logits = self.logits(self.forward, micro_inputs, **options[number - 1])
                 micro_sums = field_losses(logits, micro_targets, micro_fields)[0]
                 cost = (self.weights * micro_sums).sum()
                 if smoothing := self.loss.smoothing:
@@ -147,6 +152,14 @@ class Objective:
                 (cost * scale).float().backward()
             sums += micro_sums.detach()
         return sums, totals
+
+    def _options(self, windows: int, step: int) -> list[dict[str, Tensor]]:
+        """What each micro-batch gives to the model beside its tokens: nothing, or the keys of its windows."""
+        if not self.model.leaves_out:
+            return [{}] * -(-windows // self.micro_batch)
+        ranks = self.ranks
+        keys = window_keys(self.seed, step, windows * ranks.world, ranks.rank, ranks.world, self.device)
+        return [{"keys": some} for some in keys.split(self.micro_batch)]
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""A model with gradients in, a model after one step out: Muon for the block matrices, AdamW for embeddings and head."""
+"""A model with gradients in, a model after one step out: Muon for the block matrices, AdamW for embeddings and head.
+
+Or AdamW for all of them, to see what Muon is worth.
+"""
 
 from __future__ import annotations
 
@@ -13,71 +16,102 @@ from ping_llm.training.distributed import Ranks
 from ping_llm.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 768  # AdamW's rates are given for it; wider models take smaller steps
+VECTORS_LR_SHARE = 0.02  # of the embedding's rate, of biases and the like; the width is nothing to them
+BIGRAMS_LR_SHARE = 0.1  # of the embedding's rate: they begin at 0, and most pairs are rare
 VALUES_LR_SHARE = 0.1  # of the embedding's rate: a matrix that every RTT byte moves, no table of rows
 
 
 class Optimizer:
-    """Both optimisers; each parameter of the model is in exactly one group.
+    """Both optimisers, or AdamW alone; each parameter of the model is in exactly one group.
 
-    `initial_lrs` holds the peak rate of each group: "matrices", "embedding", "head", and in field-aware models "places" and
-    "prefixes", at the embedding's rate, and "values", at a tenth of it. All but the matrices have no weight decay, and their
-    rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. `ranks` are the processes that share the
+    `initial_lrs` holds the peak rate of each group: "matrices", "embedding" (at the head's rate where it is the head, too),
+    "head", and in field-aware models "places" and "prefixes", at the embedding's rate, and "values", at a tenth of it. Other
+    tables go by their names, at the embedding's rate, or a tenth of it for bigrams. All but the matrices have no weight
+    decay, and their rates are scaled by (width / 768)^−½; Muon's step does not depend on the width. Biases and other vectors
+    go by their names, at a fiftieth of the embedding's rate, which is not scaled. `ranks` are the processes that share the
     work of a step; this one alone by default. `compiled` is of Muon: AdamW is one kernel of torch's for each group, and the
     rate is its argument.
     """
 
     def __init__(self, model: GPT, config: OptimConfig, ranks: Ranks | None = None, compiled: bool = False) -> None:
         matrices = {
-            name: matrix for block in model.blocks.named_parameters("blocks") for name, matrix in _matrices(*block)
+            name: matrix
+            for block in model.blocks.named_parameters("blocks")
+            if block[0] not in model.tables() | model.vectors()
+            for name, matrix in _matrices(*block)
         }
         width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-        self.muon = Muon(matrices, config.muon_lr, ranks, compiled)
-        groups = [
-            {"name": "embedding", "params": [model.embedding.weight], "lr": config.embedding_lr * width_scale},
-            {"name": "head", "params": [model.head.weight], "lr": config.head_lr * width_scale},
-        ]
+        head_rate = config.head_lr * width_scale
+        rate = config.embedding_lr * width_scale if model.head is not None else head_rate
+        groups = [{"name": "embedding", "params": [model.embedding.weight], "lr": rate}]
+        if model.head is not None:
+            groups.append({"name": "head", "params": [model.head.weight], "lr": head_rate})
+        self.muon: Muon | None = None
+        if config.matrices == "muon":
+            how = compiled, config.orthogonalization, config.equal_rows
+            self.muon = Muon(matrices, config.muon_lr, ranks, *how)
+        else:
+            whole = {matrix.parameter for matrix in matrices.values()}
+            named = {name: p for name, p in model.blocks.named_parameters("blocks") if p in whole}
+            rate = config.adamw_lr * width_scale
+            groups.append({"name": "matrices", "params": [*named.values()], "names": [*named], "lr": rate})
         if model.fields is not None:
             for name, share in (("places", 1.0), ("prefixes", 1.0), ("values", VALUES_LR_SHARE)):
                 weight, rate = getattr(model.fields, name).weight, share * config.embedding_lr * width_scale
                 groups.append({"name": name, "params": [weight], "lr": rate})
+        for name, table in model.tables().items():
+            share = BIGRAMS_LR_SHARE if name == "bigrams.weight" else 1.0
+            groups.append({"name": name, "params": [table], "lr": share * config.embedding_lr * width_scale})
+        for name, vector in model.vectors().items():
+            groups.append({"name": name, "params": [vector], "lr": VECTORS_LR_SHARE * config.embedding_lr})
         betas = config.adam_beta1, config.adam_beta2
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.initial_lrs = {"matrices": config.muon_lr} | {g["name"]: g["lr"] for g in self.adamw.param_groups}
         grouped = [
-            *dict.fromkeys(matrix.parameter for matrix in matrices.values()),
+            *dict.fromkeys(matrix.parameter for matrix in matrices.values() if self.muon),
             *(p for g in self.adamw.param_groups for p in g["params"]),
         ]
         assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), f"{len(grouped)} parameters in groups"
 
     def set_lrs(self, scale: float) -> None:
         """Sets each group's rate to `scale` times its peak."""
-        self.muon.lr = self.initial_lrs["matrices"] * scale
+        if self.muon is not None:
+            self.muon.lr = self.initial_lrs["matrices"] * scale
         for group in self.adamw.param_groups:
             group["lr"] = self.initial_lrs[group["name"]] * scale
 
     def step(self, momentum: float, weight_decay: float) -> None:
-        """Applies the gradients; both arguments are Muon's."""
-        self.muon.step(momentum, weight_decay)
+        """Applies the gradients; the decay is that of the matrices, and the momentum is Muon's."""
+        if self.muon is not None:
+            self.muon.step(momentum, weight_decay)
+        for group in self.adamw.param_groups:
+            group["weight_decay"] = weight_decay if group["name"] == "matrices" else 0.0
         self.adamw.step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the next step depends on but rates and gradients: flat, tensors only."""
-        state = {f"muon.{name}.momentum": momentum for name, momentum in self.muon.state_dict().items()}
-        for group in self.adamw.param_groups:
-            for key, value in self.adamw.state[group["params"][0]].items():
-                state[f"adamw.{group['name']}.{key}"] = value
+        momenta = self.muon.state_dict() if self.muon is not None else {}
+        state = {f"muon.{name}.momentum": momentum for name, momentum in momenta.items()}
+        for name, parameter in self._adamw_parameters():
+            state |= {f"adamw.{name}.{key}": value for key, value in self.adamw.state[parameter].items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`, from any device."""
-        self.muon.load_state_dict({name: state[f"muon.{name}.momentum"] for name in self.muon.matrices})
-        for group in self.adamw.param_groups:
-            parameter, prefix = group["params"][0], f"adamw.{group['name']}."
+        if self.muon is not None:
+            self.muon.load_state_dict({name: state[f"muon.{name}.momentum"] for name in self.muon.matrices})
+        for name, parameter in self._adamw_parameters():
+            prefix = f"adamw.{name}."
             self.adamw.state[parameter] = {
                 key.removeprefix(prefix): value.to(parameter.device, copy=True)
                 for key, value in state.items()
                 if key.startswith(prefix)
             }
+
+    def _adamw_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """AdamW's, by the name of their group, or each by its own in a group of several."""
+        for group in self.adamw.param_groups:
+            yield from zip(group.get("names", [group["name"]]), group["params"], strict=True)
 
 
 def _matrices(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Matrix]]:
@@ -85,6 +119,7 @@ def _matrices(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Matrix]
     if not name.endswith(".qkv.weight"):
         yield name, Matrix(parameter)
         return
-    width = parameter.shape[1]
-    for number, part in enumerate("qkv"):
-        yield name.replace(".qkv.", f".{part}."), Matrix(parameter, slice(number * width, (number + 1) * width))
+    rows, queries = parameter.shape
+    middle = (rows + queries) // 2  # there are as many rows of keys as of values
+    for part, own in zip("qkv", (slice(queries), slice(queries, middle), slice(middle, rows)), strict=True):
+        yield name.replace(".qkv.", f".{part}."), Matrix(parameter, own)

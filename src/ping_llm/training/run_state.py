@@ -52,7 +52,7 @@ class RunState:
         """Counts one step."""
         self.step += 1
         self.val_loss = None  # that was of other weights
-        self.samples_consumed += config.train.batch_size
+        self.samples_consumed = schedule.windows_before(self.step, config.train)
         self.tokens, self.elapsed_s = self.tokens + tokens, elapsed_s
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0

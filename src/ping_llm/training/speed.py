@@ -15,19 +15,17 @@ class Speed:
 
     def __init__(self, config: Config, ranks: Ranks, compiling: bool) -> None:
         self.device, self.peak = ranks.device, peak_flops(ranks.device)
-        self.places = config.train.batch_size * config.model.seq_len  # of a step; padding takes some of them
-        self.step_flops = self.places * flops_per_token(config.model) / ranks.world
+        self.seq_len, self.place_flops = config.model.seq_len, flops_per_token(config.model) / ranks.world
         self.compiling = compiling
-        self.sums, self.steps = np.zeros(3), 0
+        self.sums = np.zeros(4)
         self.held_s = 0.0  # by saves, which no step counts
 
-    def add(self, step_s: float, wait_s: float, tokens: float) -> None:
-        """Seconds of a step, how many of them it waited for data, and targets trained on by all processes."""
+    def add(self, step_s: float, wait_s: float, tokens: float, windows: int) -> None:
+        """Seconds of a step, how many of them it waited for data, and targets trained on and windows of all processes."""
         if self.compiling:
             self.compiling = False
             return
-        self.sums += (step_s, wait_s, tokens)
-        self.steps += 1
+        self.sums += (step_s, wait_s, tokens, windows * self.seq_len)
 
     def rates(self) -> dict[str, float]:
         """Targets a second, the shares of padding and of the time spent for data and for saves, MFU, memory; starts anew.
@@ -35,16 +33,16 @@ class Speed:
         MFU is the share of the device's peak that the model's FLOPs take, padding included as it is computed too.
         """
         memory = {"peak_memory_gb": peak_memory_gb(self.device)}
-        if not self.steps:
+        step_s, wait_s, tokens, places = self.sums.tolist()
+        if not places:
             return memory
-        step_s, wait_s, tokens = self.sums.tolist()
         rates = {
             "tokens_per_s": tokens / step_s,
-            "padding": 1 - tokens / (self.steps * self.places),
+            "padding": 1 - tokens / places,
             "data_wait_share": wait_s / step_s,
             "save_share": self.held_s / (step_s + self.held_s),
         }
         if self.peak:
-            rates["mfu"] = self.steps * self.step_flops / step_s / self.peak
-        self.sums, self.steps, self.held_s = np.zeros(3), 0, 0.0
+            rates["mfu"] = places * self.place_flops / step_s / self.peak
+        self.sums, self.held_s = np.zeros(4), 0.0
         return rates | memory

@@ -31,6 +31,7 @@ from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
 from ping_llm.training.calibration import calibrate
+from ping_llm.training.codewords import learn_codewords
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
 from ping_llm.training.objective import Objective, resolve_compile_optimizer
@@ -49,8 +50,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Feed:
     """What a run learns from, and what it is measured on.
 
-    `batches(config, start_step, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of
-    the batches; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)` may be None.
+    `batches(config, start, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of whole
+    batches from number `start` on; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)`
+    may be None.
     """
 
     batches: Callable[[Config, int, torch.device, int, int], Iterator[Tensor]]
@@ -116,7 +118,7 @@ class Training:
     objective: Objective
     windows: Tensor  # (n, seq_len + 1), of val
     queries: ValQueries | None
-    average: WeightAverage | None = None  # of `train.average`
+    average: WeightAverage | None = None  # None if the run keeps none
 
     @classmethod
     def begin(cls, config: Config, feed: Feed, ranks: Ranks, lock: ExitStack) -> Training:
@@ -129,13 +131,16 @@ class Training:
             where = f"process {ranks.rank} finds other rows in {config.data.rows}"
             raise ValueError(f"{where} than the main one; copy them")
         checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
-        torch.manual_seed(config.seed)  # nothing draws from it today; if anything ever does, a resumed run repeats it
+        torch.manual_seed(config.seed)  # nothing draws from it; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
-        average = WeightAverage(model, config.train.average) if config.train.average else None
+        average = WeightAverage.wanted(model, config.train)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer, average) if checkpoint else None
+        if state is None:
+            alone = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+            learn_codewords(model, lambda: feed.batches(alone, 0, torch.device("cpu"), 0, 1), ranks)
         objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows_sha256, objective.precision)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries, average)
@@ -144,7 +149,8 @@ class Training:
         """Trains to the end, or until `stop` is set in any process; whether any step was taken."""
         config, ranks, begun = self.config, self.ranks, self.state.step
         log = RunLog(config, begun or None) if ranks.is_main else SilentLog()
-        batches = self.feed.batches(config, begun, ranks.device, ranks.rank, ranks.world)
+        first = schedule.windows_before(begun, config.train) // config.train.batch_size
+        batches = self.feed.batches(config, first, ranks.device, ranks.rank, ranks.world)
         with (
             log,
             Saver(config.train.run_dir, config.train.keep_checkpoints, log.note) as saver,
@@ -157,7 +163,7 @@ class Training:
             log.note(f"{config.train.run_dir} {start}: {parameter_count(config.model):,} parameters, {where}")
             if self.objective.compiled:
                 log.note("compiling the model: the first step takes a minute or more, the next time less")
-            self._loop(batches, log, saver, stop)
+            self._loop(_as_long_as_steps(batches, begun, config.train, ranks.world), log, saver, stop)
         return self.state.step > begun
 
     def _loop(self, batches: Iterator[Tensor], log: RunLog | SilentLog, saver: Saver, stop: threading.Event) -> None:
@@ -172,21 +178,22 @@ class Training:
             wait_s = time.perf_counter() - started
             lr_scale = schedule.lr_scale(progress, self.config.optim)
             votes = (stop.is_set(), clock if self.ranks.is_main else 0.0)  # all processes stop after the same step
-            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale)
+            sums, totals = self.objective.backward(tokens, *votes, loss_scale=state.loss_scale, step=state.step)
             grad_norm = self.gradient_norm()  # waits for the device; the update then runs beside the next step's launch
             (*counts, stopped, elapsed_s) = totals.tolist()
             trained = int(sum(counts[: len(FIELDS)]))  # targets; the other counts are of some of these
             self.apply_gradients(grad_norm, lr_scale, progress)
             state.count(self.config, trained, elapsed_s, skipped=not math.isfinite(grad_norm))
             self._give_up_if_hopeless()
+            progress = state.progress(train)
             if self.average is not None:
-                self.average.update(state.step)
-            step_s, progress = time.perf_counter() - started, state.progress(train)
+                self.average.update(state.step, progress)
+            step_s = time.perf_counter() - started
             if speed.compiling:  # which is no training: the rates rise over minutes of steps
                 log.note(f"compiled: the first step took {step_s:.0f} s")
             else:
                 clock += step_s
-            speed.add(step_s, wait_s, trained)
+            speed.add(step_s, wait_s, trained, schedule.batch_size(state.step - 1, train))
             log.show_progress(state.step, progress)
 
             over, line = progress >= 1, {}
@@ -194,7 +201,8 @@ class Training:
                 self._save(saver, clock)  # first of all: a machine that is taken away may not wait for long
             if over or state.step % train.log_every == 0:
                 means = self.objective.means(self.ranks.sum(sums.double()), totals[: len(PARTS)])
-                line = {"time_s": clock, "tokens": state.tokens, **means, "lr": self.config.optim.muon_lr * lr_scale}
+                rate = self.optimizer.initial_lrs["matrices"] * lr_scale
+                line = {"time_s": clock, "tokens": state.tokens, **means, "lr": rate}
                 line |= {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, **speed.rates()}
             if over or state.step % train.eval_every == 0:
                 line |= self._evaluate()
@@ -244,12 +252,14 @@ class Training:
         return self.average.in_use() if self.average is not None else nullcontext()
 
     def _evaluate(self) -> dict[str, float]:
-        """The metrics of val."""
+        """The metrics of val; of an average, also the loss of the weights that training goes on from."""
         gc.collect()  # what evaluations leave; the loop leaves nothing
         with self.used_weights():
             values = self.objective.evaluate(self.windows)
             if self.queries is not None:
                 values["val_median_rel_error"] = self.queries.median_rel_error(self.objective, self.ranks)
+        if self.average is not None:
+            values["val_trained_loss"] = self.objective.evaluate(self.windows)["val_loss"]
         return values
 
     def _save(self, saver: Saver, elapsed_s: float) -> float:
@@ -266,6 +276,20 @@ class Training:
         state = dataclasses.replace(self.state, elapsed_s=elapsed_s)
         saver.save(state.step, weights, tensors, dataclasses.asdict(state))
         return time.perf_counter() - started
+
+
+def _as_long_as_steps(batches: Iterator[Tensor], step: int, config: TrainConfig, world: int) -> Iterator[Tensor]:
+    """One process's share of the windows of each step from `step` on: whole batches, cut in pieces while the batch grows.
+
+    Process r has windows r, r + world, … of a batch. So a piece of its share holds its windows of a stretch of the batch:
+    the order of the windows depends neither on the number of processes nor on where a run was stopped.
+    """
+    while True:
+        whole, done = next(batches), schedule.windows_before(step, config) % config.batch_size
+        while done < config.batch_size:
+            size = schedule.batch_size(step, config)
+            yield whole[done // world : (done + size) // world]
+            done, step = done + size, step + 1
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pings import ndjson, ping
 from servers import QUICK, chunks, content, dumps, file, noise, status, stream, wait_for
 
-from ping_llm.data.ingest.download import LONGEST_RETRY_AFTER_S, Clock, Manners, _retry_after_s
+from ping_llm.data.ingest.download import LONGEST_RETRY_AFTER_S, Clock, Manners, retry_after_s
 from ping_llm.data.ingest.fetch import fetch
 
 
@@ -210,13 +210,13 @@ def test_requests_keep_to_the_rate_and_to_the_number_at_once(server, tmp_path):
 
 @given(st.text() | st.from_regex(r"\A[A-Z][a-z]{2}, \d{1,2} (Jan|Dec) \d{2,5} \d\d:\d\d:\d\d [A-Z+\d]{1,5}\Z"))
 def test_any_retry_after_is_a_wait_in_seconds(text):
-    assert 0 <= _retry_after_s(text) < float("inf")
+    assert 0 <= retry_after_s(text) < float("inf")
 
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
-    assert _retry_after_s("120") == 120 and _retry_after_s(None) == 0 and _retry_after_s("-5") == 0
+    assert retry_after_s("120") == 120 and retry_after_s(None) == 0 and retry_after_s("-5") == 0
     begun = datetime.now(UTC)
     soon = begun.replace(microsecond=0) + timedelta(seconds=LONGEST_RETRY_AFTER_S)
-    left_s = _retry_after_s(soon.strftime("%a, %d %b %Y %H:%M:%S GMT"))
+    left_s = retry_after_s(soon.strftime("%a, %d %b %Y %H:%M:%S GMT"))
     assert (soon - datetime.now(UTC)).total_seconds() <= left_s <= (soon - begun).total_seconds()
-    assert _retry_after_s("Sun, 01 Nov 2020 00:00:00 GMT") == 0
+    assert retry_after_s("Sun, 01 Nov 2020 00:00:00 GMT") == 0

@@ -102,8 +102,30 @@ def test_a_month_is_shuffled_into_256_buckets_and_the_plan_counts_what_that_cost
     unpack = 720 * 260e6 / 37 / 95_000
     assert 0 < plan.shuffle_seconds < unpack / 4
     assert f"{plan.pieces:,} pieces × 256 buckets" in plan.describe()
+    # Each batch is written once and read twice, and once more up to 1.5 portions; then all are cut at 2 million a second.
+    batches, measurements = plan.pieces * 256, 720 * 260e6 / 37
+    assert plan.shuffle_seconds == pytest.approx(
+        batches * (80e-6 + (2 + 1.5 / 20) * 200e-6) + measurements / 2e6, rel=1e-9
+    )
+    assert plan.row_bytes == pytest.approx(7 * measurements + 256 * 11 * 90_000)  # 11 parts
     small = Plan(((".bz2", 10_000_000),), "one", 4, 1, "local")
     assert small.portions == 1 and small.shuffle_seconds < 0.01 * small.seconds
+
+
+def test_the_plan_takes_no_less_than_its_largest_dump_whatever_the_workers():
+    """37 MB of bz2 are a million results: 10.53 s to unpack, 2 to parse, and 8 pieces of 4 batches of 80 µs. The
+    four buckets take 2 s to sort, and 8 × 4 reads of 200 µs."""
+    dump = (".bz2", 37_000_000)
+    of_dump, of_buckets = 1e6 / 95_000 + 2 + 32 * 80e-6, 2 + 32 * 200e-6
+    for workers, dumps, expected in (
+        (1, 1, of_dump + of_buckets),
+        (2, 1, of_dump + of_buckets / 2),
+        (500, 1, of_dump + of_buckets / 4),
+        (2, 4, 2 * of_dump + 4 * of_buckets / 2),
+    ):
+        plan = Plan((dump,) * dumps, "one", 4, workers, "local")
+        assert plan.seconds == pytest.approx(expected, rel=1e-9)
+        assert plan.core_seconds == pytest.approx(dumps * (of_dump + of_buckets), rel=1e-9)
 
 
 def test_more_shards_than_buckets_may_be_are_as_many_as_may_be(tmp_path):

@@ -91,6 +91,20 @@ def test_no_probe_pings_itself_and_every_probe_reaches_a_destination(some):
     assert (some.src != some.dst).any(axis=1).all() and (some.pair >= 0).any(axis=1).all()
 
 
+def test_a_source_that_cannot_reach_a_destination_has_no_measurement_of_it(some):
+    """Its turn is the first source's."""
+    assert (some.pair < 0).any()
+    beside = 0
+    for seed in range(200):
+        pairs = some._pairs(40, np.random.default_rng(seed))
+        assert len(pairs) == 40 and (pairs >= 0).all()
+        sources, targets = np.nonzero(np.isin(some.pair, pairs))
+        firsts = [one for one in set(sources.tolist()) if (some.pair[one, targets] >= 0).all()]
+        assert firsts  # one of them reaches every destination
+        beside += (some.pair[sources][:, targets] < 0).any()
+    assert beside > 10
+
+
 def test_an_internet_is_known_by_its_numbers():
     assert internet(1, 0, 5) is internet(1, 0, 5)
     assert (internet(1, 0, 5).pair.shape != internet(1, 0, 6).pair.shape) or (

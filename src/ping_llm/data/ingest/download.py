@@ -266,7 +266,7 @@ def _refusal(url: str, response: httpx.Response) -> Exception:
     """Transient or Refused, by the status of an answer."""
     status = f"{response.status_code} {response.reason_phrase}"
     if response.status_code in _MAY_PASS:
-        wait_s = _retry_after_s(response.headers.get("Retry-After"))
+        wait_s = retry_after_s(response.headers.get("Retry-After"))
         if wait_s > LONGEST_RETRY_AFTER_S:
             text = f"{urlsplit(url).netloc} asks to wait {wait_s:,.0f} s ({status})"
             return ValueError(f"{text}; run the command again after that: it continues")
@@ -277,7 +277,7 @@ def _refusal(url: str, response: httpx.Response) -> Exception:
     return Refused(f"{url}: {status}{detail and f' ({detail})'}", response.status_code)
 
 
-def _retry_after_s(text: str | None) -> float:
+def retry_after_s(text: str | None) -> float:
     """Seconds that a Retry-After header demands, as a number or a date; 0 if there is none or it cannot be read."""
     text = (text or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text):

@@ -22,8 +22,8 @@ from typing import Any
 import cattrs
 
 from ping_llm.data.ingest.tasks import LOCK_NAME, REPORT_NAME, MapTask, ReduceTask, map_dump, reduce_bucket
+from ping_llm.system.exits import exit_code
 from ping_llm.system.files import write_atomically, write_lock
-from ping_llm.system.streams import steady_streams
 
 Report = dict[str, Any]  # of a finished task, as JSON
 TASKS_NAME = "tasks.json"
@@ -100,19 +100,17 @@ def run_strided(path: Path, first: int, stride: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 if all the tasks are done, 1 after one line that says what was wrong."""
-    try:
-        if len(argv) not in (1, 3) or not all(number.isdigit() for number in argv[1:]):
-            raise ValueError("usage: python -m ping_llm.data.ingest.job_array FILE [FIRST STRIDE]")
-        if len(argv) == 1:
-            print(len(read_tasks(Path(argv[0]))[1]))
-        else:
-            run_strided(Path(argv[0]), int(argv[1]), int(argv[2]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: _count_or_run(argv), needs_stdout=len(argv) == 1)
+
+
+def _count_or_run(argv: Sequence[str]) -> None:
+    if len(argv) not in (1, 3) or not all(number.isdigit() for number in argv[1:]):
+        raise ValueError("usage: python -m ping_llm.data.ingest.job_array FILE [FIRST STRIDE]")
+    if len(argv) == 1:
+        print(len(read_tasks(Path(argv[0]))[1]))
+    else:
+        run_strided(Path(argv[0]), int(argv[1]), int(argv[2]))
 
 
 if __name__ == "__main__":
-    with steady_streams():
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -60,7 +60,7 @@ class Plan:
     @property
     def pieces(self) -> int:
         """Files of parsed results between the two rounds of tasks, a batch of each bucket in each."""
-        return sum(ceil(size / _kind(suffix)[1] * _PLAIN[1] / CHUNK_BYTES) for suffix, size in self.dumps)
+        return sum(_pieces(*dump) for dump in self.dumps)
 
     @property
     def portions(self) -> int:
@@ -71,8 +71,12 @@ class Plan:
     @property
     def shuffle_seconds(self) -> float:
         """Processor time of writing and reading the batches of pieces, once more where buckets are cut into portions."""
+        return self.pieces * self.buckets * BATCH_WRITE_S + self._read_seconds
+
+    @property
+    def _read_seconds(self) -> float:
         reads = 1 if self.portions == 1 else 2 + 1.5 / self.portions  # to count, to cut, and what was read before that
-        seconds = self.pieces * self.buckets * (BATCH_WRITE_S + reads * BATCH_READ_S)
+        seconds = self.pieces * self.buckets * reads * BATCH_READ_S
         return seconds + (self.measurements / PORTION_MEASUREMENTS_PER_S if self.portions > 1 else 0)
 
     @property
@@ -81,11 +85,27 @@ class Plan:
         return self.measurements * ROW_BYTES + self.buckets * len(PARTS) * SHARD_BYTES
 
     @property
+    def core_seconds(self) -> float:
+        """Processor time of all tasks."""
+        return sum(self._rounds[0]) + self._rounds[1]
+
+    @property
     def seconds(self) -> float:
-        """Wall-clock time of all tasks, were they spread evenly."""
-        unpack = sum(size / _kind(suffix)[1] / _kind(suffix)[2] for suffix, size in self.dumps)
-        parse, reduce = self.results / PARSE_RESULTS_PER_S, self.measurements / REDUCE_MEASUREMENTS_PER_S
-        return (unpack + parse + self.shuffle_seconds + reduce) / self.workers
+        """Wall-clock time of both rounds of tasks: spread evenly, but no less than their longest one takes."""
+        of_dumps, of_buckets = self._rounds
+        first = max([sum(of_dumps) / self.workers, *of_dumps])  # a dump is one task, however large
+        return first + of_buckets / min(self.workers, self.buckets)
+
+    @property
+    def _rounds(self) -> tuple[list[float], float]:
+        """Processor time of each dump, and of all buckets together."""
+        of_dumps = []
+        for suffix, size in self.dumps:
+            _, usual, unpacked_per_s = _kind(suffix)
+            results = size / usual
+            writing = _pieces(suffix, size) * self.buckets * BATCH_WRITE_S
+            of_dumps.append(results / unpacked_per_s + results / PARSE_RESULTS_PER_S + writing)
+        return of_dumps, self._read_seconds + self.measurements / REDUCE_MEASUREMENTS_PER_S
 
     def describe(self) -> str:
         """The plan as a table of text."""
@@ -117,6 +137,10 @@ def bucket_count(dumps: Sequence[tuple[str, int]], packets: Packets) -> int:
 def packed_share(suffix: str) -> float:
     """Bytes in a dump of one plain byte."""
     return _kind(suffix)[1] / _PLAIN[1]
+
+
+def _pieces(suffix: str, size: int) -> int:
+    return ceil(size / packed_share(suffix) / CHUNK_BYTES)
 
 
 def _kind(suffix: str) -> tuple[int, int, float]:

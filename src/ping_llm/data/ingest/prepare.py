@@ -223,7 +223,7 @@ def _plan(paths: dict[Path, str], workers: int, packets: Packets, shards: int, e
     name = executor if isinstance(executor, str) else type(executor).__name__
     buckets = min(shards, MAX_BUCKETS) or bucket_count(dumps, packets)
     plan = Plan(dumps, packets, buckets, workers or cores(), name)
-    if not workers and name == LOCAL and plan.seconds < INLINE_S:
+    if not workers and name == LOCAL and plan.core_seconds < INLINE_S * plan.workers:
         return replace(plan, workers=1)
     return replace(plan, workers=min(plan.workers, max(len(dumps), plan.buckets)))
 

@@ -14,7 +14,7 @@ RUN python -m venv /opt/venv
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN test -z "$TORCH_INDEX" || pip install --index-url "$TORCH_INDEX" --no-deps torch
 # An empty package: these layers stay as they are while only the code changes.
-RUN mkdir -p src/ping_llm && touch src/ping_llm/__init__.py && pip install --editable '.[plots,baselines]'
+RUN mkdir -p src/ping_llm && touch src/ping_llm/__init__.py && pip install --editable '.[plots,baselines,serve]'
 
 FROM python:${PYTHON}
 # torch.compile calls the compiler.

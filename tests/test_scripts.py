@@ -149,6 +149,23 @@ def test_bench_inference_measures(tmp_path, monkeypatch, capsys):
     assert "destination /20 ÷ /16, auto" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_bench_serve_measures(tmp_path, monkeypatch, capsys):
+    script = importlib.import_module("bench_serve")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.toml").write_text(CONFIG)
+    monkeypatch.setattr(script, "ROOT", tmp_path)  # a checkout where `make demo` has not run
+    monkeypatch.setattr(script, "QUICK_QUERIES", 2)
+    numbers = measured(script, tmp_path, "--quick", "--clients", 1, 2)
+    assert list(numbers) == [f"{what}, {count} clients" for what in ("whole", "statistics") for count in (1, 2)]
+    for one in numbers.values():
+        assert 0 < one["p50_ms"] <= one["p99_ms"] and len(one["ratios"]) == 1
+        assert one["ratios"][0] == pytest.approx(one["queries_per_s"] / one["library_queries_per_s"])
+        assert one["cpu_ms"] > 0 and one["library_cpu_ms"] > 0
+    looks = measured(script, tmp_path, "--soak", 0.02)["looks"]
+    assert len(looks) >= 4 and looks[-1]["answers"] > 0 and looks[-1]["files"] > 5 and looks[-1]["rss_mb"] > 50
+
+
 def test_bench_synth_measures(tmp_path):
     numbers = measured(importlib.import_module("bench_synth"), tmp_path, "--quick")
     ratio = numbers["results_per_s"] / numbers["json_dumps_results_per_s"]

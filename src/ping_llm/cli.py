@@ -358,9 +358,17 @@ def launch(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm launch")
 
 
-_ALL = (Synth, Fetch, Prepare, Inspect, train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference)
+def serve(argv: list[str]) -> None:
+    """Answer queries over HTTP: an API, its description, metrics, and a page."""
+    from ping_llm.serve.cli import serve
+
+    tyro.cli(serve, args=argv, prog="ping-llm serve")
+
+
+_MODELS = (train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve)
+_ALL = (Synth, Fetch, Prepare, Inspect, *_MODELS)
 _COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
-_PARSE_THEMSELVES = (train, eval, launch, inference)
+_PARSE_THEMSELVES = (train, eval, launch, inference, serve)
 _WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval)  # what they print is no answer
 
 

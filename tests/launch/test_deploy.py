@@ -90,14 +90,28 @@ print(ping_llm.__file__)
 
 def test_the_services_fit_the_image():
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
-    assert set(compose["services"]) == {"demo", "ask"} and set(compose["volumes"]) == {"work"}
+    assert set(compose["services"]) == {"demo", "ask", "serve"} and set(compose["volumes"]) == {"work"}
     arguments = {value.partition("=")[0] for value in values("ARG")}
     for service in compose["services"].values():
         assert set(service["build"]["args"]) <= arguments and service["build"]["context"] == "."
-        assert service["volumes"] == [f"work:{values('WORKDIR')[-1]}"]  # the image makes it the user's own
+        mount = f"work:{values('WORKDIR')[-1]}"  # the image makes it the user's own
+        assert service["volumes"] in ([mount], [f"{mount}:ro"])
         assert service["read_only"] and service["cap_drop"] == ["ALL"] and "privileged" not in service
     commands = [compose["services"][name]["entrypoint"] for name in ("demo", "ask")]
     assert commands == [["python", "-m", "ping_llm.demo"], ["ping-llm", "inference"]]
+
+
+def test_the_service_answers_on_this_machine_alone_and_says_whether_it_is_well():
+    served = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["serve"]
+    program, command, *options = served["entrypoint"] + served["command"]
+    assert (program, command) == ("ping-llm", "serve") and served["volumes"] == ["work:/work:ro"]
+    (port,) = served["ports"]
+    assert (
+        port == "127.0.0.1:8000:8000" and "--token-file" in options and "'.[plots,baselines,serve]'" in values("RUN")[2]
+    )
+    check = served["healthcheck"]["test"]
+    assert check[:3] == ["CMD", "python", "-c"] and "127.0.0.1:8000/readyz" in check[3]
+    compile(check[3], "healthcheck", "exec")
 
 
 # Kubernetes, by the Python models of the training operator and of Kubernetes

@@ -100,6 +100,7 @@ def rtt(
         raise ValueError("a destination is given twice; give each once")
     from ping_llm.data.synthetic.truth import Truth
     from ping_llm.data.times import parse_time
+    from ping_llm.inference.answers import rtt_answer
     from ping_llm.inference.context import Context
     from ping_llm.inference.files import print_distributions, print_json
     from ping_llm.inference.query import Query
@@ -117,7 +118,7 @@ def rtt(
     names = [to or "anywhere" for to in destinations or [None]]
     shown = dict(zip(names if len(names) > 1 else ["model"], found, strict=True))
     if json:
-        answers = [one.to_dict() | {"context_given": len(context)} for one in found]
+        answers = [rtt_answer(one, len(context)) for one in found]
         several = [{"dst": name} | answer for name, answer in zip(names, answers, strict=True)]
         print_json(several if len(answers) > 1 else answers[0])
     else:
@@ -196,6 +197,7 @@ def dst(
         output: write the table to this file (.parquet, .csv, .json, .jsonl; - is standard output).
         json: print one JSON object.
     """
+    from ping_llm.inference.answers import search_totals
     from ping_llm.inference.files import check_output, show
 
     check_output(output)
@@ -203,11 +205,9 @@ def dst(
     found = model.load().destinations(src, **given)
     proof = "none that is left is likelier" if found.proven else f"one that is left may have {found.bound:.2%}"
     note = f"together {found.covered:.2%}; {proof}"
-    more = {"covered": found.covered, "bound": found.bound, "proven": found.proven}
     if found.p_within is not None:
         note += f"; P(RTT ≤ {rtt_max:g} ms) of all {found.p_within:.2%}"
-        more["p_within"] = found.p_within
-    show(found.table, f"destinations of {src}", output, json, note, **more)
+    show(found.table, f"destinations of {src}", output, json, note, **search_totals(found))
 
 
 def rank(model: Model, known: Known, src: str, dst: Several, output: Path | None = None, json: Flag = False) -> None:
@@ -219,6 +219,7 @@ def rank(model: Model, known: Known, src: str, dst: Several, output: Path | None
         output: write the table to this file (.parquet, .csv, .json, .jsonl; - is standard output).
         json: print one JSON object.
     """
+    from ping_llm.inference.answers import ranking_totals
     from ping_llm.inference.files import check_output, show
 
     check_output(output)
@@ -227,7 +228,7 @@ def rank(model: Model, known: Known, src: str, dst: Several, output: Path | None
         raise ValueError("no candidates to rank; give at least one with --dst ADDRESS …")
     ranking = model.load().rank(src, candidates, **known.read())
     note = f"P(none answers) {ranking.p_none:.4%}"
-    show(ranking.table, f"nearest to {src}", output, json, note, p_none=ranking.p_none)
+    show(ranking.table, f"nearest to {src}", output, json, note, **ranking_totals(ranking))
 
 
 def sample(
@@ -301,8 +302,7 @@ def score(
         json: print one JSON object.
         keep_going: score what can be read of a damaged dump instead of stopping.
     """
-    import pyarrow.compute as pc
-
+    from ping_llm.inference.answers import most_surprising, score_totals
     from ping_llm.inference.files import as_arrow, check_output, read_measurements, show, write_table
 
     check_output(output)
@@ -314,11 +314,8 @@ def score(
     if output is not None:
         return write_table(scored, output)
     scored = as_arrow(scored)
-    total = {"measurements": scored.num_rows, "mean_nll_nats": pc.mean(scored.column("nll_nats")).as_py()}
-    if anomaly_at is not None:
-        total["anomalies"] = pc.sum(scored.column("anomaly")).as_py() or 0
-    likeliest_last = pc.sort_indices(scored, [("p_value", "ascending"), ("nll_nats", "descending")])
-    listed = reader.expected(scored, likeliest_last.slice(0, top), history, src_known, one_host=one_host)
+    total = score_totals(scored)
+    listed = most_surprising(reader, scored, top, history, src_known, one_host=one_host)
     note = ", ".join(f"{name} {value:,.6g}" for name, value in total.items() if value is not None)
     show(listed, "the most surprising measurements, and what was expected", None, json, note, **total)
 

@@ -226,9 +226,7 @@ def show(table: Table, title: str, output: Path | None, as_json: bool, note: str
     if output is not None:
         return write_table(table, output)
     if as_json:
-        return print_json(
-            {"rows": records(as_arrow(table)), **{name: _json_value(value) for name, value in more.items()}}
-        )
+        return print_json(rows_json(table, **more))
     from rich import table as rich_table
     from rich.console import Console
 
@@ -246,6 +244,11 @@ def show(table: Table, title: str, output: Path | None, as_json: bool, note: str
         console.print(f"… and {table.num_rows - _MOST_ROWS:,} more; write them to a file with --output")
     if note:
         console.print(note, highlight=False)
+
+
+def rows_json(table: Table, **more: object) -> dict[str, Any]:
+    """A table as one object of JSON: its `rows`, and `more`."""
+    return {"rows": records(as_arrow(table)), **{name: _json_value(value) for name, value in more.items()}}
 
 
 def print_json(value: object) -> None:

@@ -8,6 +8,7 @@ a field sum to 1 and orders can be compared. `score` is how unexpected a result 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -93,6 +94,7 @@ def score(
     anomaly_at: float | None = None,
     *,
     one_host: bool = False,
+    quiet: bool = False,
 ) -> Records:
     """The measurements, in their order, with how surprising each result is: columns nll_nats, pit and p_value.
 
@@ -102,7 +104,7 @@ def score(
     are addresses of one host, and count as one. `nll_nats` is −log of the density per log-ms times P(answer), or −log
     p_fail; `pit` is null for a failure. `p_value` is the share of results at least as surprising: under the model's own
     distribution (see `Foreseen.p_value`), read against what that was on val, if the model is calibrated. With `anomaly_at`,
-    `anomaly` says p_value ≤ anomaly_at.
+    `anomaly` says p_value ≤ anomaly_at. Progress is shown on standard error, unless `quiet`.
     """
     if history < 0:
         raise ValueError(f"history={history} must be the number of measurements before each, 0 or more")
@@ -111,7 +113,8 @@ def score(
     measurements = held(measurements)
     table = table_of(measurements)
     measured = columns_of(table, "the table of measurements", one_host=one_host)
-    with show_progress("score", len(measured), "measurements") as advance:
+    shown = nullcontext(_no_progress) if quiet else show_progress("score", len(measured), "measurements")
+    with shown as advance:
         rows, foreseen = foresee(reader, Windows(measured, history, reader.seq_len), src_known, advance)
     nll, pit, own = (np.empty(len(measured)) for _ in range(3))
     nll[rows], pit[rows], own[rows] = foreseen.nll_nats, foreseen.pit, foreseen.p_value
@@ -119,6 +122,10 @@ def score(
     columns = {"nll_nats": nll, "pit": pa.array(pit, mask=np.isnan(pit)), "p_value": p_value}
     columns |= {} if anomaly_at is None else {"anomaly": p_value <= anomaly_at}
     return extended(measurements, [name for name in table.names if name not in columns], pa.table(columns))
+
+
+def _no_progress(measurements: float) -> None:
+    pass
 
 
 def expected(

@@ -12,6 +12,7 @@ from ping_llm.system.streams import lost_output, steady_streams
 
 _EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "scipy": "baselines", "transformers": "hf"}
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
+_EXTRAS |= dict.fromkeys(("fastapi", "fastapi_swagger", "prometheus_client", "uvicorn"), "serve")
 _WARNINGS_OF_A_KIND = 3
 
 

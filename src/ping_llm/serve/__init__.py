@@ -1,0 +1,1 @@
+"""Requests over HTTP in, the answers of the commands out."""

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gpu_cloud_server import fake_machine, serving_gpus
 from hypothesis import settings
 from servers import serving
 
 from ping_llm.data.measurement import pack_address
 from ping_llm.data.rows import (
-from gpu_cloud_server import fake_machine, serving_gpus
     FORMAT_VERSION,
     INDEX_NAME,
     INDEX_SCHEMA,

@@ -74,6 +74,21 @@ def test_what_stands_in_the_context_is_not_counted_twice(memory):
     assert told(pasts([query(5, context)], None)["pair"]) == [12.5, 11.0]
 
 
+def test_what_is_held_beside_and_after_an_old_result_of_the_context_counts_too(memory):
+    """The memory holds 10 after an hour and 11 after three. One of the same second or the same RTT alone is no repeat."""
+    found = pasts([query(5, [(DST, 2, 7.0)])], memory)["pair"]
+    assert told(found) == [11.0, 7.0, 10.0] and found.first[0] == pytest.approx(2.0)
+    assert told(pasts([query(5, [(DST, 1, 7.0), (DST, 2, 10.0)])], memory)["pair"]) == [11.0, 10.0, 7.0, 10.0]
+    assert told(pasts([query(5, [(DST, 1, 10.0)])], memory)["pair"]) == [11.0, 10.0]
+
+
+def test_a_result_that_the_memory_added_to_a_context_without_times_is_not_counted_twice(memory):
+    rows = [{"src_addr": SRC, "dst_addr": DST, "rtt": ms} for ms in (11.0, 8.0)]
+    untimed = Query.of(Endpoint.parse(SRC), Endpoint.parse(DST), T + 5 * HOUR, Context.parse(rows))
+    found = pasts([untimed], memory)["pair"]
+    assert told(found) == [8.0, 11.0, 10.0] and found.first[0] == UNKNOWN_AGE_H
+
+
 def test_of_a_context_without_times_the_last_is_the_newest(memory):
     rows = [{"src_addr": SRC, "dst_addr": DST, "rtt": ms} for ms in (1.0, 2.0)]
     found = pasts([Query.of(Endpoint.parse(SRC), Endpoint.parse(DST), T, Context.parse(rows))], None)["pair"]

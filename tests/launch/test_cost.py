@@ -153,6 +153,19 @@ def test_activations_by_hand_and_more_of_them_where_nothing_is_compiled():
         assert sum(line.endswith(f"a micro-batch of 128, {kind}") for line in plan.lines) == 1
 
 
+def test_activations_of_switches_by_hand():
+    """small: two bytes more of each of 20 blocks with dropout, six for an eager SwiGLU, 41 or 35 of each of two tables."""
+    token = 1024 * 640
+    for switches, compiled, eager in (
+        ({"dropout": 0.1}, 2 * 20 * token, 2 * 20 * token),
+        ({"mlp": "swiglu"}, 0, 6 * 20 * token),
+        ({"lookup_rows": 1000}, 2 * 41 * token, 2 * 35 * token),
+    ):
+        model = dataclasses.replace(SMALL.model, **switches)
+        more = [activation_bytes(model, how) - activation_bytes(SMALL.model, how) for how in (True, False)]
+        assert more == [compiled, eager]
+
+
 @pytest.mark.parametrize(("gpu", "pieces"), [("l40s", 4), ("l4", 32)])
 def test_a_batch_that_does_not_fit_is_cut_as_advised(gpu, pieces):
     """full.toml takes two micro-batches of 32 windows on each of 8 GPUs."""

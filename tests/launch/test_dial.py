@@ -114,6 +114,16 @@ def test_the_dial_stands_above_the_file_and_below_the_other_options(tmp_path):
     assert parsed(file, "--depth", 12).train.max_minutes == 0
 
 
+def test_an_explicit_number_of_heads_of_keys_stands_above_that_of_the_file(tmp_path):
+    """Of the file's 4, the dial's 6 heads are no multiple."""
+    file = tmp_path / "config.toml"
+    file.write_text("[model]\nn_embd = 512\nn_head = 4\nn_kv_head = 4\n")
+    assert parsed(file, "--depth", 12, "--model.n-kv-head", 3).model.kv_heads == 3
+    assert parsed(file, "--depth", 12, "--model.n-kv-head", 0).model.kv_heads == 6
+    with pytest.raises(ValueError, match=r"model\.n_head=6 must be a multiple of model\.n_kv_head=4"):
+        parsed(file, "--depth", 12)
+
+
 def test_what_follows_follows_from_explicit_options():
     wide = parsed("--depth", 6, "--model.n-embd", 640)
     assert (wide.model.n_layer, wide.model.n_head) == (6, 5)

@@ -248,6 +248,14 @@ def test_an_instance_that_never_boots_is_not_waited_for_without_end(gpus, tmp_pa
     assert [one["status"] for one in gpus.instances.values()] == ["terminating"]
 
 
+def test_an_instance_that_cannot_be_terminated_is_said_to_cost(gpus, tmp_path, machine):
+    gpus.types, gpus.boots = types("us-east-1"), 10**9
+    gpus.faults[TERMINATE] = [error(403, "global/forbidden")]
+    said = r"is still booting .*; it could not be terminated: .*403.*\. instance \w+ is still rented, \$31.92 an hour"
+    with pytest.raises(ValueError, match=said):
+        go(gpus, tmp_path, pace={"boot_s": 0.1}, **RENT, terminate=True)
+
+
 def test_an_instance_that_is_not_listed_at_once_is_waited_for(gpus, tmp_path, machine):
     gpus.types = types("us-east-1")
     gpus.faults[INSTANCE] = [error(404, "global/object-does-not-exist")] * 2

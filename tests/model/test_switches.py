@@ -15,12 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, config_from_dict, config_to_dict
+from ping_llm.data import tokenization as tk
 from ping_llm.model.block import Mixing
 from ping_llm.model.checkpoint import load_model, save, save_config
 from ping_llm.model.codewords import lzw
 from ping_llm.model.counts import matrices, matrix_parameters
 from ping_llm.model.fields import VALUE_FEATURES
 from ping_llm.model.gpt import GPT, KVCache, answering_at, flops_per_token, parameter_count
+from ping_llm.model.legal import ILLEGAL
 from ping_llm.training.optimizer import Optimizer
 
 CASES = SWITCHES | {"left_out": LEFT_OUT, "all": ALL, "all_field_aware": ALL | {"field_aware": True, "grammar": True}}
@@ -88,22 +90,29 @@ def test_padded_prompts_and_their_branches_equal_separate_sequences(model):
 
 
 @torch.no_grad()
-def test_a_cut_cache_goes_on_from_where_it_was_cut(model):
-    """Whoever wants the beginning of what was read says that the rest is not valid."""
-    tokens, cache, more = (
-        torch.cat([random_tokens(2, 9), torch.tensor([[0], [0]])], dim=1),
-        KVCache(),
-        random_tokens(2, 4),
-    )
-    model(tokens, cache)
-    more[:, 0] = 0  # it goes on with a measurement
-    cache.valid = cache.valid & (torch.arange(10) < torch.tensor([[6], [9]]))
-    found = model(more, cache)
-    if model.config.grammar:  # whether a time has come up it does not know
-        return
-    for row, length in enumerate((6, 9)):
-        expected = model(torch.cat([tokens[row, :length], more[row]])[None])[0, length:]
-        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("lengths", [(6, 9), (2, 10), (0, 1)])
+def test_a_cut_cache_goes_on_from_where_it_was_cut(model, lengths):
+    """Within whatever field that is; padding that stands between two pieces is not counted."""
+    tokens, cache, more = random_tokens(2, 10), KVCache(), random_tokens(2, 4, seed=3)
+    for piece in (tokens[:, :4], torch.full((2, 1), -1), tokens[:, 4:]):
+        model(piece, cache)
+    found, whole = model(more, cache.cut(torch.tensor(lengths))), model(more, cache)
+    for row, length in enumerate(lengths):
+        line = torch.cat([tokens[row, :length], more[row]])[None]
+        torch.testing.assert_close(found[row], model(line)[0, length:], atol=1e-5, rtol=1e-5)
+        line = torch.cat([tokens[row], more[row]])[None]
+        torch.testing.assert_close(whole[row], model(line)[0, 10:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_cache_knows_whether_a_time_has_come_up():
+    """The first of a window is absolute, and a later one is not: of what was cut off nothing is known."""
+    model, cache = awake(grammar=True), KVCache()
+    start, absolute, later = tk.MEASUREMENT_START, tk.TIMESTAMP_ABS, tk.TIMESTAMP_DELTA1
+    with torch.no_grad():
+        model(torch.tensor([[start, absolute]]), cache)
+        for length, legal in ((0, absolute), (1, absolute), (2, later)):
+            logits = model(torch.tensor([[start]]), cache.cut(torch.tensor([length])))[0, -1]
+            assert [token for token in (absolute, later) if logits[token] > ILLEGAL] == [legal]
 
 
 @torch.no_grad()

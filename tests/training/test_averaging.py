@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 
 import pytest
@@ -176,6 +177,14 @@ def test_either_weights_can_be_loaded(runs):
     assert not torch.equal(load_model(averaged)[0].head.weight, expected["head.weight"])
     with pytest.raises(ValueError, match="averages no weights; load its model as it is"):
         load_trained(plain)
+
+
+def test_trained_weights_are_loaded_beside_a_dictionary_that_is_no_weight(tmp_path):
+    config = make_config(tmp_path, total_steps=2, average=1.0)
+    run(dataclasses.replace(config, model=dataclasses.replace(config.model, lookup_rows=300)))
+    (trained, *_), (averaged, *_) = load_trained(tmp_path), load_model(tmp_path)
+    assert torch.equal(trained.codewords.edges, averaged.codewords.edges)
+    assert not torch.equal(trained.head.weight, averaged.head.weight)
 
 
 def test_damaged_trained_weights_are_not_loaded(tmp_path):

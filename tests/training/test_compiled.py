@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_runs import MODEL, make_config, make_windows, run
 
 from ping_llm.config import ModelConfig, OptimConfig
-from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES
+from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES, activation_bytes
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import deterministic
 from ping_llm.training import objective, trainer
@@ -139,26 +140,36 @@ def test_steps_and_evaluations_attend_in_that_order(monkeypatch):
     assert seen == [[int(each) for each in order]] * 3
 
 
-def model_of(layers: int, fp8: bool) -> GPT:
-    model = GPT(ModelConfig(n_layer=layers, n_embd=64, n_head=2, seq_len=64))
+PLAIN = ModelConfig(n_embd=96, n_head=2, seq_len=64)
+SWITCHED = dataclasses.replace(PLAIN, n_layer=3, mlp="swiglu", dropout=0.1, lookup_rows=400)
+
+
+def model_of(config: ModelConfig, fp8: bool) -> GPT:
+    model = GPT(config)
     model.learn_in_fp8(fp8)
     return model
 
 
-def eager_bytes(layers: int, windows: int, fp8: bool = False) -> int:
+def given_to(model: GPT, windows: int) -> dict[str, torch.Tensor]:
+    """Windows of 64 tokens, and keys if the model leaves something out."""
+    tokens = {"tokens": torch.zeros(windows, 64, dtype=torch.int64)}
+    return tokens | ({"keys": torch.arange(windows)} if model.leaves_out else {})
+
+
+def eager_bytes(config: ModelConfig, windows: int, fp8: bool = False) -> int:
     """Of the tensors that a forward pass keeps for the backward pass, each once."""
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         return kept.setdefault(tensor.untyped_storage()._cdata, tensor)
 
-    model, tokens = model_of(layers, fp8), torch.zeros(windows, 64, dtype=torch.int64)
+    model = model_of(config, fp8)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(tokens)
+        model(**given_to(model, windows))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def compiled_bytes(layers: int, windows: int, fp8: bool = False) -> int:
+def compiled_bytes(config: ModelConfig, windows: int, fp8: bool = False) -> int:
     """Of what the backward graph takes in."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -176,9 +187,10 @@ def compiled_bytes(layers: int, windows: int, fp8: bool = False) -> int:
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    model = torch.compile(model_of(layers, fp8), backend=backend, dynamic=False)
+    model = model_of(config, fp8)
+    compiled = torch.compile(model, backend=backend, dynamic=False)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="ignore"):
-        model(torch.zeros(windows, 64, dtype=torch.int64)).sum().backward()
+        compiled(**given_to(model, windows)).sum().backward()
     return sum(taken)
 
 
@@ -186,7 +198,7 @@ def compiled_bytes(layers: int, windows: int, fp8: bool = False) -> int:
     ("count", "planned"), [(eager_bytes, EAGER_ACTIVATION_BYTES), (compiled_bytes, COMPILED_ACTIVATION_BYTES)]
 )
 def test_a_block_keeps_as_many_bytes_of_each_token_and_channel_as_the_plan_counts(count, planned):
-    """What another block adds for two more windows of 64 tokens of 64 channels; on a CPU, where the norms of eager steps
+    """What another block adds for two more windows of 64 tokens of 96 channels; on a CPU, where the norms of eager steps
     keep fp32 copies as they do under CUDA's autocast."""
     assert added_bytes(count) == pytest.approx(planned, abs=0.75)
 
@@ -196,6 +208,16 @@ def test_a_block_keeps_less_in_fp8_than_in_bf16(count):
     assert added_bytes(count, fp8=True) < added_bytes(count) - 4
 
 
+@pytest.mark.parametrize(("count", "compiled"), [(eager_bytes, False), (compiled_bytes, True)])
+def test_switches_keep_as_many_bytes_as_the_plan_counts(count, compiled):
+    """Two more windows of a model whose tables take a third of them."""
+    expected = 2 * activation_bytes(SWITCHED, compiled)
+    assert count(SWITCHED, 4) - count(SWITCHED, 2) == pytest.approx(expected, rel=0.05)
+
+
 def added_bytes(count: Callable[..., int], **options: bool) -> float:
-    added = (count(3, 4, **options) - count(2, 4, **options)) - (count(3, 2, **options) - count(2, 2, **options))
-    return added / (2 * 64 * 64)
+    two, three = (dataclasses.replace(PLAIN, n_layer=layers) for layers in (2, 3))
+    added = (count(three, 4, **options) - count(two, 4, **options)) - (
+        count(three, 2, **options) - count(two, 2, **options)
+    )
+    return added / (2 * 64 * 96)

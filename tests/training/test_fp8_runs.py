@@ -18,6 +18,7 @@ from ping_llm.model.gpt import GPT
 from ping_llm.training import objective
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective, resolve_precision
+from ping_llm.training.trainer import Feed, train
 
 CPU = torch.device("cpu")
 WIDE = ModelConfig(n_layer=1, n_embd=128, n_head=2, seq_len=64)
@@ -46,6 +47,13 @@ def test_fp8_is_refused_in_one_line_where_the_device_has_none(tmp_path):
     with pytest.raises(ValueError, match=r"^train.precision=fp8 needs an NVIDIA GPU of capability 8\.9 or more \(.*$"):
         run(wide(tmp_path, precision="fp8"))
     assert not (tmp_path / "config.json").exists()
+
+
+def test_fp8_on_a_cpu_is_refused_before_rows_are_read(tmp_path):
+    feed = Feed(make_batches, lambda config: pytest.fail("read"), lambda config: None)
+    with pytest.raises(ValueError, match=r"^train.precision=fp8 needs an NVIDIA GPU"):
+        train(wide(tmp_path / "run", precision="fp8"), feed)
+    assert not (tmp_path / "run").exists()
 
 
 def test_auto_is_never_fp8(with_fp8):

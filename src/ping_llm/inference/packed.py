@@ -321,9 +321,7 @@ class _Apart:
         for begin in range(0, len(lines), READ_TOGETHER):
             rows = slice(begin, begin + READ_TOGETHER)
             window, prefix = (torch.from_numpy(column[rows]).to(reader.device) for column in (self.window, self.prefix))
-            own = cache.select(window)
-            assert own.valid is not None
-            own.valid = own.valid & (torch.arange(own.size, device=reader.device) < prefix[:, None])
+            own = cache.select(window).cut(prefix)
             lengths = np.array([len(line) for line in lines[rows]])
             chosen = _Results(windows, self.places[rows], np.arange(len(lengths)), lengths)
             found.append(chosen.read(reader, lines[rows], own)[1])

@@ -54,7 +54,11 @@ def _ends(queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _of_pairs(queries: Sequence[Query], memory: Memory | None) -> list[tuple[np.ndarray, float]]:
-    """Of each query the log-RTTs of its pair, the newest first, and the hours since then."""
+    """Of each query the log-RTTs of its pair, the newest first, and the hours since then.
+
+    Of the memory's results, those that stand in the context too are left out. Where the context has no times, these are all
+    of the same RTT, and its own count as newer than the rest.
+    """
     if not queries:
         return []
     src, dst, before_s = _ends(queries)
@@ -68,11 +72,15 @@ def _of_pairs(queries: Sequence[Query], memory: Memory | None) -> list[tuple[np.
         rtt_ms, time_s = context.rtt_ms[own], None if context.time_s is None else context.time_s[own]
         if memory is not None and places is not None:
             held = places[i][places[i] >= 0]
-            if time_s is not None and len(time_s):
-                held = held[memory.time_s[held] < time_s.min()]  # what is later stands in the context too
+            repeats = memory.rtt_ms[held, None] == rtt_ms.astype(np.float32)
+            if time_s is not None:
+                repeats &= memory.time_s[held, None] == time_s
+            held = held[~repeats.any(axis=1)]
             rtt_ms = np.append(rtt_ms, memory.rtt_ms[held])
             if time_s is not None or not len(own):
                 time_s = np.append(np.zeros(0, np.int64) if time_s is None else time_s, memory.time_s[held])
+                newest = np.argsort(-time_s, kind="stable")
+                rtt_ms, time_s = rtt_ms[newest], time_s[newest]
         answered = np.flatnonzero(rtt_ms >= 0)[:PAST]
         age_h = UNKNOWN_AGE_H
         if len(answered) and time_s is not None and query.time_s is not None:

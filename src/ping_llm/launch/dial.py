@@ -54,11 +54,15 @@ class Dial:
             raise ValueError("--ratio and --target-flops both say how long the run is; give one of them")
 
 
-def set_shape(model: ModelConfig, depth: int, width: int = 0, heads: int = 0) -> ModelConfig:
-    """So many blocks, 64 channels for each, rounded up to whole heads of 128; a `width` or `heads` above 0 stays."""
+def set_shape(
+    model: ModelConfig, depth: int, width: int = 0, heads: int = 0, kv_heads: int | None = None
+) -> ModelConfig:
+    """So many blocks, 64 channels for each, rounded up to whole heads of 128; a `width` or `heads` above 0 stays, and so do
+    the model's own `kv_heads` unless others are given."""
     width = width or -(-ASPECT * depth // HEAD) * HEAD
     fitting = (heads for heads in range(max(1, round(width / HEAD)), 0, -1) if width % (2 * heads) == 0)
-    return dataclasses.replace(model, n_layer=depth, n_embd=width, n_head=heads or next(fitting, 1))
+    shape: dict[str, Any] = {"n_layer": depth, "n_embd": width, "n_head": heads or next(fitting, 1)}
+    return dataclasses.replace(model, **shape, n_kv_head=model.n_kv_head if kv_heads is None else kv_heads)
 
 
 def scaling_parameters(model: ModelConfig) -> int:
@@ -188,7 +192,8 @@ def parse_run(argv: Sequence[str], prog: str, on_this_machine: bool = False) -> 
     given = _given(options)
     whole = {name: int(text) for name, text in given.items() if text.isdecimal()}
     depth, width, heads = (whole.get(f"model.{name}", 0) for name in ("n_layer", "n_embd", "n_head"))
-    start = dataclasses.replace(base, model=set_shape(base.model, depth or dial.depth, width, heads))
+    shape = set_shape(base.model, depth or dial.depth, width, heads, whole.get("model.n_kv_head"))
+    start = dataclasses.replace(base, model=shape)
     config = set_scale(parse_config(options, prog, set_scale(start, dial)), dial, given, base)
     return fit_memory(config) if on_this_machine and "train.grad_accum" not in given else config
 

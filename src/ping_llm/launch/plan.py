@@ -18,7 +18,9 @@ ASSUMED_MFU = 0.40
 """Share of the peak that training is taken to reach; one H100 reached 0.41 to 0.45 of its own."""
 EAGER_ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES = 48, 38
 """Of each token, block and channel, kept for the backward pass in bf16 with fused attention. Counted in the tensors that a
-forward pass keeps, by a test on a CPU."""
+forward pass keeps, by a test on a CPU; so are the next ones."""
+DROPOUT_BYTES, EAGER_SWIGLU_BYTES = 2, 6  # more of the same, of eager steps alone
+EAGER_LOOKUP_BYTES, COMPILED_LOOKUP_BYTES = 35, 41  # of each token, table and channel
 SPARE_SHARE = 0.08  # of a GPU's memory: its driver, fragments, buffers of the exchange of gradients
 
 
@@ -166,5 +168,7 @@ def fixed_bytes(model: ModelConfig, averaged: bool = False, adamw: bool = False)
 def activation_bytes(model: ModelConfig, compiled: bool = True) -> int:
     """Bytes that one window of a micro-batch takes until its backward pass."""
     each = COMPILED_ACTIVATION_BYTES if compiled else EAGER_ACTIVATION_BYTES
-    blocks = each * model.n_layer * model.n_embd
-    return model.seq_len * (blocks + 10 * VOCAB_SIZE)  # logits in bf16 and fp32, and their gradient
+    each += DROPOUT_BYTES * (model.dropout > 0) + EAGER_SWIGLU_BYTES * (model.mlp == "swiglu" and not compiled)
+    of_table = COMPILED_LOOKUP_BYTES if compiled else EAGER_LOOKUP_BYTES
+    channels = (each * model.n_layer + of_table * len(model.lookup_layers)) * model.n_embd
+    return model.seq_len * (channels + 10 * VOCAB_SIZE)  # logits in bf16 and fp32, and their gradient

@@ -120,7 +120,12 @@ def watch(options: Watch, cloud: GPUCloud) -> int:
             if not rental.may_cost:
                 raise
             if options.terminate and rental.instance and not rental.started:  # nothing of value is on it
-                rental.end(cloud)
+                try:
+                    rental.end(cloud)
+                except ValueError as refused:
+                    raise ValueError(
+                        f"{error}; it could not be terminated: {refused}. {_still_there(rental)}"
+                    ) from None
                 raise ValueError(f"{error}; it was terminated, before the command was started") from None
             raise ValueError(f"{str(error).rstrip('.')}. {_still_there(rental)}") from None
 

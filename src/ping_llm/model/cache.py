@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ping_llm.model.fields import FieldState
+from ping_llm.model.fields import FieldState, read_fields
 
 
 class KVCache:
@@ -21,7 +21,7 @@ class KVCache:
         self.keys: list[Tensor] = []  # L tensors of (B, heads of keys, S, K), rotated to their positions
         self.values: list[Tensor] = []  # L tensors of the same shape
         self.valid: Tensor | None = None  # (B, S) bool, False where the token was padding
-        self.tokens: Tensor | None = None  # (B, S) as they were read; of models that look at what came last
+        self.tokens: Tensor | None = None  # (B, S) as they were read; of models whose answers need them
         self.field: FieldState | None = None  # the field that the last real token of each prompt is in
 
     @property
@@ -49,6 +49,18 @@ class KVCache:
     def select(self, rows: Tensor) -> KVCache:
         """A cache of the prompts `rows` (n,) int64, in that order; a prompt may appear several times."""
         return self._map(lambda tensor: tensor[rows])
+
+    def cut(self, lengths: Tensor) -> KVCache:
+        """A cache of the first `lengths` (B,) real tokens of each prompt, over the same memory."""
+        beginning = self.fork()
+        assert self.valid is not None, "an empty cache has no prompts"
+        beginning.valid = valid = self.valid & (self.valid.long().cumsum(dim=1) <= lengths[:, None])
+        if self.field is not None:
+            assert self.tokens is not None
+            to_left = torch.argsort(~valid, dim=1, stable=True)
+            tokens = self.tokens.masked_fill(~valid, -1).gather(1, to_left)
+            beginning.field = read_fields(tokens)[1]
+        return beginning
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds keys and values of new tokens, (B, heads, T, K), to one layer; returns all of the layer's, with S."""

@@ -118,6 +118,11 @@ class GPT(nn.Module):
         return {name: weight for name, weight in named if name.endswith(".bias") or name.startswith("mixing.")}
 
     @property
+    def reads_fields(self) -> bool:
+        """Whether anything depends on what tokens mean within their fields."""
+        return self.fields is not None or self.legal_table is not None or self.src_bytes != WHOLE
+
+    @property
     def leaves_out(self) -> bool:
         """Whether values are left out while the model learns: then `forward` wants keys."""
         return self.config.dropout > 0 or self.config.stochastic_depth > 0
@@ -217,7 +222,7 @@ class GPT(nn.Module):
 
     def _read_fields(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> FieldFeatures | None:
         """What the tokens mean within their fields, each of the continuations as a prompt of its own; None: not wanted."""
-        if self.fields is None and self.legal_table is None and self.src_bytes == WHOLE:
+        if not self.reads_fields:
             return None
         state = None if cache is None else cache.field
         if state is not None and branches is not None:
@@ -229,16 +234,14 @@ class GPT(nn.Module):
 
     def _line(self, tokens: Tensor, cache: KVCache | None, branches: int | None) -> Tensor | None:
         """Tokens as they are read, (B, T), after the `looks_back` before them, −1 where there is none; None: not wanted."""
-        if not self.looks_back:
-            return None
+        held = None if cache is None else cache.tokens
         before = tokens.new_full((len(tokens), self.looks_back), -1)
-        if cache is not None:
-            rows, held = len(tokens) // (branches or 1), cache.tokens
-            if held is not None:
-                before = cache.latest(self.looks_back).repeat_interleave(branches or 1, dim=0)
-            new = tokens.reshape(rows, -1)
+        if self.looks_back and cache is not None and held is not None:
+            before = cache.latest(self.looks_back).repeat_interleave(branches or 1, dim=0)
+        if cache is not None and (self.looks_back or self.reads_fields):
+            new = tokens.reshape(len(tokens) // (branches or 1), -1)
             cache.tokens = new if held is None else torch.cat([held, new], dim=1)
-        return torch.cat([before, tokens], dim=1)
+        return torch.cat([before, tokens], dim=1) if self.looks_back else None
 
     def _embed(
         self, tokens: Tensor, features: FieldFeatures | None, positions: Tensor | None, line: Tensor | None

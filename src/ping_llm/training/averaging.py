@@ -99,5 +99,6 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> tuple[
         if hashlib.file_digest(file, "sha256").hexdigest() != state["sha256"][OPTIMIZER_NAME]:
             raise ValueError(f"{folder / OPTIMIZER_NAME} is damaged; restore it or load the averaged weights")
     tensors = load_file(folder / OPTIMIZER_NAME)
-    model.load_state_dict({name: tensors[TRAINED + name] for name in model.state_dict()})
+    trained = {name: tensors[TRAINED + name] for name, _ in model.named_parameters()}
+    model.load_state_dict(model.state_dict() | trained)  # what is no weight is the same
     return model, config, state

@@ -34,7 +34,7 @@ from ping_llm.training.calibration import calibrate
 from ping_llm.training.codewords import learn_codewords
 from ping_llm.training.distributed import Ranks, processes
 from ping_llm.training.log import RunLog, SilentLog
-from ping_llm.training.objective import Objective, resolve_compile_optimizer
+from ping_llm.training.objective import Objective, resolve_compile_optimizer, resolve_precision
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.report import write_report
 from ping_llm.training.run_state import RunState, open_run, restore
@@ -125,6 +125,7 @@ class Training:
         """Reads all that a run needs, so that what is wrong is reported before anything is done; locks the run folder before
         anything in it is written."""
         ranks.on_main(lambda: config.train.check_processes(ranks.world))
+        ranks.on_main(lambda: resolve_precision(config.train.precision, ranks.device))
         read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.queries(config)))
         rows_sha256, windows, queries = ranks.share(read)
         if manifest_sha256(config.data.rows) != rows_sha256:

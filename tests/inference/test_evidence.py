@@ -125,9 +125,13 @@ def test_the_nearest_sources_are_those_of_like_rtts_and_then_those_of_like_addre
     strangers = [line for line in lines if line[1] == DST]
     memory = memory_of(tmp_path / "b", [*strangers, (ME, "203.0.113.9", 9, 1.0)], True)
     assert [line for line in seen(evidence(memory, query(), ALL)) if line[1] == DST] == [(FAR, DST, 40, 95.0)]
-    unanswered = [(*line[:3], -1.0) if line[0] == NEAR else line for line in lines]
-    memory = memory_of(tmp_path / "c", unanswered, True)
-    assert [line for line in seen(evidence(memory, query(), ALL)) if line[1] == DST] == [(FAR, DST, 40, 95.0)]
+    # A source of which nothing is known counts as 1 apart, and 0.1 more for 20 bits fewer that are mine. FAR is so by
+    # (log 90/22 + log 90/25 + 3) / 5 = 1.14 or, of 40 ms, by (log 40/22 + log 40/25 + 3) / 5 = 0.81.
+    for number, (rtt, nearest) in enumerate(((90.0, (NEAR, DST, 50, -1.0)), (40.0, (FAR, DST, 40, 95.0)))):
+        unanswered = [(*line[:3], -1.0) if line[0] == NEAR else line for line in lines if line[0] != ALIEN]
+        unanswered = [(*line[:3], rtt) if line[3] == 90.0 else line for line in unanswered]
+        memory = memory_of(tmp_path / f"c{number}", unanswered, True)
+        assert [line for line in seen(evidence(memory, query(), ALL)) if line[1] == DST] == [nearest]
 
 
 def test_of_many_other_sources_each_has_its_turn(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from ping_llm.data.measurement import ADDRESS_BYTES, as_text, is_ipv4
 from ping_llm.inference.context import Context
 from ping_llm.inference.memory import ANY_TIME, Memory
-from ping_llm.inference.past import first_of_each
+from ping_llm.inference.past import first_of_each, source_distances
 from ping_llm.inference.query import Query
 
 SHARE = 0.75
@@ -86,19 +86,15 @@ def _of_others(
     """Places of the latest to the destination of each of its nearest sources; `own`, places of the source's latest to each
     of its destinations, those first that these sources ping too; and of theirs to these destinations.
 
-    The nearest are those whose RTTs to the destinations that both ping differ least from the source's, by the mean of the
-    absolute difference of logarithms; then those whose addresses begin with more of the same bits.
+    The nearest are so by `source_distances`.
     """
     latest = memory.to_destination(dst[None], np.array([before_s]), _REACH_OTHERS)[0]
     latest = latest[(latest >= 0) & (memory.src_id[latest] != memory.ids(src[None])[0])]
     latest = first_of_each(latest, memory.src_id)[:_CANDIDATES]
     own_dst = memory.addresses[memory.dst_id[own[:_PROFILE]]]
     theirs = memory.latest(memory.src_id[latest], own_dst, before_s)  # (C, D)
-    apart = np.abs(memory.log_ms(theirs) - memory.log_ms(own[:_PROFILE]))
-    compared = (~np.isnan(apart)).sum(axis=1)
-    distance = np.where(compared, np.nansum(apart, axis=1) / np.maximum(compared, 1), np.inf)
-    same_bits = np.unpackbits(memory.addresses[memory.src_id[latest]] ^ src, axis=1).argmax(axis=1)
-    nearest = np.lexsort((-same_bits, distance))[:OTHERS]
+    distance = source_distances(memory, memory.src_id[latest], theirs, memory.log_ms(own[:_PROFILE]), src)
+    nearest = np.argsort(distance, kind="stable")[:OTHERS]
     both = theirs[nearest] >= 0  # (c, D)
     known_most = np.argsort(-both.sum(axis=0), kind="stable")
     theirs, both = theirs[nearest][:, known_most[:OWN]], both[:, known_most[:OWN]]

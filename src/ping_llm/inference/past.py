@@ -90,11 +90,7 @@ def _of_pairs(queries: Sequence[Query], memory: Memory | None) -> list[tuple[np.
 
 
 def _of_others(queries: Sequence[Query], memory: Memory) -> list[tuple[np.ndarray, float]]:
-    """Of each query the latest log-RTTs to its destination of the sources most like its own, and how unlike the first is.
-
-    How unlike two sources are is the mean of the absolute differences of their log-RTTs to the destinations that both have
-    pinged (profile-kNN), drawn towards what is usual where they share few, and less for each bit their addresses share.
-    """
+    """Of each query the latest log-RTTs to its destination of the sources most like its own, and how unlike the first is."""
     if not queries:
         return []
     src, dst, before_s = _ends(queries)
@@ -110,9 +106,8 @@ def _of_others(queries: Sequence[Query], memory: Memory) -> list[tuple[np.ndarra
             found.append((np.zeros(0), 0.0))
             continue
         own_dst, own_log_ms = _profile(memory, of_source[i][of_source[i] >= 0], query.context, src[i], dst[i])
-        distance = _distances(memory, memory.src_id[latest], own_dst, own_log_ms, int(before_s[i]))
-        shared_bits = np.unpackbits(memory.addresses[memory.src_id[latest]] ^ src[i], axis=1).argmax(axis=1)
-        distance = distance + _BITS_CLOSER * (shared_bits.max() - shared_bits)
+        theirs = memory.latest(memory.src_id[latest], own_dst, int(before_s[i]))
+        distance = source_distances(memory, memory.src_id[latest], theirs, own_log_ms, src[i])
         nearest = np.argsort(distance, kind="stable")[:OTHERS]
         found.append((log_rtt(memory.rtt_ms[latest[nearest]]), float(distance[nearest[0]])))
     return found
@@ -136,15 +131,20 @@ def _profile(
     return ends[first], log_rtt(rtt_ms[first])
 
 
-def _distances(
-    memory: Memory, sources: np.ndarray, own_dst: np.ndarray, own_log_ms: np.ndarray, before_s: int
+def source_distances(
+    memory: Memory, sources: np.ndarray, theirs: np.ndarray, own_log_ms: np.ndarray, src: np.ndarray
 ) -> np.ndarray:
-    """How unlike the query's source each of C others is, (C,) log-ms, by its profile."""
-    if not len(own_dst):
-        return np.full(len(sources), _USUAL_DISTANCE)
-    apart = np.abs(memory.log_ms(memory.latest(sources, own_dst, before_s)) - own_log_ms)  # (C, D)
+    """How unlike a source `src` (16,) each of C others is, by its id: (C,) log-ms.
+
+    It is the mean of the absolute differences of their log-RTTs to the destinations that both have pinged (profile-kNN),
+    drawn towards what is usual where they share few, and more for each bit by which its address begins less like `src` than
+    the likest. Of D destinations `own_log_ms` (D,) are those of the source, and `theirs` (C, D) the others' places.
+    """
+    apart = np.abs(memory.log_ms(theirs) - own_log_ms)  # (C, D)
     shared = (~np.isnan(apart)).sum(axis=1)
-    return (np.nansum(apart, axis=1) + _SHRINKAGE * _USUAL_DISTANCE) / (shared + _SHRINKAGE)
+    distance = (np.nansum(apart, axis=1) + _SHRINKAGE * _USUAL_DISTANCE) / (shared + _SHRINKAGE)
+    same_bits = np.unpackbits(memory.addresses[sources] ^ src, axis=1).argmax(axis=1)
+    return distance + _BITS_CLOSER * (same_bits.max(initial=0) - same_bits)
 
 
 def first_of_each(places: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -76,7 +76,9 @@ def test_rtt_json_holds_the_whole_answer(world, history, capsys):
     command("inference", "rtt", "--model", world / "run", "--src", src, "--dst", dst, "--at", "2026-01-05", "--json")
     answer = json.loads(capsys.readouterr().out)
     assert set(answer) >= {"p_fail", "median_ms", "mean_ms", "quantiles", "total_probability", "forward_passes"}
-    assert answer["forward_passes"] == 2  # the prompts, their second bytes
+    assert (
+        2 <= answer["forward_passes"] <= 6
+    )  # the prompts, then their second bytes: those of about equally many together
     assert answer["context_measurements"] == 0
     assert (
         0.5 < answer["total_probability"] <= 1 and 0 < answer["p_fail"] < 1

@@ -26,8 +26,8 @@ def peak(monkeypatch) -> float:
 def test_mfu_is_the_share_of_the_peaks_of_all_processes_and_padding_counts(peak, world):
     """Two steps of 0.5 s in all; 2,048 places, 1,536 of them trained on; a tenth of the time waits."""
     rates = Speed(CONFIG, Ranks(torch.device("cpu"), 0, world), compiling=False)
-    rates.add(0.3, 0.02, 1000)
-    rates.add(0.2, 0.03, 536)
+    rates.add(0.3, 0.02, 1000, 8)
+    rates.add(0.2, 0.03, 536, 8)
     rates.held_s = 0.125
     line = rates.rates()
     assert line.pop("peak_memory_gb") > 0
@@ -45,7 +45,7 @@ def test_mfu_is_the_share_of_the_peaks_of_all_processes_and_padding_counts(peak,
 
 def test_the_step_that_compiles_has_no_rates(peak):
     rates = Speed(CONFIG, Ranks(torch.device("cpu")), compiling=True)
-    rates.add(60.0, 1.0, 1024)
+    rates.add(60.0, 1.0, 1024, 8)
     assert not rates.compiling and list(rates.rates()) == ["peak_memory_gb"]
-    rates.add(0.5, 0.0, 1024)
+    rates.add(0.5, 0.0, 1024, 8)
     assert rates.rates()["tokens_per_s"] == 2048

@@ -31,7 +31,7 @@ quality:
 	$(VENV)/bin/python -m ping_llm train configs/quality.toml
 	$(VENV)/bin/python -m ping_llm eval --baselines-only --data data/quality --out runs/quality/baselines --seq-len 384
 	$(VENV)/bin/python -m ping_llm eval runs/quality --data data/quality --scores runs/quality/baselines --seq-len 384 \
-		--counts 0 10 --model-queries $(QUERIES) --src-known auto
+		--counts 0 10 --model-queries $(QUERIES) --src-known auto --precision bf16
 
 test: install
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile

@@ -144,4 +144,6 @@ def test_one_that_stops_answers_what_it_has_and_takes_no_more(calls):
 
 
 def test_one_that_never_started_can_stop(calls):
-    worker().stop()
+    idle = worker()
+    idle.stop()
+    assert not idle.is_alive and not idle.is_taking

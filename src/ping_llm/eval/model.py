@@ -61,9 +61,7 @@ class ModelMethods:
         # neighbours share their context
         order = np.lexsort((queries.measurements.time_s[queries.rows], queries.src_id))
         sorted_ = queries.take(order)
-        asked = model_queries(sorted_)
-        if self.model.memory is not None:
-            asked = recalled(self.model.memory, asked, self.model.seq_len)
+        asked = recalled(self.model.memory, model_queries(sorted_), self.model.seq_len)
         every = score_answers(self.model, asked, sorted_.rtt_ms, self.src_known, rng, advance)
         scores = {}
         for name, found in zip(self.names, every, strict=True):

@@ -29,7 +29,7 @@ def statistics(
 ) -> Iterator[RTTDistribution]:
     """The distributions of the queries' results, in order, of which only P(answer), mean and the quantiles at `levels` are
     wanted, as `batch` computes them: some times faster than `rtt_many` of a list, see `unresolved`."""
-    given = queries if reader.memory is None else recalled(reader.memory, queries, reader.seq_len)
+    given = recalled(reader.memory, queries, reader.seq_len)
     for some in distributions(reader, given, src_known, Focus(np.array(levels))):
         yield from some
 

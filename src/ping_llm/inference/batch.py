@@ -71,7 +71,7 @@ def answer_table(
         rows = order[first : first + CHUNK]
         valid, distinct, place = table.distinct(rows, contexts, most, src_known)
         used |= any(len(query.context) for query in distinct)
-        distinct = distinct if reader.memory is None else recalled(reader.memory, distinct, reader.seq_len)
+        distinct = recalled(reader.memory, distinct, reader.seq_len)
         done = 0
         focus = Focus.on(np.array(QUANTILES), len(distinct), place, table.rtt_ms[valid])
         for found in distributions(reader, distinct, src_known, focus):

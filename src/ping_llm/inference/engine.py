@@ -186,17 +186,10 @@ def result_distributions(
 
     # Of a mixture, up to tokens that are no bytes, (M, B, 256).
     share = mass_1 * (weight / (mass_1.sum(1) + failed))[..., None]
-    focus = focus if reader.least_mass else None
-    followed = (share >= (reader.least_mass if focus is None else max(FOCUS_MASS, reader.least_mass))).any(0)
-    spoken_for = torch.zeros_like(followed)
-    if focus is not None:
-        wanted = torch.stack([focus.values(values) for values in mixed(share)])  # (M, n, 256)
-        chosen = (wanted[:, mixing] & (share >= reader.least_mass)).any(0)
-        if n == 1 and len(prompts) > MOST_PARTS:
-            likeliest = share.amax(0)
-            spoken_for = chosen & ~followed & (likeliest < likeliest.topk(MOST_PARTS, dim=0).values[-1])
-        followed |= chosen & ~spoken_for
-
+    wanted = None
+    if focus is not None and reader.least_mass:
+        wanted = torch.stack([focus.values(values) for values in mixed(share)])[:, mixing]  # (M, B, 256)
+    followed, spoken_for = _followed(share, wanted, reader.least_mass, parts=n == 1)
     codes = torch.zeros(M, n, 256, 256, device=device, dtype=reader.gpt.embedding.weight.dtype)
     mass, passes = (mass_1 * ~followed).sum(1) + failed, len(groups)  # mass: of all results of each prompt
     for group, cache in groups:
@@ -223,6 +216,23 @@ def result_distributions(
         context_measurements=context.cpu().numpy(),
         unresolved=unfollowed.sum(2).flatten().cpu().numpy(),
     )
+
+
+def _followed(share: Tensor, wanted: Tensor | None, least_mass: float, parts: bool) -> tuple[Tensor, Tensor]:
+    """Which values of byte 1 are followed after B prompts, and which those of likelier parts speak for, (B, 256) bool.
+
+    `share` (M, B, 256) is their probability in the mixtures. Where only values `wanted` (M, B, 256) must be resolved, others
+    are followed from FOCUS_MASS on; if the prompts are `parts` of one query, only MOST_PARTS of them at each.
+    """
+    followed = (share >= (least_mass if wanted is None else max(FOCUS_MASS, least_mass))).any(0)
+    spoken_for = torch.zeros_like(followed)
+    if wanted is not None:
+        chosen = (wanted & (share >= least_mass)).any(0)
+        if parts and share.shape[1] > MOST_PARTS:
+            likeliest = share.amax(0)
+            spoken_for = chosen & ~followed & (likeliest < likeliest.topk(MOST_PARTS, dim=0).values[-1])
+        followed |= chosen & ~spoken_for
+    return followed, spoken_for
 
 
 def _first_bytes(

@@ -36,12 +36,14 @@ def evidence(memory: Memory, query: Query, tokens: int) -> Context:
     return _context(memory, _within(memory, _most_useful_first(memory, [query])[0], tokens))
 
 
-def recalled(memory: Memory, queries: Sequence[Query], seq_len: int) -> list[Query]:
+def recalled(memory: Memory | None, queries: Sequence[Query], seq_len: int) -> list[Query]:
     """The queries, the contexts of those whose source is one host filled up to SHARE of `seq_len` tokens with evidence.
 
     A longer context stays as it is, and a measurement that it holds is not added again. A context of one host gets none of
-    other sources.
+    other sources. Without a memory all stay as they are.
     """
+    if memory is None:
+        return list(queries)
     room = [int(SHARE * seq_len) - int(_tokens(query.context.src, query.context.dst).sum()) for query in queries]
     short = [i for i, query in enumerate(queries) if room[i] > 0 and query.src is not None and not query.src.is_prefix]
     filled = list(queries)

@@ -14,13 +14,13 @@ import numpy as np
 
 from ping_llm.data import tokenization as tk
 from ping_llm.data.measurement import IPV4_MAPPED_PREFIX
+from ping_llm.model.legal import LEAST_BYTES, MOST_BYTES
 
 INT64_MAX = 2**63 - 1
 
 _IPV4_ROLES, _IPV6_ROLES = (tk.SRC_IPV4, tk.DST_IPV4), (tk.SRC_IPV6, tk.DST_IPV6)
 _TIME_ROLES = (tk.TIMESTAMP_ABS, tk.TIMESTAMP_DELTA1, tk.TIMESTAMP_DELTA4)
-_LEAST_BYTES = np.array([0, 0, 0, 1, 1, 8, 1, 4, 2, 0, 0])  # after each role
-_MOST_BYTES = np.array([0, 4, 16, 4, 16, 8, 1, 4, 2, 0, 0])
+_LEAST_BYTES, _MOST_BYTES = np.array(LEAST_BYTES), np.array(MOST_BYTES)  # after each role
 _FIELD_ROLES = np.array([*_IPV4_ROLES, *_IPV6_ROLES, *_TIME_ROLES, tk.RTT_START, tk.FAILED])
 _FIELD = np.zeros(tk.BYTE_0, dtype=np.int64)  # SRC, DST, RESULT or TIME of each role that opens a field
 _FIELD[_FIELD_ROLES] = [tk.SRC, tk.DST, tk.SRC, tk.DST, tk.TIME, tk.TIME, tk.TIME, tk.RESULT, tk.RESULT]

@@ -87,7 +87,7 @@ class PingModel(Reader):
         under several lengths, weighted by how likely each makes the context (see `src_weights` of the answer).
         """
         query = Query.parse(src, dst, at, Context.parse(context, one_host, any_source))
-        return next(self.distributions(self._recalled([query]), src_known))[0]
+        return next(self.distributions(recalled(self.memory, [query], self.seq_len), src_known))[0]
 
     def rtt_many(
         self,
@@ -111,8 +111,5 @@ class PingModel(Reader):
             raise ValueError(
                 "a Query holds its own context; pass a table of queries, or neither context, one_host nor any_source"
             )
-        return [one for some in self.distributions(self._recalled(queries), src_known) for one in some]
-
-    def _recalled(self, queries: Sequence[Query]) -> Sequence[Query]:
-        """The queries with what the memory adds to their contexts."""
-        return queries if self.memory is None else recalled(self.memory, queries, self.seq_len)
+        given = recalled(self.memory, queries, self.seq_len)
+        return [one for some in self.distributions(given, src_known) for one in some]

@@ -20,7 +20,7 @@ VOCAB_SIZE = 267  # ROLES and bytes
 ROLES = 11  # tokens below are roles, the others bytes; the model's tests hold these numbers against the vocabulary's
 SRC_ROLES, DST_ROLES, TIME_ROLES = [1, 2], [3, 4], [5, 6, 7]
 _ADDRESSES = (*SRC_ROLES, *DST_ROLES)
-_START, _RTT, _FAILED = 0, 8, 10
+START, RTT_START, FAILED = 0, 8, 10
 WIDTH = 18  # the role at index 0, up to 16 bytes, and one index for what is too long for any field
 PLACES = ROLES * WIDTH
 WHOLE = (4, 16)  # bytes of an address
@@ -70,7 +70,7 @@ def read_fields(
         state = FieldState(zero, zero, zero, zero, zero)
     place = torch.arange(T, device=tokens.device).expand(B, T)
     is_role = (tokens >= 0) & (tokens < ROLES)
-    last = place.masked_fill(~is_role, -1).cummax(dim=1).values  # (B, T) of the last role, −1 before the first
+    last = last_place(is_role)
     begun = last >= 0
     at = last.clamp(min=0)
     role = torch.where(begun, tokens.gather(1, at), state.role[:, None])
@@ -80,11 +80,11 @@ def read_fields(
     weights = _byte_weights(tokens.device)[index]  # (B, T)
     prefix = _since(torch.where(tokens >= ROLES, (byte + 1) * weights, 0), at, begun, state.prefix)
     code = _since(byte * ((index == 1) * 256 + (index == 2)), at, begun, state.code)
-    seen = _seen(tokens, place, is_role, state.seen)
+    seen = _seen(tokens, is_role, state.seen)
 
     of_address = (role >= _ADDRESSES[0]) & (role <= _ADDRESSES[-1]) & (index > 0)
     half_codes = 2 * code + (index == 1) * 255  # the middle of the codes that begin with byte 1
-    of_rtt = (role == _RTT) & ((index == 1) | (index == 2))
+    of_rtt = (role == RTT_START) & ((index == 1) | (index == 2))
     features = FieldFeatures(
         tokens,
         role.clamp(0, ROLES - 1) * WIDTH + index,
@@ -148,13 +148,19 @@ def mix(value: Tensor) -> Tensor:
     return ((value ^ _shifted(value, 31)) & ((1 << 63) - 1)).clamp(min=1)
 
 
+def last_place(wanted: Tensor) -> Tensor:
+    """Of each token the place of the last one up to it that is `wanted`, (B, T) bool; −1 before the first: (B, T) int64."""
+    place = torch.arange(wanted.shape[1], device=wanted.device).expand(wanted.shape)
+    return place.masked_fill(~wanted, -1).cummax(dim=1).values
+
+
 def coarse(tokens: Tensor, src_bytes: tuple[int, int]) -> Tensor:
     """Windows (B, T) with only so many bytes of IPv4 and IPv6 sources, the others 0; negative tokens stay as they are."""
     if src_bytes == WHOLE:
         return tokens
-    place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    last = place.masked_fill((tokens < 0) | (tokens >= ROLES), 0).cummax(dim=1).values
-    return _coarse(tokens, tokens.gather(1, last), place - last, src_bytes)
+    last = last_place((tokens >= 0) & (tokens < ROLES)).clamp(min=0)
+    index = torch.arange(tokens.shape[1], device=tokens.device) - last
+    return _coarse(tokens, tokens.gather(1, last), index, src_bytes)
 
 
 def _coarse(tokens: Tensor, role: Tensor, index: Tensor, src_bytes: tuple[int, int]) -> Tensor:
@@ -171,13 +177,13 @@ def _since(amounts: Tensor, at: Tensor, begun: Tensor, before: Tensor) -> Tensor
     return total - torch.where(begun, total.gather(1, at), -before[:, None])
 
 
-def _seen(tokens: Tensor, place: Tensor, is_role: Tensor, before: Tensor) -> Tensor:
+def _seen(tokens: Tensor, is_role: Tensor, before: Tensor) -> Tensor:
     """Which fields of its measurement came up to each token, and whether a time ever did, (B, T); `before`: (B,), so far."""
     amounts = torch.zeros(ROLES, dtype=torch.int64, device=tokens.device)
-    for kind, roles in enumerate((SRC_ROLES, DST_ROLES, [_RTT, _FAILED], TIME_ROLES)):
+    for kind, roles in enumerate((SRC_ROLES, DST_ROLES, [RTT_START, FAILED], TIME_ROLES)):
         amounts[roles] = 1 << _COUNTER * kind
     counts = torch.where(is_role, amounts[tokens.clamp(0, ROLES - 1)], 0).cumsum(dim=1)  # of each kind, in one number
-    start = place.masked_fill(tokens != _START, -1).cummax(dim=1).values
+    start = last_place(tokens == START)
     begun, at = start >= 0, start.clamp(min=0)
     within = counts - torch.where(begun, counts.gather(1, at), 0)
     seen = torch.where(begun, 0, before[:, None]) & (SEEN_STATES // 2 - 1)

@@ -10,12 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ping_llm.model.fields import DST_ROLES, PLACES, ROLES, SEEN_STATES, SRC_ROLES, TIME_ROLES, WIDTH, FieldFeatures
+from ping_llm.model.fields import (
+    DST_ROLES,
+    FAILED,
+    PLACES,
+    ROLES,
+    RTT_START,
+    SEEN_STATES,
+    SRC_ROLES,
+    START,
+    TIME_ROLES,
+    WIDTH,
+    FieldFeatures,
+)
 
 ILLEGAL = -1e4  # a logit: its exponential is 0 in fp32 and fp64, and nothing becomes NaN
-_START, _RTT_START, _FAILED = 0, 8, 10
-_LEAST_BYTES = (0, 0, 0, 1, 1, 8, 1, 4, 2, 0, 0)  # after each role
-_MOST_BYTES = (0, 4, 16, 4, 16, 8, 1, 4, 2, 0, 0)
+LEAST_BYTES = (0, 0, 0, 1, 1, 8, 1, 4, 2, 0, 0)  # after each role
+MOST_BYTES = (0, 4, 16, 4, 16, 8, 1, 4, 2, 0, 0)
 _BYTES_OR_ROLES = 4  # bit 0: bytes may come, bit 1: roles may
 
 
@@ -25,9 +36,9 @@ def legal_table(vocabulary: int) -> Tensor:
     seen = torch.arange(SEEN_STATES)
     src, dst, result, time, timed = (seen >> bit & 1 == 1 for bit in range(5))
     roles = torch.zeros(SEEN_STATES, ROLES, dtype=torch.bool)
-    roles[:, _START] = src & dst & result
+    roles[:, START] = src & dst & result
     roles[:, SRC_ROLES], roles[:, DST_ROLES] = ~src[:, None], ~dst[:, None]
-    roles[:, [_RTT_START, _FAILED]] = ~result[:, None]
+    roles[:, [RTT_START, FAILED]] = ~result[:, None]
     roles[:, TIME_ROLES] = (~time & timed)[:, None]
     roles[:, TIME_ROLES[0]] = ~time & ~timed
     table[[1, 3], :, ROLES:] = True
@@ -38,7 +49,7 @@ def legal_table(vocabulary: int) -> Tensor:
 def place_table() -> Tensor:
     """Whether bytes (bit 0) and roles (bit 1) may come after each place of a field, (PLACES,) int64."""
     index = torch.arange(WIDTH)
-    least, most = torch.tensor(_LEAST_BYTES)[:, None], torch.tensor(_MOST_BYTES)[:, None]
+    least, most = torch.tensor(LEAST_BYTES)[:, None], torch.tensor(MOST_BYTES)[:, None]
     return ((index < most) * 1 + (index >= least) * 2).reshape(PLACES)
 
 

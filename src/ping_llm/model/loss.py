@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ping_llm.config import FIELDS, LossConfig
-from ping_llm.model.fields import ROLES
+from ping_llm.model.fields import ROLES, last_place
 
 RTT = FIELDS.index("rtt")
 PARTS = (*FIELDS, "rtt1", "rtt2")  # what losses are summed by: the fields, then bytes 1 and 2 of RTTs once more
@@ -26,9 +26,8 @@ def token_fields(tokens: Tensor, role_fields: Tensor, byte_fields: Tensor) -> Te
     Bytes before any role, and padding, count as structure or as the bytes they follow.
     """
     roles = len(role_fields)
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     is_role = (tokens >= 0) & (tokens < roles)
-    last = places.masked_fill(~is_role, -1).cummax(dim=1).values  # (B, T) place of the last role, −1 before any
+    last = last_place(is_role)
     role = tokens.gather(1, last.clamp(min=0)).clamp(0, roles - 1)
     fields = torch.where(is_role, role_fields[role], byte_fields[role])
     return torch.where(last >= 0, fields, FIELDS.index("structure")).to(torch.uint8)

@@ -173,19 +173,7 @@ def plot_answers(found: OverTime, path: Path) -> None:
     grid = figure.subplots(rows, columns, squeeze=False)
     panels = list(grid.flat)
     for ping, axes in enumerate(panels[:count]):
-        answers = [one.answers[ping] for one in found.steps]
-        low, median, high = (
-            np.array([getattr(one, name) for one in answers]) for name in ("low_ms", "median_ms", "high_ms")
-        )
-        axes.fill_between(steps, low, high, color=COLORS[0], alpha=0.15, linewidth=0, label="5 to 95 %")
-        axes.plot(steps, median, "o-", color=COLORS[0], linewidth=1.8, markersize=4, label="median")
-        observed = found.observed_ms[ping]
-        if observed is not None:
-            axes.axhline(observed, color=COLORS[1], linestyle="--", linewidth=1.4, label="observed")
-        axes.set_yscale("log")
-        label_log_ticks(axes.yaxis, *axes.get_ylim())
-        axes.set_title(found.pings[ping].replace(" at ", "\n"), fontsize=9, parse_math=False)
-        axes.set_ylabel("RTT (ms)")
+        _plot_ping(found, ping, steps, axes)
     losses = np.array([np.nan if one.val_loss is None else one.val_loss for one in found.steps])
     known = np.isfinite(losses)
     panels[count].plot(steps[known], losses[known], "o-", color=COLORS[7], linewidth=1.8, markersize=4)
@@ -222,6 +210,25 @@ def plot_answers(found: OverTime, path: Path) -> None:
         f"{found.run.absolute().name}: the same pings, put to each checkpoint", fontsize=11, parse_math=False
     )
     figure.savefig(path, dpi=130)
+
+
+def _plot_ping(found: OverTime, ping: int, steps: np.ndarray, axes: Axes) -> None:
+    """The panel of one ping: median, 90 % band and what was observed."""
+    answers = [one.answers[ping] for one in found.steps]
+    low, median, high = (
+        np.array([getattr(one, name) for one in answers]) for name in ("low_ms", "median_ms", "high_ms")
+    )
+    axes.fill_between(steps, low, high, color=COLORS[0], alpha=0.15, linewidth=0, label="5 to 95 %")
+    axes.plot(steps, median, "o-", color=COLORS[0], linewidth=1.8, markersize=4, label="median")
+    observed = found.observed_ms[ping]
+    if observed is not None:
+        axes.axhline(observed, color=COLORS[1], linestyle="--", linewidth=1.4, label="observed")
+    axes.set_yscale("log")
+    label_log_ticks(axes.yaxis, *axes.get_ylim())
+    # Two IPv6 addresses are wider than a panel.
+    title = found.pings[ping].replace(" → ", " →\n").replace(" at ", "\n")
+    axes.set_title(title, fontsize=9, parse_math=False)
+    axes.set_ylabel("RTT (ms)")
 
 
 def _finish(axes: Axes) -> None:

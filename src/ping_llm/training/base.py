@@ -22,7 +22,8 @@ from ping_llm.model.checkpoint import MODEL_NAME, checkpoints, load_model
 from ping_llm.system.files import write_atomically
 
 BASE_NAME = "base.json"
-ROWS_MANIFEST_NAME = "rows_manifest.json"  # of what a run learns from: evaluations use none of these measurements
+# Of what a run learns from, and of what is mixed in: evaluations use none of these measurements.
+ROWS_MANIFEST_NAME, REPLAY_MANIFEST_NAME = "rows_manifest.json", "replay_manifest.json"
 _WITHOUT_WEIGHTS = {"dropout", "stochastic_depth"}  # switches of [model] that may differ
 
 
@@ -84,12 +85,16 @@ def run_of(source: str) -> Path:
 
 def learned_from(run_dir: Path, config: Config) -> dict[str, str]:
     """The input files, hash → name, of all rows that a run and the runs before it learned from, as far as they are known."""
-    base = Base.load(run_dir)
-    found = dict(base.inputs) if base else {}
-    for path in (run_dir / ROWS_MANIFEST_NAME, config.data.rows / MANIFEST_NAME):
-        if path.is_file():
-            return found | inputs_of(json.loads(path.read_text()))
-    return found
+    manifests = [path for path in (run_dir / ROWS_MANIFEST_NAME, config.data.rows / MANIFEST_NAME) if path.is_file()]
+    own = inputs_of(json.loads(manifests[0].read_text())) if manifests else {}
+    return learned_beside(run_dir) | own
+
+
+def learned_beside(run_dir: Path) -> dict[str, str]:
+    """Those of all rows but `data.rows`: of what was mixed in, and of the runs before it."""
+    base, replay = Base.load(run_dir), run_dir / REPLAY_MANIFEST_NAME
+    found = inputs_of(json.loads(replay.read_text())) if replay.is_file() else {}
+    return found | (base.inputs if base else {})
 
 
 def inputs_of(manifest: dict[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ping_llm.system.files import try_folder, write_atomically, write_lock
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
-from ping_llm.training.base import ROWS_MANIFEST_NAME
+from ping_llm.training.base import REPLAY_MANIFEST_NAME, ROWS_MANIFEST_NAME
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.metrics import MACHINE_NAME, METRICS_NAME, add_machine, read_machines, write_machines
 from ping_llm.training.objective import resolve_compile, resolve_precision
@@ -122,8 +122,9 @@ def open_run(config: Config, rows: RowsLearned, ranks: Ranks, lock: ExitStack) -
     try:
         save_config(run_dir, config)
         write_machines(run_dir, machines)
-        if (manifest := config.data.rows / MANIFEST_NAME).is_file():
-            write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
+        for name, folder in ((ROWS_MANIFEST_NAME, config.data.rows), (REPLAY_MANIFEST_NAME, config.data.replay)):
+            if folder and (manifest := Path(folder) / MANIFEST_NAME).is_file():
+                write_atomically(run_dir / name, manifest.read_text())
     except OSError as error:
         raise _unwritable(run_dir, error) from None
     return resumed

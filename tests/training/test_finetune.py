@@ -1,4 +1,4 @@
-"""Claims about a run that goes on from another's weights: what it learns, keeps, refuses, and that it is a run like any other."""
+"""Claims about a run that goes on from another's weights: what it learns, keeps and refuses, that it is a run as others."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ping_llm.config import Config, differing_fields
@@ -19,6 +20,7 @@ from ping_llm.data.rows import MANIFEST_NAME, RowReader
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.familiar import Familiar
 from ping_llm.model.checkpoint import MODEL_NAME, checkpoints, load_model
+from ping_llm.model.gpt import GPT
 from ping_llm.system.files import write_atomically
 
 BASE_NAME = "base.json"
@@ -36,25 +38,6 @@ class Base:
     model_sha256: str  # of the file of the weights
     inputs: dict[str, str]  # the files that it and the runs before it learned from: hash → name
     familiar: Familiar | None  # what it has met, None if that is not known
-
-    @classmethod
-    def wanted(cls, config: Config) -> tuple[Base, dict[str, Tensor]] | tuple[None, None]:
-        """That of a run that has not begun, with the weights; None if it has, or begins with weights of its own.
-
-        ValueError if there is no model, or it is one of another shape.
-        """
-        source = config.train.init_from
-        if not source or checkpoints(config.train.run_dir):
-            return None, None
-        model, theirs, state = load_model(source)
-        if differing := sorted(set(differing_fields(theirs.model, config.model)) - _WITHOUT_WEIGHTS):
-            ours = {name: getattr(theirs.model, name) for name in differing}
-            values = ", ".join(f"model.{name}={value}" for name, value in ours.items())
-            raise ValueError(f"the model of train.init_from={source} has {values}; set that, or take another one")
-        sha256 = state["sha256"][MODEL_NAME]
-        run_dir = run_of(source)
-        familiar = Calibration.load_for(Path(source), sha256).familiar
-        return cls(source, state["step"], sha256, learned_from(run_dir, theirs), familiar), model.state_dict()
 
     def save(self, run_dir: Path) -> None:
         """Writes base.json."""
@@ -75,6 +58,40 @@ class Base:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is damaged; restore it, or start a new run folder") from None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A base with its model and its config."""
+
+    base: Base
+    model: GPT
+    config: Config
+    rows_sha256: str  # of the rows that it learned from, "" if that is not known
+
+
+def read_base(source: str, device: torch.device | str = "cpu") -> Given:
+    """The model of a run folder or checkpoint, as a base; ValueError if there is none."""
+    model, config, state = load_model(source, device)
+    sha256 = state["sha256"][MODEL_NAME]
+    familiar = Calibration.load_for(Path(source), sha256).familiar
+    base = Base(source, state["step"], sha256, learned_from(run_of(source), config), familiar)
+    return Given(base, model, config, state.get("rows_sha256", ""))
+
+
+def wanted_base(config: Config) -> tuple[Base, dict[str, Tensor]] | tuple[None, None]:
+    """That of a run that has not begun, with the weights; None if it has, or begins with weights of its own.
+
+    ValueError if there is no such model, or it is one of another shape.
+    """
+    source = config.train.init_from
+    if not source or checkpoints(config.train.run_dir):
+        return None, None
+    given = read_base(source)
+    if differing := sorted(set(differing_fields(given.config.model, config.model)) - _WITHOUT_WEIGHTS):
+        values = ", ".join(f"model.{name}={getattr(given.config.model, name)}" for name in differing)
+        raise ValueError(f"the model of train.init_from={source} has {values}; set that, or take another one")
+    return given.base, given.model.state_dict()
 
 
 def run_of(source: str) -> Path:

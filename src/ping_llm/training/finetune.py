@@ -21,11 +21,11 @@ from ping_llm.config import Config, OptimConfig, parse_config
 from ping_llm.data.loader import fixed_windows
 from ping_llm.data.rows import RowReader, is_part_of, manifest_sha256, read_manifest
 from ping_llm.inference.model import PingModel
-from ping_llm.model.checkpoint import MODEL_NAME, checkpoints, load_model
+from ping_llm.model.checkpoint import checkpoints, load_model
 from ping_llm.model.gpt import GPT
 from ping_llm.system.files import try_folder, write_atomically
 from ping_llm.system.hardware import pick_device
-from ping_llm.training.base import Base, learned_from, run_of
+from ping_llm.training.base import Base, read_base, run_of
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 from ping_llm.training.options import AUTO, NONE, SAMPLES, FinetuneOptions
@@ -38,7 +38,7 @@ from ping_llm.training.validation import ValQueries
 REPLAY_NAME = "replay"  # folder of the samples in the run folder
 RATES = ("muon_lr", "embedding_lr", "head_lr")
 RATE_SHARE = 0.3  # of the base's rates
-LORA_RATE, LORA_TABLE_RATE = 0.01, 0.2  # of the factors, and of the table of address prefixes
+LORA_RATE = 0.0015  # of the factors, before width scaling
 REPLAY_SHARE = 0.5  # of the windows
 PASSES, LEAST_STEPS = 2, 100  # over the new rows; steps at least
 MOST_STEPS_SHARE = 0.25  # of the steps that the base has taken
@@ -78,20 +78,16 @@ def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
     base, rows, out, replay = options.base, options.rows, options.out, options.replay
     for part in ("train", "val"):
         RowReader(rows, part)
-    model, theirs, state = load_model(base)
-    run = run_of(base)
-    sha256 = state["sha256"][MODEL_NAME]
-    known = Base(
-        base, state["step"], sha256, learned_from(run, theirs), PingModel.load(base, "cpu").calibration.familiar
-    )
-    folders = [theirs.data.rows, *([Path(replay)] if replay not in (AUTO, NONE, SAMPLES) else [])]
-    own = next((one for one in folders if state["rows_sha256"] and manifest_sha256(one) == state["rows_sha256"]), None)
-    check_rows(rows, known, own, run)
+    given = read_base(base)
+    folders = [given.config.data.rows, *([Path(replay)] if replay not in (AUTO, NONE, SAMPLES) else [])]
+    known = given.rows_sha256
+    own = next((one for one in folders if known and manifest_sha256(one) == known), None)
+    check_rows(rows, given.base, own, run_of(base))
     if replay == AUTO:
         replay = SAMPLES if own is None else str(own)
     if replay not in (SAMPLES, NONE):
         RowReader(replay, "train")
-    default = default_config(theirs, state["step"], base, rows, out, options.lora)
+    default = default_config(given.config, given.base.step, base, rows, out, options.lora)
     if replay != NONE:
         folder = str(out / REPLAY_NAME) if replay == SAMPLES else replay
         data = dataclasses.replace(default.data, replay=folder, replay_share=REPLAY_SHARE)
@@ -101,9 +97,10 @@ def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
         try_folder(out)
         device = pick_device(config.train.device)
         print(f"{base} makes up measurements, to be reminded of what it knows", flush=True)
-        sample_rows(PingModel(model.to(device), device), out / REPLAY_NAME, sha256, config.seed)
+        model = PingModel(given.model.to(device), device)
+        sample_rows(model, out / REPLAY_NAME, given.base.model_sha256, config.seed)
     olds = [own, *([Path(config.data.replay)] if config.data.replay else [])]
-    return Plan(config, known, rows, next((one for one in olds if one and _has_val(one)), None))
+    return Plan(config, given.base, rows, next((one for one in olds if one and _has_val(one)), None))
 
 
 def default_config(theirs: Config, taken: int, base: str, rows: Path, out: Path, lora: int = 0) -> Config:
@@ -113,7 +110,7 @@ def default_config(theirs: Config, taken: int, base: str, rows: Path, out: Path,
     optim = dataclasses.replace(theirs.optim, **rates, weight_decay=0.0)
     if lora:
         rates = {"matrices": "adamw", "orthogonalization": "newton-schulz", "equal_rows": False, "lora_rank": lora}
-        rates |= {"adamw_lr": LORA_RATE, "embedding_lr": LORA_TABLE_RATE}
+        rates |= {"adamw_lr": LORA_RATE}
         optim = dataclasses.replace(optim, **rates)
     steps = _steps(rows, taken, theirs)
     each = -(-steps // EVALUATIONS)
@@ -150,7 +147,7 @@ def compare(plan: Plan) -> dict[str, Any]:
             f"{plan.base.source} is another model than when {run_dir} began; restore it for the comparison"
         )
     device = pick_device(config.train.device)
-    models = {"before": load_model(plan.base.source, device)[0], "after": load_model(run_dir, device)[0]}
+    models = {"before": read_base(plan.base.source, device).model, "after": load_model(run_dir, device)[0]}
     found: dict[str, Any] = {"base": plan.base.source, "base_step": plan.base.step}
     for name, folder in (("new", plan.new), ("old", plan.old)):
         if folder is not None:

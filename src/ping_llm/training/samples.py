@@ -32,14 +32,14 @@ LONGEST = 47  # tokens of a measurement: both addresses of IPv6, a whole time, a
 _VAL_EVERY = 8  # sequence, of which one is kept for val
 
 
-def sample_rows(model: PingModel, folder: Path, model_sha256: str, seed: int, measurements: int = MEASUREMENTS) -> Path:
-    """Writes rows of about so many measurements with parts train and val, a row a source, and gives their folder.
+def sample_rows(model: PingModel, folder: Path, model_sha256: str, seed: int, measurements: int = 0) -> Path:
+    """Writes rows of about so many measurements, by default MEASUREMENTS, with parts train and val, a row a source.
 
-    The model draws as long sequences as surely fit its window. A measurement without a time has that of the one before it,
-    else of the next; sequences without any have the median of the others. ValueError: no measurement fits.
+    Gives their folder. The model draws as long sequences as surely fit its window. A measurement without a time has that of
+    the one before it, else of the next; sequences without any have the median of the others. ValueError: none fits.
     """
     length = max(1, model.seq_len // LONGEST)
-    table = model.generate(-(-measurements // length), seed=seed, measurements=length)
+    table = model.generate(-(-(measurements or MEASUREMENTS) // length), seed=seed, measurements=length)
     columns = (table.column(name).to_pylist() for name in ("src_addr", "dst_addr"))
     src, dst = (pack_addresses(column)[0] for column in columns)
     time_s = _times(table.column("event_time"), length)

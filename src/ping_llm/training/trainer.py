@@ -29,7 +29,7 @@ from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
-from ping_llm.training.base import Base
+from ping_llm.training.base import wanted_base
 from ping_llm.training.calibration import calibrate
 from ping_llm.training.codewords import learn_codewords
 from ping_llm.training.distributed import Ranks, processes
@@ -132,7 +132,7 @@ class Training:
             folders = " or ".join(filter(None, (str(config.data.rows), config.data.replay)))
             where = f"process {ranks.rank} finds other rows in {folders}"
             raise ValueError(f"{where} than the main one; copy them")
-        base, weights = ranks.share(ranks.on_main(lambda: Base.wanted(config)))
+        base, weights = ranks.share(ranks.on_main(lambda: wanted_base(config)))
         checkpoint = ranks.on_main(lambda: open_run(config, rows, ranks, lock))
         torch.manual_seed(config.seed)  # nothing draws from it; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ping_llm.config import Config, differing_fields
-from ping_llm.data.rows import MANIFEST_NAME, RowReader
+from ping_llm.data.rows import MANIFEST_NAME, RowReader, manifest_sha256
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.familiar import Familiar
 from ping_llm.model.checkpoint import MODEL_NAME, checkpoints, load_model
@@ -68,6 +68,10 @@ class Given:
     model: GPT
     config: Config
     rows_sha256: str  # of the rows that it learned from, "" if that is not known
+
+    def learned(self, rows: Path) -> bool:
+        """Whether these are the rows that it learned from."""
+        return bool(self.rows_sha256) and manifest_sha256(rows) == self.rows_sha256
 
 
 def read_base(source: str, device: torch.device | str = "cpu") -> Given:

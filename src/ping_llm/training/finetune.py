@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ping_llm.config import Config, OptimConfig, parse_config
 from ping_llm.data.loader import fixed_windows
-from ping_llm.data.rows import RowReader, is_part_of, manifest_sha256, read_manifest
+from ping_llm.data.rows import RowReader, is_part_of, read_manifest
 from ping_llm.inference.model import PingModel
 from ping_llm.model.checkpoint import checkpoints, load_model
 from ping_llm.model.gpt import GPT
@@ -75,25 +75,28 @@ def finetune(options: FinetuneOptions, overrides: Sequence[str] = ()) -> dict[st
 
 def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
     """Checks everything, writes samples if they are wanted, and decides on the config of the run."""
-    base, rows, out, replay = options.base, options.rows, options.out, options.replay
+    base, rows, out = options.base, options.rows, options.out
     for part in ("train", "val"):
         RowReader(rows, part)
     given = read_base(base)
-    folders = [given.config.data.rows, *([Path(replay)] if replay not in (AUTO, NONE, SAMPLES) else [])]
-    known = given.rows_sha256
-    own = next((one for one in folders if known and manifest_sha256(one) == known), None)
+    named = [] if options.replay in (AUTO, NONE, SAMPLES) else [Path(options.replay)]
+    own = next((one for one in (given.config.data.rows, *named) if given.learned(one)), None)
     check_rows(rows, given.base, own, run_of(base))
-    if replay == AUTO:
-        replay = SAMPLES if own is None else str(own)
-    if replay not in (SAMPLES, NONE):
+    replay = own if options.replay == AUTO else named[0] if named else None
+    made_up = replay is None and options.replay != NONE
+    if replay is not None:
         RowReader(replay, "train")
     default = default_config(given.config, given.base.step, base, rows, out, options.lora)
-    if replay != NONE:
-        folder = str(out / REPLAY_NAME) if replay == SAMPLES else replay
-        data = dataclasses.replace(default.data, replay=folder, replay_share=REPLAY_SHARE)
+    if folder := out / REPLAY_NAME if made_up else replay:
+        data = dataclasses.replace(default.data, replay=str(folder), replay_share=REPLAY_SHARE)
         default = dataclasses.replace(default, data=data)
     config = parse_config(list(overrides), "ping-llm finetune", default)
-    if replay == SAMPLES and not checkpoints(out):
+    for name in ("run_dir", "init_from"):
+        if getattr(config.train, name) != getattr(default.train, name):
+            raise ValueError(f"RUN and --out say what train.{name} is; leave it out")
+    if config.data.rows != rows:
+        raise ValueError("ROWS says what data.rows is; leave it out")
+    if made_up and not checkpoints(out):
         try_folder(out)
         device = pick_device(config.train.device)
         print(f"{base} makes up measurements, to be reminded of what it knows", flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetune_runs import base_config, internet_rows
-from training_runs import assert_same_weights, losses
+from training_runs import alone, assert_same_weights, gang, losses
 
 from ping_llm import PingModel
 from ping_llm.cli import main
@@ -59,13 +59,16 @@ def base(tmp_path_factory, old) -> Path:
     return run
 
 
+RATE = ("--optim.adamw-lr", "0.01")  # of low rank: so small a model takes larger steps, and so few
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base, new) -> dict[str, tuple[Path, dict]]:
     """Fine-tuned runs and what `finetune` says of them: whole with the base's rows mixed in and without, and of rank 4."""
     folder, found = tmp_path_factory.mktemp("finetuned"), {}
     for name, options in {"replay": {}, "none": {"replay": "none"}, "lora": {"lora": 4}}.items():
-        run = folder / name
-        found[name] = run, finetune(FinetuneOptions(str(base), new, run, **options), SHORT)
+        chosen = FinetuneOptions(str(base), new, folder / name, **options)
+        found[name] = chosen.out, finetune(chosen, [*SHORT, *(RATE if chosen.lora else ())])
     return found
 
 
@@ -137,6 +140,21 @@ def test_a_run_goes_on_to_the_same_bits_when_its_base_is_gone(tmp_path, runs, ba
     assert train(config).step == 40
     assert_same_weights(tmp_path / "run", whole)
     assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tmp_path, runs, base):
+    """The weights that the main one reads reach the other, which computes changes of low rank from its own gradients."""
+    config, found = load_config(runs["lora"][0]), {}
+    for name, processes in (("one", 1), ("two", 2)):
+        fields = {"run_dir": tmp_path / name, "total_steps": 3}
+        own = dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+        gang(processes, train, own) if processes > 1 else alone(train, own)
+        found[name] = load_latest(tmp_path / name).model
+    given = load_latest(base).model
+    for weight, other, before in zip(found["one"].values(), found["two"].values(), given.values(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-4)
+        assert (weight - before).abs().max() < 0.5
 
 
 def test_the_same_command_leaves_a_finished_run_as_it_is(runs, base, new, capsys):

@@ -38,7 +38,7 @@ from ping_llm.training.validation import ValQueries
 REPLAY_NAME = "replay"  # folder of the samples in the run folder
 RATES = ("muon_lr", "embedding_lr", "head_lr")
 RATE_SHARE = 0.3  # of the base's rates
-LORA_RATE = 0.0015  # of the factors, before width scaling
+LORA_RATE = 0.003  # of the factors, before width scaling
 REPLAY_SHARE = 0.5  # of the windows
 PASSES, LEAST_STEPS = 2, 100  # over the new rows; steps at least
 MOST_STEPS_SHARE = 0.25  # of the steps that the base has taken

@@ -59,7 +59,7 @@ def base(tmp_path_factory, old) -> Path:
     return run
 
 
-RATE = ("--optim.adamw-lr", "0.01")  # of low rank: so small a model takes larger steps, and so few
+RATES = ("--optim.adamw-lr", "0.01", "--optim.embedding-lr", "0.2")  # of low rank: so small a model, in so few steps
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def runs(tmp_path_factory, base, new) -> dict[str, tuple[Path, dict]]:
     folder, found = tmp_path_factory.mktemp("finetuned"), {}
     for name, options in {"replay": {}, "none": {"replay": "none"}, "lora": {"lora": 4}}.items():
         chosen = FinetuneOptions(str(base), new, folder / name, **options)
-        found[name] = chosen.out, finetune(chosen, [*SHORT, *(RATE if chosen.lora else ())])
+        found[name] = chosen.out, finetune(chosen, [*SHORT, *(RATES if chosen.lora else ())])
     return found
 
 
@@ -211,6 +211,36 @@ def test_defaults_are_gentle_and_as_long_as_the_new_rows_ask_for(base, new, old,
     longer = finetuning.default_config(theirs, 10**6, str(base), old, tmp_path)
     tokens = 16 * RowReader(old, "train").measurements.sum()
     assert longer.train.total_steps == max(finetuning.LEAST_STEPS, round(2 * tokens / (8 * 96 / 2)))
+
+
+def test_a_fine_tuned_run_is_fine_tuned_at_the_same_rates(runs, new, tmp_path):
+    once = load_config(runs["lora"][0])
+    again = finetuning.default_config(once, 40, "runs/mine", new, tmp_path)
+    assert again.optim.matrices == "muon" and again.optim.lora_rank == 0
+    assert again.optim.muon_lr == once.optim.muon_lr == pytest.approx(finetuning.RATE_SHARE * 0.02)
+    low = finetuning.default_config(load_config(runs["replay"][0]), 40, "runs/mine", new, tmp_path, lora=2)
+    assert (low.optim.matrices, low.optim.lora_rank, low.optim.adamw_lr) == ("adamw", 2, finetuning.LORA_RATE)
+
+
+def test_a_run_goes_on_that_began_before_rows_could_be_mixed_in(tmp_path, old):
+    config = base_config(tmp_path, old, total_steps=4)
+    assert train(config, stopped_at(1)).step == 2
+    path = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(path.read_text())
+    del state["replay_sha256"], state["state_sha256"]  # the first ones had no checksum of their own
+    path.write_text(json.dumps(state))
+    assert train(config).step == 4 and load_latest(tmp_path).state["replay_sha256"] == ""
+
+
+def test_a_run_does_not_go_on_with_other_rows_mixed_in(tmp_path, runs, old):
+    run, _ = runs["replay"]
+    shutil.copytree(old, tmp_path / "other")
+    manifest = json.loads((old / "manifest.json").read_text())
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"inputs": []}))
+    config = load_config(run)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, replay=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match=r"holds a run with another data.replay; pass another"):
+        train(config)
 
 
 def test_what_the_base_has_met_the_run_has_met(runs, old, new, base):

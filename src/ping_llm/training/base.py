@@ -51,8 +51,7 @@ class Base:
         path = run_dir / BASE_NAME
         try:
             values = json.loads(path.read_text())
-            met = values["met"]
-            familiar = None if met is None else Familiar.of_json(met)
+            familiar = None if values["met"] is None else Familiar.of_json(values["met"])
             return cls(values["source"], values["step"], values["model_sha256"], dict(values["inputs"]), familiar)
         except FileNotFoundError:
             return None

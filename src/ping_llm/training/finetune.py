@@ -36,11 +36,11 @@ from ping_llm.training.trainer import train
 from ping_llm.training.validation import ValQueries
 
 REPLAY_NAME = "replay"  # folder of the samples in the run folder
-RATES = ("muon_lr", "embedding_lr", "head_lr")
-RATE_SHARE = 0.3  # of the base's rates
-LORA_RATE = 0.003  # of the factors, before width scaling
+RATES = ("muon_lr", "adamw_lr", "embedding_lr", "head_lr")
+RATE_SHARE = 0.3  # of the base's rates, unless they are of fine-tuning already
+LORA_RATE = 0.0015  # of the factors, before width scaling
 REPLAY_SHARE = 0.5  # of the windows
-PASSES, LEAST_STEPS = 2, 100  # over the new rows; steps at least
+PASSES, LEAST_STEPS = 2, 200  # over the new rows; steps at least
 MOST_STEPS_SHARE = 0.25  # of the steps that the base has taken
 TOKENS = 16, 40  # of a measurement of IPv4 and of IPv6
 EVALUATIONS = 4  # over the run
@@ -109,12 +109,15 @@ def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
 def default_config(theirs: Config, taken: int, base: str, rows: Path, out: Path, lora: int = 0) -> Config:
     """The config of a run from a base that took so many steps: its own, but for lower rates, a length by the new rows,
     and another seed, so that windows that are mixed in are others than the base has learned."""
-    rates: dict[str, Any] = {name: RATE_SHARE * getattr(theirs.optim, name) for name in RATES}
-    optim = dataclasses.replace(theirs.optim, **rates, weight_decay=0.0)
+    share = 1.0 if theirs.train.init_from else RATE_SHARE
+    changed: dict[str, Any] = {name: share * getattr(theirs.optim, name) for name in RATES}
+    changed |= {"weight_decay": 0.0, "lora_rank": lora}
     if lora:
-        rates = {"matrices": "adamw", "orthogonalization": "newton-schulz", "equal_rows": False, "lora_rank": lora}
-        rates |= {"adamw_lr": LORA_RATE}
-        optim = dataclasses.replace(optim, **rates)
+        changed |= {"matrices": "adamw", "orthogonalization": "newton-schulz", "equal_rows": False}
+        changed |= {"adamw_lr": LORA_RATE}
+    elif theirs.optim.lora_rank:
+        changed |= {"matrices": "muon"}  # as before its base was changed by a low rank
+    optim = dataclasses.replace(theirs.optim, **changed)
     steps = _steps(rows, taken, theirs)
     each = -(-steps // EVALUATIONS)
     train_fields: dict[str, Any] = {"run_dir": out, "init_from": base, "device": "auto", "wandb": "disabled"}

@@ -9,8 +9,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from conftest import write_rows
 from finetune_runs import base_config, internet_rows
 from training_runs import alone, assert_same_weights, gang, losses
 
@@ -24,6 +26,7 @@ from ping_llm.inference.familiar import Familiar
 from ping_llm.model.checkpoint import load_config, load_latest, load_model
 from ping_llm.training import finetune as finetuning
 from ping_llm.training.base import BASE_NAME, met
+from ping_llm.training.calibration import calibrate
 from ping_llm.training.finetune import finetune
 from ping_llm.training.options import FinetuneOptions
 from ping_llm.training.report import FINETUNE_NAME
@@ -292,6 +295,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, base,
     except SystemExit as stopped:
         code = stopped.code
     assert code in (1, 2) and message in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_rows_that_the_base_holds_out_are_refused_by_the_command(tmp_path, base, new, old, capsys):
+    parts = {"train": list(RowReader(old, "val")), "val": list(RowReader(new, "val"))}
+    (tmp_path / "rows").mkdir()
+    leaky = write_rows(tmp_path / "rows", parts, shards=1)
+    assert main(["finetune", str(base), str(leaky), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    table = pa.concat_tables(row.to_measurements() for row in parts["train"]).select(["src", "dst", "time_s"])
+    count = len({tuple(one.values()) for one in table.to_pylist()})  # some come twice in a second
+    assert said.startswith(
+        f"error: the part train of {leaky} holds {count} measurements that {old} keeps for val and test"
+    )
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_calibration_of_the_run_knows_what_the_base_has_met(runs, base, old, new, monkeypatch):
+    run, _ = runs["replay"]
+    monkeypatch.setattr("ping_llm.training.calibration.SURPRISES", 10)
+    model, config, _ = load_model(run)
+    familiar = calibrate(model, config, torch.device("cpu"), results=3).familiar
+    assert familiar == Familiar.of_rows([*RowReader(old, "train"), *RowReader(new, "train")])
 
 
 def test_a_run_begins_with_a_checkpoint_that_is_named(tmp_path, base, new):

@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 DATA ?= ../shared/data
 QUERIES ?= 1000
 
-.PHONY: install demo quality test test-slurm mutants lint format clean
+.PHONY: install demo quality test test-slurm mutants lint format docs release clean
 
 install: $(INSTALLED)
 
@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "ping-llm needs Python 3.11 or newer, $(PYTHON) is older; say which to use: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots,cluster,baselines,serve]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots,cluster,baselines,serve,docs]'
 	@touch $@
 
 demo:
@@ -57,5 +57,15 @@ format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The documentation as a folder of pages, site/, that reads without a network; a link or a name that leads nowhere is an error.
+docs: install
+	$(VENV)/bin/python -m mkdocs build --strict
+
+# What is uploaded to a package index, in dist/: the sdist, and the wheel that is built from it.
+release: install
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out site dist

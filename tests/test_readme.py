@@ -4,6 +4,7 @@ import glob
 import re
 import shlex
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -103,15 +104,17 @@ def small_inputs(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run_blocks(document: str, run: list[list[str]], capsys: pytest.CaptureFixture) -> None:
-    """Runs the blocks of a document in order, but for what was `run` before, to which it is added; blocks of Python share
-    their names."""
+def run_blocks(
+    document: str, run: list[list[str]], capsys: pytest.CaptureFixture, skipped: Callable = cannot_run
+) -> None:
+    """Runs the blocks of a document in order, but for `skipped` ones, and for what was `run` before, to which it is added;
+    blocks of Python share their names."""
     names = dict(PYTHON_NAMES)
     for language, block in blocks((ROOT / document).read_text()):
         if language == "python":
             exec(compile(block, document, "exec"), names)
             continue
-        if cannot_run(block) or language in FILES:
+        if skipped(block) or language in FILES:
             continue
         for program, *argv in commands(block):
             assert not language and program == "ping-llm", f"{document} has a block that no test runs:\n{block}"

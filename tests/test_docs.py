@@ -108,6 +108,7 @@ def test_the_site_loads_nothing_from_elsewhere_and_every_link_leads_somewhere(si
     assert len(found) > len(pages())
     for path, page in found.items():
         assert any(place.endswith(".js") for place in page.loads)
+        assert "\\|" not in path.read_text(), "a | within code in a table: GitHub reads it, this site does not"
         for place in [*page.loads, *page.leads]:
             split = urlsplit(place)
             if place in page.leads and (split.scheme or split.netloc):

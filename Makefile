@@ -59,7 +59,7 @@ format: install
 
 # The documentation as a folder of pages, site/, that reads without a network; a link or a name that leads nowhere is an error.
 docs: install
-	$(VENV)/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # What is uploaded to a package index, in dist/: the sdist, and the wheel that is built from it.
 release: install

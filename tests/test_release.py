@@ -22,6 +22,7 @@ from ping_llm.config import Config, ModelConfig
 from ping_llm.model.checkpoint import save, save_config
 from ping_llm.model.gpt import GPT
 
+PRETRAINED = ROOT / "src" / "ping_llm" / "pretrained"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BUILT_FROM = (
     "pyproject.toml",
@@ -142,6 +143,22 @@ def test_the_wheel_alone_answers_a_query(installed, tmp_path):
     save(tmp_path / "run", 1, GPT(config).state_dict(), {}, {"val_loss": 1.0})
     command = [installed / "bin" / "ping-llm", "inference", "rtt", "--model", "run", "--src", "192.0.2.1"]
     done = run(*command, "--dst", "198.51.100.7", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["median_ms"] > 0, done.stderr
+
+
+@pytest.mark.skipif(not PRETRAINED.is_dir(), reason="no model is shipped")
+def test_the_model_of_the_wheel_answers_where_none_is_named(installed, tmp_path):
+    command = [
+        installed / "bin" / "ping-llm",
+        "inference",
+        "rtt",
+        "--src",
+        "192.0.2.1",
+        "--dst",
+        "198.51.100.7",
+        "--json",
+    ]
+    done = run(*command, cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout)["median_ms"] > 0, done.stderr
 
 

@@ -12,7 +12,7 @@ from ping_llm.inference.sources import CONFIG_KEY
 
 
 class PingGPTConfig(PreTrainedConfig):
-    """The shape of a `PingGPTForCausalLM`. All of it follows from the entry CONFIG_KEY, which holds the config of the run."""
+    """The shape of a `PingGPTForCausalLM`: all of it follows from the config of the run, which is the entry CONFIG_KEY."""
 
     model_type = "ping_gpt"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  as transformers writes it

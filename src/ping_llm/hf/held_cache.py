@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -21,12 +23,12 @@ class HeldCache(KVCache):
         self.past, self.layers = past, layers
         while len(past.layers) <= layers:
             past.layers.append(DynamicLayer())
-        held = past.layers[layers].get_seq_length()
-        if held != past.get_seq_length():
+        held = cast(DynamicLayer, past.layers[layers])
+        if held.get_seq_length() != past.get_seq_length():
             raise ValueError("past_key_values holds keys of another model; give a new DynamicCache")
-        if not held:
+        if not held.get_seq_length():
             return
-        self.tokens = past.layers[layers].keys[:, 0, :, 0]  # (B, S)
+        self.tokens = cast(Tensor, held.keys)[:, 0, :, 0]  # (B, S)
         self.valid = self.tokens >= 0
         if reads_fields:
             to_left = torch.argsort(~self.valid, dim=1, stable=True)

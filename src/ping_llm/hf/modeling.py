@@ -1,13 +1,13 @@
-"""Tokens in, what transformers expects of a model out: `GPT` itself, with the masks, caches and outputs that are usual there.
+"""Tokens in, what transformers expects of a model out: `GPT` itself, with the masks, caches and outputs usual there.
 
-Padding may stand anywhere: the real tokens of each row are read side by side, as GPT wants them, and what comes out goes back
-to their columns. Positions follow from that, so none are taken.
+Padding may stand anywhere: the real tokens of each row are read side by side, as GPT wants them, and what comes out goes
+back to their columns. Positions follow from that, so none are taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class PingGPTPreTrainedModel(PreTrainedModel):
     @property
     def graph(self) -> GPT:
         """The model that does the work."""
-        return self.base_model.gpt
+        return cast(PingGPTModel, self.base_model).gpt
 
     @torch.no_grad()
     @init.guard_torch_init_functions()
@@ -65,7 +65,7 @@ class PingGPTPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Another table of tokens."""
-        self.graph.embedding = value
+        self.graph.embedding = cast(nn.Embedding, value)
 
     def _read(
         self,
@@ -88,7 +88,9 @@ class PingGPTPreTrainedModel(PreTrainedModel):
         tokens, places = side_by_side(input_ids, attention_mask)
         most = self.config.max_position_embeddings
         if tokens.shape[1] > most:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the {most} that this model reads; give the latest")
+            raise ValueError(
+                f"{tokens.shape[1]} tokens are more than the {most} that this model reads; give the latest"
+            )
         cache = None if past is None else HeldCache(past, self.config.num_hidden_layers, self.graph.reads_fields)
         out = answer(tokens, cache, places)
         if cache is not None:

@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoModel": f"{MODELING}.PingGPTModel",
     "AutoModelForCausalLM": f"{MODELING}.PingGPTForCausalLM",
 }
+_HEAD = '"""The classes of this model are those of the installed package: pip install ping-llm[hf]"""'
 _FILES = {
     CONFIGURATION: "from ping_llm.hf.configuration import PingGPTConfig",
     MODELING: "from ping_llm.hf.modeling import PingGPTForCausalLM, PingGPTModel",
@@ -23,5 +24,4 @@ def write_remote_code(folder: str | os.PathLike[str]) -> None:
     """Two files of one import each, so that a folder and the package can never disagree."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, line in _FILES.items():
-        text = f'"""The classes of this model are those of ping-llm: pip install \'ping-llm[hf]\'."""\n\n{line}  # noqa: F401\n'
-        write_atomically(Path(folder) / f"{name}.py", text)
+        write_atomically(Path(folder) / f"{name}.py", f"{_HEAD}\n\n{line}  # noqa: F401\n")

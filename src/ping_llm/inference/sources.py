@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import ping_llm
 from ping_llm.config import Config, config_from_dict
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import CONFIG_NAME, MODEL_NAME, load_model
@@ -39,7 +38,7 @@ EXPORT_VERSION = 1
 NANOCHAT = "nanochat"
 """The `model_type` of exported folders whose weights are named as transformers' own architecture names them."""
 FILES = (CONFIG_NAME, MODEL_NAME, CALIBRATION_NAME, EXPORT_NAME)
-PRETRAINED = Path(ping_llm.__file__).parent / "pretrained"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 Source = str | os.PathLike[str] | None
 
@@ -91,7 +90,7 @@ def is_of_hub(source: Source) -> bool:
     """Whether a source is one of the hub; see `locate`."""
     if not isinstance(source, str) or not re.fullmatch(NAME_PATTERN, source):
         return False
-    return not Path(source).exists() and not Path(source).parts[0] in os.listdir()
+    return not Path(source).exists() and not Path(source).parent.is_dir()
 
 
 def is_export(folder: Path) -> bool:
@@ -114,6 +113,9 @@ def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
             found = f"{folder} is an export of format {version}"
             raise ValueError(f"{found}, this program reads {EXPORT_VERSION}; update ping-llm")
     config = config_from_dict(about["config"], str(folder / CONFIG_NAME))
+    config = replace(
+        config, data=replace(config.data, rows=folder / "rows")
+    )  # none: an export does not say where they are
     sha256 = file_sha256(folder / MODEL_NAME)
     if told and told.get("sha256") != sha256:
         raise ValueError(
@@ -121,7 +123,7 @@ def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
             f"delete {EXPORT_NAME} and {CALIBRATION_NAME}"
         )
     gpt = read_weights(folder, config, values.get("model_type") == NANOCHAT)
-    has_own = (folder / CALIBRATION_NAME).exists()  # else one of a run that the folder lies in would be found
+    has_own = (folder / CALIBRATION_NAME).exists()  # else that of a run which the folder lies in would be taken
     calibration = Calibration.load_for(folder, sha256) if has_own else Calibration()
     return Loaded(gpt.to(device).eval(), config, calibration, about.get("state", {}), folder, name)
 

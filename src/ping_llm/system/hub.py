@@ -77,7 +77,9 @@ def one_line_errors(what: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise ValueError(f"{what}: {at} did not answer as it should, and the model was not fetched before") from None
     except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise ValueError(f"{what}: the connection to {at} broke off ({_first_line(error)}); repeat the command") from None
+        raise ValueError(
+            f"{what}: the connection to {at} broke off ({_first_line(error)}); repeat the command"
+        ) from None
     except OSError as error:
         if error.filename:  # a full disk, a folder without permission
             raise

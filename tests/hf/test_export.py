@@ -90,6 +90,12 @@ def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(
 
     monkeypatch.setattr("ping_llm.training.calibration.calibrate", fit)
     run, rows = random_run(tmp_path), tmp_path / "rows"
+    rows.mkdir()
+    (rows / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="are not the rows that the run learned from"):
+        export(run, tmp_path / "out", rows=rows)
+    assert not asked
+    monkeypatch.setattr(export_module, "manifest_sha256", lambda folder: "ab" * 32)
     folder = export(run, tmp_path / "out", "bf16", rows=rows)
     ((weight, given),) = asked
     assert given == rows and torch.equal(weight, load(folder).gpt.embedding.weight)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ping_llm.config import config_to_dict
 from ping_llm.data import tokenization as tk
+from ping_llm.data.rows import manifest_sha256
 from ping_llm.hf.card import Weights, model_card
 from ping_llm.hf.configuration import PingGPTConfig
 from ping_llm.hf.modeling import PingGPTForCausalLM
@@ -32,6 +33,7 @@ from ping_llm.model.nanochat import is_plain, to_nanochat
 from ping_llm.system.files import file_sha256, sync, try_folder, write_atomically
 
 CARD_NAME = "README.md"
+MEASUREMENT_TOKENS = 47  # of one between IPv6 addresses with a time, at most
 TOLERANCE = 1e-4  # of logits, fp32
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,6 +61,8 @@ def export(
         raise ValueError(f"{to} is there already and not empty; name a new folder with --to")
     try_folder(to.absolute().parent)
     loaded = load(source)
+    if rows is not None and manifest_sha256(rows) != loaded.state.get("rows_sha256"):
+        raise ValueError(f"{rows} are not the rows that the run learned from: their val may hold what it has learned")
     aside = to.absolute().with_name(f"{to.absolute().name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -110,7 +114,9 @@ def as_transformers(loaded: Loaded, dtype: Dtype = "fp32") -> PreTrainedModel:
         weights = {f"model.gpt.{name}": weight for name, weight in weights.items()}
     model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=_DTYPES[dtype])
     end = tk.MEASUREMENT_START  # of the next one
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=config.pad_token_id, max_new_tokens=MEASUREMENT_TOKENS
+    )
     return model
 
 
@@ -182,11 +188,12 @@ def _tokenizer() -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars and hints of transformers."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

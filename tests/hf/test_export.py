@@ -121,6 +121,7 @@ def test_nothing_of_the_machine_gets_out(tmp_path):
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", MODEL_NAME, CALIBRATION_NAME, EXPORT_NAME, "README.md"} <= files
     for path in folder.iterdir():
+        assert path.stat().st_mode & 0o444 == 0o444, path
         assert SECRET.encode() not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes(), path
 
 
@@ -241,6 +242,16 @@ def test_a_damaged_export_is_one_line(tmp_path, damage, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         PingModel.load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_the_package_lies_beside_the_weights(tmp_path, monkeypatch):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer_config.json").write_text("{}")
+
+    asked = []
+    monkeypatch.setattr(export_module, "_tokenizer", lambda seq_len: asked.append(seq_len) or Tokenizer())
+    assert (export(random_run(tmp_path), tmp_path / "out") / "tokenizer_config.json").is_file() and asked == [128]
 
 
 def test_an_export_is_no_run(tmp_path):

@@ -77,8 +77,10 @@ def test_an_export_in_bf16_holds_the_rounded_weights_and_says_that_the_calibrati
     )
     assert found.calibration.model_sha256 == file_sha256(folder / MODEL_NAME) != was.calibration.model_sha256
     said = "The calibration was fitted to the fp32 weights that these are rounded from."
-    assert json.loads((folder / EXPORT_NAME).read_text())["calibration"] == said
-    assert said in (folder / "README.md").read_text()
+    for again in (folder, export(folder, tmp_path / "wide"), export(folder, tmp_path / "same", "bf16")):
+        assert json.loads((again / EXPORT_NAME).read_text())["calibration"] == said
+        assert said in (again / "README.md").read_text()
+    assert torch.equal(load(tmp_path / "wide").gpt.embedding.weight, found.gpt.embedding.weight)
 
 
 def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(tmp_path, monkeypatch):
@@ -102,9 +104,9 @@ def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(
     assert load(folder).calibration == Calibration(
         {"ipv4": {"all": 1.0}}, model_sha256=file_sha256(folder / MODEL_NAME)
     )
-    assert (
-        json.loads((folder / EXPORT_NAME).read_text())["calibration"] == "The calibration was fitted to these weights."
-    )
+    for fitted in (folder, export(folder, tmp_path / "again", "bf16"), export(run, tmp_path / "run")):
+        said = json.loads((fitted / EXPORT_NAME).read_text())["calibration"]
+        assert said == "The calibration was fitted to these weights."
 
 
 def test_a_run_without_a_calibration_becomes_an_export_without_one_wherever_that_lies(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Readable measurements in, token ids out, the way transformers does it; and back, without loss. What is written: text.py."""
+"""Readable measurements in, token ids out, the way transformers does it; and back, without loss. See text.py."""
 
 from __future__ import annotations
 

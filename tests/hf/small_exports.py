@@ -1,0 +1,45 @@
+"""Small models that learned nothing, as classes of transformers and as the folders that they are loaded from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ping_llm.config import Config, ModelConfig
+from ping_llm.hf.export import as_transformers, quiet
+from ping_llm.hf.tokenization import PingTokenizer
+from ping_llm.inference.calibration import Calibration
+from ping_llm.inference.sources import Loaded
+from ping_llm.model.gpt import GPT
+
+KINDS: dict[str, dict[str, Any]] = {"nanochat": {}, "own": {"field_aware": True, "prefix_rows": 64, "grammar": True}}
+"""A plain model becomes transformers' own architecture, one with switches our classes."""
+
+
+def small_gpt(**switches: Any) -> GPT:
+    """Of one block, the same in each call; every token has its chance after every other."""
+    fields = {"n_layer": 1, "n_embd": 32, "n_head": 2, "seq_len": 128} | switches
+    gpt = GPT(ModelConfig(**fields)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return gpt
+
+
+def small_model(gpt: GPT) -> PreTrainedModel:
+    """The same model, as transformers knows it."""
+    loaded = Loaded(gpt, Config(model=gpt.config), Calibration(), {}, Path(), "small")
+    with quiet():
+        return as_transformers(loaded).eval()
+
+
+def small_export(folder: Path, gpt: GPT) -> Path:
+    """A folder with the model and the tokenizer."""
+    with quiet():
+        small_model(gpt).save_pretrained(folder)
+    PingTokenizer(model_max_length=gpt.config.seq_len).save_pretrained(folder)
+    return folder

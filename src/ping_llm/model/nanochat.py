@@ -1,7 +1,8 @@
 """Weights of a plain model in, the same ones by the names of transformers' architecture `nanochat` out; and the other way.
 
 That architecture is this one without any of its switches but a tied head: squared ReLU, rotary positions before the norms of
-queries and keys, norms without weights, one of them right after the embedding, a softcap.
+queries and keys, norms without weights, one of them right after the embedding, a softcap. It turns heads the other way
+round, which the same head with its halves swapped does not notice: so the halves of queries and keys are swapped.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def to_nanochat(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
         named["lm_head.weight"] = weights["head.weight"][:VOCAB_SIZE]
     for layer in range(config.n_layer):
         own, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        qkv = weights[f"{own}.attention.qkv.weight"].split([config.n_embd, kv_rows, kv_rows])
-        named |= {f"{theirs}.self_attn.{part}.weight": rows for part, rows in zip(_PARTS, qkv, strict=True)}
+        q, k, v = weights[f"{own}.attention.qkv.weight"].split([config.n_embd, kv_rows, kv_rows])
+        parts = _swapped(q, config), _swapped(k, config), v
+        named |= {f"{theirs}.self_attn.{part}.weight": rows for part, rows in zip(_PARTS, parts, strict=True)}
         named |= {f"{theirs}.{new}.weight": weights[f"{own}.{old}.weight"] for old, new in _BLOCK.items()}
     return {name: weight.contiguous() for name, weight in named.items()}
 
@@ -57,10 +59,15 @@ def from_nanochat(named: Mapping[str, Tensor], config: ModelConfig, rows: int) -
         weights["head.weight"] = _padded(named["lm_head.weight"], rows)
     for layer in range(config.n_layer):
         own, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        qkv = torch.cat([named[f"{theirs}.self_attn.{part}.weight"] for part in _PARTS])
-        weights[f"{own}.attention.qkv.weight"] = qkv
+        q, k, v = (named[f"{theirs}.self_attn.{part}.weight"] for part in _PARTS)
+        weights[f"{own}.attention.qkv.weight"] = torch.cat([_swapped(q, config), _swapped(k, config), v])
         weights |= {f"{own}.{old}.weight": named[f"{theirs}.{new}.weight"] for old, new in _BLOCK.items()}
     return weights
+
+
+def _swapped(rows: Tensor, config: ModelConfig) -> Tensor:
+    """Rows of heads one after another, (heads · K, D), each head with its halves swapped."""
+    return rows.unflatten(0, (-1, 2, config.head_width // 2)).flip(1).flatten(0, 2)
 
 
 def _padded(table: Tensor, rows: int) -> Tensor:

@@ -70,9 +70,10 @@ def one_line_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         code = error.response.status_code
-        if code in (401, 403):
-            refused = "refused the token (HF_TOKEN, or that of hf auth login)" if code == 401 else "did not allow it"
-            raise ValueError(f"{what}: {at} {refused}: {_first_line(error)}") from None
+        if code == 401:
+            raise ValueError(f"{what}: {at} wants a valid token; set HF_TOKEN, or log in with hf auth login") from None
+        if code == 403:
+            raise ValueError(f"{what}: {at} does not allow it to this token: {_first_line(error)}") from None
         raise ValueError(f"{what}: {at} answered {code}: {_first_line(error)}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise ValueError(f"{what}: {at} did not answer as it should, and the model was not fetched before") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def small_gpt(**switches: Any) -> GPT:
 
 
 def small_model(gpt: GPT) -> PreTrainedModel:
-    """The same model, as transformers knows it."""
+    """A copy of the model, as transformers knows it."""
+    gpt = copy.deepcopy(gpt)
     loaded = Loaded(gpt, Config(model=gpt.config), Calibration(), {}, Path(), "small")
     with quiet():
         return as_transformers(loaded).eval()

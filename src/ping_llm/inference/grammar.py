@@ -26,7 +26,16 @@ _FIELD = np.zeros(tk.BYTE_0, dtype=np.int64)  # SRC, DST, RESULT or TIME of each
 _FIELD[_FIELD_ROLES] = [tk.SRC, tk.DST, tk.SRC, tk.DST, tk.TIME, tk.TIME, tk.TIME, tk.RESULT, tk.RESULT]
 _MAPPED = np.frombuffer(IPV4_MAPPED_PREFIX, np.uint8).astype(np.int64)
 _SHORTEST_DELTA4_S = tk.DELTA1_MAX_S + 1
-_OF_WINDOWS = ("role", "bytes_read", "value", "mapped", "seen", "clock", "least", "most")  # what a Grammar holds of each
+_OF_WINDOWS = (
+    "role",
+    "bytes_read",
+    "value",
+    "mapped",
+    "seen",
+    "clock",
+    "least",
+    "most",
+)  # what a Grammar holds of each
 
 
 class Grammar:

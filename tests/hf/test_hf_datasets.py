@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_row, write_rows
+from small_exports import small_export, small_gpt
 
 import ping_llm.hf.datasets as module
 from ping_llm.cli import main
@@ -68,9 +69,9 @@ def test_muted_tokens_are_read_and_are_no_targets(rows_folder, tmp_path):
 
 def test_the_command_takes_the_config_of_a_run_and_fills_as_many_windows_as_there_are_measurements(tmp_path, capsys):
     rows = write_rows(tmp_path, {"train": [make_row(100, seed=i, probe_id=i) for i in range(3)]})
-    (tmp_path / "run.toml").write_text("seed = 3\n[model]\nseq_len = 128\n[train]\nbatch_size = 8\n")
+    (tmp_path / "run.toml").write_text("seed = 3\n[model]\nseq_len = 256\n[train]\nbatch_size = 8\n")
     to = ["--to-dataset", str(tmp_path / "set")]
-    assert main(["rows", str(rows), *to, "--config", str(tmp_path / "run.toml"), "--seq-len", "256"]) == 0
+    assert main(["rows", str(rows), *to, "--config", str(tmp_path / "run.toml")]) == 0
     (count,) = [int(word) for word in capsys.readouterr().out.split() if word.isdigit()]
     tokens = pq.read_table(tmp_path / "set" / "data").column("input_ids").to_pylist()
     assert len(tokens) == count and max(map(len, tokens)) in range(240, 258)
@@ -91,6 +92,9 @@ def test_a_folder_that_is_there_rows_that_are_not_and_a_break_leave_nothing_half
     assert 'run "ping-llm prepare' in capsys.readouterr().err
     assert main(["rows", str(rows_folder), "--to-dataset", str(tmp_path / "set"), "--windows", "-1"]) == 1
     assert "--windows -1 must be a number of windows" in capsys.readouterr().err
+    both = ["--model", "a/b", "--config", "run.toml"]
+    assert main(["rows", str(rows_folder), "--to-dataset", str(tmp_path / "set"), *both]) == 1
+    assert "--model and --config both say how windows are drawn" in capsys.readouterr().err
 
     def breaks(*_):
         raise OSError("no space")

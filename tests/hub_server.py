@@ -47,6 +47,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.requests, self.lock = {}, [], threading.Lock()
+        self.down = False
         self.breaks = {}  # after so many bytes of a body, by the end of a path: of what is sent, or of a commit received
 
     @property
@@ -67,6 +68,9 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET
 
     def handle_one(self):
+        if self.server.down:
+            self.close_connection = True
+            return
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
         limit = self.broken_after(path)
@@ -106,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(403, message="You don't have the rights to create a model under this namespace")
         if name in self.server.repos:
             return self.fail(409, message="You already created this model repo", url=f"{self.server.url}/{name}")
-        self.server.repos[name] = Repo(bool(asked.get("private")))
+        self.server.repos[name] = Repo(asked.get("visibility") == "private")
         return self.answer({"url": f"{self.server.url}/{name}", "name": name})
 
     def validate(self, body, known):

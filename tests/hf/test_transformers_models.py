@@ -35,7 +35,7 @@ KINDS = {
     "coarse": {"field_aware": True, "grammar": True, "src_bits_ipv4": 24, "src_bits_ipv6": 48, "bigrams": True},
     "all": ALL | {"field_aware": True, "grammar": True},
 }
-END = tk.MEASUREMENT_START
+END, PAD = tk.MEASUREMENT_START, tk.THROUGHPUT_START
 
 
 def wrapped(**fields) -> PingGPTForCausalLM:
@@ -100,7 +100,7 @@ def test_a_model_of_ours_is_loaded_by_the_auto_classes(tmp_path, kind):
         assert torch.equal(states(given).last_hidden_state, rms_norm(gpt.states(given)))
     names = [name for name, _ in gpt.named_buffers()]
     assert names and all(torch.equal(answers.graph.get_buffer(name), gpt.get_buffer(name)) for name in names)
-    assert answers.generation_config.eos_token_id == END and answers.generation_config.pad_token_id == END
+    assert answers.generation_config.eos_token_id == END and answers.generation_config.pad_token_id == PAD
 
 
 @pytest.mark.slow  # starts a process that imports transformers
@@ -181,7 +181,7 @@ def test_generating_with_a_cache_gives_what_it_gives_without(model, beams):
     given, mask = tokens(3, 16), torch.ones(3, 16, dtype=torch.long)
     mask[0, :5], mask[1, 7] = 0, 0
     options = {"attention_mask": mask, "max_new_tokens": 24, "num_beams": beams, "do_sample": False}
-    options |= {"pad_token_id": END, "eos_token_id": None}
+    options |= {"pad_token_id": PAD, "eos_token_id": None}
     cached, anew = (model.generate(given, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, anew) and cached.shape == (3, 40)
     if beams == 1:
@@ -206,7 +206,7 @@ def test_a_cache_that_is_cut_repeated_and_selected_goes_on_as_if_it_had_read_tha
 
 def test_a_generated_measurement_ends_where_the_next_one_begins():
     model = wrapped(field_aware=True, grammar=True)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = END
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, PAD
     given = torch.tensor([[tk.MEASUREMENT_START]])
     for seed in range(5):
         torch.manual_seed(seed)

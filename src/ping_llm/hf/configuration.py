@@ -27,7 +27,7 @@ class PingGPTConfig(PreTrainedConfig):
     use_cache: bool = True
     bos_token_id: int | None = tk.MEASUREMENT_START
     eos_token_id: int | None = tk.MEASUREMENT_START
-    pad_token_id: int | None = tk.MEASUREMENT_START
+    pad_token_id: int | None = tk.THROUGHPUT_START  # no measurement holds it
     tie_word_embeddings: bool = False  # a tied head is one matrix in GPT, not two
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -110,7 +110,7 @@ def as_transformers(loaded: Loaded, dtype: Dtype = "fp32") -> PreTrainedModel:
         weights = {f"model.gpt.{name}": weight for name, weight in weights.items()}
     model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=_DTYPES[dtype])
     end = tk.MEASUREMENT_START  # of the next one
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=config.pad_token_id)
     return model
 
 
@@ -130,7 +130,7 @@ def _nanochat_config(loaded: Loaded) -> NanoChatConfig:
         tie_word_embeddings=shape.tied_head,
         bos_token_id=tk.MEASUREMENT_START,
         eos_token_id=tk.MEASUREMENT_START,
-        pad_token_id=None,  # its row of the embedding would not learn
+        pad_token_id=tk.THROUGHPUT_START,  # no measurement holds it, and its row of the embedding does not learn
     )
     setattr(config, CONFIG_KEY, _about(loaded))
     return config

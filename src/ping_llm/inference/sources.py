@@ -108,6 +108,8 @@ def name_of(source: Source) -> str:
 def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
     values = _read_json(folder / CONFIG_NAME)
     about, told = values[CONFIG_KEY], _read_json(folder / EXPORT_NAME) if (folder / EXPORT_NAME).is_file() else {}
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged; export or download it again")
     for version in (about.get("format_version"), told.get("format_version", EXPORT_VERSION)):
         if not isinstance(version, int) or version > EXPORT_VERSION:
             found = f"{folder} is an export of format {version}"
@@ -159,5 +161,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged; restore it, or export or download it again")
+        raise ValueError(f"{path} is damaged; export or download it again")
     return values

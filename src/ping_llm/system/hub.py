@@ -21,12 +21,18 @@ def download(name: str, files: Sequence[str], proof: str) -> Path:
     Only a model that has the file `proof` is fetched. Without a connection it is what was fetched before.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
     with one_line_errors(f"{name} is no folder here, and cannot be loaded from the hub"):
         try:
-            found = Path(hf_hub_download(repo, proof, revision=revision or None))
+            try:
+                found = Path(hf_hub_download(repo, proof, revision=revision or None))
+            except HTTPError as error:
+                if isinstance(error, HfHubHTTPError):
+                    raise
+                # The connection broke, which the client does not take for none.
+                found = Path(hf_hub_download(repo, proof, revision=revision or None, local_files_only=True))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:

@@ -1,4 +1,4 @@
-"""Small models that learned nothing, as classes of transformers and as the folders that they are loaded from."""
+"""Models that learned nothing, as classes of transformers and as the folders with a tokenizer that they are loaded from."""
 
 from __future__ import annotations
 
@@ -6,35 +6,29 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
+from exports import TINY, random_gpt
 from transformers import PreTrainedModel
 
-from ping_llm.config import Config, ModelConfig
+from ping_llm.config import Config, LossConfig, ModelConfig
 from ping_llm.hf.export import as_transformers, quiet
 from ping_llm.hf.tokenization import PingTokenizer
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.sources import Loaded
 from ping_llm.model.gpt import GPT
 
-KINDS: dict[str, dict[str, Any]] = {"nanochat": {}, "own": {"field_aware": True, "prefix_rows": 64, "grammar": True}}
+KINDS: dict[str, dict[str, Any]] = {"nanochat": {}, "own": {"field_aware": True, "grammar": True}}
 """A plain model becomes transformers' own architecture, one with switches our classes."""
 
 
 def small_gpt(**switches: Any) -> GPT:
-    """Of one block, the same in each call; every token has its chance after every other."""
-    fields = {"n_layer": 1, "n_embd": 32, "n_head": 2, "seq_len": 128} | switches
-    gpt = GPT(ModelConfig(**fields)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    return gpt
+    """The same in each call; every token has its chance after every other."""
+    return random_gpt(ModelConfig(**TINY | switches))
 
 
-def small_model(gpt: GPT) -> PreTrainedModel:
+def small_model(gpt: GPT, loss: LossConfig | None = None) -> PreTrainedModel:
     """A copy of the model, as transformers knows it."""
     gpt = copy.deepcopy(gpt)
-    loaded = Loaded(gpt, Config(model=gpt.config), Calibration(), {}, Path(), "small")
+    loaded = Loaded(gpt, Config(model=gpt.config, loss=loss or LossConfig()), Calibration(), {}, Path(), "small")
     with quiet():
         return as_transformers(loaded).eval()
 

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_row, write_rows
-from small_exports import small_export, small_gpt
 
 import ping_llm.hf.datasets as module
 from ping_llm.cli import main

@@ -190,6 +190,7 @@ def test_a_pipeline_completes_measurements_one_by_one_and_in_batches(kind, tmp_p
     assert [texts[0]["generated_text"] for texts in together] == alone[:3]
 
 
+@pytest.mark.slow
 def test_tokenizer_and_pipeline_of_a_folder_work_in_a_fresh_offline_process(tmp_path):
     folder = small_export(tmp_path / "model", small_gpt(**KINDS["own"]))
     script = f"""

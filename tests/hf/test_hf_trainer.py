@@ -21,7 +21,7 @@ from ping_llm.training.objective import Objective
 
 WEIGHTS = LossConfig(structure=0.5, src=0.0, dst=0.25, time=2.0, rtt=3.0)
 BATCH, TOKENS = 8, 129
-KINDS = KINDS | {"coarse": {"field_aware": True, "prefix_rows": 64, "src_bits_ipv4": 24, "src_bits_ipv6": 48}}
+KINDS = KINDS | {"coarse": {"field_aware": True, "src_bits_ipv4": 24, "src_bits_ipv6": 48}}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def own_step(gpt, windows, loss: LossConfig, rate: float):
 def test_a_step_of_trainer_is_a_step_of_ours(kind, loss, windows, tmp_path):
     gpt = small_gpt(**KINDS[kind])
     own_loss, own_after = own_step(gpt, windows, loss, 0.5)
-    model = small_model(gpt)
-    if loss != LossConfig():
-        model.loss_function = FieldLoss(loss)
+    model = small_model(gpt, loss)
+    if loss != LossConfig():  # else that of transformers
+        model.loss_function = FieldLoss.for_model(model)
     trainer = trained(model, windows, tmp_path)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(own_loss, rel=1e-5)
     expected = small_model(own_after).state_dict()
@@ -110,6 +110,23 @@ def test_an_evaluation_is_the_loss_of_ours(windows, tmp_path):
             model.loss_function = FieldLoss(loss)
         trainer = trained(model, windows, tmp_path, learning_rate=0.0, per_device_eval_batch_size=BATCH)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weighted_step_in_several_batches_is_nearly_the_same(windows, tmp_path):
+    gpt = small_gpt()
+    own_loss, _ = own_step(gpt, windows, WEIGHTS, 0.5)
+    model = small_model(gpt, WEIGHTS)
+    model.loss_function = FieldLoss.for_model(model)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    loss = trained(model, windows, tmp_path, **options).state.log_history[0]["loss"]
+    assert loss == pytest.approx(own_loss, rel=0.02)
+
+
+def test_a_model_that_is_no_export_has_no_loss_of_a_run():
+    model = small_model(small_gpt())
+    model.config.ping_llm = None
+    with pytest.raises(ValueError, match="it is none of ping-llm export"):
+        FieldLoss.for_model(model)
 
 
 def test_batches_by_hand():

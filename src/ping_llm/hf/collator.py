@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ping_llm.config import LossConfig
+from ping_llm.config import LossConfig, config_from_dict
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, PADDING, THROUGHPUT_START
 from ping_llm.hf.datasets import IGNORED
+from ping_llm.inference.sources import CONFIG_KEY
 from ping_llm.model.fields import WHOLE, coarse
 from ping_llm.model.loss import field_losses, field_weights, smoothing_cost, token_fields
 
@@ -58,7 +59,7 @@ class PingDataCollator:
 class FieldLoss:
     """The loss of `ping-llm train` as the `loss_function` of a model: fields weigh as [loss] of a config says.
 
-    `model.loss_function = FieldLoss(config.loss)`. Where a step is worked through in several batches, or by several
+    `model.loss_function = FieldLoss.for_model(model)`. Where a step is worked through in several batches, or by several
     processes, targets count as much as each batch has of them, and its own mean weight: only where this differs from batch
     to batch, the loss is not quite that of one large batch.
     """
@@ -66,6 +67,14 @@ class FieldLoss:
     def __init__(self, config: LossConfig) -> None:
         self.config, self.weights = config, field_weights(config)
         self.role_fields, self.byte_fields = torch.as_tensor(FIELD_OF_ROLE), torch.as_tensor(FIELD_OF_BYTES_AFTER)
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel) -> FieldLoss:
+        """That of the run which an exported model is of; ValueError if the model is not an exported one."""
+        about = getattr(model.config, CONFIG_KEY, None)
+        if not about:
+            raise ValueError(f"the config of this model has no {CONFIG_KEY!r}: it is none of ping-llm export")
+        return cls(config_from_dict(about["config"], f"{CONFIG_KEY} of config.json").loss)
 
     def __call__(
         self,

@@ -40,6 +40,8 @@ def test_window_i_is_window_i_of_a_run_and_validation_is_what_a_run_is_evaluated
     assert write_dataset(rows_folder, tmp_path / "set", config, windows=44) == {"train": 44, "validation": 5}
     names = sorted(path.name for path in (tmp_path / "set" / "data").iterdir())
     assert names == [*(f"train-0000{i}-of-00003.parquet" for i in range(3)), "validation-00000-of-00001.parquet"]
+    files = [pq.ParquetFile(tmp_path / "set" / "data" / name).metadata for name in names]
+    assert [file.num_rows for file in files] == [16, 16, 12, 5] and files[0].num_row_groups == 2
     read = load(tmp_path / "set", tmp_path)
     assert {split: part.num_rows for split, part in read.items()} == {"train": 44, "validation": 5}
     assert read["train"].column_names == ["input_ids"]

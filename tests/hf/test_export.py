@@ -77,8 +77,10 @@ def test_an_export_in_bf16_holds_the_rounded_weights_and_says_that_the_calibrati
     )
     assert found.calibration.model_sha256 == file_sha256(folder / MODEL_NAME) != was.calibration.model_sha256
     said = "The calibration was fitted to the fp32 weights that these are rounded from."
-    assert json.loads((folder / EXPORT_NAME).read_text())["calibration"] == said
-    assert said in (folder / "README.md").read_text()
+    for again in (folder, export(folder, tmp_path / "wide"), export(folder, tmp_path / "same", "bf16")):
+        assert json.loads((again / EXPORT_NAME).read_text())["calibration"] == said
+        assert said in (again / "README.md").read_text()
+    assert torch.equal(load(tmp_path / "wide").gpt.embedding.weight, found.gpt.embedding.weight)
 
 
 def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(tmp_path, monkeypatch):
@@ -90,15 +92,21 @@ def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(
 
     monkeypatch.setattr("ping_llm.training.calibration.calibrate", fit)
     run, rows = random_run(tmp_path), tmp_path / "rows"
+    rows.mkdir()
+    (rows / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="are not the rows that the run learned from"):
+        export(run, tmp_path / "out", rows=rows)
+    assert not asked
+    monkeypatch.setattr(export_module, "manifest_sha256", lambda folder: "ab" * 32)
     folder = export(run, tmp_path / "out", "bf16", rows=rows)
     ((weight, given),) = asked
     assert given == rows and torch.equal(weight, load(folder).gpt.embedding.weight)
     assert load(folder).calibration == Calibration(
         {"ipv4": {"all": 1.0}}, model_sha256=file_sha256(folder / MODEL_NAME)
     )
-    assert (
-        json.loads((folder / EXPORT_NAME).read_text())["calibration"] == "The calibration was fitted to these weights."
-    )
+    for fitted in (folder, export(folder, tmp_path / "again", "bf16"), export(run, tmp_path / "run")):
+        said = json.loads((fitted / EXPORT_NAME).read_text())["calibration"]
+        assert said == "The calibration was fitted to these weights."
 
 
 def test_a_run_without_a_calibration_becomes_an_export_without_one_wherever_that_lies(tmp_path, caplog):
@@ -115,6 +123,7 @@ def test_nothing_of_the_machine_gets_out(tmp_path):
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", MODEL_NAME, CALIBRATION_NAME, EXPORT_NAME, "README.md"} <= files
     for path in folder.iterdir():
+        assert path.stat().st_mode & 0o444 == 0o444, path
         assert SECRET.encode() not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes(), path
 
 
@@ -235,6 +244,16 @@ def test_a_damaged_export_is_one_line(tmp_path, damage, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         PingModel.load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_the_package_lies_beside_the_weights(tmp_path, monkeypatch):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer_config.json").write_text("{}")
+
+    asked = []
+    monkeypatch.setattr(export_module, "_tokenizer", lambda seq_len: asked.append(seq_len) or Tokenizer())
+    assert (export(random_run(tmp_path), tmp_path / "out") / "tokenizer_config.json").is_file() and asked == [128]
 
 
 def test_an_export_is_no_run(tmp_path):

@@ -262,6 +262,16 @@ def test_what_has_no_place_is_refused_in_one_line(given, said):
         wrapped()(**{"input_ids": torch.zeros(1, 2, dtype=torch.long)} | given)
 
 
+def test_generation_ends_with_one_line_where_the_model_reads_no_further_and_padding_does_not_count():
+    model = wrapped(field_aware=True)
+    given, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    options = {"do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    with pytest.raises(ValueError, match="65 tokens are more than the 64 that this model reads"):
+        model.generate(given, attention_mask=mask, max_new_tokens=6, **options)  # the last one is not read
+    mask[:, :20] = 0
+    assert model.generate(given, attention_mask=mask, max_new_tokens=20, **options).shape == (2, 80)
+
+
 def test_a_cache_of_another_kind_or_of_another_model_is_refused():
     model, given = wrapped(), torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="takes a DynamicCache"):

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ping_llm.config import config_to_dict
 from ping_llm.data import tokenization as tk
+from ping_llm.data.rows import manifest_sha256
 from ping_llm.hf.card import Weights, model_card
 from ping_llm.hf.configuration import PingGPTConfig
 from ping_llm.hf.modeling import PingGPTForCausalLM
@@ -32,7 +33,11 @@ from ping_llm.model.nanochat import is_plain, to_nanochat
 from ping_llm.system.files import file_sha256, sync, try_folder, write_atomically
 
 CARD_NAME = "README.md"
+MEASUREMENT_TOKENS = 47  # of one between IPv6 addresses with a time, at most
 TOLERANCE = 1e-4  # of logits, fp32
+FITTED = "The calibration was fitted to these weights."
+ROUNDED = "The calibration was fitted to the fp32 weights that these are rounded from."
+NOT_CALIBRATED = "There is no calibration: prefix lengths are not weighed and p-values not calibrated."
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ONE_FILE = "1000TB"  # weights are never dealt to several files: PingModel reads one
@@ -59,6 +64,8 @@ def export(
         raise ValueError(f"{to} is there already and not empty; name a new folder with --to")
     try_folder(to.absolute().parent)
     loaded = load(source)
+    if rows is not None and manifest_sha256(rows) != loaded.state.get("rows_sha256"):
+        raise ValueError(f"{rows} are not the rows that the run learned from: their val may hold what it has learned")
     aside = to.absolute().with_name(f"{to.absolute().name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -86,14 +93,15 @@ def _write(
     (folder / MODEL_NAME).chmod(0o644)  # as the other files: the format's library keeps it from other users
     nanochat = isinstance(model, NanoChatForCausalLM)
     kept = read_weights(folder, loaded.config, nanochat).eval()
-    _check(loaded.gpt, kept, type(model).from_pretrained(folder, dtype=torch.float32), exact=dtype == "fp32")
-    calibration, said = _calibration(loaded, kept, dtype, rows)
+    same = _check(loaded.gpt, kept, type(model).from_pretrained(folder, dtype=torch.float32))
+    assert same or dtype != "fp32", "the weights that were written are not those of the run"
+    calibration, said = _calibration(loaded, kept, same, rows)
     sha256 = file_sha256(folder / MODEL_NAME)
     if calibration != Calibration():
         dataclasses.replace(calibration, model_sha256=sha256).save(folder)
     about = {"format_version": EXPORT_VERSION, "sha256": sha256, "dtype": dtype, "calibration": said}
     write_atomically(folder / EXPORT_NAME, json.dumps(about, indent=1) + "\n")
-    if (tokenizer := _tokenizer()) is not None:
+    if (tokenizer := _tokenizer(loaded.config.model.seq_len)) is not None:
         tokenizer.save_pretrained(folder)
     told = dataclasses.replace(loaded, calibration=calibration)
     write_atomically(folder / CARD_NAME, model_card(told, Weights(dtype, said, nanochat), address, results, licence))
@@ -110,7 +118,9 @@ def as_transformers(loaded: Loaded, dtype: Dtype = "fp32") -> PreTrainedModel:
         weights = {f"model.gpt.{name}": weight for name, weight in weights.items()}
     model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=_DTYPES[dtype])
     end = tk.MEASUREMENT_START  # of the next one
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=config.pad_token_id, max_new_tokens=MEASUREMENT_TOKENS
+    )
     return model
 
 
@@ -145,48 +155,45 @@ def _about(loaded: Loaded) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _check(gpt: GPT, kept: GPT, model: PreTrainedModel, exact: bool) -> None:
-    """That what was written is the model: AssertionError otherwise, for nobody could have caused it."""
+def _check(gpt: GPT, kept: GPT, model: PreTrainedModel) -> bool:
+    """Whether what was written answers to the bit as the model does; AssertionError if it is another to transformers."""
     tokens = torch.randint(0, tk.VOCAB_SIZE, _TRIED, generator=torch.Generator().manual_seed(0))
     wanted, found = kept(tokens), model.eval()(tokens).logits
     apart = (wanted - found).abs().max().item()
     assert apart <= TOLERANCE, f"transformers answers with logits that are {apart:.2g} away"
-    if exact:
-        assert torch.equal(gpt.cpu()(tokens), wanted), "the weights that were written are not those of the run"
+    return torch.equal(gpt(tokens), wanted)
 
 
-def _calibration(loaded: Loaded, kept: GPT, dtype: Dtype, rows: Path | None) -> tuple[Calibration, str]:
-    """The calibration of an export, and what it says of it."""
+def _calibration(loaded: Loaded, kept: GPT, same: bool, rows: Path | None) -> tuple[Calibration, str]:
+    """The calibration of an export whose weights are the `same` or rounded, and what it says of it."""
     if rows is not None:
         from ping_llm.training.calibration import calibrate
 
         config = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, rows=rows))
-        return calibrate(kept, config, torch.device("cpu")), "The calibration was fitted to these weights."
+        return calibrate(kept, config, torch.device("cpu")), FITTED
     if loaded.calibration == Calibration():
-        return (
-            loaded.calibration,
-            "There is no calibration: prefix lengths are not weighed and p-values not calibrated.",
-        )
-    if dtype == "fp32":
-        return loaded.calibration, "The calibration was fitted to these weights."
-    return loaded.calibration, "The calibration was fitted to the fp32 weights that these are rounded from."
+        return loaded.calibration, NOT_CALIBRATED
+    told = loaded.folder / EXPORT_NAME  # of an export that is exported again
+    before = json.loads(told.read_bytes())["calibration"] if told.is_file() else FITTED
+    return loaded.calibration, before if same else ROUNDED
 
 
-def _tokenizer() -> Any:
+def _tokenizer(seq_len: int) -> Any:
     """Ours, if this version of the package has one."""
     if importlib.util.find_spec("ping_llm.hf.tokenization") is None:
         return None
-    return importlib.import_module("ping_llm.hf.tokenization").PingTokenizer()
+    return importlib.import_module("ping_llm.hf.tokenization").PingTokenizer(model_max_length=seq_len)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars and hints of transformers."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -86,16 +86,23 @@ class PingGPTPreTrainedModel(PreTrainedModel):
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
         tokens, places = side_by_side(input_ids, attention_mask)
-        most = self.config.max_position_embeddings
-        if tokens.shape[1] > most:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens are more than the {most} that this model reads; give the latest"
-            )
         cache = None if past is None else HeldCache(past, self.config.num_hidden_layers, self.graph.reads_fields)
+        self._check_length(tokens, cache)
         out = answer(tokens, cache, places)
         if cache is not None:
             cache.keep(tokens)
         return out, past
+
+    def _check_length(self, tokens: Tensor, cache: HeldCache | None) -> None:
+        """ValueError if a row has more tokens, with those held, than positions are known for; padding does not count."""
+        held, most = 0 if cache is None else cache.size, self.config.max_position_embeddings
+        if held + tokens.shape[1] <= most:
+            return
+        count = (tokens >= 0).sum(dim=1)
+        if cache is not None and held:
+            count = count + cache.lengths()
+        if (longest := max(int(count.max()), tokens.shape[1])) > most:
+            raise ValueError(f"{longest} tokens are more than the {most} that this model reads; give the latest")
 
 
 class PingGPTModel(PingGPTPreTrainedModel):

@@ -90,7 +90,7 @@ def is_of_hub(source: Source) -> bool:
     """Whether a source is one of the hub; see `locate`."""
     if not isinstance(source, str) or not re.fullmatch(NAME_PATTERN, source):
         return False
-    return not Path(source).exists() and not Path(source).parent.is_dir()
+    return not Path(source).exists() and not Path(Path(source).parts[0]).is_dir()
 
 
 def is_export(folder: Path) -> bool:
@@ -109,7 +109,7 @@ def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
     values = _read_json(folder / CONFIG_NAME)
     about, told = values[CONFIG_KEY], _read_json(folder / EXPORT_NAME) if (folder / EXPORT_NAME).is_file() else {}
     if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged; export or download it again")
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged; restore it, or export or download it again")
     for version in (about.get("format_version"), told.get("format_version", EXPORT_VERSION)):
         if not isinstance(version, int) or version > EXPORT_VERSION:
             found = f"{folder} is an export of format {version}"
@@ -161,5 +161,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged; export or download it again")
+        raise ValueError(f"{path} is damaged; restore it, or export or download it again")
     return values

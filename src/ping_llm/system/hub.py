@@ -58,14 +58,11 @@ def one_line_errors(what: str) -> Iterator[None]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars, logging
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    logging.set_verbosity_error()  # each try again would be a line
     at = f"the hub at {constants.ENDPOINT}"
     try:
-        yield
+        with _quiet():
+            yield
     except RevisionNotFoundError:
         raise ValueError(f"{what}: it has no such revision") from None
     except RepositoryNotFoundError:
@@ -91,6 +88,28 @@ def one_line_errors(what: str) -> Iterator[None]:
         if error.filename:  # a full disk, a folder without permission
             raise
         raise ValueError(f"{what}: {_first_line(error)}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line of the client for each try, and without bars where there is no terminal."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    level, hide = logging.get_verbosity(), not sys.stderr.isatty() and not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if hide:
+            enable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 from ping_llm.hf.cli import export
+from ping_llm.hf.rows_cli import rows
 from ping_llm.serve.cli import serve
 from ping_llm.system.exits import exit_code
 from ping_llm.system.files import cache_folder, try_file, try_folder
@@ -360,11 +361,12 @@ def launch(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm launch")
 
 
-_MODELS = (train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve, export)
+_MODELS = (train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve, export, rows)
 _ALL = (Synth, Fetch, Prepare, Inspect, *_MODELS)
 _COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
 _PARSE_THEMSELVES = (train, eval, launch, inference)
-_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval, export)  # what they print is no answer
+# What they print is no answer.
+_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval, export, rows)
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:

@@ -204,7 +204,9 @@ def one_line(errors: Sequence[Mapping[str, Any]], route: str) -> str:
     fields = list(BODIES[route].model_fields) if route in BODIES else []
     error = errors[0]
     place = [
-        str(part + 1) if isinstance(part, int) else part for part in error["loc"] if part not in ("body", "query", *_EITHER)
+        str(part + 1) if isinstance(part, int) else part
+        for part in error["loc"]
+        if part not in ("body", "query", *_EITHER)
     ]
     kind, name = error["type"], " ".join(place)
     if kind == "json_invalid":

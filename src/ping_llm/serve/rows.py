@@ -23,6 +23,7 @@ MOST_LISTED = 64  # rows of a part
 MOST_TOLD = 10  # anomalies of a stretch
 BEFORE = 3 * HISTORY  # measurements read before a stretch: a row may be of several sources
 EXAMPLE_CONTEXT, EXAMPLE_DESTINATIONS = 6, 3
+_BETWEEN = 0.3, 0.7  # of the destinations by RTT: an axis that has room for the nearest shows little of the others
 # Without rows: root servers, which most pings of RIPE Atlas go to, from a network in Amsterdam. The RTTs are made up.
 NO_ROWS_EXAMPLE: dict[str, Any] = {
     "src": "193.0.6.139",
@@ -71,8 +72,8 @@ class RowsFolder:
             return self._reader(part)[row]
 
     def example(self) -> dict[str, Any]:
-        """A query: a source of a held-out part, if there is one, and some of its pings as context of others."""
-        part = next((part for part in self.parts if part.startswith("val")), next(iter(self.parts)))
+        """A query: an unfamiliar source of val, if there is one, and some of its pings as context of others."""
+        part = min(self.parts, key=_as_example)
         busiest = self.listed(part)["rows"][0]["row"]
         return example_of(self.row(part, busiest))
 
@@ -82,6 +83,11 @@ class RowsFolder:
         if part not in self._readers:
             self._readers[part] = RowReader(self._folder, part)
         return self._readers[part]
+
+
+def _as_example(part: str) -> int:
+    """Which parts are looked into first: sources of val that train does not have."""
+    return 0 if part == "val-s3" else 1 if part.startswith("val") else 2
 
 
 def anomalies(model: PingModel, row: ProbeRow, first: int, count: int, at: float) -> dict[str, Any]:
@@ -113,13 +119,17 @@ def context_of(row: ProbeRow, places: slice | np.ndarray) -> Context:
 
 
 def example_of(row: ProbeRow) -> dict[str, Any]:
-    """A query of the busiest source of a row, after its last ping: destinations near, between and far, and as context the
-    last pings to others."""
+    """A query of the busiest source of a row, after its last ping: some destinations, and as context the last
+    pings to others."""
     source = np.bincount(row.src).argmax()
     own = np.flatnonzero(row.src == source)
-    rtt_ms = {int(dst): np.median(row.rtt_ms[own[row.dst[own] == dst]]) for dst in np.unique(row.dst[own])}
+    answered = own[row.rtt_ms[own] >= 0] if (row.rtt_ms[own] >= 0).any() else own
+    rtt_ms = {
+        int(dst): np.median(row.rtt_ms[answered][row.dst[answered] == dst]) for dst in np.unique(row.dst[answered])
+    }
     by_rtt = sorted(rtt_ms, key=lambda dst: rtt_ms[dst])
-    chosen = sorted({by_rtt[place] for place in np.linspace(0, len(by_rtt) - 1, EXAMPLE_DESTINATIONS).astype(int)})
+    places = np.linspace(*_BETWEEN, EXAMPLE_DESTINATIONS) * (len(by_rtt) - 1)
+    chosen = sorted({by_rtt[int(place)] for place in places})
     others = own[~np.isin(row.dst[own], chosen)]
     latest = others[len(others) - 1 - np.unique(row.dst[others][::-1], return_index=True)[1]]  # one a destination
     context = as_rows(context_of(row, np.sort(latest)[-EXAMPLE_CONTEXT:]))

@@ -119,21 +119,21 @@ export class Latest {
     this.status = status;
   }
 
-  /** Runs `task(signal)`; true if it ended well, and was not cancelled. What is wrong is said in the status. */
+  /** Runs `task(signal)`: ended, failed (the status says why) or cancelled, by a newer one or by `cancel`. */
   async run(what, task) {
     this.controller?.abort();
     const { signal } = (this.controller = new AbortController());
     this.status.begin(what);
     try {
       const said = await task(signal);
-      if (signal.aborted) return false;
+      if (signal.aborted) return "cancelled";
       this.status.end(said ?? what);
-      return true;
+      return "ended";
     } catch (error) {
-      if (signal.aborted || error.name === "AbortError") return false;
+      if (signal.aborted || error.name === "AbortError") return "cancelled";
       if (!(error instanceof ServiceError)) console.error(error);
       this.status.fail(error);
-      return false;
+      return "failed";
     }
   }
 

@@ -20,7 +20,7 @@ export class ContextTable {
     });
     byId("context-paste").addEventListener("click", () => this.#togglePaste());
     byId("paste-add").addEventListener("click", async () => {
-      if (await this.read(byId("paste-text").value, "what was pasted")) {
+      if ((await this.read(byId("paste-text").value, "what was pasted")) === "ended") {
         byId("paste-text").value = "";
         this.#togglePaste(false);
       }

@@ -69,7 +69,7 @@ export class SpaceMap {
   #load() {
     this.#paint(true);
     this.#mark();
-    if (!this.situation) return Promise.resolve(false);
+    if (!this.situation) return Promise.resolve("cancelled");
     return this.latest.run(`Computing ${this.within}`, (signal) => this.#pieces(signal));
   }
 

@@ -40,9 +40,9 @@ async function askAll() {
   const going = distributions.run(`Computing ${several(dst.length, "distribution")}`, (signal) => askRtt(situation, dst, signal));
   ranking.cancel();
   map.cancel();
-  if (!(await going)) return;
-  await ranking.run("Ranking", (signal) => askRanking(situation, dst, signal));
-  if (!ranking.controller.signal.aborted) await map.ask(situation, dst);
+  if ((await going) !== "ended") return;
+  const ranked = await ranking.run("Ranking", (signal) => askRanking(situation, dst, signal));
+  if (ranked !== "cancelled") await map.ask(situation, dst);
 }
 
 async function askRtt(situation, dst, signal) {

@@ -36,7 +36,7 @@ export function steps(from, to, most) {
 export const tickText = (tick) => (tick >= 1000 ? tick.toLocaleString("en") : String(tick));
 
 const MINUTE = 60;
-const SPANS = [MINUTE, 5 * MINUTE, 15 * MINUTE, 30 * MINUTE, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 2 * 86400];
+const SPANS = [MINUTE, 5 * MINUTE, 15 * MINUTE, 30 * MINUTE, 3600, 2 * 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 2 * 86400];
 SPANS.push(7 * 86400, 14 * 86400, 30 * 86400, 91 * 86400, 365 * 86400);
 
 /** At most `most` round times from `from` to `to`, all in seconds, and what each is called. */

@@ -91,7 +91,7 @@ def _as_example(part: str) -> int:
 
 
 def anomalies(model: PingModel, row: ProbeRow, first: int, count: int, at: float) -> dict[str, Any]:
-    """Times, RTTs and p-values of `count` measurements of a row from `first` on, and which of them are anomalies.
+    """Times, RTTs, p-values and PITs of `count` measurements of a row from `first` on, and which of them are anomalies.
 
     They are scored as by `PingModel.score` of them and of the BEFORE measurements before them. Told are the most
     surprising anomalies, at most MOST_TOLD, with what was expected.
@@ -108,6 +108,7 @@ def anomalies(model: PingModel, row: ProbeRow, first: int, count: int, at: float
         "time_s": row.times(slice(first, first + count)).tolist(),
         "rtt": table.column("rtt").to_pylist()[first - begin :],
         "p_value": p_value[first - begin :].tolist(),
+        "pit": scored.column("pit").to_pylist()[first - begin :],
         "anomalies": records(told),
     }
 

@@ -86,7 +86,7 @@ function list() {
 }
 
 function line(one) {
-  const kind = kindOf(one.rtt, one);
+  const kind = kindOf(one.rtt, one.pit);
   const query = new URLSearchParams({ src: one.src_addr, dst: one.dst_addr, at: one.event_time });
   return el(
     "tr",

@@ -5,7 +5,7 @@ const THIN = "\u202f";
 /** Four digits of a number of ms. */
 export function ms(value) {
   if (value == null) return "–";
-  return value >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(value < 0.1 ? 2 : 4);
+  return value >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(4);
 }
 
 /** From one number of ms to another. */
@@ -16,7 +16,7 @@ export function percent(p) {
   const of = 100 * p;
   if (of > 0 && of < 0.01) return `<${THIN}0.01${THIN}%`;
   if (of > 99.99 && of < 100) return `>${THIN}99.99${THIN}%`;
-  const digits = of === 0 || of === 100 ? 0 : of < 1 || of > 99 ? 2 : of < 10 || of > 90 ? 1 : 0;
+  const digits = of === 0 || of === 100 ? 0 : of < 1 || of > 99 ? 2 : 1;
   return `${of.toFixed(digits)}${THIN}%`;
 }
 

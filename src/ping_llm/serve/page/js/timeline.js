@@ -40,14 +40,13 @@ export class Timeline {
 
   /** Adds what /v1/anomalies says of a stretch of the i-th row. */
   add(i, stretch) {
-    const told = new Map(stretch.anomalies.map((one) => [keyOf(Date.parse(one.event_time) / 1000, one.rtt), one]));
     const row = this.rows[i];
     stretch.time_s.forEach((time, k) => {
       const bin = this.bins[Math.min(Math.floor(((time - this.from) / (this.to - this.from)) * BINS), BINS - 1)];
       bin.all += 1;
       const [rtt, p] = [stretch.rtt[k], stretch.p_value[k]];
       if (p > this.at) return;
-      const kind = kindOf(rtt, told.get(keyOf(time, rtt)));
+      const kind = kindOf(rtt, stretch.pit[k]);
       bin[kind] += 1;
       row.marks.push({ time, rtt, p, kind });
     });
@@ -135,10 +134,7 @@ export class Timeline {
 
 const SHAPES = { slower: "M0 -6L5 4H-5Z", faster: "M0 6L5 -4H-5Z", failed: "M-4 -4L4 4M4 -4L-4 4" };
 
-const keyOf = (time, rtt) => `${time} ${rtt}`;
-
-/** Whether an anomaly is a failure, or slower or faster than expected; of one that was not told in full, slower. */
-export function kindOf(rtt, told) {
-  if (rtt < 0) return "failed";
-  return told && told["q0.5"] !== null && rtt < told["q0.5"] ? "faster" : "slower";
+/** Whether an anomaly is a failure, or slower or faster than expected: `pit` is the share of answers that are faster. */
+export function kindOf(rtt, pit) {
+  return rtt < 0 ? "failed" : pit < 0.5 ? "faster" : "slower";
 }

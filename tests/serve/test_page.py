@@ -306,6 +306,9 @@ def test_a_file_that_is_no_table_is_said_in_one_line_and_changes_nothing(asked):
     asked.page.wait_for_selector("#context-status[data-state=error]")
     assert asked.text("#context-status") == "the table has no column src_addr; it has hello"
     assert shown(asked) == numbers and asked.text("#context-count") == "none"
+    drop(asked, f"src_addr,dst_addr,rtt\n{SRC},{DST},{'9' * 1000}x")
+    wait_for(lambda: "row 1: rtt" in asked.text("#context-status"))
+    assert len(asked.text("#context-status")) <= 301
     asked.forgive("status of 400")
 
 

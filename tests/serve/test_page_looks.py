@@ -105,13 +105,19 @@ def test_text_stands_out_from_its_ground(browser, url, scheme):
 
 
 def test_nothing_jumps_when_the_answers_come(browser, url):
+    places = """[...document.querySelectorAll(".panel")].filter((node) => !node.hidden)
+      .map((node) => { const { x, y, width, height } = node.getBoundingClientRect(); return [x, y, width, height]; })"""
     with looking(browser, url) as look:
-        places = "[...document.querySelectorAll('h2')].map((node) => node.getBoundingClientRect().left)"
+        look.page.route("**/v1/rtt", lambda route: None)  # never answered
+        look.page.reload()
+        look.page.wait_for_selector("#query-status[data-state=busy]:has-text('Computing')")
         before = look.page.evaluate(places)
-        tops = "[...document.querySelectorAll('.query, .density')].map((node) => node.getBoundingClientRect().top)"
-        top = look.page.evaluate(tops)
+        look.page.unroute("**/v1/rtt")
+        look.page.get_by_role("button", name="Ask").click()
         look.all_is_done()
-        assert look.page.evaluate(places) == before and look.page.evaluate(tops) == top
+        assert len(before) == 5
+        for was, now in zip(before, look.page.evaluate(places), strict=True):
+            assert now == pytest.approx(was, abs=2)
 
 
 def test_a_service_with_a_token_is_asked_with_it(browser, model):

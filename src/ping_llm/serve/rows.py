@@ -23,6 +23,7 @@ MOST_LISTED = 64  # rows of a part
 MOST_TOLD = 10  # anomalies of a stretch
 BEFORE = 3 * HISTORY  # measurements read before a stretch: a row may be of several sources
 EXAMPLE_CONTEXT, EXAMPLE_DESTINATIONS = 6, 3
+_LATEST = 5_000  # measurements of the source that are looked at: a row may hold some hundred thousand
 _BETWEEN = 0.3, 0.7  # of the destinations by RTT: an axis that has room for the nearest shows little of the others
 # Without rows: root servers, which most pings of RIPE Atlas go to, from a network in Amsterdam. The RTTs are made up.
 NO_ROWS_EXAMPLE: dict[str, Any] = {
@@ -123,7 +124,7 @@ def example_of(row: ProbeRow) -> dict[str, Any]:
     """A query of the busiest source of a row, after its last ping: some destinations, and as context the last
     pings to others."""
     source = np.bincount(row.src).argmax()
-    own = np.flatnonzero(row.src == source)
+    own = np.flatnonzero(row.src == source)[-_LATEST:]
     answered = own[row.rtt_ms[own] >= 0] if (row.rtt_ms[own] >= 0).any() else own
     rtt_ms = {
         int(dst): np.median(row.rtt_ms[answered][row.dst[answered] == dst]) for dst in np.unique(row.dst[answered])

@@ -3,6 +3,7 @@
 import { byId } from "./dom.js";
 
 const TRIES = 4; // of a request that finds the service busy
+const MOST_SAID = 300; // characters of what is wrong: it may quote a value of any length
 let token = sessionStorage.getItem("token");
 
 /** What the service refused; its message is one line. */
@@ -104,7 +105,8 @@ export class Status {
 
   fail(error) {
     clearInterval(this.timer);
-    this.#show("error", () => error.message);
+    const line = error.message;
+    this.#show("error", () => (line.length > MOST_SAID ? `${line.slice(0, MOST_SAID)}…` : line));
   }
 
   #show(state, text) {

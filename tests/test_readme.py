@@ -30,7 +30,10 @@ CANNOT_RUN = {
     "host1$ torchrun": "needs two machines; tests/training/test_two_hosts.py runs two hosts in name spaces",
 }
 """Beginnings of blocks, and why."""
-SMALLER = {"eval": ["--quick", "--queries", "6", "--model-queries", "1", "--counts", "0", "2", "--src-known", "all"]}
+SMALLER = {
+    "eval": ["--quick", "--queries", "6", "--model-queries", "1", "--counts", "0", "2", "--src-known", "all"],
+    "finetune": ["--train.total-steps", "4"],
+}
 """Options that are added to a command, so that it takes seconds. With them, some are the same: one runs."""
 FILES = ("csv", "yaml", "text")
 """Languages of blocks that show a file; with a title, a command reads it."""
@@ -89,6 +92,8 @@ def small_inputs(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(
         "ping_llm.eval.run.QUICK_TREES", TreeSettings(trees=3, leaves=15, practice_queries=400, threads=1)
     )
+    for name in ("WINDOWS", "QUERIES"):
+        monkeypatch.setattr(f"ping_llm.training.finetune.{name}", 4)
     for name in ("QUICK_WINDOWS", "QUICK_MEASUREMENTS", "QUICK_DESTINATIONS"):
         monkeypatch.setattr(f"ping_llm.eval.diagnose.{name}", 2)
     (tmp_path / "configs" / "sweeps").mkdir(parents=True)

@@ -99,7 +99,7 @@ def test_a_bad_dump_is_one_clear_line(tmp_path, name):
         (["inference", "rt"], "no command 'rt'; there are rtt"),
         (
             ["retrain"],
-            "no command 'retrain'; there are synth, fetch, prepare, inspect, train, plot, sweep, compare, eval, plan,",
+            "no command 'retrain'; there are synth, fetch, prepare, inspect, train, finetune, plot, sweep, compare, eval,",
         ),
     ],
 )

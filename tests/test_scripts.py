@@ -19,6 +19,7 @@ RUN_ELSEWHERE = {
     "bench_train": "training/test_bench_train.py",
     "profile_training": "training/test_bench_train.py",
     "train_variants": "training/test_bench_train.py",
+    "draw_docs": "test_docs.py",
     "eval_conditional_rtt": "eval/test_eval_scripts.py",
     "eval_partial_ip": "eval/test_eval_scripts.py",
     "train/modal_wrapper": "launch/test_modal.py",
@@ -164,6 +165,29 @@ def test_bench_serve_measures(tmp_path, monkeypatch, capsys):
         assert one["cpu_ms"] > 0 and one["library_cpu_ms"] > 0
     looks = measured(script, tmp_path, "--soak", 0.02)["looks"]
     assert len(looks) >= 4 and looks[-1]["answers"] > 0 and looks[-1]["files"] > 5 and looks[-1]["rss_mb"] > 50
+
+
+@pytest.mark.slow
+def test_bench_finetune_measures(tmp_path, monkeypatch, capsys):
+    from finetune_runs import base_config
+
+    from ping_llm.training import finetune as finetuning
+    from ping_llm.training.trainer import train
+
+    script = importlib.import_module("bench_finetune")
+    (tmp_path / "old").mkdir()
+    rows = write_rows(tmp_path / "old", {"train": [make_row(300)], "val": [make_row(200, 1)]}, shards=1)
+    train(base_config(tmp_path / "base", rows, total_steps=2))
+    monkeypatch.setattr(finetuning, "WINDOWS", 4)
+    monkeypatch.setattr(finetuning, "QUERIES", 4)
+    monkeypatch.setattr("ping_llm.training.samples.MEASUREMENTS", 40)
+    numbers = measured(script, tmp_path, "--quick", "--base", tmp_path / "base")
+    assert list(numbers) == list(script.CASES)
+    for one in numbers.values():
+        assert one["seconds"] > 0
+        for name in finetuning.FINETUNED:
+            assert one["new"][name][0] != one["new"][name][1] and len(one["old"][name]) == 2
+    assert capsys.readouterr().out.count("median error") >= 2 * len(script.CASES)
 
 
 def test_bench_synth_measures(tmp_path):

@@ -325,14 +325,18 @@ def eval(argv: list[str]) -> None:
     print(f"report: {options.folder / 'report.md'}")
 
 
-def train(argv: list[str]) -> None:
-    """Train a model: CONFIG.toml [--section.option value …], or --depth N."""
+def _prepare_to_train() -> None:
     # Threads of OpenMP spin while they wait: with any other work on the machine, training would take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What torch.compile has compiled is kept from run to run; by default it lies in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     # Memory is taken in pieces that can grow: batches of several shapes leave no gaps.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def train(argv: list[str]) -> None:
+    """Train a model: CONFIG.toml [--section.option value …], or --depth N."""
+    _prepare_to_train()
     prog = "ping-llm train"
     if any(argument.partition("=")[0] in ("--depth", "--ratio", "--target-flops") for argument in argv):
         from ping_llm.launch.dial import parse_run  # it counts the weights of models, which takes torch
@@ -345,6 +349,17 @@ def train(argv: list[str]) -> None:
     from ping_llm.training.trainer import train
 
     train(config)
+
+
+def finetune(argv: list[str]) -> None:
+    """Train a run on with new rows, such as those of your own network: RUN ROWS --out RUN2 [--lora RANK]."""
+    from ping_llm.training.options import FinetuneOptions
+
+    options, overrides = FinetuneOptions.parse(argv, "ping-llm finetune")
+    _prepare_to_train()
+    from ping_llm.training.finetune import finetune
+
+    finetune(options, overrides)
 
 
 def inference(argv: list[str]) -> int | None:
@@ -361,12 +376,12 @@ def launch(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm launch")
 
 
-_MODELS = (train, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve, export, rows)
+_MODELS = (train, finetune, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve, export, rows)
 _ALL = (Synth, Fetch, Prepare, Inspect, *_MODELS)
 _COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
-_PARSE_THEMSELVES = (train, eval, launch, inference)
+_PARSE_THEMSELVES = (train, finetune, eval, launch, inference)
 # What they print is no answer.
-_WRITE_FILES = (Synth, Fetch, Prepare, train, Plot, Sweep, InspectModel, eval, export, rows)
+_WRITE_FILES = (Synth, Fetch, Prepare, train, finetune, Plot, Sweep, InspectModel, eval, export, rows)
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:

@@ -37,6 +37,10 @@ class DataConfig(Section):
     """Share of windows of several probes: measurements of one, and of up to 12 others to the same destinations."""
     synthetic: Share = 0.0
     """Share of windows from small synthetic Internets, each with addresses of its own."""
+    replay: str = field(default="", metadata=RESUMABLE)
+    """Folder of probe rows that windows are mixed in from, so that a run on other rows forgets them less. Empty = none."""
+    replay_share: Share = 0.0
+    """Share of the windows of each batch that are of data.replay."""
     windows_per_read: Count = 16
     """Windows that a large probe row gives once it is read, in steps that are not neighbours."""
     workers: Whole = field(default=0, metadata=RESUMABLE)
@@ -50,6 +54,21 @@ class DataConfig(Section):
             raise ValueError(f"data.full_time + data.partial_time = {total} must not exceed 1")
         if (total := self.mesh + self.synthetic) > 1:
             raise ValueError(f"data.mesh + data.synthetic = {total} must not exceed 1")
+        if bool(self.replay) != bool(self.replay_share):
+            raise ValueError(
+                f"data.replay={self.replay!r} and data.replay_share={self.replay_share} go together: name rows, and a share "
+                "above 0 of the windows"
+            )
+
+    def replayed(self, batch_size: int) -> int:
+        """How many windows of a batch are of data.replay; ValueError if its share rounds to none or to all of them."""
+        count = round(self.replay_share * batch_size)
+        if self.replay and not 0 < count < batch_size:
+            raise ValueError(
+                f"data.replay_share={self.replay_share} of train.batch_size={batch_size} is {count} windows; let it be at "
+                "least one, and not all"
+            )
+        return count
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,9 @@ class OptimConfig(Section):
     """Scale the rows of Muon's momentum to one length before it is made orthogonal (MuonEq)."""
     adamw_lr: Amount = 0.0015
     """AdamW rate of the block matrices, before width scaling, if they are AdamW's."""
+    lora_rank: Whole = 0
+    """Rank of the changes to the block matrices that are learned in place of the matrices (LoRA), by AdamW. Beside them
+    only the table of address prefixes learns. Of runs with train.init_from; 0 = everything learns."""
     embedding_lr: Amount = 0.2
     """AdamW rate of the token embedding, before width scaling."""
     head_lr: Amount = 0.004
@@ -106,6 +128,8 @@ class OptimConfig(Section):
         if self.matrices == "adamw" and (self.orthogonalization != "newton-schulz" or self.equal_rows):
             name = "equal_rows" if self.equal_rows else "orthogonalization"
             raise ValueError(f"optim.{name} is of Muon; with optim.matrices=adamw leave it out")
+        if self.lora_rank and self.matrices != "adamw":
+            raise ValueError(f"optim.lora_rank={self.lora_rank} learns by AdamW; set optim.matrices to adamw")
 
 
 FIELDS = (
@@ -143,6 +167,8 @@ class LossConfig(Section):
 class TrainConfig(Section):
     run_dir: Path = field(default=Path("runs/tiny"), metadata=RESUMABLE)
     """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
+    init_from: str = ""
+    """Run folder, or one of its checkpoints, whose weights the run begins with. Empty = weights by its own seed."""
     total_steps: Whole = 1000
     """Optimiser steps in the run. The run ends at the first of the limits total_steps, target_tokens and max_minutes
     that it reaches, and the schedules stretch over that one. 0 = no limit."""
@@ -257,6 +283,11 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.replayed(self.train.batch_size)
+        if self.optim.lora_rank and not self.train.init_from:
+            raise ValueError(
+                f"optim.lora_rank={self.optim.lora_rank} changes given weights; name them: train.init_from"
+            )
         if self.train.precision != "fp8":
             return
         width, multiple = self.model.n_embd, FP8_MULTIPLE

@@ -22,7 +22,8 @@ def training_batches(
     Muted tokens are below that.
     """
     rows = RowReader(config.data.rows, "train")
-    blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read, rank, world)
+    replay = RowReader(config.data.replay, "train") if config.data.replay else None
+    blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read, rank, world, replay)
     first_block, skipped = divmod(start_step, blocks.steps)
     iterator = block_iterator(blocks, first_block, config.data.workers, config.data.prefetch)
     try:

@@ -5,7 +5,8 @@ steps are a block, the unit of work of a loader process. Reading a large row cos
 so a large row that is read gives `windows_per_read` windows, all at one place of the batch and ROWS_IN_TURN steps apart:
 neighbouring steps learn from different rows. Small rows are read anew for each window. Rows are visited by additive
 recurrences over their weights: whatever the weights, every stretch of the run covers all rows as evenly as the numbers
-allow. A share of the windows shows other probes beside that of the row, and a share a synthetic Internet instead.
+allow. A share of the windows shows other probes beside that of the row, and a share a synthetic Internet instead. A run
+that goes on from another one's weights can take some places of the batch from the other one's rows.
 """
 
 from __future__ import annotations
@@ -56,10 +57,23 @@ class WindowBlocks:
     """
 
     def __init__(
-        self, rows: RowReader, config: Config, batch_size: int, windows_per_read: int, rank: int = 0, world: int = 1
+        self,
+        rows: RowReader,
+        config: Config,
+        batch_size: int,
+        windows_per_read: int,
+        rank: int = 0,
+        world: int = 1,
+        replay: RowReader | None = None,
     ) -> None:
         if batch_size % world:
             raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {world} processes")
+        self.replay: WindowBlocks | None = None
+        self.replayed: set[int] = set()  # places of the batch whose windows are of the other rows
+        if replay is not None:
+            self.replay = WindowBlocks(replay, config, batch_size, windows_per_read, rank, world)
+            count = config.data.replayed(batch_size)
+            self.replayed = {(2 * number + 1) * batch_size // (2 * count) for number in range(count)}
         self.rows, self.data, self.tokens = rows, config.data, config.model.seq_len + 1
         self.seed = (config.seed, _STREAMS.get(rows.part, 2))
         self.batch_size, self.steps, self.rank, self.world = batch_size, block_steps(windows_per_read), rank, world
@@ -84,6 +98,8 @@ class WindowBlocks:
 
     def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:
         """The windows at `place` of the batches of a block, each with the row that it looks at."""
+        if self.replay is not None and place in self.replayed:
+            return self.replay.draw(block, place)
         first, steps_of = block * self.steps * self.batch_size + place, defaultdict[int, list[int]](list)
         for step, number in enumerate(self.row_numbers(block, place)):
             steps_of[number].append(step)

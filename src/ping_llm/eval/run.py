@@ -37,7 +37,7 @@ from ping_llm.eval.results import CellScores, comparator_of, make_resamples, sco
 from ping_llm.model.checkpoint import load_config, load_model
 from ping_llm.system.files import file_sha256, try_folder, write_atomically
 from ping_llm.system.progress import show_progress
-from ping_llm.training.run_state import ROWS_MANIFEST_NAME
+from ping_llm.training.base import ROWS_MANIFEST_NAME, inputs_of, learned_beside
 
 QUICK_TREES = TreeSettings(trees=100, leaves=31, rate=0.1, least_leaf=50, practice_queries=10_000)
 FORMAT_VERSION = 2
@@ -136,7 +136,7 @@ def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) ->
     """What speaks against querying `data`; empty if nothing does.
 
     `trained_rows` and `rows_sha256` are where the run's rows were, and the hash of their manifest. Rows with that manifest
-    have test parts that were kept from the run. Any others must share no input file with it.
+    have test parts that were kept from the run. Any others must share no input file with it, nor with what it began with.
     """
     if manifest_sha256(data) == rows_sha256:
         return ""
@@ -144,7 +144,7 @@ def leak_problem(run: Path, trained_rows: Path, rows_sha256: str, data: Path) ->
     trained = next((path for path in manifests if file_sha256(path) == rows_sha256), None)
     if trained is None:
         return f"what {run} learned from is not known: {trained_rows} is gone or was prepared again"
-    seen = {one.get("sha256") for one in json.loads(trained.read_text()).get("inputs", ())} - {None, ""}
+    seen = inputs_of(json.loads(trained.read_text())) | learned_beside(run)
     shared = [one["name"] for one in read_manifest(data).get("inputs", ()) if one.get("sha256") in seen]
     more = f" and {len(shared) - 1} more files" if len(shared) > 1 else ""
     return f"{run} may have learned from {data}: both were made of {shared[0]}{more}" if shared else ""

@@ -22,7 +22,6 @@ from ping_llm.inference.distribution import RTTDistribution, log_edges
 from ping_llm.inference.engine import Reader, result_distributions
 from ping_llm.inference.evidence import recalled
 from ping_llm.inference.experts import CUTS, LEAST_WEIGHT, Experts
-from ping_llm.inference.familiar import Familiar
 from ping_llm.inference.memory import Memory
 from ping_llm.inference.mixture import CHUNK, distributions, read_prompts, source_variants
 from ping_llm.inference.packed import Windows, foresee
@@ -33,6 +32,7 @@ from ping_llm.inference.table import History
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import native_bf16
 from ping_llm.system.progress import show_progress
+from ping_llm.training.base import met
 from ping_llm.training.experts import GRID, LEAST_RESULTS, crps_gram, fit_expert, fit_odds, fit_shares
 
 CONTEXT = 10  # measurements before a result
@@ -62,10 +62,10 @@ class Results:
 def calibrate(gpt: GPT, config: Config, device: torch.device, results: int = 0) -> Calibration:
     """Fits to `results` pings of val, by default twice `train.eval_queries`, drawn with a fixed seed, as many of each part.
 
-    What training has met is looked up in its rows.
+    What training has met is looked up in its rows, and known of the run that it began with.
     """
     results, rows = results or 2 * config.train.eval_queries, config.data.rows
-    familiar = Familiar.of_rows(RowReader(rows, "train"), gpt.src_bytes)
+    familiar = met(config, gpt.src_bytes)
     precision: Literal["fp32", "bf16"] = "bf16" if native_bf16(device) else "fp32"
     reader = Reader(gpt, device, Calibration(familiar=familiar), precision, LEAST_MASS)
     found = draw_results(rows, results, np.random.default_rng(config.seed))

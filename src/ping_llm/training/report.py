@@ -18,6 +18,8 @@ from ping_llm.training.metrics import COLUMNS, Metrics, read_machines, read_metr
 from ping_llm.training.plots import plot_run
 
 REPORT_NAME = "report.md"
+FINETUNE_NAME = "finetune.json"  # what a run that began with the weights of another has learned and forgotten
+FINETUNED = ("val_loss", "val_rtt_bits", "val_median_rel_error")
 _VALIDATION = ("val_loss", *(f"val_loss_{name}" for name in PARTS), "val_rtt_bits", "val_median_rel_error")
 _SPEEDS = {"tokens_per_s": ",.0f", "mfu": ".1f", "data_wait_share": ".2f", "padding": ".2f"}
 _MACHINE_NAMES = {
@@ -48,6 +50,7 @@ def write_report(run_dir: Path) -> Path:
         curves = [f"![{path.stem}]({path.relative_to(run_dir).as_posix()})" for path in plot_run(run_dir)]
     sections = {
         "": _summary(metrics, config.train if config else None),
+        "## Fine-tuning\n\n": _finetuning(run_dir),
         "## Validation\n\n": _validation(metrics),
         "## Throughput\n\n": _throughput(metrics),
         "## Machine\n\n": _machines(run_dir),
@@ -98,6 +101,35 @@ def _summary(metrics: Metrics, train: TrainConfig | None) -> list[str]:
     if metrics.damaged:
         rows.append(("damaged lines of metrics.jsonl, left out", f"{metrics.damaged:,}"))
     return _table(("", ""), rows)
+
+
+def finetune_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of what finetune.json holds: the rows that val is of, what was measured there, its value before and after."""
+    names = {"new": "the new rows", "old": "the old rows"}
+    rows = []
+    for key, name in names.items():
+        if key not in found:
+            continue
+        if found[key].get("samples"):
+            name = "samples of the base"
+        before, after = found[key]["before"], found[key]["after"]
+        for column in (column for column in FINETUNED if column in before and column in after):
+            values = (_number(float(one[column]) * COLUMNS[column].scale) for one in (before, after))
+            rows.append((name, " ".join(COLUMNS[column].label.split()), *values))
+    return rows
+
+
+def _finetuning(run_dir: Path) -> list[str]:
+    """What became of the knowledge of the base, if the run began with one; none where that was not measured."""
+    path = run_dir / FINETUNE_NAME
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        said = f"Begun with `{found['base']}`, step {found['base_step']:,}."
+        return [said, "", *_table(("val of", "", "before", "after"), finetune_rows(found))]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; delete it to go on without it") from None
 
 
 def _validation(metrics: Metrics) -> list[str]:

@@ -10,21 +10,35 @@ from pathlib import Path
 import torch
 
 from ping_llm.config import Config, TrainConfig, differing_fields
-from ping_llm.data.rows import MANIFEST_NAME
+from ping_llm.data.rows import MANIFEST_NAME, manifest_sha256
 from ping_llm.model.checkpoint import CONFIG_NAME, Checkpoint, load_config, load_latest, save_config
 from ping_llm.model.gpt import GPT, parameter_count
 from ping_llm.system.files import try_folder, write_atomically, write_lock
 from ping_llm.system.hardware import machine_facts
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
+from ping_llm.training.base import REPLAY_MANIFEST_NAME, ROWS_MANIFEST_NAME
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.metrics import MACHINE_NAME, METRICS_NAME, add_machine, read_machines, write_machines
 from ping_llm.training.objective import resolve_compile, resolve_precision
 from ping_llm.training.optimizer import Optimizer
 
-ROWS_MANIFEST_NAME = "rows_manifest.json"  # of what a run learns from: evaluations use none of these measurements
 FIRST_LOSS_SCALE = 2.0**15
 LOSS_SCALE_STEPS = 2000  # in a row without overflow, after which the loss scale of fp16 doubles
+
+
+@dataclass(frozen=True)
+class RowsLearned:
+    """Hashes of the manifests of the rows that a run learns from; empty where there are none."""
+
+    sha256: str = ""
+    replay_sha256: str = ""
+
+    @classmethod
+    def of(cls, config: Config) -> RowsLearned:
+        """As they are on this machine."""
+        replay = config.data.replay
+        return cls(manifest_sha256(config.data.rows), manifest_sha256(replay) if replay else "")
 
 
 @dataclass
@@ -42,11 +56,13 @@ class RunState:
     unskipped_in_a_row: int = 0
     val_loss: float | None = None  # of these very weights, None if they were not evaluated
     precision: str = "fp32"  # of the forward pass: `auto` stays what it was on the machine where the run began
+    replay_sha256: str = ""  # which rows are mixed in
 
     @classmethod
-    def new(cls, rows_sha256: str, precision: str) -> RunState:
+    def new(cls, rows_sha256: str, precision: str, replay_sha256: str = "") -> RunState:
         """Of a run that has not begun."""
-        return cls(rows_sha256, loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else 1.0, precision=precision)
+        loss_scale = FIRST_LOSS_SCALE if precision == "fp16" else 1.0
+        return cls(rows_sha256, loss_scale=loss_scale, precision=precision, replay_sha256=replay_sha256)
 
     def count(self, config: Config, tokens: int, elapsed_s: float, skipped: bool) -> None:
         """Counts one step."""
@@ -70,7 +86,7 @@ class RunState:
         return schedule.progress(self.step, self.tokens, self.elapsed_s, config)
 
 
-def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) -> Checkpoint | None:
+def open_run(config: Config, rows: RowsLearned, ranks: Ranks, lock: ExitStack) -> Checkpoint | None:
     """Locks the run folder, for as long as `lock` is held, and writes config, machine and the manifest of the rows into it;
     the checkpoint to continue. ValueError if another process trains there, or the config of its run differs."""
     run_dir = config.train.run_dir
@@ -83,8 +99,10 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) ->
     if resumed is not None and old is None:
         raise ValueError(f"{run_dir} holds checkpoints but no config.json; restore it, or pass another --train.run-dir")
     names = differing_fields(old, config) if old is not None else []
-    if resumed is not None and resumed.state.get("rows_sha256") != rows_sha256:
+    if resumed is not None and resumed.state.get("rows_sha256") != rows.sha256:
         names.append("data.rows")
+    if resumed is not None and resumed.state.setdefault("replay_sha256", "") != rows.replay_sha256:
+        names.append("data.replay")
     if names:
         differs = f"{run_dir} holds a run with another {', '.join(names)}"
         raise ValueError(f"{differs}; pass another --train.run-dir, or what it had")
@@ -104,8 +122,9 @@ def open_run(config: Config, rows_sha256: str, ranks: Ranks, lock: ExitStack) ->
     try:
         save_config(run_dir, config)
         write_machines(run_dir, machines)
-        if (manifest := config.data.rows / MANIFEST_NAME).is_file():
-            write_atomically(run_dir / ROWS_MANIFEST_NAME, manifest.read_text())
+        for name, folder in ((ROWS_MANIFEST_NAME, config.data.rows), (REPLAY_MANIFEST_NAME, config.data.replay)):
+            if folder and (manifest := Path(folder) / MANIFEST_NAME).is_file():
+                write_atomically(run_dir / name, manifest.read_text())
     except OSError as error:
         raise _unwritable(run_dir, error) from None
     return resumed

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ping_llm.config import FIELDS, Config, TrainConfig
-from ping_llm.data.rows import manifest_sha256
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
@@ -30,6 +29,7 @@ from ping_llm.system.hardware import deterministic
 from ping_llm.system.signals import on_signals
 from ping_llm.training import schedule
 from ping_llm.training.averaging import WeightAverage
+from ping_llm.training.base import wanted_base
 from ping_llm.training.calibration import calibrate
 from ping_llm.training.codewords import learn_codewords
 from ping_llm.training.distributed import Ranks, processes
@@ -37,7 +37,7 @@ from ping_llm.training.log import RunLog, SilentLog
 from ping_llm.training.objective import Objective, resolve_compile_optimizer, resolve_precision
 from ping_llm.training.optimizer import Optimizer
 from ping_llm.training.report import write_report
-from ping_llm.training.run_state import RunState, open_run, restore
+from ping_llm.training.run_state import RowsLearned, RunState, open_run, restore
 from ping_llm.training.saver import Saver
 from ping_llm.training.speed import Speed
 from ping_llm.training.validation import ValQueries, describe
@@ -126,24 +126,29 @@ class Training:
         anything in it is written."""
         ranks.on_main(lambda: config.train.check_processes(ranks.world))
         ranks.on_main(lambda: resolve_precision(config.train.precision, ranks.device))
-        read = ranks.on_main(lambda: (manifest_sha256(config.data.rows), feed.windows(config), feed.queries(config)))
-        rows_sha256, windows, queries = ranks.share(read)
-        if manifest_sha256(config.data.rows) != rows_sha256:
-            where = f"process {ranks.rank} finds other rows in {config.data.rows}"
+        read = ranks.on_main(lambda: (RowsLearned.of(config), feed.windows(config), feed.queries(config)))
+        rows, windows, queries = ranks.share(read)
+        if RowsLearned.of(config) != rows:
+            folders = " or ".join(filter(None, (str(config.data.rows), config.data.replay)))
+            where = f"process {ranks.rank} finds other rows in {folders}"
             raise ValueError(f"{where} than the main one; copy them")
-        checkpoint = ranks.on_main(lambda: open_run(config, rows_sha256, ranks, lock))
+        base, weights = ranks.share(ranks.on_main(lambda: wanted_base(config)))
+        checkpoint = ranks.on_main(lambda: open_run(config, rows, ranks, lock))
         torch.manual_seed(config.seed)  # nothing draws from it; if anything ever does, a resumed run repeats it
         model = GPT(config.model, generator=torch.Generator().manual_seed(config.weights_seed)).to(ranks.device)
+        if base is not None:
+            model.load_state_dict(weights)
+            ranks.on_main(lambda: base.save(config.train.run_dir))
         compiled = resolve_compile_optimizer(config.train.compile, ranks.device)
         optimizer = Optimizer(model, config.optim, ranks, compiled)
         average = WeightAverage.wanted(model, config.train)
         checkpoint = ranks.share(checkpoint)
         state = restore(checkpoint, model, optimizer, average) if checkpoint else None
-        if state is None:
+        if state is None and base is None:
             alone = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
             learn_codewords(model, lambda: feed.batches(alone, 0, torch.device("cpu"), 0, 1), ranks)
         objective = Objective(config, model, ranks, state.precision if state else None)
-        state = state or RunState.new(rows_sha256, objective.precision)
+        state = state or RunState.new(rows.sha256, objective.precision, rows.replay_sha256)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries, average)
 
     def run(self, stop: threading.Event) -> bool:

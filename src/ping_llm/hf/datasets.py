@@ -105,13 +105,13 @@ def _write_split(folder: Path, split: str, parts: Iterator[np.ndarray], count: i
 
 def _in_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The rows of the tables, as many at a time as a group takes."""
-    held = next(tables)
+    held: pa.Table | None = None
     for table in tables:
-        held = pa.concat_tables([held, table])
+        held = table if held is None else pa.concat_tables([held, table])
         while held.num_rows >= _WINDOWS_OF_A_GROUP:
             yield held.slice(0, _WINDOWS_OF_A_GROUP).combine_chunks()
             held = held.slice(_WINDOWS_OF_A_GROUP)
-    if held.num_rows:
+    if held is not None and held.num_rows:
         yield held.combine_chunks()
 
 

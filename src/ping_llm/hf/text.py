@@ -141,8 +141,8 @@ def to_text(tokens: Sequence[int]) -> str:
         if role == tk.MEASUREMENT_START and not after_open:
             text += "\n" + _escapes(value)
             continue
-        field, clock = _field_text(role, value, clock)
-        if after_open or not field:
+        field, clock = ("", clock) if after_open else _field_text(role, value, clock)
+        if not field:
             text += NAMES[role] + _escapes(value)
         else:
             text += ("" if text.endswith("\n") else " ") + field

@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 DATA ?= ../shared/data
 QUERIES ?= 1000
 
-.PHONY: install demo quality test test-slurm mutants lint format docs release clean
+.PHONY: install demo quality model test test-slurm mutants lint format docs release clean
 
 install: $(INSTALLED)
 
@@ -14,24 +14,31 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "ping-llm needs Python 3.11 or newer, $(PYTHON) is older; say which to use: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots,cluster,baselines,serve]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots,cluster,baselines,serve,hf]'
 	@touch $@
 
 demo:
 	@start=$$(date +%s); $(MAKE) --no-print-directory install && \
 		$(VENV)/bin/python -m ping_llm.demo --install-s $$(($$(date +%s) - start))
 
-# The tiny model of the record and its evaluation, from the real dumps in DATA, on CPUs in hours. Repeated, it goes on.
+# The model of the record and its evaluation, from the real dumps in DATA, on CPUs in hours. Repeated, it goes on.
 quality:
 	@for folder in atlas more; do test -d "$(DATA)/$$folder" || \
 		{ echo "no folder $(DATA)/$$folder of dumps; say where they are: make quality DATA=path/to/data" >&2; exit 1; }; done
 	@$(MAKE) --no-print-directory install
-	$(VENV)/bin/python -m ping_llm prepare "$(DATA)/atlas" "$(DATA)/more" --out data/quality --traceroute target \
-		--time-cut 2020-02-16 2020-02-19
+	for kept in target hops; do $(VENV)/bin/python -m ping_llm prepare "$(DATA)/atlas" "$(DATA)/more" --traceroute $$kept \
+		--out data/quality$$(test $$kept = hops && echo -hops) --time-cut 2020-02-16 2020-02-19 || exit 1; done
 	$(VENV)/bin/python -m ping_llm train configs/quality.toml
 	$(VENV)/bin/python -m ping_llm eval --baselines-only --data data/quality --out runs/quality/baselines --seq-len 384
 	$(VENV)/bin/python -m ping_llm eval runs/quality --data data/quality --scores runs/quality/baselines --seq-len 384 \
 		--counts 0 10 --model-queries $(QUERIES) --src-known auto --precision bf16
+
+# The model that comes with the package, made anew.
+model: quality
+	rm -rf out/pretrained
+	$(VENV)/bin/python -m ping_llm export runs/quality --to out/pretrained --dtype bf16 --rows data/quality \
+		--results runs/quality/eval
+	rm -rf src/ping_llm/pretrained && mv out/pretrained src/ping_llm/pretrained
 
 test: install
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile

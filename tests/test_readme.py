@@ -24,6 +24,8 @@ CANNOT_RUN = {
     "modal volume": "needs an account; tests/launch/test_modal.py runs the script on a stub",
     "ping-llm launch watch": "needs an account; tests/launch/test_gpu_watch.py runs it on a server of its own",
     "ping-llm serve": "answers until it is stopped; tests/serve/test_process.py starts and asks it",
+    "ping-llm export exported --push": "needs an account; tests/hf/test_hub.py pushes to a server of its own",
+    "src=192.0.2.1 dst=": "is text, no command; tests/hf/test_text.py reads such",
     "docker compose": "needs Docker; tests/launch/test_deploy.py builds what the image holds",
     "host1$ torchrun": "needs two machines; tests/training/test_two_hosts.py runs two hosts in name spaces",
 }
@@ -86,6 +88,7 @@ def small_inputs(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else commands set them for good
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(
         "ping_llm.eval.run.QUICK_TREES", TreeSettings(trees=3, leaves=15, practice_queries=400, threads=1)
     )

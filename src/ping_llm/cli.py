@@ -18,6 +18,9 @@ import tyro
 from tyro.conf import Positional
 
 from ping_llm.data.ingest.choices import Packets, Split, Traceroute
+from ping_llm.hf.cli import export
+from ping_llm.hf.rows_cli import rows
+from ping_llm.serve.cli import serve
 from ping_llm.system.exits import exit_code
 from ping_llm.system.files import cache_folder, try_file, try_folder
 
@@ -373,18 +376,12 @@ def launch(argv: list[str]) -> int | None:
     return _dispatch(argv, COMMANDS, "ping-llm launch")
 
 
-def serve(argv: list[str]) -> None:
-    """Answer queries over HTTP: an API, its description, metrics, and a page."""
-    from ping_llm.serve.cli import serve
-
-    tyro.cli(serve, args=argv, prog="ping-llm serve")
-
-
-_MODELS = (train, finetune, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve)
+_MODELS = (train, finetune, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve, export, rows)
 _ALL = (Synth, Fetch, Prepare, Inspect, *_MODELS)
 _COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
-_PARSE_THEMSELVES = (train, finetune, eval, launch, inference, serve)
-_WRITE_FILES = (Synth, Fetch, Prepare, train, finetune, Plot, Sweep, InspectModel, eval)  # what they print is no answer
+_PARSE_THEMSELVES = (train, finetune, eval, launch, inference)
+# What they print is no answer.
+_WRITE_FILES = (Synth, Fetch, Prepare, train, finetune, Plot, Sweep, InspectModel, eval, export, rows)
 
 
 def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:

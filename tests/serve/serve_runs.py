@@ -17,6 +17,7 @@ from ping_llm.model.checkpoint import save, save_config
 from ping_llm.model.gpt import GPT
 from ping_llm.serve.app import make_app
 from ping_llm.serve.limits import Limits
+from ping_llm.serve.rows import RowsFolder
 from ping_llm.serve.service import Service
 from ping_llm.serve.worker import Job, Kind
 
@@ -41,9 +42,11 @@ def make_run(folder: Path) -> Path:
 
 
 @contextmanager
-def serving(model: PingModel, limits: Limits | None = None, **options: object) -> Iterator[tuple[TestClient, Service]]:
+def serving(
+    model: PingModel, limits: Limits | None = None, rows: RowsFolder | None = None, **options: object
+) -> Iterator[tuple[TestClient, Service]]:
     """A service and a client of it; `options` are those of `make_app`."""
-    service = Service(model, "run", limits or Limits(answer_s=HANG_S))
+    service = Service(model, "run", limits or Limits(answer_s=HANG_S), rows)
     with TestClient(make_app(service, **options)) as client:
         yield client, service
 

@@ -32,7 +32,7 @@ def model(run_dir):
 
 @pytest.fixture(scope="module")
 def client(model):
-    with serving(model, Limits(body_bytes=20_000, queries=40, rows=30, quantiles=3)) as (client, _):
+    with serving(model, Limits(body_bytes=20_000, queries=40, measurements=30, quantiles=3)) as (client, _):
         yield client
 
 

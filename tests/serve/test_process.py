@@ -251,9 +251,10 @@ def test_a_token_that_is_not_there_or_open_to_all_is_told(run_dir, tmp_path, cap
     assert server_module.read_token(tmp_path / "token") == "correct-horse-battery" and not caplog.text
 
 
-def test_a_model_is_needed_and_has_to_be_one(tmp_path, capsys):
+def test_a_model_is_needed_and_has_to_be_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ping_llm.inference.sources.PRETRAINED", tmp_path)
     said = refusal(capsys)
-    assert said == "name the model that answers: --model RUN, the run folder of a trained model"
+    assert said.startswith("no model comes with this installation; name one: a run folder")
     assert str(tmp_path) in refusal(capsys, "--model", tmp_path, "--port", 0)
 
 

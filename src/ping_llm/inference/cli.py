@@ -26,15 +26,16 @@ _BAD_ROWS = 3  # exit code
 class ModelOptions:
     """The model that answers."""
 
-    model: Path
-    """Run folder of a trained model."""
+    model: str | None = None
+    """Run folder of a trained model, a folder that ping-llm export wrote, or OWNER/NAME of the Hugging Face hub; if absent,
+    the model that comes with the package."""
     device: str = "auto"
     """cpu, cuda or auto."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster; probabilities differ by some percent of themselves."""
 
     def load(self, memory: Path | None = None) -> PingModel:
-        """Reads the best checkpoint."""
+        """Reads it, a run's best checkpoint."""
         from ping_llm.inference.model import PingModel
 
         return PingModel.load(self.model, self.device, self.precision, memory)

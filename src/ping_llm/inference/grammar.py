@@ -8,7 +8,7 @@ decodes without loss: encoding it again gives the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -26,6 +26,16 @@ _FIELD = np.zeros(tk.BYTE_0, dtype=np.int64)  # SRC, DST, RESULT or TIME of each
 _FIELD[_FIELD_ROLES] = [tk.SRC, tk.DST, tk.SRC, tk.DST, tk.TIME, tk.TIME, tk.TIME, tk.RESULT, tk.RESULT]
 _MAPPED = np.frombuffer(IPV4_MAPPED_PREFIX, np.uint8).astype(np.int64)
 _SHORTEST_DELTA4_S = tk.DELTA1_MAX_S + 1
+_OF_WINDOWS = (
+    "role",
+    "bytes_read",
+    "value",
+    "mapped",
+    "seen",
+    "clock",
+    "least",
+    "most",
+)  # what a Grammar holds of each
 
 
 class Grammar:
@@ -52,9 +62,17 @@ class Grammar:
     def select(self, rows: np.ndarray) -> Grammar:
         """The state of the windows `rows` (n,), in that order; a window may appear several times."""
         chosen = Grammar(0, last_time_s=self.last_time_s)
-        for name in ("role", "bytes_read", "value", "mapped", "seen", "clock", "least", "most"):
+        for name in _OF_WINDOWS:
             setattr(chosen, name, getattr(self, name)[rows])
         return chosen
+
+    @classmethod
+    def joined(cls, grammars: Sequence[Grammar]) -> Grammar:
+        """The state of the windows of several, one after the other; the last time is that of the first."""
+        joined = cls(0, last_time_s=grammars[0].last_time_s)
+        for name in _OF_WINDOWS:
+            setattr(joined, name, np.concatenate([getattr(grammar, name) for grammar in grammars]))
+        return joined
 
     def legal(self) -> np.ndarray:
         """Which tokens may come next: (B, 267) bool; at least one is always legal."""

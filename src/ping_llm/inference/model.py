@@ -1,4 +1,4 @@
-"""A run folder and queries in, exact answers out: every function of this folder as a method of one class."""
+"""A trained model and queries in, exact answers out: every function of this folder as a method of one class."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from ping_llm.inference import destinations as search
 from ping_llm.inference import generate as generation
 from ping_llm.inference import rank as ranking
 from ping_llm.inference import score as scoring
-from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.context import Context, Records
 from ping_llm.inference.distribution import RTTDistribution
 from ping_llm.inference.engine import Reader
 from ping_llm.inference.evidence import recalled
 from ping_llm.inference.memory import Memory
 from ping_llm.inference.query import Query, SrcKnown, Time
-from ping_llm.model.checkpoint import MODEL_NAME, load_model
+from ping_llm.inference.sources import Source, load
 from ping_llm.system.hardware import pick_device
 
 
@@ -40,12 +39,16 @@ class PingModel(Reader):
     @classmethod
     def load(
         cls,
-        path: Path | str,
+        source: Source = None,
         device: str = "auto",
         precision: Literal["fp32", "bf16"] = "fp32",
         memory: Path | str | None = None,
     ) -> PingModel:
-        """Loads the best checkpoint of a run folder, or one checkpoint, RUN/checkpoints/step-…; ValueError if there is none.
+        """Loads a model; ValueError, one line, if there is none.
+
+        `source` is a run folder, whose best checkpoint answers; one checkpoint, RUN/checkpoints/step-…; a folder that
+        `ping-llm export` wrote; OWNER/NAME of the Hugging Face hub, which is downloaded once; or None for the model that
+        comes with the package. See sources.py.
 
         `memory` is a folder of rows: `rtt` and `rtt_many` add to a context that is short what its part train holds of the
         pair and of the source before the query and, if the model learned from windows of several probes, of other sources
@@ -57,11 +60,10 @@ class PingModel(Reader):
         a trained model by more than 1 %.
         """
         chosen = pick_device(device)
-        gpt, config, state = load_model(path, chosen)
-        calibration = Calibration.load_for(Path(path), state["sha256"][MODEL_NAME])
-        several = config.data.mesh > 0
+        loaded = load(source, chosen)
+        several = loaded.config.data.mesh > 0
         held = None if memory is None else replace(Memory.open(memory), other_sources=several)
-        return cls(gpt, chosen, calibration, precision, memory=held)
+        return cls(loaded.gpt, chosen, loaded.calibration, precision, memory=held)
 
     def rtt(
         self,

@@ -17,12 +17,12 @@ from ping_llm.data.rows import MANIFEST_NAME, RowReader
 from ping_llm.inference.model import PingModel
 from ping_llm.inference.prompt import build_prompt, byte_tokens
 from ping_llm.inference.query import Query
+from ping_llm.inference.sources import load
 from ping_llm.inside.attention import AttentionByField, answered, attention_by_field
 from ping_llm.inside.layout import Layout
 from ping_llm.inside.path import TokenPath, measurement_path
 from ping_llm.inside.plots import plot_ages, plot_attention, plot_path, plot_prefixes
 from ping_llm.inside.prefixes import PrefixMap, imagined_prefixes, measured_prefixes, prefix_maps
-from ping_llm.model.checkpoint import load_model
 from ping_llm.system.files import try_folder, write_atomically
 
 FOLDER_NAME, DATA_NAME = "inside", "inside.json"
@@ -98,7 +98,7 @@ def inspect_model(
 
     if windows < 1:
         raise ValueError(f"--windows {windows} must be at least 1")
-    model, config = PingModel.load(run, device), load_model(run)[1]
+    model, config = PingModel.load(run, device), load(run).config
     rows = Path(config.data.rows) if data is None else data
     there = (rows / MANIFEST_NAME).is_file()
     if not there and (data is not None or query is None):

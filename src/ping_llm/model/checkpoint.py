@@ -73,6 +73,8 @@ def load_config(run_dir: Path) -> Config | None:
         if not isinstance(values, dict):
             raise _Damaged
     except (_Damaged, KeyError):
+        if b'"model_type"' in path.read_bytes():
+            raise ValueError(f"{run_dir} is an export, which is no run; name a run folder") from None
         raise ValueError(f"{path} is damaged; restore it or start a new run folder") from None
     return config_from_dict(values, str(path))
 

@@ -132,8 +132,8 @@ class FieldEmbedding(nn.Module):
         octave = torch.arange(_OCTAVES, device=features.half_codes.device)
         # Half a turn over all codes to 2^13 half turns, (B, T, 14); whole turns are dropped before anything is rounded.
         part = (features.half_codes[..., None] << octave) & ((1 << 18) - 1)
-        angle = part.to(self.values.weight.dtype) * (math.pi / (1 << 17))
-        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        angle = part.to(torch.promote_types(self.values.weight.dtype, torch.float32)) * (math.pi / (1 << 17))
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.values.weight.dtype)
         value = torch.where(of_rtt, self.values(waves), 0.0)
         return self.places(features.place) + prefix + value
 

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from ping_llm.serve import bodies
 from ping_llm.serve.guard import GONE, QUERIES, ClientGone, Guard, Refusal, json_bytes, unavailable
 from ping_llm.serve.service import Service
+from ping_llm.serve.tables import rows_of
 from ping_llm.serve.worker import Busy, Job
 
 _FOLDER = Path(__file__).parent
@@ -40,6 +41,7 @@ def make_app(service: Service, token: str | None = None, log_addresses: bool = F
     options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "lifespan": lifespan, "summary": summary}
     app = FastAPI(title="ping-llm", version=version("ping-llm"), **options)
     _add_queries(app, service)
+    _add_views(app, service)
     _add_states(app, service)
     _add_errors(app)
     _say_more(app, token is not None)
@@ -78,6 +80,36 @@ def _add_queries(app: FastAPI, service: Service) -> None:
     async def score(request: Request, body: Annotated[bodies.ScoreBody, _examples("score")]) -> Response:
         """How surprising measured pings are, as `ping-llm inference score --json` says it."""
         return await answer(service, request, service.score, body)
+
+
+def _add_views(app: FastAPI, service: Service) -> None:
+    """What the page asks for beside."""
+
+    @app.post("/v1/map", tags=["queries"])
+    async def map_(request: Request, body: Annotated[bodies.MapBody, _examples("map")]) -> Response:
+        """RTT and P(no answer) of pings to the parts of an IPv4 prefix; those that hold no hosts are left out."""
+        return await answer(service, request, service.map, body)
+
+    @app.post("/v1/anomalies", tags=["rows"])
+    async def anomalies(request: Request, body: bodies.AnomaliesBody) -> Response:
+        """How surprising measurements of the service's rows are, each after those before it."""
+        return await answer(service, request, service.anomalies, body)
+
+    @app.get("/v1/rows", tags=["rows"])
+    async def rows(part: str) -> Response:
+        """The busiest rows of a part; each is of one probe, or of one source."""
+        return _json(await asyncio.to_thread(lambda: service.shown_rows().listed(part)))
+
+    @app.get("/v1/example", tags=["service"])
+    async def example() -> Response:
+        """A query that a page begins with: from the rows of the service, if it has some."""
+        return _json(await asyncio.to_thread(service.example))
+
+    @app.post("/v1/table", tags=["queries"], openapi_extra={"requestBody": {"content": {"text/csv": {}}}})
+    async def table(request: Request) -> Response:
+        """The measurements in a file of CSV, TSV or JSON, as a context takes them."""
+        content = await request.body()
+        return _json({"rows": await asyncio.to_thread(rows_of, content, service.limits.measurements)})
 
 
 async def answer(service: Service, request: Request, make: Callable[[Any, float], Job], body: bodies.Body) -> Response:

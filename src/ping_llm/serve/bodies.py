@@ -102,6 +102,26 @@ class DestinationsBody(Situation):
     src_known: Known = "auto"
 
 
+class MapBody(Situation):
+    """A source from which a part of the IPv4 space is seen."""
+
+    src: StrictStr = Field(description="Address, or a prefix.")
+    within: StrictStr = Field("0.0.0.0/0", description="IPv4 prefix of 0, 8 or 16 bits, whose parts are wanted.")
+    first: Annotated[int, Field(ge=0, le=255)] = Field(0, description="The byte of the first part.")
+    count: Annotated[int, Field(ge=1, le=256)] = Field(256, description="Parts, from the first on, at most.")
+    src_known: Known = "auto"
+
+
+class AnomaliesBody(Body):
+    """Measurements of the service's rows of which it is wanted how surprising each is."""
+
+    part: StrictStr = Field(description="Of the rows, as GET /v1/rows names it.")
+    row: Annotated[int, Field(ge=0)] = Field(description="Of the part.")
+    first: Annotated[int, Field(ge=0)] = Field(0, description="Place of the first measurement in the row.")
+    count: Annotated[int, Field(ge=1, le=512)] = Field(128, description="Measurements from there on, at most.")
+    at: Annotated[float, Field(gt=0, lt=1)] = Field(0.001, description="Those whose p-value is at most this are told.")
+
+
 class ScoreBody(Body):
     """Measurements of which it is wanted how surprising each is."""
 
@@ -145,8 +165,8 @@ def queries_of(pings: Sequence[Ping], limits: Limits) -> list[Query]:
 def check_rows(tables: Any, limits: Limits) -> None:
     """TooLarge if they have too many rows together; None has none."""
     rows = sum(len(table) for table in tables if table is not None)
-    if rows > limits.rows:
-        raise TooLarge(f"{rows:,} rows in a request, at most {limits.rows:,} are taken; leave out the oldest")
+    if rows > limits.measurements:
+        raise TooLarge(f"{rows:,} rows in a request, at most {limits.measurements:,} are taken; leave out the oldest")
 
 
 def check_cost(cost: int, limits: Limits) -> None:
@@ -184,7 +204,9 @@ def one_line(errors: Sequence[Mapping[str, Any]], route: str) -> str:
     fields = list(BODIES[route].model_fields) if route in BODIES else []
     error = errors[0]
     place = [
-        str(part + 1) if isinstance(part, int) else part for part in error["loc"] if part not in ("body", *_EITHER)
+        str(part + 1) if isinstance(part, int) else part
+        for part in error["loc"]
+        if part not in ("body", "query", *_EITHER)
     ]
     kind, name = error["type"], " ".join(place)
     if kind == "json_invalid":
@@ -200,7 +222,14 @@ def one_line(errors: Sequence[Mapping[str, Any]], route: str) -> str:
     return f"{name}: {message[:1].lower()}{message[1:]}"
 
 
-BODIES: dict[str, type[Body]] = {"rtt": RttBody, "rank": RankBody, "score": ScoreBody, "destinations": DestinationsBody}
+BODIES: dict[str, type[Body]] = {
+    "rtt": RttBody,
+    "rank": RankBody,
+    "score": ScoreBody,
+    "destinations": DestinationsBody,
+    "map": MapBody,
+    "anomalies": AnomaliesBody,
+}
 EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "rtt": {
         "a ping": {"src": SRC, "dst": DST, "at": "2026-01-31T12:00:00Z", "context": EARLIER},
@@ -208,6 +237,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "rank": {"two candidates": {"src": SRC, "dst": [DST, NEAR]}},
     "destinations": {"in a prefix": {"src": SRC, "prefix": "198.51.100.0/24", "top": 3}},
+    "map": {"the /16 of a /8": {"src": SRC, "within": "198.0.0.0/8", "first": 48, "count": 8}},
     "score": {
         "two pings": {
             "measurements": [*EARLIER, EARLIER[0] | {"rtt": 250.0, "event_time": "2026-01-31T12:02:00Z"}],

@@ -16,8 +16,9 @@ Bounds = tyro.conf.OmitArgPrefixes[Limits]
 
 def serve(
     limits: Bounds,
-    model: Path | None = None,
+    model: str | None = None,
     memory: Path | None = None,
+    rows: Path | None = None,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     host: str = "127.0.0.1",
@@ -29,8 +30,10 @@ def serve(
 
     Args:
         limits: what is taken, at most.
-        model: run folder of a trained model.
+        model: run folder of a trained model, a folder that ping-llm export wrote, or OWNER/NAME of the Hugging Face hub; if
+            absent, the model that comes with the package.
         memory: folder of rows; what its train part holds of a query's source and pair before it joins a short context.
+        rows: folder of rows that the page shows: its anomalies over time, and an example from it.
         device: cpu, cuda or auto.
         precision: bf16 is faster; probabilities differ by some percent of themselves.
         host: address to listen at; one that other machines reach needs --token-file.
@@ -38,14 +41,15 @@ def serve(
         token_file: file with a word that clients have to send: Authorization: Bearer WORD.
         log_addresses: let the log say addresses: of clients, of queries in messages.
     """
-    if model is None:
-        raise ValueError("name the model that answers: --model RUN, the run folder of a trained model")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would take the time of those that answer
     from ping_llm.inference.model import PingModel
+    from ping_llm.inference.sources import name_of
+    from ping_llm.serve.rows import RowsFolder
     from ping_llm.serve.server import listen_at, read_token, run
     from ping_llm.serve.service import Service
 
     token = read_token(token_file)
     listening = listen_at(host, port, token is not None)
-    service = Service(PingModel.load(model, device, precision, memory), model.resolve().name, limits)
+    shown = None if rows is None else RowsFolder(rows)
+    service = Service(PingModel.load(model, device, precision, memory), name_of(model), limits, shown)
     run(service, listening, token, log_addresses)

@@ -21,9 +21,9 @@ from ping_llm.serve.limits import Limits
 from ping_llm.serve.logs import log
 from ping_llm.serve.metrics import Metrics
 
-QUERIES = ("/v1/rtt", "/v1/rank", "/v1/score", "/v1/destinations")
+QUERIES = ("/v1/rtt", "/v1/rank", "/v1/score", "/v1/destinations", "/v1/map", "/v1/anomalies", "/v1/table")
 QUIET = ("/healthz", "/readyz", "/metrics")  # asked for all the time: not logged, unless something is wrong
-ANSWERS = (*QUERIES, *QUIET, "/v1/model")
+ANSWERS = (*QUERIES, *QUIET, "/v1/model", "/v1/rows", "/v1/example")
 ROUTES = (*ANSWERS, "/docs/", "/openapi.json", "/")
 GONE = 499  # the client left before its answer; nobody sees the number but the log
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -13,7 +13,7 @@ class Limits:
     """Bytes of the body of a request."""
     queries: int = 256
     """Queries of a request; a prefix that ends within a byte counts as the prefixes of whole bytes in it."""
-    rows: int = 2_000
+    measurements: int = 2_000
     """Measurements of a request: in its contexts together, or to be scored."""
     quantiles: int = 100
     """Quantiles of a query."""

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ping_llm.inference import answers
 from ping_llm.inference.distribution import QUANTILES, RTTDistribution
-from ping_llm.inference.query import Endpoint, Query
+from ping_llm.inference.query import Endpoint, Query, SrcKnown
 from ping_llm.model.gpt import parameter_count
-from ping_llm.serve import bodies
+from ping_llm.serve import bodies, maps
 from ping_llm.serve.guard import json_bytes
 from ping_llm.serve.limits import Limits
 from ping_llm.serve.metrics import Metrics
+from ping_llm.serve.rows import BEFORE, NO_ROWS_EXAMPLE, RowsFolder, anomalies
 from ping_llm.serve.worker import Job, Kind, Watch, Worker
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class Service:
     """A model, the thread that has it, and what HTTP asks of them."""
 
-    def __init__(self, model: PingModel, name: str, limits: Limits) -> None:
-        self.model, self.name, self.limits = model, name, limits
+    def __init__(self, model: PingModel, name: str, limits: Limits, rows: RowsFolder | None = None) -> None:
+        self.model, self.name, self.limits, self.rows = model, name, limits, rows
         self.metrics = Metrics(lambda: self.worker.waiting)
         watch = Watch(self.metrics.called, self.metrics.drop)
         self.worker = Worker(limits.waiting, limits.waiting_queries, watch)
@@ -43,6 +44,7 @@ class Service:
             "calibrated": bool(model.calibration.src_weights),
             "memory": model.memory is not None,
             "quantiles": QUANTILES,
+            "rows": None if self.rows is None else {"parts": self.rows.parts},
             "limits": dataclasses.asdict(self.limits),
             "version": version("ping-llm"),
         }
@@ -58,14 +60,6 @@ class Service:
             if any(ping.density for ping in pings):
                 raise ValueError("quick answers have no density; leave out quick, or density")
 
-        def answer(several: Sequence[list[Query]]) -> list[list[RTTDistribution]]:
-            together = [query for own in several for query in own]
-            if levels is None:
-                found = iter(self.model.rtt_many(together, known))
-            else:
-                found = answers.statistics(self.model, together, known, levels)
-            return [[next(found) for _ in own] for own in several]
-
         def finish(found: list[RTTDistribution]) -> bytes:
             given = [
                 answers.rtt_answer(one, len(query.context), ping.quantiles, ping.density)
@@ -73,7 +67,41 @@ class Service:
             ]
             return json_bytes(given[0] if body.queries is None else {"answers": given})
 
-        return Job(Kind(answer, (known, levels)), queries, finish, deadline, bodies.cost_of(queries))
+        return self._together(queries, known, levels, finish, deadline)
+
+    def map(self, body: bodies.MapBody, deadline: float) -> Job:
+        """Likewise."""
+        prefixes = maps.parts_of_space(body.within, body.first, body.count)
+        shared = bodies.Ping.model_construct(**{name: getattr(body, name) for name in bodies.Situation.model_fields})
+        pings = [shared.model_copy(update={"src": body.src, "dst": prefix}) for prefix in prefixes]
+        queries = bodies.queries_of(pings, self.limits)
+        known = bodies.known_of(body.src_known)
+        return self._together(
+            queries, known, maps.LEVELS, lambda found: json_bytes(maps.map_answer(prefixes, found)), deadline
+        )
+
+    def anomalies(self, body: bodies.AnomaliesBody, deadline: float) -> Job:
+        """Likewise."""
+        rows, most = self.shown_rows(), body.count + BEFORE
+        if body.first >= (held := rows.measurements(body.part, body.row)):
+            raise ValueError(
+                f"row {body.row} of {body.part} has {held:,} measurements; first={body.first} must be less"
+            )
+
+        def call(model: PingModel) -> dict[str, Any]:
+            return anomalies(model, rows.row(body.part, body.row), body.first, body.count, body.at)
+
+        return self._alone(call, deadline, most)
+
+    def shown_rows(self) -> RowsFolder:
+        """Those that the service shows; ValueError if there are none."""
+        if self.rows is None:
+            raise ValueError("this service has no rows to look into; start it with --rows ROWS")
+        return self.rows
+
+    def example(self) -> dict[str, Any]:
+        """A query that a page begins with."""
+        return NO_ROWS_EXAMPLE if self.rows is None else self.rows.example()
 
     def rank(self, body: bodies.RankBody, deadline: float) -> Job:
         """Likewise."""
@@ -110,6 +138,26 @@ class Service:
         known = bodies.known_of(body.src_known)
         given = {"at": body.at, "context": body.context, "src_known": known}
         return given | {"one_host": body.one_host, "any_source": body.any_source}
+
+    def _together(
+        self,
+        queries: list[Query],
+        known: SrcKnown,
+        levels: tuple[float, ...] | None,
+        finish: Callable[[list[RTTDistribution]], bytes],
+        deadline: float,
+    ) -> Job:
+        """A job that goes with others of the same `known` and `levels`, the statistics that are wanted, None for all."""
+
+        def answer(several: Sequence[list[Query]]) -> list[list[RTTDistribution]]:
+            together = [query for own in several for query in own]
+            if levels is None:
+                found = iter(self.model.rtt_many(together, known))
+            else:
+                found = answers.statistics(self.model, together, known, levels)
+            return [[next(found) for _ in own] for own in several]
+
+        return Job(Kind(answer, (known, levels)), queries, finish, deadline, bodies.cost_of(queries))
 
     def _alone(self, call: Callable[[PingModel], dict[str, Any]], deadline: float, cost: int) -> Job:
         """A job that goes with no other."""

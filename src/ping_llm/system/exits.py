@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from ping_llm.system.streams import lost_output, steady_streams
 
-_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "scipy": "baselines", "transformers": "hf"}
+_EXTRAS = {"matplotlib": "plots", "lightgbm": "baselines", "scipy": "baselines"}
+_EXTRAS |= dict.fromkeys(("transformers", "huggingface_hub"), "hf")
 _EXTRAS |= dict.fromkeys(("dask", "distributed", "dask_jobqueue"), "cluster")
 _EXTRAS |= dict.fromkeys(("fastapi", "fastapi_swagger", "prometheus_client", "uvicorn"), "serve")
 _WARNINGS_OF_A_KIND = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import write_rows
 
 from ping_llm.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from ping_llm.data.measurement import is_ipv4
-from ping_llm.data.rows import ProbeRow
+from ping_llm.data.rows import MANIFEST_NAME, ProbeRow
 from ping_llm.data.synthetic.internets import Internet
 from ping_llm.data.synthetic.truth import draw_packets
 
@@ -38,7 +39,10 @@ def internet_rows(folder: Path, seed: int, measurements: int, part: str = "val")
             for probe_id, source in enumerate(sources)
             if len(own := np.flatnonzero(inside & (src[path] == source).all(axis=1)))
         ]
-    return write_rows(folder, parts, shards=1)
+    write_rows(folder, parts, shards=1)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"inputs": []}))
+    return folder
 
 
 def row(src: np.ndarray, dst: np.ndarray, time_s: np.ndarray, rtt_ms: np.ndarray, probe_id: int = 7) -> ProbeRow:

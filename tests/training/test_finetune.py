@@ -25,7 +25,7 @@ from ping_llm.eval.run import leak_problem
 from ping_llm.inference.familiar import Familiar
 from ping_llm.model.checkpoint import load_config, load_latest, load_model
 from ping_llm.training import finetune as finetuning
-from ping_llm.training.base import BASE_NAME, met
+from ping_llm.training.base import BASE_NAME, met, wanted_base
 from ping_llm.training.calibration import calibrate
 from ping_llm.training.finetune import finetune
 from ping_llm.training.options import FinetuneOptions
@@ -239,7 +239,7 @@ def test_a_run_does_not_go_on_with_other_rows_mixed_in(tmp_path, runs, old):
     run, _ = runs["replay"]
     shutil.copytree(old, tmp_path / "other")
     manifest = json.loads((old / "manifest.json").read_text())
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"inputs": []}))
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"packets": "all"}))
     config = load_config(run)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, replay=str(tmp_path / "other")))
     with pytest.raises(ValueError, match=r"holds a run with another data.replay; pass another"):
@@ -295,6 +295,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, base,
     except SystemExit as stopped:
         code = stopped.code
     assert code in (1, 2) and message in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_exported_folder_is_a_base_as_its_run_is(tmp_path, base, new, old):
+    pytest.importorskip("transformers", reason="exports are of transformers")
+    from ping_llm.hf.export import export
+
+    export(base, tmp_path / "exported")
+    plan = finetuning.prepare(
+        FinetuneOptions(str(tmp_path / "exported"), new, tmp_path / "run", replay=str(old)), SHORT
+    )
+    assert plan.old == old and plan.base.step == 100  # the rows are known by the hash of their manifest
+    (began, weights), given = wanted_base(plan.config), load_latest(base).model
+    assert began == plan.base and all(torch.equal(weights[name], given[name]) for name in given)
 
 
 def test_several_processes_are_told_what_to_run(tmp_path, base, new, monkeypatch):

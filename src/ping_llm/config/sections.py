@@ -168,7 +168,8 @@ class TrainConfig(Section):
     run_dir: Path = field(default=Path("runs/tiny"), metadata=RESUMABLE)
     """Folder of checkpoints, metrics.jsonl and the resolved config; one that holds a checkpoint is continued."""
     init_from: str = ""
-    """Run folder, or one of its checkpoints, whose weights the run begins with. Empty = weights by its own seed."""
+    """Run folder, checkpoint, exported folder or OWNER/NAME of the hub, whose weights the run begins with. Empty = weights
+    by its own seed."""
     total_steps: Whole = 1000
     """Optimiser steps in the run. The run ends at the first of the limits total_steps, target_tokens and max_minutes
     that it reaches, and the schedules stretch over that one. 0 = no limit."""

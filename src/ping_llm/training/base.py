@@ -1,4 +1,4 @@
-"""A run folder in, what a run that goes on from its weights must know out: the weights, what they have met, and of what.
+"""A run folder, an exported one or a model of the hub in, what a run that goes on from its weights must know out.
 
 The run folder of the new run keeps all but the weights in base.json, so it needs the old one no more once it has begun.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ping_llm.config import Config, differing_fields
 from ping_llm.data.rows import MANIFEST_NAME, RowReader, manifest_sha256
-from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.familiar import Familiar
-from ping_llm.model.checkpoint import MODEL_NAME, checkpoints, load_model
+from ping_llm.inference.sources import is_export, load
+from ping_llm.model.checkpoint import MODEL_NAME, checkpoints
 from ping_llm.model.gpt import GPT
-from ping_llm.system.files import write_atomically
+from ping_llm.system.files import file_sha256, write_atomically
 
 BASE_NAME = "base.json"
 # Of what a run learns from, and of what is mixed in: evaluations use none of these measurements.
@@ -67,6 +67,7 @@ class Given:
     model: GPT
     config: Config
     rows_sha256: str  # of the rows that it learned from, "" if that is not known
+    run_dir: Path  # or the folder of an export
 
     def learned(self, rows: Path) -> bool:
         """Whether these are the rows that it learned from."""
@@ -74,12 +75,14 @@ class Given:
 
 
 def read_base(source: str, device: torch.device | str = "cpu") -> Given:
-    """The model of a run folder or checkpoint, as a base; ValueError if there is none."""
-    model, config, state = load_model(source, device)
-    sha256 = state["sha256"][MODEL_NAME]
-    familiar = Calibration.load_for(Path(source), sha256).familiar
-    base = Base(source, state["step"], sha256, learned_from(run_of(source), config), familiar)
-    return Given(base, model, config, state.get("rows_sha256", ""))
+    """The model of a run folder, a checkpoint, an exported folder or the hub, as a base; ValueError if there is none."""
+    loaded = load(source, device)
+    state, folder = loaded.state, loaded.folder
+    sha256 = state["sha256"][MODEL_NAME] if "sha256" in state else file_sha256(folder / MODEL_NAME)  # of an export
+    run_dir = folder if checkpoints(folder) or is_export(folder) else folder.resolve().parents[1]
+    inputs = learned_from(run_dir, loaded.config)
+    base = Base(source, state.get("step", 0), sha256, inputs, loaded.calibration.familiar)
+    return Given(base, loaded.gpt, loaded.config, state.get("rows_sha256", ""), run_dir)
 
 
 def wanted_base(config: Config) -> tuple[Base, dict[str, Tensor]] | tuple[None, None]:
@@ -95,12 +98,6 @@ def wanted_base(config: Config) -> tuple[Base, dict[str, Tensor]] | tuple[None, 
         values = ", ".join(f"model.{name}={getattr(given.config.model, name)}" for name in differing)
         raise ValueError(f"the model of train.init_from={source} has {values}; set that, or take another one")
     return given.base, given.model.state_dict()
-
-
-def run_of(source: str) -> Path:
-    """The run folder of a run folder or of one of its checkpoints."""
-    path = Path(source)
-    return path if checkpoints(path) else path.resolve().parents[1]
 
 
 def learned_from(run_dir: Path, config: Config) -> dict[str, str]:

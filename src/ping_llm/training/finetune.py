@@ -26,7 +26,7 @@ from ping_llm.model.checkpoint import checkpoints, load_model
 from ping_llm.model.gpt import GPT
 from ping_llm.system.files import try_folder, write_atomically
 from ping_llm.system.hardware import pick_device
-from ping_llm.training.base import Base, read_base, run_of
+from ping_llm.training.base import Base, read_base
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.objective import Objective
 from ping_llm.training.options import AUTO, NONE, SAMPLES, FinetuneOptions
@@ -84,7 +84,7 @@ def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
     given = read_base(base)
     named = [] if options.replay in (AUTO, NONE, SAMPLES) else [Path(options.replay)]
     own = next((one for one in (given.config.data.rows, *named) if given.learned(one)), None)
-    check_rows(rows, given.base, own, run_of(base))
+    check_rows(rows, given.base, own, given.run_dir)
     replay = own if options.replay == AUTO else named[0] if named else None
     made_up = replay is None and options.replay != NONE
     if replay is not None:

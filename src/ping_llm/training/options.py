@@ -21,7 +21,9 @@ class FinetuneOptions:
     again to go on where it stopped.
     """
 
-    base: Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]  # run folder, or one of its checkpoints.
+    base: Annotated[
+        Positional[str], tyro.conf.arg(metavar="RUN")
+    ]  # run folder, a checkpoint, an exported folder or OWNER/NAME.
     rows: Positional[Path]  # folder of the new rows, with a part val.
     out: Path  # folder of the new run.
     # instead of all weights, learn changes of this rank to the matrices, and the table of prefixes; 0 = all weights.

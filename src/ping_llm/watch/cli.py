@@ -55,9 +55,10 @@ def watch(
         raise ValueError("name the model that scores: --model RUN, the run folder of a trained model")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would take the time of others
     from ping_llm.data.ingest.fetch import KEY_VARIABLE
+    from ping_llm.watch.history import Scorer
     from ping_llm.watch.run import Feed
     from ping_llm.watch.run import watch as run
-    from ping_llm.watch.scoring import ModelScorer, Scorer
+    from ping_llm.watch.scoring import ModelScorer
 
     def load() -> Scorer:
         from ping_llm.inference.model import PingModel

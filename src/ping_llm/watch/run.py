@@ -19,8 +19,8 @@ from ping_llm.system.progress import say
 from ping_llm.system.signals import on_signals
 from ping_llm.watch.atlas import Live, follow
 from ping_llm.watch.feeds import Batch, Inbox, read_pipe, replay, start
+from ping_llm.watch.history import Scorer
 from ping_llm.watch.hysteresis import Rule
-from ping_llm.watch.scoring import Scorer
 from ping_llm.watch.state import Bounds, State
 from ping_llm.watch.watcher import Watcher
 

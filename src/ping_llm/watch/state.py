@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from ping_llm.system.files import sync
+from ping_llm.watch.history import ROW
 from ping_llm.watch.hysteresis import Pair
-from ping_llm.watch.scoring import ROW
+from ping_llm.watch.reading import Reading
 
 FORMAT = 1
 _PAIRS_A_SOURCE = 50  # are kept on average
@@ -35,6 +36,7 @@ _TABLES = """
         open INTEGER NOT NULL) WITHOUT ROWID;
     CREATE INDEX pair_used ON pair (used);
     CREATE TABLE number (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+    CREATE TABLE reading (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
     CREATE TABLE outbox (one INTEGER PRIMARY KEY CHECK (one = 1), place INTEGER NOT NULL, text BLOB NOT NULL);
 """
 
@@ -45,6 +47,8 @@ class Known:
 
     pair: Pair
     rows: np.ndarray  # (p,) ROW
+    usual: tuple[float, ...] = ()  # p-values of the last results that are no anomaly
+    lately: tuple[float, ...] = ()  # of the last ones, whatever they are
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Changes:
     counts: Counter[str] = field(default_factory=Counter)  # that are added
     marks: dict[str, int] = field(default_factory=dict)  # that are set
     events: list[dict[str, Any]] = field(default_factory=list)  # lines for the file
+    reading: Reading | None = None
     forget_sources: Sequence[bytes] = ()
     forget_pairs: Sequence[bytes] = ()
 
@@ -138,13 +143,18 @@ class State:
         """What is known of each of the pairs, whose keys are source and destination, 32 bytes."""
         found = {ends: Known(Pair(), np.empty(0, ROW)) for ends in of}
         for ends, rows, judged in self._select("SELECT ends, rows, judged FROM pair WHERE ends IN", list(found)):
-            found[ends] = Known(_pair_of(judged), np.frombuffer(rows, ROW))
+            found[ends] = _known(rows, judged)
         return found
 
     def number(self, name: str) -> int:
         """A mark or a count; 0 if there is none."""
         found = self._db.execute("SELECT value FROM number WHERE name = ?", (name,)).fetchone()
         return found[0] if found else 0
+
+    def reading(self) -> Reading:
+        """What the results so far were."""
+        found = self._db.execute("SELECT text FROM reading").fetchone()
+        return Reading.of_json(found[0]) if found else Reading()
 
     def size(self) -> dict[str, int]:
         """Sources, pairs, and open anomalies that are kept."""
@@ -161,8 +171,7 @@ class State:
             "SELECT ends, rows, judged FROM pair ORDER BY used LIMIT ?",
             (max(size["pairs"] - most * _PAIRS_A_SOURCE, 0),),
         ).fetchall()
-        known = {ends: Known(_pair_of(judged), np.frombuffer(rows, ROW)) for ends, rows, judged in pairs}
-        return [src for (src,) in sources], known
+        return [src for (src,) in sources], {ends: _known(rows, judged) for ends, rows, judged in pairs}
 
     def commit(self, changes: Changes) -> None:
         """Makes all of it so, or nothing; then the file of anomalies has the text too."""
@@ -188,10 +197,12 @@ class State:
         many(
             "INSERT OR REPLACE INTO pair VALUES (?, ?, ?, ?, ?)",
             (
-                (ends, used, known.rows[-self.bounds.pair_rows :].tobytes(), *_text_of(known.pair))
+                (ends, used, known.rows[-self.bounds.pair_rows :].tobytes(), *_text_of(known))
                 for ends, known in changes.pairs.items()
             ),
         )
+        if changes.reading is not None:
+            run("INSERT OR REPLACE INTO reading VALUES (1, ?)", (changes.reading.to_json(),))
         many("DELETE FROM source WHERE src = ?", ((src,) for src in changes.forget_sources))
         many("DELETE FROM pair WHERE ends = ?", ((ends,) for ends in changes.forget_pairs))
         numbers = {name: self.number(name) + count for name, count in changes.counts.items()}
@@ -236,13 +247,14 @@ class State:
             yield from self._db.execute(f"{query} ({', '.join('?' * len(some))})", some).fetchall()
 
 
-def _pair_of(text: str) -> Pair:
-    fields = json.loads(text)
-    return Pair(**fields | {name: tuple(map(tuple, fields[name])) for name in ("recent", "held")})
+def _known(rows: bytes, text: str) -> Known:
+    fields, usual, lately = json.loads(text)
+    pair = Pair(**fields | {name: tuple(map(tuple, fields[name])) for name in ("recent", "held")})
+    return Known(pair, np.frombuffer(rows, ROW), tuple(usual), tuple(lately))
 
 
-def _text_of(pair: Pair) -> tuple[str, bool]:
-    return json.dumps(asdict(pair)), pair.since_s is not None
+def _text_of(known: Known) -> tuple[str, bool]:
+    return json.dumps([asdict(known.pair), known.usual, known.lately]), known.pair.since_s is not None
 
 
 def _explained(path: Path, error: sqlite3.Error) -> str:

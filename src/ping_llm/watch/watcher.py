@@ -14,8 +14,9 @@ import numpy as np
 
 from ping_llm.data.measurement import format_address
 from ping_llm.watch.arrivals import Result, parse
+from ping_llm.watch.history import ROW, Asked, Scorer
 from ping_llm.watch.hysteresis import Rule
-from ping_llm.watch.scoring import ROW, Asked, Scorer
+from ping_llm.watch.reading import USUAL, middle
 from ping_llm.watch.state import Changes, Known, State
 
 AHEAD_S = 3600
@@ -53,6 +54,7 @@ class Watcher:
         """`scratch` is a folder for a file that is written over. With `every`, the file has a line for each result."""
         self.state, self.scorer, self.rule, self.every, self.now = state, scorer, rule, every, now
         self.scratch = scratch / "lines.ndjson"
+        self._reading = state.reading()
 
     def take(self, lines: Sequence[bytes], marks: Mapping[str, int] | None = None) -> Taken:
         """Scores the results among the lines that are new, and commits that, with the marks, as one."""
@@ -64,10 +66,12 @@ class Watcher:
             changes.marks["newest_s"] = newest_s
         changes.sources = self.state.sources(result.src for result in fresh)
         changes.pairs = self.state.pairs(result.src + result.dst for result in fresh)
+        changes.reading = self._reading if fresh else None
         for turn in _turns(fresh):
             self._score(turn, changes)
-        counters["scored"] = len(fresh)
+        counters += Counter(scored=len(fresh))
         self.state.commit(changes)
+        self._reading = changes.reading or self._reading
         return Taken(counters, changes.events + self._forget(), newest_s)
 
     def _fresh(self, results: Sequence[Result], counters: Counter[str]) -> tuple[list[Result], int]:
@@ -90,9 +94,12 @@ class Watcher:
     def _score(self, results: Sequence[Result], changes: Changes) -> None:
         """Results of different sources."""
         asked = [Asked(one, changes.pairs[one.src + one.dst].rows, changes.sources[one.src]) for one in results]
-        for one, p_value in zip(asked, self.scorer.p_values(asked), strict=True):
+        reading = changes.reading
+        assert reading is not None
+        for one, packets in zip(asked, self.scorer.p_values(asked), strict=True):
             result, ends = one.result, one.result.src + one.result.dst
             known = changes.pairs[ends]
+            p_value = reading.p_value(packets, known.usual)
             verdict = self.rule.judge(known.pair, (result.time_s, result.of_context), p_value)
             if verdict.change or self.every:
                 event = _event(verdict.change or "scored", result, p_value, verdict.combined)
@@ -101,8 +108,14 @@ class Watcher:
                     event |= _span(opened, result.time_s) | {"expected": self.scorer.expected(one)}
                 changes.events.append(event)
             rows = np.array([(np.frombuffer(result.dst, "u1"), *row) for row in verdict.joins], ROW)
-            changes.pairs[ends] = Known(verdict.pair, _joined(known.rows, rows, self.state.bounds.pair_rows))
+            rows_of_pair = _joined(known.rows, rows, self.state.bounds.pair_rows)
+            usual, lately = known.usual, (*known.lately, middle(packets))[-USUAL:]
+            if verdict.pair.since_s is None:
+                reading = reading.after(packets, usual)
+                usual = lately if verdict.change == "accepted" else (*usual, middle(packets))[-USUAL:]
+            changes.pairs[ends] = Known(verdict.pair, rows_of_pair, usual, lately)
             changes.sources[result.src] = _joined(one.of_source, rows, self.state.bounds.rows)
+        changes.reading = reading
 
     def _forget(self) -> list[dict[str, Any]]:
         """Forgets what is more than the state may hold; an anomaly that is open then is closed."""

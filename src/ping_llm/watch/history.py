@@ -25,10 +25,15 @@ class Asked:
     of_pair: np.ndarray  # (p,) ROW, in time order
     of_source: np.ndarray  # (s,) ROW, in time order, of any destination
 
-    def context(self, seq_len: int) -> np.ndarray:
-        """(n,) ROW in time order, all before the second of the result: of what fits, half at least of the pair."""
+    @property
+    def earlier(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the pair, and of the source to other destinations, from before the second of the result."""
         pair, other = (rows[rows["time_s"] < self.result.time_s] for rows in (self.of_pair, self.of_source))
-        other = other[(other["dst"] != np.frombuffer(self.result.dst, "u1")).any(axis=1)]
+        return pair, other[(other["dst"] != np.frombuffer(self.result.dst, "u1")).any(axis=1)]
+
+    def context(self, seq_len: int) -> np.ndarray:
+        """(n,) ROW in time order: the latest of what is earlier that fit into a window, half of it for the pair."""
+        pair, other = self.earlier
         src, dst = (np.frombuffer(end, "u1") for end in (self.result.src, self.result.dst))
         src_bytes, dst_bytes = (4 if is_ipv4(end) else 16 for end in (src, dst))
         own = _ROLES + src_bytes + _TIME_TOKENS + _RESULT_TOKENS
@@ -36,8 +41,7 @@ class Asked:
         of_pair = min(len(pair), max(room // 2 // (own + dst_bytes), 1))
         lengths = own + np.where(is_ipv4(other["dst"]), 4, 16)[::-1]
         fits = int(np.searchsorted(np.cumsum(lengths), room - of_pair * (own + dst_bytes), "right"))
-        rows = np.concatenate([pair[len(pair) - of_pair :], other[len(other) - fits :]])
-        return rows[np.argsort(rows["time_s"], kind="stable")]
+        return in_time_order(pair[len(pair) - of_pair :], other[len(other) - fits :])
 
 
 class Scorer(Protocol):
@@ -48,3 +52,9 @@ class Scorer(Protocol):
 
     def expected(self, asked: Asked) -> dict[str, Any]:
         """What a result was expected to be, as it is written."""
+
+
+def in_time_order(*rows: np.ndarray) -> np.ndarray:
+    """All of them as one; those of a second in the order given."""
+    both = np.concatenate(rows)
+    return both[np.argsort(both["time_s"], kind="stable")]

@@ -13,7 +13,7 @@ from ping_llm.inference.engine import Reader
 from ping_llm.inference.mixture import distributions
 from ping_llm.inference.packed import Windows, foresee
 from ping_llm.inference.query import Endpoint, Query, SrcKnown
-from ping_llm.watch.history import ROW, Asked
+from ping_llm.watch.history import ROW, Asked, in_time_order
 
 
 class ModelScorer:
@@ -35,23 +35,42 @@ class ModelScorer:
             parts.append(np.concatenate([rows, packets]))
             counts.append(len(packets))
             wanted.append(np.arange(len(parts[-1])) >= len(rows))
+        ends = np.cumsum(counts)[:-1]
         src = np.concatenate([_sources(one.result.src, len(part)) for one, part in zip(asked, parts, strict=True)])
         measured, known = _context(src, np.concatenate(parts)), np.concatenate(wanted)
-        windows = Windows(measured, max(map(len, parts)), self.reader.seq_len, known)
+        windows = _Windows(measured, max(map(len, parts)), self.reader.seq_len, known)
+        windows.contexts = {
+            row: one
+            for one, own in zip(asked, np.split(np.flatnonzero(known), ends), strict=True)
+            for row in own.tolist()
+        }
         rows, foreseen = foresee(self.reader, windows, self.src_known)
         found = np.empty(len(measured))
         found[rows] = self.reader.calibration.surprise.calibrated(foreseen.p_value)
-        of_results = np.split(found[known], np.cumsum(counts)[:-1])
+        of_results = np.split(found[known], ends)
         return [own.tolist() for own in of_results]
 
     def expected(self, asked: Asked) -> dict[str, Any]:
         """P(no answer), and the median and the 90 % band of an answer in ms."""
-        rows, result = asked.context(self.reader.seq_len), asked.result
-        context = _context(_sources(result.src, len(rows)), rows)
-        query = Query(Endpoint.whole(result.src), Endpoint.whole(result.dst), result.time_s, context)
-        found: RTTDistribution = next(distributions(self.reader, [query], self.src_known))[0]
+        found: RTTDistribution = next(distributions(self.reader, [_query(asked)], self.src_known))[0]
         ms = [None] * 3 if found.p_fail >= 1 else [round(float(found.quantile(q)), 3) for q in (0.05, 0.5, 0.95)]
         return {"p_fail": round(float(found.p_fail), 4), **dict(zip(("q0.05", "q0.5", "q0.95"), ms, strict=True))}
+
+
+class _Windows(Windows):
+    """Windows in which the experts that answer beside the model look at all that is kept, and not at what fits alone."""
+
+    contexts: dict[int, Asked]  # by row
+
+    def queries(self, rows: Sequence[int] | np.ndarray) -> list[Query]:
+        """The queries for the results of the measurements `rows`."""
+        return [_query(self.contexts[int(row)]) for row in rows]
+
+
+def _query(asked: Asked) -> Query:
+    result, rows = asked.result, in_time_order(*asked.earlier)
+    context = _context(_sources(result.src, len(rows)), rows)
+    return Query(Endpoint.whole(result.src), Endpoint.whole(result.dst), result.time_s, context)
 
 
 def _sources(src: bytes, count: int) -> np.ndarray:

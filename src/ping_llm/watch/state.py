@@ -58,21 +58,17 @@ class Bounds:
     sources: int = 20_000
     """Sources whose pings are kept as context, at most; those that were silent for longest are forgotten first."""
     rows: int = 24
-    """Pings of a source that are kept, and a third as many of each pair."""
+    """Pings of a source that are kept, and of each pair."""
     late_hours: float = 24.0
     """Results that are older than the newest by more than this are counted and left out, for it is no longer known whether
     they were scored before."""
 
     def __post_init__(self) -> None:
-        if self.sources < 1 or not 3 <= self.rows <= 1000 or not 0 < self.late_hours < 1e5:
+        if self.sources < 1 or not 1 <= self.rows <= 1000 or not 0 < self.late_hours < 1e5:
             raise ValueError(
-                f"sources={self.sources} must be at least 1, rows={self.rows} from 3 to 1000, "
+                f"sources={self.sources} must be at least 1, rows={self.rows} from 1 to 1000, "
                 f"late_hours={self.late_hours} above 0"
             )
-
-    @property
-    def pair_rows(self) -> int:
-        return self.rows // 3
 
 
 @dataclass
@@ -197,7 +193,7 @@ class State:
         many(
             "INSERT OR REPLACE INTO pair VALUES (?, ?, ?, ?, ?)",
             (
-                (ends, used, known.rows[-self.bounds.pair_rows :].tobytes(), *_text_of(known))
+                (ends, used, known.rows[-self.bounds.rows :].tobytes(), *_text_of(known))
                 for ends, known in changes.pairs.items()
             ),
         )

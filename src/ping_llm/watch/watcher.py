@@ -14,7 +14,7 @@ import numpy as np
 
 from ping_llm.data.measurement import format_address
 from ping_llm.watch.arrivals import Result, parse
-from ping_llm.watch.history import ROW, Asked, Scorer
+from ping_llm.watch.history import ROW, Asked, Scorer, in_time_order
 from ping_llm.watch.hysteresis import Rule
 from ping_llm.watch.reading import USUAL, middle
 from ping_llm.watch.state import Changes, Known, State
@@ -108,7 +108,7 @@ class Watcher:
                     event |= _span(opened, result.time_s) | {"expected": self.scorer.expected(one)}
                 changes.events.append(event)
             rows = np.array([(np.frombuffer(result.dst, "u1"), *row) for row in verdict.joins], ROW)
-            rows_of_pair = _joined(known.rows, rows, self.state.bounds.pair_rows)
+            rows_of_pair = _joined(known.rows, rows, self.state.bounds.rows)
             usual, lately = known.usual, (*known.lately, middle(packets))[-USUAL:]
             if verdict.pair.since_s is None:
                 reading = reading.after(packets, usual)
@@ -146,8 +146,7 @@ def _turns(results: Sequence[Result]) -> list[list[Result]]:
 
 def _joined(rows: np.ndarray, more: np.ndarray, most: int) -> np.ndarray:
     """The last of both in time order."""
-    both = np.concatenate([rows, more])
-    return both[np.argsort(both["time_s"], kind="stable")][-most:] if len(more) else rows
+    return in_time_order(rows, more)[-most:] if len(more) else rows
 
 
 def _event(kind: str, result: Result, p_value: float, combined: float) -> dict[str, Any]:

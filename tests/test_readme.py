@@ -23,6 +23,7 @@ CANNOT_RUN = {
     "modal volume": "needs an account; tests/launch/test_modal.py runs the script on a stub",
     "ping-llm launch watch": "needs an account; tests/launch/test_gpu_watch.py runs it on a server of its own",
     "ping-llm serve": "answers until it is stopped; tests/serve/test_process.py starts and asks it",
+    "ping-llm watch": "listens until it is stopped; tests/watch/test_watch_feeds.py runs it on a server of its own",
     "docker compose": "needs Docker; tests/launch/test_deploy.py builds what the image holds",
     "host1$ torchrun": "needs two machines; tests/training/test_two_hosts.py runs two hosts in name spaces",
 }

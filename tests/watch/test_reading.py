@@ -26,8 +26,8 @@ def test_three_losses_are_worth_more_than_one():
 
 @pytest.mark.parametrize("common", [0.0, 0.5, 1.0])
 def test_p_values_are_right_whatever_packets_have_in_common(common):
-    """Of 3,000 results whose packets are alike with a probability: a standard deviation of 0.006 at 0.1 and 0.003 at 0.02, and
-    as much again of what they are read against."""
+    """Of 3,000 results whose packets are alike with a probability: the standard deviation is 0.006 at 0.1 and 0.003 at 0.02,
+    and as much again of what they are read against."""
     rng = np.random.default_rng(3)
     alone, alike = rng.random((3000, 3)), rng.random((3000, 1))
     _, found = read(np.where(rng.random((3000, 1)) < common, alike, alone))

@@ -52,21 +52,6 @@ class Feed:
         self.live.check()
 
 
-@dataclass(frozen=True)
-class Files:
-    """What is written."""
-
-    out: Path
-    state: Path
-
-    @classmethod
-    def at(cls, out: Path) -> Files:
-        """The file of anomalies, and its state beside it; ValueError if they cannot be written."""
-        if not out.exists():
-            try_file(out)
-        return cls(out, out.with_name(f"{out.name}.state"))
-
-
 def watch(
     feed: Feed,
     load: Callable[[], Scorer],
@@ -83,10 +68,12 @@ def watch(
     `load` is called once all else is known to be well. ValueError says what was wrong; what was committed stays so.
     """
     feed.check()
-    files, inbox, stopped = Files.at(out), Inbox(), _Stop()
+    if not out.exists():
+        try_file(out)
+    inbox, stopped = Inbox(), _Stop()
     total: Counter[str] = Counter()
     with ExitStack() as stack:
-        state = stack.enter_context(State(files.state, files.out, bounds))
+        state = stack.enter_context(State(out.with_name(f"{out.name}.state"), out, bounds))
         metrics = None
         if metrics_port is not None:
             from ping_llm.watch.metrics import Metrics

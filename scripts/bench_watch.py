@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from ping_llm.inference.model import PingModel
 from ping_llm.model.gpt import GPT
 from ping_llm.system.files import try_file
 from ping_llm.system.hardware import device_name
+from ping_llm.system.progress import say
 from ping_llm.watch.arrivals import Result, parse
 from ping_llm.watch.hysteresis import Rule
 from ping_llm.watch.scoring import ModelScorer
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=160, help="pairs that are watched")
     parser.add_argument("--at", type=float, default=0.001, help="p-value at which an anomaly opens")
     parser.add_argument("--src-known", default="auto", help="how much of the sources is known")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--quick", action="store_true", help="10 pairs")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and of what happens to them")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -79,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try_file(options.json)
     torch.set_num_threads(options.threads)
-    model, truth, name = load(options.model, options.dump)
+    model, truth, name = load(options.model, options.dump, options.precision)
     lines, cases = happenings(truth, QUICK_PAIRS if options.quick else options.pairs, options.seed)
-    print(f"{name} on {device_name(model.device)}, {options.threads} threads; {len(cases)} pairs, {len(lines):,} lines")
+    device = f"{device_name(model.device)} in {model.precision}, {options.threads} threads"
+    print(f"{name} on {device}; {len(cases)} pairs, {len(lines):,} lines")
     with tempfile.TemporaryDirectory(prefix="ping-llm-") as scratch:
         results = sorted(parse(lines, Path(scratch) / "lines")[0], key=lambda result: result.time_s)
         opened, seconds = watched(model, lines, Path(scratch), Rule(options.at), options.src_known)
@@ -94,19 +97,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{kind:28}{own['found']:4} of {own['of']:<4} delay median {own['median']}, 90 % {own['q90']}")
     print(f"\n{len(results) / seconds:.1f} results/s of the watch, {1e3 * seconds / len(results):.1f} ms each")
     if options.json:
-        about = {"model": name, "pairs": len(cases), "results": len(results), "results_per_s": len(results) / seconds}
+        about = {
+            "model": name,
+            "precision": model.precision,
+            "pairs": len(cases),
+            "results": len(results),
+            "results_per_s": len(results) / seconds,
+        }
         options.json.write_text(json.dumps(about | numbers, indent=1) + "\n")
 
 
-def load(run: Path | None, dump: Path | None) -> tuple[PingModel, Truth, str]:
+def load(
+    run: Path | None, dump: Path | None, precision: Literal["fp32", "bf16"] = "fp32"
+) -> tuple[PingModel, Truth, str]:
     """The model, the Internet it learned from, and what to call it; without a demo, an untrained one of a small Internet."""
     if run or (DEMO / "run" / "checkpoints").exists():
         path = run or DEMO / "run"
-        return PingModel.load(path, "cpu"), Truth.load(dump or DEMO / "dump"), f"model of {path}"
+        return PingModel.load(path, "cpu", precision), Truth.load(dump or DEMO / "dump"), f"model of {path}"
     gpt = GPT(load_config(ROOT / "configs" / "tiny.toml").model, generator=torch.Generator().manual_seed(0))
     world = build_world(0, 8, 6)
     world["schedule"] = {"start_s": 1_767_225_600, "end_s": 1_767_225_600, "interval_s": 3600, "measured_share": 1.0}
-    return PingModel(gpt.eval(), torch.device("cpu")), Truth(world), "untrained model of the size of tiny"
+    return (
+        PingModel(gpt.eval(), torch.device("cpu"), precision=precision),
+        Truth(world),
+        "untrained model of the size of tiny",
+    )
 
 
 def happenings(truth: Truth, pairs: int, seed: int) -> tuple[list[bytes], dict[tuple[str, str], Case]]:
@@ -166,8 +181,7 @@ def watched(
         for at in range(0, len(lines), BATCH):
             events = watcher.take(lines[at : at + BATCH]).events
             found += [((e["src"], e["dst"]), int(parse_time(e["time"]))) for e in events if e["event"] == "opened"]
-            if at // BATCH % 8 == 0:
-                print(f"{at:,} lines, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            say(f"{min(at + BATCH, len(lines)):,} of {len(lines):,} lines, {time.perf_counter() - begin:.0f} s")
     return found, time.perf_counter() - begin
 
 

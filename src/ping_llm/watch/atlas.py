@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from urllib.parse import urlencode
 
 from ping_llm.data.ingest.download import Client, Clock, Manners, Transient
-from ping_llm.watch.feeds import Inbox, start, whole_lines
+from ping_llm.watch.feeds import Inbox, lines_of, start
 
 STREAM = "https://atlas-stream.ripe.net"
 API = "https://atlas.ripe.net/api/v2"
@@ -108,7 +107,7 @@ def _listen(
         nonlocal came
         try:
             with client.get(f"{live.stream_api.rstrip('/')}/stream/?{query}", {}) as response:
-                for line in whole_lines(client.blocks(response)):
+                for line in lines_of(client.blocks(response)):
                     if (result := _result_of(line)) is not None:
                         came += 1
                         inbox.put(result)
@@ -155,8 +154,8 @@ def _poll(live: Live, client: Client, msm: int, polled_s: int, inbox: Inbox, cou
 def _query(client: Client, url: str, inbox: Inbox) -> None:
     """Brings the results that one query gives; Transient if they break off."""
     with client.get(url, {}, with_key=True) as response:
-        for line in whole_lines(chain(client.blocks(response), [b"\n"])):  # the last line need have no end
+        for number, line in enumerate(lines_of(client.blocks(response))):
+            if not number and line.strip() and (line[:1] != b"{" or line.startswith(b'{"error"')):
+                raise Transient(f"no results came, but {line[:60]!r}")
             if line.strip():
-                if not line.startswith(b"{") or line.startswith(b'{"error"'):
-                    raise Transient(f"no results came, but {line[:60]!r}")
                 inbox.put(line)

@@ -10,11 +10,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
-from ping_llm.data.ingest.unpack import MAX_LINE_BYTES, read_lines
+from ping_llm.data.ingest.unpack import read_lines, whole_lines
 
 Batch = tuple[list[bytes], dict[str, int]]
 BATCH = 256
@@ -23,6 +23,7 @@ WAIT_S = 0.5
 """How long a line may wait for others."""
 _WAITING = 20_000  # lines, before those who bring more have to wait
 _SORTED = 100_000  # lines of a dump that are put in order at once
+_BLOCK_BYTES = 1 << 16
 _TIME = re.compile(rb'"timestamp"\s*:\s*"?(\d{1,10})')
 
 
@@ -92,12 +93,16 @@ def start(name: str, inbox: Inbox, bring: Callable[[], None], ends: bool = False
     threading.Thread(target=run, name=name, daemon=True).start()
 
 
-def read_pipe(file: BinaryIO, inbox: Inbox) -> None:
+def read_pipe(file: FileIO, inbox: Inbox) -> None:
     """Brings the lines of a pipe as they come, to its end."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
+    for line in lines_of(iter(lambda: file.read(_BLOCK_BYTES), b"")):
         inbox.put(line)
-        while not line.endswith(b"\n") and len(line) > MAX_LINE_BYTES:  # the rest of one that is too long is no line
-            line = file.readline(MAX_LINE_BYTES + 1)
+
+
+def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that blocks of bytes hold; one that is longer than a result can be is one that cannot be read."""
+    for block in whole_lines(blocks):
+        yield from (line + b"\n" for line in block.split(b"\n")[:-1])
 
 
 def replay(
@@ -115,7 +120,7 @@ def replay(
     damage: list[str] = []
     begin = first_s = None
     blocks = (block for dump in dumps for block in read_lines(dump, damage))
-    lines = (line for block in blocks for line in block.splitlines(keepends=True))
+    lines = lines_of(blocks)
     while some := sorted(islice(lines, _SORTED), key=_time_of):
         for at in range(0, len(some), size):
             if stopped():
@@ -135,13 +140,3 @@ def _time_of(line: bytes) -> int:
     """When a result was measured, by its line; 0 if it does not say."""
     found = _TIME.search(line)
     return int(found[1]) if found else 0
-
-
-def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines that blocks of bytes hold, but for a last one that has no end."""
-    rest = b""
-    for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-        if len(rest) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES:,} bytes came")

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ping_llm.data.ingest.download import Manners
 from ping_llm.system.files import try_file
@@ -134,7 +135,9 @@ def _batches(
     if feed.replay:
         return replay(feed.replay, feed.speed, stopped)
     if feed.input is not None:
-        file: BinaryIO = sys.stdin.buffer if feed.input == Path("-") else stack.enter_context(feed.input.open("rb"))
+        # Without a buffer, whose lock a thread that waits for a line would hold while the process ends.
+        is_standard = feed.input == Path("-")
+        file = FileIO(sys.stdin.fileno() if is_standard else str(feed.input), closefd=not is_standard)
         start("input", inbox, lambda: read_pipe(file, inbox), ends=True)
     else:
         client = follow(feed.live, inbox, state.number, manners, key, count=count)

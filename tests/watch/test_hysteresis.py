@@ -135,10 +135,10 @@ def test_what_lasts_is_accepted_and_then_known():
 
 
 def test_by_chance_anomalies_open_at_most_as_often_as_asked_for():
-    """200,000 uniform p-values at 0.01: Bonferroni over k keeps the rate below, and not at nothing."""
+    """30,000 uniform p-values at 0.01: Bonferroni over k keeps the rate below, and not at nothing."""
     rule, rng = Rule(at=0.01, close=0.1), np.random.default_rng(0)
-    opened = sum(one.change == "opened" for one in judged(rule, rng.random(200_000).tolist()))
-    assert 0.3 * 0.01 < opened / 200_000 <= 0.01
+    opened = sum(one.change == "opened" for one in judged(rule, rng.random(30_000).tolist()))
+    assert 0.3 * 0.01 < opened / 30_000 <= 0.01
 
 
 @pytest.mark.parametrize(

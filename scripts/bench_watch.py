@@ -2,12 +2,12 @@
 
     python scripts/bench_watch.py [--model RUN] [--dump DUMP] [--pairs 160] [--quick] [--json FILE]
 
-The pings of some pairs go on where DUMP, the dump that the model of RUN learned from, ends: every half hour for two days. In
-the second day something happens to most of the pairs, and lasts. They are watched as `ping-llm watch` does, and by a
-simple baseline: a result is odd if its middle packet is lost or farther than k · MAD from the median of the last 20 that
-were not odd, and an anomaly opens when m of the last six are odd. For each m from 1 to 3, k is the one that gives at most as
-many false alarms as the watch has; of these the baseline that finds most, and then soonest, is shown. A delay is a number of
-results: 1 is found by the first one.
+The pings of some pairs, of targets that answer, go on where DUMP, the dump that the model of RUN learned from, ends: every
+half hour for two days. In the second day something happens to most of the pairs, and lasts. They are watched as `ping-llm
+watch` does, and by a simple baseline: a result is odd if its middle packet is lost or farther than k · MAD from the median
+of the last 20 that were not odd, and an anomaly opens when m of the last six are odd. For each m from 1 to 3, k is the one
+that gives at most as many false alarms as the watch has; of these the baseline that finds most, and then soonest, is shown.
+A delay is a number of results: 1 is found by the first one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dump", type=Path, help="synthetic dump that it learned from")
     parser.add_argument("--pairs", type=int, default=160, help="pairs that are watched")
     parser.add_argument("--at", type=float, default=0.001, help="p-value at which an anomaly opens")
-    parser.add_argument("--src-known", default="auto", help="how much of the sources is known")
+    parser.add_argument("--src-known", default="whole", help="how much of the sources is known, as for ping-llm watch")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward passes")
     parser.add_argument("--quick", action="store_true", help="10 pairs")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and of what happens to them")
@@ -130,7 +130,8 @@ def happenings(truth: Truth, pairs: int, seed: int) -> tuple[list[bytes], dict[t
     end_s = schedule["end_s"] + RESULTS * INTERVAL_S
     later = schedule | {"start_s": schedule["end_s"], "end_s": end_s, "interval_s": INTERVAL_S}
     dump, rng = Dump(truth.world | {"schedule": later}, Path()), np.random.default_rng(seed)
-    chosen = rng.choice(len(dump.pairs[0]), min(pairs, len(dump.pairs[0])), replace=False)
+    answering = np.flatnonzero(dump.paths.dark_loss == 0)
+    chosen = rng.choice(answering, min(pairs, len(answering)), replace=False)
     kind_of = np.full(len(dump.pairs[0]), -1)
     kind_of[chosen] = np.arange(len(chosen)) % len(KINDS)
     onset = later["start_s"] + dump.phase_s + INTERVAL_S * rng.integers(*ONSETS, len(kind_of))

@@ -175,7 +175,7 @@ def test_bench_watch_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "DEMO", tmp_path / "out" / "demo")
     for name, smaller in (("QUICK_PAIRS", 5), ("RESULTS", 36), ("ONSETS", (20, 22))):
         monkeypatch.setattr(script, name, smaller)
-    numbers = measured(script, tmp_path, "--quick", "--src-known", "all")
+    numbers = measured(script, tmp_path, "--quick")
     assert numbers["pairs"] == 5 and 170 < numbers["results"] <= 180 and numbers["results_per_s"] > 0
     for one in (numbers["watch"], numbers["baseline"]):
         assert 100 < one["clean"] < 145 and [kind["of"] for kind in one["found"].values()] == [1, 1, 1, 1]

@@ -43,7 +43,7 @@ def asked(tmp_path) -> list[Asked]:
     return [Asked(found[0], pair, other), Asked(found[1], pair[:1], other[:0])]
 
 
-def by_score(model, one: Asked, packet: float) -> float:
+def by_score(model, one: Asked, packet: float, src_known: str = "auto") -> float:
     """The p-value of a packet as the last row of a table."""
     table = [(row["dst"].tobytes(), row["time_s"], row["rtt_ms"]) for row in one.context(model.seq_len)]
     table.append((one.result.dst, one.result.time_s, packet))
@@ -58,6 +58,7 @@ def by_score(model, one: Asked, packet: float) -> float:
             for dst, time_s, rtt in table
         ],
         history=20,
+        src_known=src_known,
         quiet=True,
     )
     return as_arrow(scored)["p_value"].to_pylist()[-1] if hasattr(scored, "schema") else scored[-1]["p_value"]
@@ -66,11 +67,14 @@ def by_score(model, one: Asked, packet: float) -> float:
 @pytest.mark.parametrize("seq_len", [80, 256])
 def test_each_packet_has_the_p_value_that_score_gives_it(asked, seq_len):
     model = random_model(seq_len, KNOWN)
-    found = ModelScorer(model).p_values(asked)
+    found = ModelScorer(model, "auto").p_values(asked)
     assert [len(own) for own in found] == [3, 1]
     for one, own in zip(asked, found, strict=True):
         assert own == pytest.approx([by_score(model, one, packet) for packet in one.result.rtt_ms], rel=1e-6)
-    assert ModelScorer(model).p_values(asked[::-1])[1] == pytest.approx(found[0], rel=1e-6)
+    whole = ModelScorer(model).p_values(asked)
+    assert whole[0] == pytest.approx([by_score(model, asked[0], packet, "all") for packet in asked[0].result.rtt_ms])
+    assert whole[0] != pytest.approx(found[0], rel=1e-3)
+    assert ModelScorer(model).p_values(asked[::-1])[1] == pytest.approx(whole[0], rel=1e-6)
     assert ModelScorer(model).p_values([]) == []
 
 

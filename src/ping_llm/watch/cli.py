@@ -29,7 +29,7 @@ def watch(
     out: Path = Path("anomalies.jsonl"),
     every: Flag = False,
     metrics_port: int | None = None,
-    src_known: str = "auto",
+    src_known: str = "whole",
     memory: Path | None = None,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -46,7 +46,8 @@ def watch(
         out: file of anomalies, a line for each that opens or closes; OUT.state beside it is what the watch knows.
         every: write a line for every result too.
         metrics_port: port for Prometheus, on 127.0.0.1; 0 takes a free one. It needs the extra serve.
-        src_known: how much of the sources is known to the model: all, none, a prefix length, or auto. all is the fastest.
+        src_known: how much of the sources is known to the model: whole, or auto, as for score, which is up to five times
+            slower; all, none or a prefix length leaves out the experts.
         memory: folder of rows, whose train part knows past results of a pair.
         device: cpu, cuda or auto.
         precision: bf16 is faster; probabilities differ by some percent of themselves.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,17 @@ from ping_llm.watch.history import ROW, Asked, in_time_order
 
 
 class ModelScorer:
-    """The p-values of `PingModel.score`, each given the context of its result."""
+    """The p-values of `PingModel.score`, each given the context of its result.
 
-    def __init__(self, reader: Reader, src_known: SrcKnown = "auto") -> None:
+    With `src_known` "whole" they are those of "auto" without the shorter prefixes of the source: one pass in place of up to
+    five, and the experts answer beside it. "all" has no experts.
+    """
+
+    def __init__(self, reader: Reader, src_known: SrcKnown = "whole") -> None:
+        if src_known == "whole":
+            whole = {family: {"all": 1.0} for family in ("ipv4", "ipv6")}
+            calibration = replace(reader.calibration, src_weights=whole, new_src_weights=whole)
+            reader, src_known = replace(reader, calibration=calibration), "auto"
         self.reader, self.src_known = reader, src_known
 
     def p_values(self, asked: Sequence[Asked]) -> list[list[float]]:

@@ -306,9 +306,30 @@ def test_a_table_of_many_configs_is_cut_for_the_terminal_and_whole_in_the_file(t
     monkeypatch.setenv("COLUMNS", "150")
     assert main(["compare", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("┏") == 3 and all(f"n_layer={layers}" in printed for layers in range(1, 7))
+    assert printed.count("┏") == 1 + 3 and all(f"n_layer={layers}" in printed for layers in range(1, 7))
     assert "…" not in printed
     assert len(compare([tmp_path]).table()[0]) == 1 + 1 + 2 * 5 + 1
+
+
+def test_many_configs_have_a_line_each_the_fewest_bits_first(tmp_path, capsys, monkeypatch):
+    for width, loss in ((32, 2.0), (64, 1.9), (96, 2.2), (128, 1.8)):
+        for seed in range(2):
+            write_run(tmp_path / f"n_embd={width},seed={seed}", loss + 0.01 * seed, seed, n_embd=width)
+    found = compare([tmp_path], against="n_embd=64")
+    head, rows = found.overview()
+    assert head[:4] == ["config", "runs", "val loss, nats, end", "Δ to n_embd=64"] and "bits per RTT, end" in head
+    assert [row[0] for row in rows] == [f"n_embd={width}" for width in (128, 64, 32, 96)]
+    lines = {row[0]: row for row in rows}
+    assert lines["n_embd=96"][1:4] == ["2", "2.2050 ± 0.0071", "+0.3000 (+0.3000 to +0.3000, n = 2) *"]
+    assert lines["n_embd=64"][3] == "–"
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        capsys.readouterr().out.index("n_embd=128")
+        and "| n_embd=128 | 2 |" in (tmp_path / "out/compare.md").read_text()
+    )
+    three = [path for path in tmp_path.glob("n_embd=*") if "=96" not in path.name]
+    assert "| config | runs |" not in compare(three, tmp_path / "out").markdown()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from ping_llm.system.files import try_folder, write_atomically
 TEXT_NAME, DATA_NAME, CURVES_NAME = "compare.md", "compare.json", "curves.png"
 EMPTY, EXCEEDS = "–", "*"
 _WEIGHTED = ("end_val_loss", "best_val_loss")  # means over the fields by the weights of each config
+_OVERVIEW = ("end_val_loss", "end_val_rtt_bits", f"{SHARE}_val", f"{CRPS}_val")  # what few columns are of
+MANY = 4  # configs from which on a line each is read more easily than a column each
 READING = (
     "Each number is the mean over the runs of a config, ± their deviation over seeds. Δ is the mean of the differences of",
     "runs with the same seeds, with its 95 % interval (Student's t) and the number n of pairs. The noise is the deviation",
@@ -94,6 +96,28 @@ class Comparison:
             rows.append([*row, quantity.form(noise.deviation) if noise else EMPTY])
         return [*head, "noise"], rows
 
+    def overview(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of a line for each config, the fewest bits per RTT first: what matters most, and the difference to
+        the config that all are compared with."""
+        first = self.groups[0]
+        shown = [quantity for quantity in self.quantities if quantity.name in _OVERVIEW]
+        head = ["config", "runs"]
+        for quantity in shown:
+            head += [quantity.label, f"Δ to {first.name}"]
+
+        def rank(group: Group) -> float:
+            values = [*group.by_seed("end_val_rtt_bits").values()]
+            return float(np.mean(values)) if values else np.inf
+
+        rows = []
+        for group in sorted(self.groups, key=rank):
+            row = [group.name, str(len(group.outcomes))]
+            for quantity in shown:
+                found = self.differences.get(quantity.name, {}).get(group.name)
+                row += [self._mean(quantity, group), _difference(found, quantity)]
+            rows.append(row)
+        return head, rows
+
     def verdicts(self) -> list[str]:
         """For each config, its fields and what is beyond the noise, in words."""
         first, lines = self.groups[0], []
@@ -116,9 +140,8 @@ class Comparison:
 
     def markdown(self, picture: str = "") -> str:
         """compare.md."""
-        head, rows = self.table()
-        table = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-        table += ["| " + " | ".join(row) + " |" for row in rows]
+        table = [*_as_markdown(*self.overview()), ""] if len(self.groups) >= MANY else []
+        table += _as_markdown(*self.table())
         verdicts = [f"- {line}" for line in self.verdicts()]
         parts = ["# Comparison", *table_note(self), "", *verdicts, "", *table, ""]
         parts += [f"![loss against tokens and FLOPs]({picture})", ""] if picture else []
@@ -192,6 +215,12 @@ def print_comparison(comparison: Comparison) -> None:
     from rich.table import Column, Table
 
     console = Console()
+    if len(comparison.groups) >= MANY:
+        head, rows = comparison.overview()
+        table = Table(head[0], *(Column(name, justify="right") for name in head[1:]))
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     head, rows = comparison.table()
     others = list(range(2, len(head) - 1, 2))
     fits = max(1, (console.width - 60) // 44)
@@ -204,6 +233,11 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(table)
     for line in [*table_note(comparison), "", *comparison.verdicts(), *comparison.notes]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def table_note(comparison: Comparison) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ping_llm.model.fields import ODD, mix
 
 _DRAW = (1 << 24) - 1  # draws are whole numbers up to here
+_ODD_INVERSE = pow(ODD, -1, 1 << 64) - (1 << 64)  # modulo 2^64
 
 
 def window_keys(seed: int, step: int, windows: int, rank: int, world: int, device: torch.device) -> Tensor:
@@ -28,5 +29,7 @@ def dropped(x: Tensor, share: float, keys: Tensor, site: int) -> Tensor:
     """
     places = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])
     start = mix(keys + site).view(-1, *(1 for _ in x.shape[1:]))
-    kept = (mix(start + places * ODD) & _DRAW) >= share * (_DRAW + 1)
+    # start + places · ODD, the start taken in first: compiled for a GPU, places alone are 32 bits wide, and so are the
+    # numbers that they may be multiplied with.
+    kept = (mix((start * _ODD_INVERSE + places) * ODD) & _DRAW) >= share * (_DRAW + 1)
     return torch.where(kept, x * (1 / (1 - share)), 0.0).to(x.dtype)

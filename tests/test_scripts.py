@@ -176,7 +176,7 @@ def test_bench_watch_measures(tmp_path, monkeypatch, capsys):
     for name, smaller in (("QUICK_PAIRS", 5), ("RESULTS", 36), ("ONSETS", (20, 22))):
         monkeypatch.setattr(script, name, smaller)
     numbers = measured(script, tmp_path, "--quick")
-    assert numbers["pairs"] == 5 and 170 < numbers["results"] <= 180 and numbers["results_per_s"] > 0
+    assert numbers["pairs"] == 5 and 170 < numbers["results"] <= 180 and numbers["ms_a_result"] > 0
     for one in (numbers["watch"], numbers["baseline"]):
         assert 100 < one["clean"] < 145 and [kind["of"] for kind in one["found"].values()] == [1, 1, 1, 1]
     assert numbers["baseline"]["found"]["outage"] == {"of": 1, "found": 1, "median": 1, "q90": 1}

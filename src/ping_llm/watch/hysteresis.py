@@ -57,7 +57,7 @@ class Rule:
     """When anomalies open and close."""
 
     at: float = 0.001
-    """False alarms a result, at most, if p-values are right: what opens an anomaly."""
+    """False alarms a result, at most, if p-values are right and independent, which successive ones are not quite."""
     close: float = 0.1
     """P-value of the last results together from which on an anomaly closes."""
     last: int = 6

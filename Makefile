@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 DATA ?= ../shared/data
 QUERIES ?= 1000
 
-.PHONY: install demo quality test test-slurm mutants lint format clean
+.PHONY: install demo quality test test-slurm mutants lint format docs release clean
 
 install: $(INSTALLED)
 
@@ -57,5 +57,15 @@ format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The documentation as a folder of pages, site/, that reads without a network; a link or a name that leads nowhere is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# What is uploaded to a package index, in dist/: the sdist, and the wheel that is built from it.
+release: install
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out site dist

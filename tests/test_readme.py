@@ -4,6 +4,7 @@ import glob
 import re
 import shlex
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +31,8 @@ CANNOT_RUN = {
 """Beginnings of blocks, and why."""
 SMALLER = {"eval": ["--quick", "--queries", "6", "--model-queries", "1", "--counts", "0", "2", "--src-known", "all"]}
 """Options that are added to a command, so that it takes seconds. With them, some are the same: one runs."""
+FILES = ("csv", "yaml", "text")
+"""Languages of blocks that show a file; with a title, a command reads it."""
 CONFIG = """
 [model]
 n_layer = 1
@@ -58,7 +61,7 @@ PYTHON_NAMES = {
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """Language, empty for commands, and content of each fenced block of a document."""
-    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^ *```(\w*)[^\n`]*\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     return [(language, textwrap.dedent(content)) for language, content in found]
 
 
@@ -102,23 +105,32 @@ def small_inputs(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def run_blocks(
+    document: str, run: list[list[str]], capsys: pytest.CaptureFixture, skipped: Callable = cannot_run
+) -> None:
+    """Runs the blocks of a document in order, but for `skipped` ones, and for what was `run` before, to which it is added;
+    blocks of Python share their names."""
+    names = dict(PYTHON_NAMES)
+    for language, block in blocks((ROOT / document).read_text()):
+        if language == "python":
+            exec(compile(block, document, "exec"), names)
+            continue
+        if skipped(block) or language in FILES:
+            continue
+        for program, *argv in commands(block):
+            assert not language and program == "ping-llm", f"{document} has a block that no test runs:\n{block}"
+            argv = [file for word in argv for file in (sorted(glob.glob(word)) if "*" in word else [word])]
+            argv += [option for option in SMALLER.get(argv[0], []) if option not in argv]
+            code = 0 if argv in run else main(argv)
+            run.append(argv)
+            assert code == 0, f"{document}: {argv} ended with {code}: {capsys.readouterr().err}"
+
+
 @pytest.mark.slow
 def test_every_command_block_runs_as_it_stands(small_inputs, capsys):
     run: list[list[str]] = []
     for document in DOCUMENTS:
-        for language, block in blocks((ROOT / document).read_text()):
-            if language == "python":
-                exec(compile(block, document, "exec"), dict(PYTHON_NAMES))
-                continue
-            if cannot_run(block):
-                continue
-            for program, *argv in commands(block):
-                assert not language and program == "ping-llm", f"{document} has a block that no test runs:\n{block}"
-                argv = [file for word in argv for file in (sorted(glob.glob(word)) if "*" in word else [word])]
-                argv += [option for option in SMALLER.get(argv[0], []) if option not in argv]
-                code = 0 if argv in run else main(argv)
-                run.append(argv)
-                assert code == 0, f"{document}: {argv} ended with {code}: {capsys.readouterr().err}"
+        run_blocks(document, run, capsys)
     assert (small_inputs / "runs/sweeps/example/curves.png").is_file()
     assert (small_inputs / "results" / "report.md").is_file() and (
         small_inputs / "runs" / "small" / "report.md"

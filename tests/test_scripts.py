@@ -19,6 +19,7 @@ RUN_ELSEWHERE = {
     "bench_train": "training/test_bench_train.py",
     "profile_training": "training/test_bench_train.py",
     "train_variants": "training/test_bench_train.py",
+    "draw_docs": "test_docs.py",
     "eval_conditional_rtt": "eval/test_eval_scripts.py",
     "eval_partial_ip": "eval/test_eval_scripts.py",
     "train/modal_wrapper": "launch/test_modal.py",

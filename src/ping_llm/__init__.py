@@ -22,6 +22,8 @@ _MODULES = {"PingModel": "model", "Query": "query", "RTTDistribution": "distribu
 
 
 def __getattr__(name: str) -> Any:  # torch takes a second to import: `--help` does not wait for it
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("ping-llm")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"ping_llm.inference.{_MODULES[name]}"), name)

@@ -297,6 +297,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, base,
     assert code in (1, 2) and message in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
 
 
+def test_several_processes_are_told_what_to_run(tmp_path, base, new, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^finetune is one process; train the config of its report.md by torchrun"):
+        finetune(FinetuneOptions(str(base), new, tmp_path / "run"))
+
+
 def test_rows_that_the_base_holds_out_are_refused_by_the_command(tmp_path, base, new, old, capsys):
     parts = {"train": list(RowReader(old, "val")), "val": list(RowReader(new, "val"))}
     (tmp_path / "rows").mkdir()

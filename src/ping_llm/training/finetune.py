@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def finetune(options: FinetuneOptions, overrides: Sequence[str] = ()) -> dict[st
 def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
     """Checks everything, writes samples if they are wanted, and decides on the config of the run."""
     base, rows, out = options.base, options.rows, options.out
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("finetune is one process; train the config of its report.md by torchrun -m ping_llm.train")
     for part in ("train", "val"):
         RowReader(rows, part)
     given = read_base(base)

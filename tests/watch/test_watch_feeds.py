@@ -282,7 +282,7 @@ def test_an_inbox_makes_those_wait_who_bring_too_much(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "name the model"),
+        ([], "name what to watch, in one way"),
         (["--model", "nowhere"], "name what to watch, in one way"),
         (["--model", "nowhere", "--msm", "1", "--input", "-"], "name what to watch, in one way"),
         (["--model", "nowhere", "--replay", "no-dump"], "no file no-dump"),

@@ -26,6 +26,7 @@ CANNOT_RUN = {
     "ping-llm serve": "answers until it is stopped; tests/serve/test_process.py starts and asks it",
     "ping-llm export exported --push": "needs an account; tests/hf/test_hub.py pushes to a server of its own",
     "src=192.0.2.1 dst=": "is text, no command; tests/hf/test_text.py reads such",
+    "ping-llm watch": "listens until it is stopped; tests/watch/test_watch_feeds.py runs it on a server of its own",
     "docker compose": "needs Docker; tests/launch/test_deploy.py builds what the image holds",
     "host1$ torchrun": "needs two machines; tests/training/test_two_hosts.py runs two hosts in name spaces",
 }

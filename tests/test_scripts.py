@@ -190,6 +190,52 @@ def test_bench_finetune_measures(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("median error") >= 2 * len(script.CASES)
 
 
+def test_bench_watch_measures(tmp_path, monkeypatch, capsys):
+    script = importlib.import_module("bench_watch")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.toml").write_text(CONFIG)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "DEMO", tmp_path / "out" / "demo")
+    for name, smaller in (("QUICK_PAIRS", 5), ("RESULTS", 36), ("ONSETS", (20, 22))):
+        monkeypatch.setattr(script, name, smaller)
+    numbers = measured(script, tmp_path, "--quick")
+    assert numbers["pairs"] == 5 and 170 < numbers["results"] <= 180 and numbers["ms_a_result"] > 0
+    for one in (numbers["watch"], numbers["baseline"]):
+        assert 100 < one["clean"] < 145 and [kind["of"] for kind in one["found"].values()] == [1, 1, 1, 1]
+    assert numbers["baseline"]["found"]["outage"] == {"of": 1, "found": 1, "median": 1, "q90": 1}
+    assert "RTT + 20 %" in capsys.readouterr().out
+
+
+def test_bench_watch_puts_in_what_it_says_and_counts_it_from_the_first_odd_result(tmp_path, monkeypatch):
+    script = importlib.import_module("bench_watch")
+    monkeypatch.setattr(script, "DEMO", tmp_path)
+    monkeypatch.setattr(script, "load_config", lambda path: Config(model=ModelConfig(n_layer=1, n_embd=32, n_head=2)))
+    _, truth, _ = script.load(None, None)
+    lines, cases = script.happenings(truth, 20, 1)
+    results = script.parse(lines, tmp_path / "lines")[0]
+    for pair, case in cases.items():
+        own = [result for result in results if script.ends(result) == pair]
+        before = [rtt for one in own if one.time_s < case.onset_s for rtt in one.rtt_ms]
+        after = [rtt for one in own if one.time_s >= case.onset_s for rtt in one.rtt_ms]
+        lost = sum(rtt < 0 for rtt in after) / max(len(after), 1)
+        assert sum(rtt < 0 for rtt in before) / len(before) < 0.3
+        if case.kind == "nothing":
+            assert not after
+        elif case.kind == "outage":
+            assert lost == 1
+        elif case.kind == "half of the packets lost":
+            assert 0.3 < lost < 0.75
+        else:
+            times = 1 + float(case.kind.split()[2]) / 100
+            floor = [min(rtt for rtt in some if rtt > 0) for some in (before, after)]
+            assert floor[1] == pytest.approx(times * floor[0], rel=0.04)
+    one = next(pair for pair, case in cases.items() if case.kind == "outage")
+    odd = [result.time_s for result in results if script.ends(result) == one and result.time_s >= cases[one].onset_s]
+    found = script.judged(cases, results, [(one, odd[0] - 1), (one, odd[2]), (one, odd[5])])
+    assert found["false_alarms"] == 1 and found["found"]["outage"] == {"of": 4, "found": 1, "median": 3, "q90": 3}
+    assert script.judged(cases, results, [(one, odd[12])])["found"]["outage"]["found"] == 0
+
+
 def test_bench_synth_measures(tmp_path):
     numbers = measured(importlib.import_module("bench_synth"), tmp_path, "--quick")
     ratio = numbers["results_per_s"] / numbers["json_dumps_results_per_s"]

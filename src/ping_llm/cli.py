@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -21,6 +20,7 @@ from ping_llm.data.ingest.choices import Packets, Split, Traceroute
 from ping_llm.hf.cli import export
 from ping_llm.hf.rows_cli import rows
 from ping_llm.serve.cli import serve
+from ping_llm.system.commands import dispatch
 from ping_llm.system.exits import exit_code
 from ping_llm.system.files import cache_folder, try_file, try_folder
 
@@ -366,41 +366,44 @@ def inference(argv: list[str]) -> int | None:
     """Query a trained model: rtt, batch, dst, rank, sample, score."""
     from ping_llm.inference.cli import COMMANDS
 
-    return _dispatch(argv, COMMANDS, "ping-llm inference")
+    return dispatch(argv, COMMANDS, "ping-llm inference")
 
 
 def launch(argv: list[str]) -> int | None:
     """Watch for free GPUs of a provider; rent them once and train there: watch."""
     from ping_llm.launch.watch import COMMANDS
 
-    return _dispatch(argv, COMMANDS, "ping-llm launch")
+    return dispatch(argv, COMMANDS, "ping-llm launch")
 
 
-_MODELS = (train, finetune, Plot, Sweep, Compare, eval, Plan, InspectModel, launch, inference, serve, export, rows)
+def watch(argv: list[str]) -> None:
+    """Watch live pings: results as they come in, anomalies that open and close."""
+    from ping_llm.watch.cli import watch
+
+    tyro.cli(watch, args=argv, prog="ping-llm watch")
+
+
+_MODELS = (
+    train,
+    finetune,
+    Plot,
+    Sweep,
+    Compare,
+    eval,
+    Plan,
+    InspectModel,
+    launch,
+    inference,
+    serve,
+    watch,
+    export,
+    rows,
+)
 _ALL = (Synth, Fetch, Prepare, Inspect, *_MODELS)
 _COMMANDS = {"-".join(re.findall("^[a-z]+|[A-Z][a-z]+", c.__name__)).lower(): c for c in _ALL}
-_PARSE_THEMSELVES = (train, finetune, eval, launch, inference)
+_PARSE_THEMSELVES = (train, finetune, eval, launch, inference, watch)
 # What they print is no answer.
 _WRITE_FILES = (Synth, Fetch, Prepare, train, finetune, Plot, Sweep, InspectModel, eval, export, rows)
-
-
-def _dispatch(argv: list[str], commands: Mapping[str, Any], prog: str) -> int | None:
-    """Calls the command that argv names; its options are the fields of its class or the parameters of its function."""
-    if argv and argv[0] in commands:
-        command = commands[argv[0]]
-        if command in _PARSE_THEMSELVES:
-            return command(argv[1:])
-        result = tyro.cli(command, args=argv[1:], prog=f"{prog} {argv[0]}")
-        return result.run() if hasattr(result, "run") else result
-    wide = max(map(len, commands))
-    lines = [f"  {name:{wide}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
-    usage = "\n".join([f"usage: {prog} COMMAND [OPTIONS]   (COMMAND --help says more)", "", *lines])
-    if argv and argv[0] in ("-h", "--help"):
-        return print(usage)
-    if argv:
-        raise ValueError(f"no command {argv[0]!r}; there are {', '.join(commands)}")
-    print(usage, file=sys.stderr)
-    raise SystemExit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -408,4 +411,4 @@ def main(argv: list[str] | None = None) -> int:
     if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     writes_files = _COMMANDS.get(argv[0] if argv else "") in _WRITE_FILES
-    return exit_code(lambda: _dispatch(argv, _COMMANDS, "ping-llm"), needs_stdout=not writes_files)
+    return exit_code(lambda: dispatch(argv, _COMMANDS, "ping-llm", _PARSE_THEMSELVES), needs_stdout=not writes_files)

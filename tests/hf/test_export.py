@@ -7,6 +7,7 @@ import re
 import pyarrow as pa
 import pytest
 import torch
+from conftest import make_row, write_rows
 from exports import SECRET, SOURCE, random_run
 from huggingface_hub import ModelCard
 from training_runs import make_config
@@ -91,9 +92,7 @@ def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(
         return Calibration({"ipv4": {"all": 1.0}})
 
     monkeypatch.setattr("ping_llm.training.calibration.calibrate", fit)
-    run, rows = random_run(tmp_path), tmp_path / "rows"
-    rows.mkdir()
-    (rows / "manifest.json").write_text("{}")
+    run, rows = random_run(tmp_path), write_rows(tmp_path, {"train": [make_row(30), make_row(20, 1)]}, shards=1)
     with pytest.raises(ValueError, match="are not the rows that the run learned from"):
         export(run, tmp_path / "out", rows=rows)
     assert not asked
@@ -107,6 +106,15 @@ def test_with_rows_the_calibration_is_fitted_to_the_weights_as_they_are_written(
     for fitted in (folder, export(folder, tmp_path / "again", "bf16"), export(run, tmp_path / "run")):
         said = json.loads((fitted / EXPORT_NAME).read_text())["calibration"]
         assert said == "The calibration was fitted to these weights."
+    held = [make_row(30), make_row(20, 1)]
+    ends = [
+        len({bytes(end) for row in held for end in getattr(row, name)}) for name in ("src_addresses", "dst_addresses")
+    ]
+    card = (folder / "README.md").read_text()
+    assert f"{ends[0]} addresses of sources, {ends[1]} of destinations." in card and "Pings of " in card
+    asked.clear()
+    export(folder, tmp_path / "told", "bf16", rows=rows)  # what fits the weights already is not fitted again
+    assert not asked and "of destinations." in (tmp_path / "told/README.md").read_text()
 
 
 def test_a_run_without_a_calibration_becomes_an_export_without_one_wherever_that_lies(tmp_path, caplog):

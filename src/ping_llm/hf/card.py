@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ping_llm.config import Config
 from ping_llm.data.ingest.fetch import ATTRIBUTION
+from ping_llm.data.rows import RowReader
 from ping_llm.inference.sources import Loaded
 from ping_llm.model.checkpoint import STATE_NAME
 from ping_llm.model.counts import parameter_count
@@ -75,10 +76,18 @@ class Weights:
     nanochat: bool  # whether transformers has the architecture itself
 
 
-def model_card(loaded: Loaded, weights: Weights, address: str, results: Path | None = None, licence: str = "") -> str:
+def model_card(
+    loaded: Loaded,
+    weights: Weights,
+    address: str,
+    results: Path | None = None,
+    licence: str = "",
+    rows: Path | None = None,
+) -> str:
     """README.md of an export of a model; `address` is what it is loaded by, OWNER/NAME or a folder.
 
-    `results` is the folder of an evaluation; that of the run is looked for where it is None. ValueError: it holds none, or
+    `results` is the folder of an evaluation; that of the run is looked for where it is None. Of `rows` it says what they
+    hold. ValueError: it holds none, or
     the metadata are not what the hub takes.
     """
     run, name = _run_folder(loaded.folder), address.rpartition("/")[2]
@@ -97,7 +106,7 @@ def model_card(loaded: Loaded, weights: Weights, address: str, results: Path | N
         address=address,
         what=_what(loaded.config),
         transformers=_transformers(address, weights.nanochat),
-        data=_data(run, loaded.state),
+        data=_data(run, loaded.state) if rows is None else f"{_held(rows)} {_data(run, loaded.state)}",
         scores=_scores(measured, bench),
         addresses=_addresses(loaded),
         weights=f"The weights are kept in {weights.dtype}. {weights.calibration}",
@@ -203,6 +212,20 @@ def _data(run: Path, state: Mapping[str, Any]) -> str:
     if "tokens" in state:
         facts.append(f"{state['tokens']:,} tokens were learned from")
     return "; ".join(facts) + "." if facts else "This export does not say."
+
+
+def _held(rows: Path) -> str:
+    """Years, sources and destinations of the part train of rows, in numbers."""
+    reader, seconds = RowReader(rows, "train"), []
+    ends: tuple[set[bytes], set[bytes]] = (set(), set())
+    for row in reader:
+        times = row.times(slice(None))
+        seconds += [int(times.min()), int(times.max())]
+        for met, addresses in zip(ends, (row.src_addresses, row.dst_addresses), strict=True):
+            met.update(map(bytes, addresses))
+    first, last = (f"{datetime.fromtimestamp(s, UTC):%B %Y}" for s in (min(seconds), max(seconds)))
+    between = f"from {first} to {last}" if first != last else f"of {first}"
+    return f"Pings {between}: {len(ends[0]):,} addresses of sources, {len(ends[1]):,} of destinations."
 
 
 def _scores(measured: Mapping[str, float], bench: Iterable[tuple[str, str, str]]) -> str:

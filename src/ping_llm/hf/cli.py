@@ -29,7 +29,8 @@ def export(
         push: OWNER/NAME on the hub, with the token in HF_TOKEN or of `hf auth login`.
         public: anyone may see a new model of the hub; else only its owner.
         dtype: bf16 halves the file and rounds the weights; answers are close, not the same.
-        rows: folder of the rows of the run; the calibration is fitted anew, on val, to the weights as they are written.
+        rows: folder of the rows of the run: the card says what they hold and, if the weights are rounded, or there is no
+            calibration, one is fitted, on val, to the weights as they are written.
         results: folder of an evaluation for the card; RUN/eval if absent.
         license: of the weights, for the card, such as mit or cc-by-4.0.
     """

@@ -57,7 +57,8 @@ def export(
     """Writes the model of a run, or of an earlier export, into the folder `to`, which is new; it is whole or not there.
 
     In fp32 it answers as the run does, to the bit. In bf16 weights are rounded: the calibration of the run goes with them,
-    and the folder says so, unless `rows` names the rows of the run: then it is fitted to the rounded weights, on val.
+    and the folder says so, unless `rows` names the rows of the run: then it is fitted to the rounded weights, on val. The
+    card says of `rows` what they hold.
     The card names `address`, by default the name of the folder; `results` and `licence`: see `model_card`.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -104,7 +105,9 @@ def _write(
     if (tokenizer := _tokenizer(loaded.config.model.seq_len)) is not None:
         tokenizer.save_pretrained(folder)
     told = dataclasses.replace(loaded, calibration=calibration)
-    write_atomically(folder / CARD_NAME, model_card(told, Weights(dtype, said, nanochat), address, results, licence))
+    write_atomically(
+        folder / CARD_NAME, model_card(told, Weights(dtype, said, nanochat), address, results, licence, rows)
+    )
 
 
 def as_transformers(loaded: Loaded, dtype: Dtype = "fp32") -> PreTrainedModel:
@@ -166,7 +169,7 @@ def _check(gpt: GPT, kept: GPT, model: PreTrainedModel) -> bool:
 
 def _calibration(loaded: Loaded, kept: GPT, same: bool, rows: Path | None) -> tuple[Calibration, str]:
     """The calibration of an export whose weights are the `same` or rounded, and what it says of it."""
-    if rows is not None:
+    if rows is not None and not (same and loaded.calibration != Calibration()):
         from ping_llm.training.calibration import calibrate
 
         config = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, rows=rows))

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Several = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]  # --dst A B --dst C
 _BAD_ROWS = 3  # exit code
+OF_PRETRAINED = (
+    "answered by the small model that comes with the package (see its model card): far from its data answers are wide on "
+    "purpose, and those with --context are better"
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class ModelOptions:
     """bf16 is faster; probabilities differ by some percent of themselves."""
 
     def load(self, memory: Path | None = None) -> PingModel:
-        """Reads it, a run's best checkpoint."""
+        """Reads it, a run's best checkpoint; says on the standard error stream what answers where none is named."""
         from ping_llm.inference.model import PingModel
 
+        if self.model is None:
+            print(OF_PRETRAINED, file=sys.stderr)
         return PingModel.load(self.model, self.device, self.precision, memory)
 
 

@@ -1,0 +1,1 @@
+"""Ping results as they come in; anomalies, opened and closed once each, out."""

@@ -310,6 +310,17 @@ def test_an_exported_folder_is_a_base_as_its_run_is(tmp_path, base, new, old):
     assert began == plan.base and all(torch.equal(weights[name], given[name]) for name in given)
 
 
+def test_a_fine_tuned_run_is_exported_without_paths(tmp_path, runs):
+    pytest.importorskip("transformers", reason="exports are of transformers")
+    from ping_llm.hf.export import export
+
+    run, _ = runs["lora"]
+    folder = export(run, tmp_path / "exported")
+    assert not any(str(run.parent.parent) in path.read_text() for path in folder.glob("*.json"))
+    pings = [PingModel.load(one).rtt("192.0.2.1", "198.51.100.7") for one in (run, folder)]
+    assert pings[0].median == pings[1].median
+
+
 def test_several_processes_are_told_what_to_run(tmp_path, base, new, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^finetune is one process; train the config of its report.md by torchrun"):

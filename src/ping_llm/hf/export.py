@@ -153,6 +153,8 @@ def _about(loaded: Loaded) -> dict[str, Any]:
     """The entry of config.json by which PingModel knows the model; without the paths of the machine that trained it."""
     values = config_to_dict(loaded.config)
     del values["data"]["rows"], values["train"]["run_dir"], values["train"]["wandb_project"]
+    del values["data"]["replay"], values["data"]["replay_share"]  # of a fine-tuned run, as the next
+    del values["train"]["init_from"], values["optim"]["lora_rank"]
     state = {name: loaded.state[name] for name in _KEPT if name in loaded.state}
     return {"format_version": EXPORT_VERSION, "config": values, "state": state}
 

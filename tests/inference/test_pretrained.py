@@ -1,6 +1,8 @@
 """The model of the package: small, without hosts of volunteers, within the grammar, as good as its card says."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +90,12 @@ def test_on_val_of_its_rows_it_loses_what_its_card_says(model, tmp_path, monkeyp
     loss = score_tokens(model, windows).loss_per_field()["rtt"]
     assert loss == pytest.approx(3.500, abs=0.01)  # over seeds it deviates by 0.017
     assert f"| RTT (nats per token) | {loss:.1f}" in (PRETRAINED / "README.md").read_text()
+
+
+def test_an_answer_loads_nothing_of_what_compiles_models():
+    code = (
+        "import sys; from ping_llm import PingModel; PingModel.load().rtt(*sys.argv[1:]).median; "
+        "print([name for name in ('torch._dynamo', 'transformers', 'pandas', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *HOSTS], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

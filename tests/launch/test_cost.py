@@ -23,8 +23,8 @@ def with_train(config: Config, **fields) -> Config:
 
 
 def test_hours_and_dollars_by_hand():
-    """small: 6 · (12·640²·20 + 267·640 + 28·640) + 12·20·640·1024 FLOPs a token, and in ten blocks 6 · (640² + 12·5) of value
-    embeddings and their gates: 772,822,800; 20,000 steps of 128 × 1,024 tokens."""
+    """small: 6 · (12·640²·20 + 267·640 + 28·640) + 12·20·640·1024 FLOPs a token, and in ten blocks 6 · (640² + 12·5) of
+    value embeddings and their gates: 772,822,800; 20,000 steps of 128 × 1,024 tokens."""
     plan = plan_cost(SMALL, ROUND, gpus=4, mfu=0.5)
     tokens_per_s = 4 * 0.5e15 / 772_822_800
     assert plan.tokens == 20_000 * 128 * 1024 and plan.tokens_per_s == pytest.approx(tokens_per_s)

@@ -1,7 +1,9 @@
 """The command line: help without heavy imports, and one clear line with a non-zero exit for whatever a user gets wrong."""
 
 import bz2
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ import sys
 import pytest
 from waiting import HANG_S
 
-from ping_llm.cli import main
+from ping_llm.cli import exit_code, main
 from ping_llm.data.synthetic.truth import Truth
 
 RESULT = {
@@ -200,3 +202,15 @@ def test_train_sets_up_threads_memory_and_the_cache_of_what_is_compiled_unless_t
     ):
         done = subprocess.run([sys.executable, "-uc", code], capture_output=True, text=True, env=bare | given)
         assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_a_warning_is_one_line_though_a_library_prints_what_reaches_the_root(capsys):
+    root, stream = logging.getLogger(), io.StringIO()
+    handler = logging.StreamHandler(stream)  # as logging.basicConfig of a library adds one
+    root.addHandler(handler)
+    try:
+        assert exit_code(lambda: logging.getLogger("ping_llm.part").warning("it is %s", "so")) == 0
+    finally:
+        root.removeHandler(handler)
+    assert capsys.readouterr().err == "warning: it is so\n" and not stream.getvalue()
+    assert logging.getLogger("ping_llm").propagate

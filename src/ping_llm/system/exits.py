@@ -41,6 +41,7 @@ def _one_line_errors(command: Callable[[], int | None]) -> int:
     """What `command` returns; 1 after one line that says what was wrong, 130 if interrupted."""
     log, warnings = logging.getLogger("ping_llm"), _WarningLines()
     log.addHandler(warnings)
+    passed_on, log.propagate = log.propagate, False  # libraries that are imported print what reaches the root once more
     try:
         return command() or 0
     except KeyboardInterrupt:
@@ -56,6 +57,7 @@ def _one_line_errors(command: Callable[[], int | None]) -> int:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     finally:
         log.removeHandler(warnings)
+        log.propagate = passed_on
         warnings.close()
     print(f"error: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
     return 1

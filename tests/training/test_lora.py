@@ -138,6 +138,12 @@ def test_ranks_without_a_base_or_adamw_are_refused():
     with pytest.raises(ValueError, match=r"^optim.lora_rank=3 changes given weights; name them: train.init_from$"):
         Config(optim=LORA)
     Config(optim=LORA, train=TrainConfig(init_from="runs/tiny"))
+    large = OptimConfig(matrices="adamw", lora_rank=64)
+    Config(ModelConfig(n_embd=96, n_head=2), optim=large, train=TrainConfig(init_from="runs/tiny"))
+    with pytest.raises(
+        ValueError, match=r"^optim.lora_rank=64 must be below model.n_embd=64: a change of that rank is any"
+    ):
+        Config(ModelConfig(n_embd=64, n_head=2), optim=large, train=TrainConfig(init_from="runs/tiny"))
 
 
 def test_a_model_without_a_table_of_prefixes_learns_the_factors_alone():

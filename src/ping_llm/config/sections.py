@@ -289,6 +289,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.lora_rank={self.optim.lora_rank} changes given weights; name them: train.init_from"
             )
+        if self.optim.lora_rank >= self.model.n_embd:
+            raise ValueError(
+                f"optim.lora_rank={self.optim.lora_rank} must be below model.n_embd={self.model.n_embd}: a change of that "
+                "rank is any change; 0 learns all weights"
+            )
         if self.train.precision != "fp8":
             return
         width, multiple = self.model.n_embd, FP8_MULTIPLE

@@ -81,6 +81,8 @@ def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
         raise ValueError("finetune is one process; train the config of its report.md by torchrun -m ping_llm.train")
     for part in ("train", "val"):
         RowReader(rows, part)
+    if checkpoints(out) and Base.load(out) is None:
+        raise ValueError(f"{out} holds a run that did not begin with another one; name a new folder with --out")
     given = read_base(base)
     named = [] if options.replay in (AUTO, NONE, SAMPLES) else [Path(options.replay)]
     own = next((one for one in (given.config.data.rows, *named) if given.learned(one)), None)
@@ -93,7 +95,7 @@ def prepare(options: FinetuneOptions, overrides: Sequence[str]) -> Plan:
     if folder := out / REPLAY_NAME if made_up else replay:
         data = dataclasses.replace(default.data, replay=str(folder), replay_share=REPLAY_SHARE)
         default = dataclasses.replace(default, data=data)
-    config = parse_config(list(overrides), "ping-llm finetune", default)
+    config = parse_config(list(overrides), "ping-llm train", default)  # whose help has these options
     for name in ("run_dir", "init_from"):
         if getattr(config.train, name) != getattr(default.train, name):
             raise ValueError(f"RUN and --out say what train.{name} is; leave it out")

@@ -21,10 +21,9 @@ class FinetuneOptions:
     again to go on where it stopped.
     """
 
-    base: Annotated[
-        Positional[str], tyro.conf.arg(metavar="RUN")
-    ]  # run folder, a checkpoint, an exported folder or OWNER/NAME.
-    rows: Positional[Path]  # folder of the new rows, with a part val.
+    # run folder, one of its checkpoints, a folder of ping-llm export, or OWNER/NAME of the Hugging Face hub.
+    base: Annotated[Positional[str], tyro.conf.arg(name="run", metavar="RUN")]
+    rows: Annotated[Positional[Path], tyro.conf.arg(metavar="ROWS")]  # folder of the new rows, with a part val.
     out: Path  # folder of the new run.
     # instead of all weights, learn changes of this rank to the matrices, and the table of prefixes; 0 = all weights.
     lora: int = 0

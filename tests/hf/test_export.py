@@ -11,6 +11,7 @@ from conftest import make_row, write_rows
 from exports import SECRET, SOURCE, random_run
 from huggingface_hub import ModelCard
 from training_runs import make_config
+from transformers import AutoModelForCausalLM
 
 from ping_llm import PingModel
 from ping_llm.cli import main
@@ -20,6 +21,7 @@ from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration, Surpri
 from ping_llm.inference.sources import EXPORT_NAME, load
 from ping_llm.model.checkpoint import MODEL_NAME, load_config
 from ping_llm.system.files import file_sha256
+from ping_llm.training.base import Base
 
 KINDS = {"nanochat": {"n_kv_head": 2}, "ours": {"field_aware": True, "grammar": True, "bigrams": True}}
 DESTINATION = "198.51.100.3"
@@ -155,6 +157,41 @@ def test_the_card_has_metadata_that_the_hub_takes_and_the_numbers_of_the_run(tmp
         "Whoever publishes the weights names their licence" in plain
         and "license" not in ModelCard(plain).data.to_dict()
     )
+
+
+@pytest.mark.parametrize("licence", ["CC BY 4.0", "mit: [x", "mit\ntags: x"])
+def test_a_licence_that_the_hub_would_refuse_is_refused_here(tmp_path, licence):
+    with pytest.raises(ValueError, match=r"is no identifier as the hub has them, such as mit"):
+        export(random_run(tmp_path), tmp_path / "out", licence=licence)
+
+
+def test_a_damaged_manifest_of_rows_is_named(tmp_path):
+    run = random_run(tmp_path)
+    for damaged in ("{", "[]"):
+        (run / "rows_manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"rows_manifest.json is damaged; restore it: it is a copy of"):
+            export(run, tmp_path / "out")
+
+
+def test_the_card_of_a_fine_tuned_model_says_that_its_pings_are_not_all_that_it_learned_from(tmp_path):
+    run = random_run(tmp_path)
+    Base(SECRET, 1640, "ab" * 32, {"aa": SECRET}, None).save(run)
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "1,234 pings of 2 input files" in text and SECRET not in text
+    assert "These are of its fine-tuning: it began with the weights of another model, after 1,640 steps" in text
+
+
+def test_what_val_said_of_other_weights_is_not_said_of_those_that_were_trained_on(tmp_path):
+    trained = AutoModelForCausalLM.from_pretrained(export(random_run(tmp_path), tmp_path / "out"))
+    with torch.no_grad():
+        trained.lm_head.weight.add_(0.5)
+    trained.save_pretrained(tmp_path / "tuned")
+    text = (export(tmp_path / "tuned", tmp_path / "again") / "README.md").read_text()
+    assert "It was not evaluated on val." in text and "4,096 tokens" not in text
+    assert ModelCard(text).data.eval_results is None
+    assert load(tmp_path / "again").state["rows_sha256"] == "ab" * 32  # what a fine-tuning is compared with
+    kept = (export(tmp_path / "out", tmp_path / "same") / "README.md").read_text()
+    assert "1.5 |" in kept and "4,096 tokens" in kept
 
 
 def scores(folder, leak=""):

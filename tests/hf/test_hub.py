@@ -110,7 +110,6 @@ def test_a_model_is_public_only_when_that_is_said(server, folder):
     [
         ("hf_wrong", NAME, "wants a valid token; set HF_TOKEN"),
         (TOKEN, "stranger/pings", "does not allow it to this token: 403"),
-        (TOKEN, "no/such/name", "cannot be pushed to no/such/name: Repo id must be"),
     ],
 )
 def test_a_push_that_is_refused_is_one_line_and_leaves_the_export(
@@ -121,6 +120,23 @@ def test_a_push_that_is_refused_is_one_line_and_leaves_the_export(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and f"The export is whole: ping-llm export out --push {name} repeats the push" in line
     assert not server.repos and PingModel.load(tmp_path / "out").calibration.src_weights
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--push", "pings"], "--push pings has no owner; write it as OWNER/pings"),
+        (["--push", "no/such/name"], "--push no/such/name: Repo id must be"),
+        (["--push", "someone/pings@main"], "--push someone/pings@main: Repo id must"),
+        (["--public"], "--public says who sees what is pushed; give --push OWNER/NAME too"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_before_anything_is_written(server, run, tmp_path, capsys, argv, said):
+    assert main(["export", str(run), "--to", "out", *argv]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not (tmp_path / "out").exists() and not server.requests
+    if "--push" in argv:
+        assert said in refused(push, export(run, tmp_path / "out"), argv[1]) and not server.requests
 
 
 def test_a_push_that_breaks_off_leaves_nothing_on_the_hub_and_can_be_repeated(server, folder, capsys):

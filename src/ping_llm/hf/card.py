@@ -6,6 +6,7 @@ Nothing of the machine or its user gets into it: neither paths nor names of host
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,11 +21,12 @@ from ping_llm.data.rows import RowReader
 from ping_llm.inference.sources import Loaded
 from ping_llm.model.checkpoint import STATE_NAME
 from ping_llm.model.counts import parameter_count
+from ping_llm.training.base import ROWS_MANIFEST_NAME, Base, read_kept
 from ping_llm.training.metrics import COLUMNS, METRICS_NAME, read_metrics
-from ping_llm.training.run_state import ROWS_MANIFEST_NAME
 
 RESULTS_NAME = "results.json"  # of an evaluation
 _SHOWN = ("val_loss", "val_loss_rtt", "val_rtt_bits", "val_median_rel_error")
+_LICENCE = r"[a-z0-9][a-z0-9.+-]*"
 _TAGS = ["ping-llm", "network-latency", "rtt", "ping", "internet-measurement"]
 _TEXT = """# {name}
 
@@ -87,9 +89,10 @@ def model_card(
     """README.md of an export of a model; `address` is what it is loaded by, OWNER/NAME or a folder.
 
     `results` is the folder of an evaluation; that of the run is looked for where it is None. Of `rows` it says what they
-    hold. ValueError: it holds none, or
-    the metadata are not what the hub takes.
+    hold. ValueError: it holds none, a file of the run is damaged, or the metadata are not what the hub takes.
     """
+    if licence and not re.fullmatch(_LICENCE, licence):
+        raise ValueError(f"--license {licence!r} is no identifier as the hub has them, such as mit, cc-by-4.0 or other")
     run, name = _run_folder(loaded.folder), address.rpartition("/")[2]
     measured = _measured(run, loaded.state)
     bench = _bench(run / "eval" if results is None else results, required=results is not None)
@@ -201,8 +204,7 @@ def _transformers(address: str, nanochat: bool) -> str:
 
 def _data(run: Path, state: Mapping[str, Any]) -> str:
     facts = []
-    if (run / ROWS_MANIFEST_NAME).is_file():
-        manifest = json.loads((run / ROWS_MANIFEST_NAME).read_bytes())
+    if manifest := read_kept(run / ROWS_MANIFEST_NAME):
         parts, split = manifest["parts"], manifest.get("split", {})
         facts.append(f"{parts['train']:,} pings of {len(manifest['inputs']):,} input files")
         if until_s := split.get("val_from_s"):
@@ -211,7 +213,15 @@ def _data(run: Path, state: Mapping[str, Any]) -> str:
             facts.append(f"{kept:,} more were kept apart for val and test")
     if "tokens" in state:
         facts.append(f"{state['tokens']:,} tokens were learned from")
-    return "; ".join(facts) + "." if facts else "This export does not say."
+    if not facts:
+        return "This export does not say."
+    said = "; ".join(facts) + "."
+    if base := Base.load(run):
+        said += (
+            f" These are of its fine-tuning: it began with the weights of another model, after {base.step:,} steps of that "
+            "one's own training, and may have been reminded of what that one knew."
+        )
+    return said
 
 
 def _held(rows: Path) -> str:

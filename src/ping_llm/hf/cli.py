@@ -29,8 +29,8 @@ def export(
         push: OWNER/NAME on the hub, with the token in HF_TOKEN or of `hf auth login`.
         public: anyone may see a new model of the hub; else only its owner.
         dtype: bf16 halves the file and rounds the weights; answers are close, not the same.
-        rows: folder of the rows of the run: the card says what they hold and, if the weights are rounded, or there is no
-            calibration, one is fitted, on val, to the weights as they are written.
+        rows: folder of the rows of the run: the card says what they hold and, where the weights are rounded or there is
+            no calibration, one is fitted, on val, to the weights as they are written.
         results: folder of an evaluation for the card; RUN/eval if absent.
         license: of the weights, for the card, such as mit or cc-by-4.0.
     """
@@ -40,6 +40,12 @@ def export(
         raise ValueError("give --to DIR, a new folder for the export, or --push OWNER/NAME for one that is there")
     if to is None and (is_of_hub(source) or not is_export(Path(source))):
         raise ValueError(f"{source} is no exported folder; with --to DIR it becomes one, which is then pushed")
+    if public and not push:
+        raise ValueError("--public says who sees what is pushed; give --push OWNER/NAME too, or leave it out")
+    if push:
+        from ping_llm.hf.hub import check_name
+
+        check_name(push)
     folder = Path(source)
     if to is not None:
         from ping_llm.hf.export import export as write

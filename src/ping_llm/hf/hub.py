@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ping_llm.inference.sources import is_export
 from ping_llm.system.hub import one_line_errors
 
 _UPLOADED = ["*.json", "*.safetensors", "*.py", "README.md"]
+
+
+def check_name(name: str) -> None:
+    """ValueError unless a name has the form OWNER/NAME: without an owner the hub would take it for two models."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--push {name}: {' '.join(str(error).split())}") from None
+    if "/" not in name:
+        raise ValueError(f"--push {name} has no owner; write it as OWNER/{name}")
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
@@ -20,6 +31,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     """
     if not is_export(folder):
         raise ValueError(f"{folder} is no exported folder; write one with ping-llm export RUN --to DIR")
+    check_name(name)
     with one_line_errors(f"{folder} cannot be pushed to {name}"):
         api = HfApi()
         address = api.create_repo(name, private=not public, exist_ok=True)

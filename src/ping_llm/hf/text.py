@@ -36,7 +36,7 @@ LONGEST_RTT_MS = float(tk.rtt_code_edges_ms()[-1])
 
 _PIECE = re.compile(r"(?P<space>[ \t\r]+)|(?P<line>\n)|(?P<escape><[^<>\s]*>)|(?P<word>[^<>\s]+)")
 _RTT = re.compile(r"(\d+(?:\.\d+)?)ms", re.ASCII)
-_LATER = re.compile(r"\+(\d+)s", re.ASCII)
+_LATER = re.compile(r"\+(\d{1,4000})s", re.ASCII)
 _KEYS = "src=, dst=, time=, rtt= and fail"
 _OPEN = {tk.RTT_START: "rtt=", tk.TIMESTAMP_ABS: "time="}
 _WIDTH = {tk.SRC_IPV4: 4, tk.SRC_IPV6: 16, tk.DST_IPV4: 4, tk.DST_IPV6: 16}

@@ -38,6 +38,7 @@ EXPORT_VERSION = 1
 NANOCHAT = "nanochat"
 """The `model_type` of exported folders whose weights are named as transformers' own architecture names them."""
 FILES = (CONFIG_NAME, MODEL_NAME, CALIBRATION_NAME, EXPORT_NAME)
+_OF_WEIGHTS = ("val_loss", "tokens")  # of a state
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 Source = str | os.PathLike[str] | None
@@ -83,7 +84,11 @@ def locate(source: Source) -> Path:
         return PRETRAINED
     if is_of_hub(source):
         return download(str(source), FILES, EXPORT_NAME)
-    return Path(source)
+    folder = Path(source)
+    if isinstance(source, str) and re.fullmatch(NAME_PATTERN, source) and not folder.exists():
+        aside = f"the hub is not asked for it where there is a folder {folder.parts[0]}"
+        raise ValueError(f'no checkpoint in {folder}; run "ping-llm train" first ({aside})')
+    return folder
 
 
 def is_of_hub(source: Source) -> bool:
@@ -115,9 +120,10 @@ def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
             found = f"{folder} is an export of format {version}"
             raise ValueError(f"{found}, this program reads {EXPORT_VERSION}; update ping-llm")
     config = config_from_dict(about["config"], str(folder / CONFIG_NAME))
-    config = replace(
-        config, data=replace(config.data, rows=folder / "rows")
-    )  # none: an export does not say where they are
+    # None: an export does not say where they are.
+    config = replace(config, data=replace(config.data, rows=folder / "rows"))
+    # Weights that were trained on elsewhere are others than those that val was asked about.
+    state = {name: value for name, value in about.get("state", {}).items() if told or name not in _OF_WEIGHTS}
     sha256 = file_sha256(folder / MODEL_NAME)
     if told and told.get("sha256") != sha256:
         raise ValueError(
@@ -127,7 +133,7 @@ def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
     gpt = read_weights(folder, config, values.get("model_type") == NANOCHAT)
     has_own = (folder / CALIBRATION_NAME).exists()  # else that of a run which the folder lies in would be taken
     calibration = Calibration.load_for(folder, sha256) if has_own else Calibration()
-    return Loaded(gpt.to(device).eval(), config, calibration, about.get("state", {}), folder, name)
+    return Loaded(gpt.to(device).eval(), config, calibration, state, folder, name)
 
 
 def read_weights(folder: Path, config: Config, nanochat: bool) -> GPT:

@@ -100,18 +100,29 @@ def wanted_base(config: Config) -> tuple[Base, dict[str, Tensor]] | tuple[None, 
     return given.base, given.model.state_dict()
 
 
+def read_kept(path: Path) -> dict[str, Any]:
+    """The manifest of rows that a run folder keeps, {} if it keeps none; ValueError if it is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged; restore it: it is a copy of the manifest.json of the rows")
+    return values
+
+
 def learned_from(run_dir: Path, config: Config) -> dict[str, str]:
     """The input files, hash → name, of all rows that a run and the runs before it learned from, as far as they are known."""
-    manifests = [path for path in (run_dir / ROWS_MANIFEST_NAME, config.data.rows / MANIFEST_NAME) if path.is_file()]
-    own = inputs_of(json.loads(manifests[0].read_text())) if manifests else {}
-    return learned_beside(run_dir) | own
+    manifest = read_kept(run_dir / ROWS_MANIFEST_NAME) or read_kept(config.data.rows / MANIFEST_NAME)
+    return learned_beside(run_dir) | inputs_of(manifest)
 
 
 def learned_beside(run_dir: Path) -> dict[str, str]:
     """Those of all rows but `data.rows`: of what was mixed in, and of the runs before it."""
-    base, replay = Base.load(run_dir), run_dir / REPLAY_MANIFEST_NAME
-    found = inputs_of(json.loads(replay.read_text())) if replay.is_file() else {}
-    return found | (base.inputs if base else {})
+    base = Base.load(run_dir)
+    return inputs_of(read_kept(run_dir / REPLAY_MANIFEST_NAME)) | (base.inputs if base else {})
 
 
 def inputs_of(manifest: dict[str, Any]) -> dict[str, str]:

@@ -6,7 +6,6 @@ something if neither training has seen them: not the measurements, and of the pa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ping_llm.data.measurement import format_address, is_ipv4, network_of
 from ping_llm.data.mesh import destination_keys
 from ping_llm.data.rows import MANIFEST_NAME, RowReader, is_part_of, read_manifest
 from ping_llm.inference.familiar import Familiar
-from ping_llm.training.base import ROWS_MANIFEST_NAME, Base, inputs_of
+from ping_llm.training.base import ROWS_MANIFEST_NAME, Base, inputs_of, read_kept
 
 NEW_SOURCES, NEW_DESTINATIONS = ("s3", "s5"), ("s4", "s5")  # of val and of test: parts whose endpoints are held out
 _KEYS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd: what the keys of a destination and of a time are multiplied by
@@ -51,8 +50,7 @@ def check_rows(new: Path, base: Base, base_rows: Path | None, base_run: Path) ->
 
 def _check_inputs(new: Path, base: Base, base_run: Path) -> None:
     """ValueError if the rows were made of a file that the base's were made of, but with another split."""
-    path = base_run / ROWS_MANIFEST_NAME
-    theirs, ours = json.loads(path.read_text()) if path.is_file() else {}, read_manifest(new)
+    theirs, ours = read_kept(base_run / ROWS_MANIFEST_NAME), read_manifest(new)
     shared = [name for sha256, name in inputs_of(ours).items() if sha256 in base.inputs]
     if shared and theirs.get("split") != ours.get("split"):
         raise ValueError(

@@ -13,6 +13,7 @@ from ping_llm import PingModel
 from ping_llm.cli import main
 from ping_llm.config import Config, ModelConfig, config_to_dict
 from ping_llm.inference import sources
+from ping_llm.inference.cli import OF_PRETRAINED
 from ping_llm.model.gpt import GPT
 
 
@@ -57,7 +58,8 @@ def test_without_a_name_the_model_of_the_package_answers(exported, monkeypatch, 
     monkeypatch.setattr(sources, "PRETRAINED", exported)
     assert sources.load(None).folder == exported and sources.name_of(None) == "pretrained"
     assert main(["inference", "rtt", "--src", "192.0.2.1", "--json"]) == 0
-    assert "p_fail" in json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "p_fail" in json.loads(printed.out) and printed.err == f"{OF_PRETRAINED}\n"
 
 
 def test_without_a_name_and_without_a_model_of_the_package_one_line_says_so(tmp_path, monkeypatch, capsys):
@@ -79,7 +81,23 @@ def test_without_a_name_and_without_a_model_of_the_package_one_line_says_so(tmp_
 def test_a_folder_goes_before_the_hub_and_a_path_is_never_of_it(exported, asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
-    for source in ("owner/model", "./a/b", "/a/b", "a/b/c", "name", "a/b@", "~/b", ".a/b", Path("a/b"), Path("absent")):
+    with pytest.raises(
+        ValueError,
+        match=r"^no checkpoint in owner/model; .*hub is not asked .* a folder owner\)",
+    ):
+        sources.load("owner/model")
+    for source in (
+        Path("owner/model"),
+        "./a/b",
+        "/a/b",
+        "a/b/c",
+        "name",
+        "a/b@",
+        "~/b",
+        ".a/b",
+        Path("a/b"),
+        Path("absent"),
+    ):
         with pytest.raises(ValueError, match="no checkpoint in"):
             sources.load(source)
     exported.rename(tmp_path / "owner" / "model")

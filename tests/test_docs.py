@@ -15,7 +15,7 @@ from paths import ROOT, SCRIPTS
 from test_readme import CANNOT_RUN, blocks, run_blocks, small_inputs
 from waiting import HANG_S
 
-from ping_llm.cli import exit_code, main
+from ping_llm.cli import _COMMANDS, exit_code, main
 from ping_llm.config import Config, DataConfig, ModelConfig
 from ping_llm.data import tokenization as tk
 from ping_llm.model.checkpoint import save, save_config
@@ -53,6 +53,25 @@ def pages() -> list[str]:
 
 def test_every_page_stands_in_the_navigation():
     assert sorted(pages()) == sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))
+
+
+def with_parts(page: str) -> str:
+    """A page with the parts of other files that it includes; KeyError if one of them is not there."""
+
+    def part(named: re.Match) -> str:
+        file, _, section = named[1].partition(":")
+        text = (ROOT / file).read_text()
+        sections = re.findall(r"\[start:([\w-]+)\] -->\n(.*?)<!-- --8<-- \[end:\1\]", text, re.DOTALL)
+        return dict(sections)[section] if section else text
+
+    return re.sub(r'^--8<-- "(\S+)"$', part, (ROOT / page).read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_every_command_stands_in_the_pages_and_in_the_changes(command):
+    said = [with_parts(page) for page in pages() if page != "docs/changes.md"]
+    assert any(f"ping-llm {command}" in text for text in said)
+    assert re.search(rf"`(ping-llm )?{command}[` ]", (ROOT / "CHANGELOG.md").read_text())
 
 
 @pytest.mark.slow

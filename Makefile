@@ -33,11 +33,12 @@ quality:
 	$(VENV)/bin/python -m ping_llm eval runs/quality --data data/quality --scores runs/quality/baselines --seq-len 384 \
 		--counts 0 10 --model-queries $(QUERIES) --src-known auto --precision bf16
 
-# The model that comes with the package, made anew.
+# The model that comes with the package, made anew. Its card is, too: its name, how to ask it and its limits were written by
+# hand, so carry them over by git diff.
 model: quality
 	rm -rf out/pretrained
 	$(VENV)/bin/python -m ping_llm export runs/quality --to out/pretrained --dtype bf16 --rows data/quality \
-		--results runs/quality/eval
+		--results runs/quality/eval --license mit
 	rm -rf src/ping_llm/pretrained && mv out/pretrained src/ping_llm/pretrained
 
 test: install

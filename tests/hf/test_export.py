@@ -194,6 +194,13 @@ def test_what_val_said_of_other_weights_is_not_said_of_those_that_were_trained_o
     assert "1.5 |" in kept and "4,096 tokens" in kept
 
 
+def test_a_checkpoint_is_exported_with_the_card_of_its_run(tmp_path):
+    run = random_run(tmp_path)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    text = (export(checkpoint, tmp_path / "out") / "README.md").read_text()
+    assert "1,234 pings of 2 input files" in text and "| bits per RTT | 11.25 |" in text
+
+
 def scores(folder, leak=""):
     """results.json of an evaluation, as far as a card reads it."""
     folder.mkdir(parents=True, exist_ok=True)

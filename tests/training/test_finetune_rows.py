@@ -23,7 +23,7 @@ from ping_llm.inference.familiar import Familiar
 from ping_llm.model.gpt import GPT
 from ping_llm.training.base import Base, union
 from ping_llm.training.overlap import check_rows
-from ping_llm.training.samples import _times, sample_rows
+from ping_llm.training.samples import _rows, _times, sample_rows
 
 CPU = torch.device("cpu")
 
@@ -115,6 +115,13 @@ def test_samples_are_rows_by_source_and_the_same_for_a_seed(tmp_path, untrained)
     wanted = [(pack_address(s), pack_address(d), float(np.float32(r))) for s, d, r in zip(*texts, strict=True)]
     assert sorted(pairs) == sorted(wanted)
     assert all(len(one.src_addresses) == 1 and (np.diff(one.time_s) >= 0).all() for one in found)
+
+
+def test_rows_of_samples_are_in_order_of_time():
+    """Draws of one source come from several sequences, whose times do not ascend from one to the next."""
+    src, dst = (np.tile(np.frombuffer(pack_address(one), np.uint8), (3, 1)) for one in ("192.0.2.1", "198.51.100.7"))
+    (one,) = _rows(src, dst, START_S + np.array([60, 0, 30]), np.array([1.0, 2.0, 3.0], np.float32))
+    assert (one.time_s - one.time_s[0]).tolist() == [0, 30, 60] and one.rtt_ms.tolist() == [2.0, 3.0, 1.0]
 
 
 def test_a_sample_without_a_time_has_that_of_its_neighbour():

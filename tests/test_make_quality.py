@@ -69,7 +69,8 @@ def test_model_puts_the_run_of_the_record_into_the_package(make, tmp_path):
     assert words[:2] == ["export", str(load_config(CONFIGS / "quality.toml").train.run_dir)]
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options == {
-        "--to": "out/pretrained", "--dtype": "bf16", "--rows": "data/quality", "--results": "runs/quality/eval"
+        "--to": "out/pretrained", "--dtype": "bf16", "--rows": "data/quality", "--results": "runs/quality/eval",
+        "--license": "mit",
     }  # fmt: skip
     assert swap.endswith(f"mv out/pretrained {PRETRAINED.relative_to(ROOT)}")
 

@@ -22,9 +22,9 @@ import numpy as np
 from ping_llm.system.files import sync
 from ping_llm.watch.history import ROW
 from ping_llm.watch.hysteresis import Pair
-from ping_llm.watch.reading import Reading
+from ping_llm.watch.reading import Habit, Reading
 
-FORMAT = 1
+FORMAT = 2
 _PAIRS_A_SOURCE = 50  # are kept on average
 _VARIABLES = 500  # of one statement
 _TABLES = """
@@ -47,8 +47,7 @@ class Known:
 
     pair: Pair
     rows: np.ndarray  # (p,) ROW
-    usual: tuple[float, ...] = ()  # p-values of the last results that are no anomaly
-    lately: tuple[float, ...] = ()  # of the last ones, whatever they are
+    habit: Habit = field(default_factory=Habit)
 
 
 @dataclass(frozen=True)
@@ -244,13 +243,13 @@ class State:
 
 
 def _known(rows: bytes, text: str) -> Known:
-    fields, usual, lately = json.loads(text)
+    fields, habit = json.loads(text)
     pair = Pair(**fields | {name: tuple(map(tuple, fields[name])) for name in ("recent", "held")})
-    return Known(pair, np.frombuffer(rows, ROW), tuple(usual), tuple(lately))
+    return Known(pair, np.frombuffer(rows, ROW), Habit.of_json(habit))
 
 
 def _text_of(known: Known) -> tuple[str, bool]:
-    return json.dumps([asdict(known.pair), known.usual, known.lately]), known.pair.since_s is not None
+    return json.dumps([asdict(known.pair), asdict(known.habit)]), known.pair.since_s is not None
 
 
 def _explained(path: Path, error: sqlite3.Error) -> str:

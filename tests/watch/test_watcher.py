@@ -221,12 +221,62 @@ def test_a_second_watch_and_files_that_do_not_belong_together_are_refused(tmp_pa
     with pytest.raises(ValueError, match="not the state that it belongs to"):
         State(tmp_path / "other.state", tmp_path / "out.jsonl", Bounds())
     (tmp_path / "text").write_text("no database, but a text that is as long as a page of one\n" * 30)
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(ValueError, match="is damaged"):
         State(tmp_path / "text", tmp_path / "new.jsonl", Bounds())
     with sqlite3.connect(tmp_path / "later") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="another format"):
+    with pytest.raises(ValueError, match="another version"):
         State(tmp_path / "later", tmp_path / "new.jsonl", Bounds())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE pair SET judged = '{'",
+        "UPDATE pair SET judged = '[{}, {}]'",
+        "UPDATE pair SET rows = x'00'",
+        "UPDATE source SET rows = x'00'",
+        "UPDATE reading SET text = '[1]'",
+        "DROP TABLE number",
+        "DROP TABLE source",
+        None,  # bytes in its midst
+    ],
+)
+def test_a_state_that_is_damaged_is_one_line(tmp_path, damage):
+    one = watcher(tmp_path)
+    in_batches(one, lines(*outage()), 10)
+    one.state._db.close()
+    path = tmp_path / "out.jsonl.state"
+    if damage:
+        with sqlite3.connect(path, isolation_level=None) as db:
+            db.execute(damage)
+        db.close()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[: 2 * 4096] + b"\xff" * (len(content) - 3 * 4096) + content[-4096:])
+    with pytest.raises(ValueError, match=r"out\.jsonl\.state, the state of the watch, (is damaged|cannot be used)"):
+        watcher(tmp_path).take(lines(*[result(n) for n in range(60, 70)]))
+
+
+def test_a_state_that_finds_no_room_is_one_line_and_goes_on_once_there_is_some(tmp_path):
+    one = watcher(tmp_path, every=True)
+    (pages,) = one.state._db.execute("PRAGMA page_count").fetchone()
+    one.state._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(ValueError, match=r"disk is full\); free some space"):
+        in_batches(one, lines(*outage()), 60)
+    one.state._db.execute("PRAGMA max_page_count = 100000")
+    in_batches(one, lines(*outage()), 60)
+    found = identities(tmp_path / "out.jsonl")
+    assert len(found) == len(set(found)) == 180
+    assert one.state.number("scored") == 180
+
+
+def test_a_result_of_very_many_packets_is_judged_by_the_first(tmp_path):
+    """It would cost what so many results cost, and the binomials of 2,000 are no floats."""
+    one = watcher(tmp_path, every=True)
+    huge = result(20) | {"result": [{"rtt": 20.0}] * 63 + [{"x": "*"}] * 2000}
+    assert in_batches(one, lines(*[result(n) for n in range(20)], huge, result(21)), 5) == {"scored": 22}
+    assert events(tmp_path / "out.jsonl")[20]["rtt_ms"] == [20.0] * 63 + [None]
 
 
 def test_a_change_that_lasts_is_accepted(tmp_path):

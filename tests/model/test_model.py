@@ -43,9 +43,12 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     ("name", "plain", "prefixes"), [("tiny", 1_314_240, 15), ("small", 98_645_760, 17), ("full", 680_297_472, 18)]
 )
 def test_parameter_count_of_each_config(name, plain, prefixes):
-    """Beside the transformer 11 roles of 18 places, the prefixes and 28 features of values are vectors of its width."""
+    """Beside the transformer 11 roles of 18 places, the prefixes and 28 features of values are vectors of its width; every
+    other block of the larger ones has a projection of the embedding, and its gate for each head, of 12 channels."""
     config = load_config(CONFIGS / f"{name}.toml").model
     parameters = plain + (11 * 18 + 2**prefixes + 28) * config.n_embd
+    if name != "tiny":
+        parameters += config.n_layer // 2 * (config.n_embd**2 + 12 * config.n_head)
     assert parameter_count(config) == parameters
     with torch.device("meta"):
         held = sum(parameter.numel() for parameter in GPT(config).parameters())
@@ -53,10 +56,12 @@ def test_parameter_count_of_each_config(name, plain, prefixes):
 
 
 def test_flops_per_token_by_hand():
-    # 6·(98,304,000 in blocks + 170,880 in the head + 28·640 of values) + 12·20·640·1024 of attention
-    assert flops_per_token(load_config(CONFIGS / "small.toml").model) == 748_243_200
-    # 6·(679,477,248 + 410,112 + 28·1536) + 12·24·1536·1024, and 6·(1,228,800 + 42,720 + 28·160) + 12·4·160·256
-    assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_532_567_040
+    # 6·(98,304,000 in blocks + 10·(640² + 12·5) of value embeddings + 170,880 in the head + 28·640 of values), and
+    # 12·20·640·1024 of attention
+    assert flops_per_token(load_config(CONFIGS / "small.toml").model) == 772_822_800
+    # 6·(679,477,248 + 12·(1536² + 12·12) + 410,112 + 28·1536) + 12·24·1536·1024, and
+    # 6·(1,228,800 + 42,720 + 28·160) + 12·4·160·256
+    assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_702_446_720
     assert flops_per_token(load_config(CONFIGS / "tiny.toml").model) == 9_622_080
     assert flops_per_token(ModelConfig(n_layer=4, n_embd=160, n_head=5, seq_len=384)) == 10_578_240
 

@@ -42,9 +42,10 @@ class ModelOptions:
         """Reads it, a run's best checkpoint; says on the standard error stream what answers where none is named."""
         from ping_llm.inference.model import PingModel
 
+        model = PingModel.load(self.model, self.device, self.precision, memory)
         if self.model is None:
             print(OF_PRETRAINED, file=sys.stderr)
-        return PingModel.load(self.model, self.device, self.precision, memory)
+        return model
 
 
 @dataclass(frozen=True)

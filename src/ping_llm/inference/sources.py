@@ -27,7 +27,7 @@ from torch import Tensor
 from ping_llm.config import Config, config_from_dict
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import CONFIG_NAME, MODEL_NAME, load_model
-from ping_llm.model.gpt import GPT
+from ping_llm.model.gpt import GPT, unfilled
 from ping_llm.model.nanochat import from_nanochat
 from ping_llm.system.files import file_sha256
 from ping_llm.system.hub import NAME_PATTERN, download
@@ -132,8 +132,7 @@ def _load_export(folder: Path, name: str, device: torch.device | str) -> Loaded:
 
 def read_weights(folder: Path, config: Config, nanochat: bool) -> GPT:
     """The model of an exported folder, on the CPU in fp32; ValueError if its weights are not those of the config."""
-    with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
-        gpt = GPT(config.model)
+    gpt = unfilled(config.model)
     try:
         named = load_file(folder / MODEL_NAME)
         weights = from_nanochat(named, config.model, gpt.embedding.num_embeddings) if nanochat else _own(named)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ping_llm.config import Config, config_from_dict, config_to_dict
-from ping_llm.model.gpt import GPT
+from ping_llm.model.gpt import GPT, unfilled
 from ping_llm.system.files import sync, write_atomically
 
 FORMAT_VERSION = 2  # 1 had three matrices for queries, keys and values; it is still read
@@ -154,8 +154,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GP
         if run_dir == path:
             raise
         raise ValueError(f"{path} is damaged; restore it or name another checkpoint") from None
-    with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
-        model = GPT(config.model)
+    model = unfilled(config.model)
     try:
         model.load_state_dict(_read_weights(folder), assign=True)
     except RuntimeError:  # its message has a line for each tensor

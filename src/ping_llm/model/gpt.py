@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ping_llm.config import ModelConfig
 from ping_llm.model.attention import Pass, rotation_of, rotation_table
@@ -28,10 +29,29 @@ from ping_llm.model.fp8 import Linear
 from ping_llm.model.legal import ILLEGAL, legal_states, legal_table, place_table
 from ping_llm.model.norm import rms_norm
 
-__all__ = ["GPT", "VOCAB_SIZE", "KVCache", "answering_at", "flops_per_token", "parameter_count"]
+__all__ = ["GPT", "VOCAB_SIZE", "KVCache", "answering_at", "flops_per_token", "parameter_count", "unfilled"]
 
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to it: matrix units run slowly on odd sizes
 _TABLES = ("positions.weight", "bigrams.weight", "lookup.rows.weight")
+
+
+_FILLS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Within it no random numbers are drawn into weights: on the meta device that would load all of torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def unfilled(config: ModelConfig) -> GPT:
+    """A model without weights, all of which are then replaced: it takes no memory and no time."""
+    with torch.device("meta"), _Unfilled():
+        return GPT(config)
 
 
 def answering_at(model: GPT, places: Tensor) -> GPT:

@@ -1,0 +1,3 @@
+"""The classes of this model are those of the installed package: pip install ping-llm[hf]"""
+
+from ping_llm.hf.modeling import PingGPTForCausalLM, PingGPTModel  # noqa: F401

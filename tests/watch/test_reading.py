@@ -130,3 +130,16 @@ def test_a_reading_is_bounded_and_the_same_from_the_disk():
     assert again == reading
     assert again.p_values(LOST, [0.01] * 3, Habit()) == reading.p_values(LOST, [0.01] * 3, Habit())
     assert replace(again, of_rtts=Others()) != reading
+
+
+def test_a_lossy_pair_among_others_that_lose_nothing_is_judged_by_its_own_rate():
+    """One that loses half of its packets: three of three are an eighth of its results, however rare among all."""
+    reading, _ = read(np.full((REFIT, 3), 0.5))
+    lossy = of_pair(150_000, 300_000)
+    assert reading.of_losses.p_value(0.125) < 0.05
+    assert reading.p_values(LOST, [0.5] * 3, lossy).losses == pytest.approx(0.125, rel=1e-3)
+
+
+def test_results_without_answers_say_nothing_of_rtts():
+    reading = Reading().after(LOST, [0.01] * 3, Habit())
+    assert reading.of_rtts == Others() and len(reading.of_losses.values) == 1

@@ -131,6 +131,11 @@ def test_scores_are_what_the_command_prints(client, printed, tmp_path, capsys):
     assert len(answer["rows"]) == 3 and answer["rows"][0]["note"] == "kept"
 
 
+def test_more_scores_than_there_are_rows_are_all(client):
+    body = {"measurements": CONTEXT, "top": 10**30}
+    assert len(ok(client.post("/v1/score", json=body))["rows"]) == len(CONTEXT)
+
+
 def test_a_memory_joins_a_short_context(run_dir, rows_folder, printed):
     query = {"src": "192.0.2.7", "dst": "198.51.100.3", "at": "2026-01-02"}
     with serving(PingModel.load(run_dir, "cpu", memory=rows_folder)) as (client, _):

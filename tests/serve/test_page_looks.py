@@ -180,6 +180,20 @@ def test_the_most_surprising_are_listed_with_what_was_expected_and_lead_to_their
         assert look.page.input_value("#src") == shown[0][1] and look.page.input_value("#dst") == shown[0][2]
 
 
+def test_anomalies_at_360_pixels_say_all_there_is_without_scrolling(browser, url):
+    with looking(browser, f"{url}/anomalies.html", viewport={"width": 360, "height": 740}) as look:
+        ended(look)
+        look.page.evaluate("document.querySelector('#at option').value = '0.9'")
+        look.page.select_option("#at", "0.9")
+        look.page.wait_for_selector("#list tbody tr")
+        ended(look)
+        cells = look.page.locator("#list tbody tr").first.locator("td").all()
+        assert len(cells) == 8
+        for cell in cells:
+            box = cell.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+
+
 def test_looking_can_be_stopped_and_a_service_without_rows_says_so(browser, url, model):
     with looking(browser, f"{url}/anomalies.html") as look:
         ended(look)

@@ -17,7 +17,7 @@ from atlas_server import serving_atlas
 from paths import ROOT
 from servers import wait_for
 from waiting import HANG_S
-from watching import QUICK, ByMedian, changes, events, identities, lines, outage, result
+from watching import QUICK, START_S, ByMedian, changes, events, identities, lines, outage, result
 
 from ping_llm import cli
 from ping_llm.watch import feeds
@@ -237,6 +237,23 @@ def test_a_dump_is_played_so_many_times_as_fast_as_it_was_measured(tmp_path, spe
     assert times == sorted(times) and len(times) == 120 and {len(some) for some, _ in batches} == {7, 1}
 
 
+def test_a_replay_waits_for_no_line_without_a_time_and_no_wrong_clock(tmp_path):
+    """The clock of one probe is 70 years ahead, and the second dump is of a week later."""
+    one, two = tmp_path / "one.ndjson", tmp_path / "two.ndjson"
+    wrong = result(5) | {"timestamp": 4_000_000_000}
+    one.write_bytes(b"garbage\n{}\n" + b"".join(lines(*[result(n) for n in range(60)], wrong)))
+    week = 7 * 86_400
+    two.write_bytes(b"".join(lines(*[result(n) | {"timestamp": START_S + week + 240 * n} for n in range(60)])))
+    now = [0.0]
+    sleep = lambda s: now.__setitem__(0, now[0] + max(s, 1e-6))  # noqa: E731
+    for dump in (one, two):
+        assert sum(len(some) for some, _ in feeds.replay([dump], 100.0, lambda: False, 9, lambda: now[0], sleep)) >= 60
+    both = list(feeds.replay([one, two], 100.0, lambda: False, 9, lambda: now[0], sleep))
+    assert sum(len(some) for some, _ in both) == 123
+    played_s = 4 * 240 * 60 / 100
+    assert 0.8 * played_s < now[0] < 1.01 * played_s
+
+
 def test_replayed_again_nothing_is_scored_twice(tmp_path):
     dump = tmp_path / "dump.ndjson"
     dump.write_bytes(b"".join(lines(*outage())))
@@ -292,6 +309,7 @@ def test_an_inbox_makes_those_wait_who_bring_too_much(monkeypatch):
         (["--model", "nowhere", "--input", "-", "--at", "2"], "at=2"),
         (["--model", "nowhere", "--input", "-", "--out", "no-folder/out.jsonl"], "there is no folder"),
         (["--model", "nowhere", "--input", "-", "--metrics-port", "99999"], "--metrics-port 99999"),
+        (["--model", "nowhere", "--input", "-", "--out", "/dev/null"], "--out /dev/null is no regular file"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, argv, says):

@@ -28,14 +28,16 @@ def test_an_outage_opens_and_closes_once_for_each_source(tmp_path):
     assert [event["event"] for event in found] == ["opened", "closed"]
     opened, closed = found
     assert opened["since"] == closed["since"] == "2023-11-14T23:33:20Z"  # of the 20th
-    assert opened["time"] == "2023-11-14T23:41:20Z" and closed["until"] == "2023-11-15T00:09:20Z"  # 22nd and 29th
+    assert opened["time"] == "2023-11-14T23:33:20Z" and closed["until"] == "2023-11-15T00:09:20Z"  # 20th and 29th
     assert opened["rtt_ms"] == [None] * 3 and opened["expected"] == {
         "p_fail": 0.02,
         "q0.05": 20,
         "q0.5": 20,
         "q0.95": 20,
     }
-    assert opened["p_value"] == 0.02 and opened["combined_p_value"] < 0.001
+    # Of 100 packets one was lost before, and of the 60 of the pair none: 2 · P(3 of 3).
+    rate = 30 * 1 / 100 / (60 + 30)
+    assert opened["p_value"] == pytest.approx(2 * rate**3, rel=1) and opened["combined_p_value"] < 0.001
     assert (opened["dst"], opened["msm_id"], opened["prb_id"]) == ("193.0.14.129", 1001, 1)
     assert len(changes(tmp_path / "out.jsonl")) == 6
 
@@ -124,7 +126,7 @@ def test_of_other_destinations_what_fits_beside_the_pair_is_context(tmp_path):
     (of_source,) = one.state.sources([parse(lines(result(0)), tmp_path / "x")[0][0].src]).values()
     assert len(of_source) == 60
     asked = []
-    one.scorer.p_values = lambda some: asked.extend(some) or [[0.5]] * len(some)
+    one.scorer.p_values = lambda some: asked.extend(some) or [[0.5] * 3] * len(some)
     one.take(lines(result(60, dst_addr="193.0.14.0")))
     rows = asked[0].context(256)
     same = (rows["dst"] == np.frombuffer(asked[0].result.dst, "u1")).all(axis=1)
@@ -219,12 +221,62 @@ def test_a_second_watch_and_files_that_do_not_belong_together_are_refused(tmp_pa
     with pytest.raises(ValueError, match="not the state that it belongs to"):
         State(tmp_path / "other.state", tmp_path / "out.jsonl", Bounds())
     (tmp_path / "text").write_text("no database, but a text that is as long as a page of one\n" * 30)
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(ValueError, match="is damaged"):
         State(tmp_path / "text", tmp_path / "new.jsonl", Bounds())
     with sqlite3.connect(tmp_path / "later") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="another format"):
+    with pytest.raises(ValueError, match="another version"):
         State(tmp_path / "later", tmp_path / "new.jsonl", Bounds())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE pair SET judged = '{'",
+        "UPDATE pair SET judged = '[{}, {}]'",
+        "UPDATE pair SET rows = x'00'",
+        "UPDATE source SET rows = x'00'",
+        "UPDATE reading SET text = '[1]'",
+        "DROP TABLE number",
+        "DROP TABLE source",
+        None,  # bytes in its midst
+    ],
+)
+def test_a_state_that_is_damaged_is_one_line(tmp_path, damage):
+    one = watcher(tmp_path)
+    in_batches(one, lines(*outage()), 10)
+    one.state._db.close()
+    path = tmp_path / "out.jsonl.state"
+    if damage:
+        with sqlite3.connect(path, isolation_level=None) as db:
+            db.execute(damage)
+        db.close()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[: 2 * 4096] + b"\xff" * (len(content) - 3 * 4096) + content[-4096:])
+    with pytest.raises(ValueError, match=r"out\.jsonl\.state, the state of the watch, (is damaged|cannot be used)"):
+        watcher(tmp_path).take(lines(*[result(n) for n in range(60, 70)]))
+
+
+def test_a_state_that_finds_no_room_is_one_line_and_goes_on_once_there_is_some(tmp_path):
+    one = watcher(tmp_path, every=True)
+    (pages,) = one.state._db.execute("PRAGMA page_count").fetchone()
+    one.state._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(ValueError, match=r"disk is full\); free some space"):
+        in_batches(one, lines(*outage()), 60)
+    one.state._db.execute("PRAGMA max_page_count = 100000")
+    in_batches(one, lines(*outage()), 60)
+    found = identities(tmp_path / "out.jsonl")
+    assert len(found) == len(set(found)) == 180
+    assert one.state.number("scored") == 180
+
+
+def test_a_result_of_very_many_packets_is_judged_by_the_first(tmp_path):
+    """It would cost what so many results cost, and the binomials of 2,000 are no floats."""
+    one = watcher(tmp_path, every=True)
+    huge = result(20) | {"result": [{"rtt": 20.0}] * 63 + [{"x": "*"}] * 2000}
+    assert in_batches(one, lines(*[result(n) for n in range(20)], huge, result(21)), 5) == {"scored": 22}
+    assert events(tmp_path / "out.jsonl")[20]["rtt_ms"] == [20.0] * 63 + [None]
 
 
 def test_a_change_that_lasts_is_accepted(tmp_path):

@@ -35,7 +35,7 @@ class ByMedian:
         rtt_ms, rows = float(np.median(one.result.rtt_ms)), one.of_pair["rtt_ms"]
         if not len(rows):
             return 0.6
-        return 0.02 if rtt_ms < 0 or rtt_ms > 2 * np.median(rows) else 0.6
+        return 1e-5 if rtt_ms < 0 or rtt_ms > 2 * np.median(rows) else 0.6
 
     def expected(self, asked: Asked) -> dict[str, Any]:
         low, mid, high = np.quantile(asked.of_pair["rtt_ms"], [0.05, 0.5, 0.95]).tolist()

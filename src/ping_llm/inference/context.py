@@ -105,7 +105,7 @@ def columns_of(
         return Context(nothing, nothing, np.zeros(0), None, one_host, any_source)
     for name in ("src_addr", "dst_addr", "rtt"):
         if name not in text.column_names:
-            raise ValueError(f"{what} has no column {name}; it has {', '.join(table.names)}")
+            raise ValueError(f"{what} has no column {name}; it has {', '.join(table.names) or 'none'}")
     parsed: dict[str, np.ndarray] = {}
     errors: Errors = {}
     for name, parse in (("event_time", times_s), ("rtt", rtts_ms), ("dst_addr", addresses), ("src_addr", addresses)):

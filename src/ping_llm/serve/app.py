@@ -25,6 +25,7 @@ from ping_llm.serve.worker import Busy, Job
 
 _FOLDER = Path(__file__).parent
 PAGE, DOCS = _FOLDER / "page", _FOLDER / "docs"
+MOST_REASON = 1000  # characters
 SMALL_BODY = 64 << 10  # bytes that are parsed at once; more in a thread, so that others are not kept waiting
 
 
@@ -235,4 +236,7 @@ def _json(value: object) -> Response:
 
 
 def _error(status: int, reason: str, headers: Any = None) -> Response:
+    """A reason may quote a value of any length, of which its end says little."""
+    if len(reason) > MOST_REASON:
+        reason = f"{reason[:MOST_REASON]}…"
     return Response(json_bytes({"error": reason}), status, dict(headers or {}), "application/json")

@@ -212,6 +212,8 @@ def one_line(errors: Sequence[Mapping[str, Any]], route: str) -> str:
     if kind == "json_invalid":
         return f"the body is no JSON ({error['ctx']['error']} at character {error['loc'][-1]})"
     if kind == "extra_forbidden":
+        if len(place) > 1:  # of one of the queries
+            name, fields = f"{place[-1]} in {' '.join(place[:-1])}", list(Ping.model_fields)
         near = difflib.get_close_matches(place[-1], fields, 1)
         return f"no field {name!r}" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(fields)}")
     if not name:

@@ -127,7 +127,7 @@ class Service:
         if not rows:
             raise ValueError("no measurements to score; give at least one")
         table, known = bodies.columns_of(rows), bodies.known_of(body.src_known)
-        options = (body.history, known, body.anomaly_at, body.top)
+        options = (body.history, known, body.anomaly_at, min(body.top, len(rows)))
         return self._alone(
             lambda model: answers.score_json(model, table, *options, one_host=body.one_host), deadline, len(rows)
         )

@@ -15,6 +15,8 @@ from ping_llm.data.ingest.atlas import parse_results
 from ping_llm.data.ingest.unpack import MAX_LINE_BYTES
 from ping_llm.data.measurement import byte_matrix
 
+MOST_PACKETS = 64
+"""Packets of a result that are looked at, the first ones; Atlas sends up to 16."""
 _UNREADABLE_LINE = b"!\n"
 
 
@@ -55,7 +57,9 @@ def parse(lines: Sequence[bytes], scratch: Path) -> tuple[list[Result], Counter[
     src, dst = (byte_matrix(table[name])[first] for name in ("src", "dst"))
     numbers = (table[name].to_numpy()[first].tolist() for name in ("msm_id", "probe_id", "time_s"))
     columns = zip(*numbers, src, dst, rtt_ms, strict=True)
-    found = [Result(m, p, t, s.tobytes(), d.tobytes(), tuple(r.tolist())) for m, p, t, s, d, r in columns]
+    found = [
+        Result(m, p, t, s.tobytes(), d.tobytes(), tuple(r[:MOST_PACKETS].tolist())) for m, p, t, s, d, r in columns
+    ]
     return found, Counter({name: count for name, count in dropped.items() if count})
 
 

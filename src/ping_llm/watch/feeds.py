@@ -23,6 +23,7 @@ WAIT_S = 0.5
 """How long a line may wait for others."""
 _WAITING = 20_000  # lines, before those who bring more have to wait
 _SORTED = 100_000  # lines of a dump that are put in order at once
+_LONGEST_GAP_S = 86_400  # in a dump that is played
 _BLOCK_BYTES = 1 << 16
 _TIME = re.compile(rb'"timestamp"\s*:\s*"?(\d{1,10})')
 
@@ -115,10 +116,12 @@ def replay(
 ) -> Iterator[Batch]:
     """The lines of old dumps, in order of time within 100,000 each, `speed` times as fast as they were measured.
 
-    With `speed` 0 as fast as they can be taken. ValueError, at the end, if a dump is damaged.
+    With `speed` 0 as fast as they can be taken. A gap of more than a day, as between two dumps, or where a probe's clock was
+    wrong, is not waited for. ValueError, at the end, if a dump is damaged.
     """
     damage: list[str] = []
-    begin = first_s = None
+    begin, first_s = 0.0, 0
+    last_s: int | None = None
     blocks = (block for dump in dumps for block in read_lines(dump, damage))
     lines = lines_of(blocks)
     while some := sorted(islice(lines, _SORTED), key=_time_of):
@@ -128,8 +131,12 @@ def replay(
             batch = some[at : at + size]
             time_s = _time_of(batch[-1])
             if speed and time_s:
-                begin, first_s = (clock(), _time_of(batch[0])) if begin is None else (begin, first_s)
-                while (left := (time_s - (first_s or 0)) / speed - (clock() - begin)) > 0 and not stopped():
+                if last_s is None:
+                    begin, first_s = clock(), next(filter(None, map(_time_of, batch)))
+                if abs(time_s - (last_s or first_s)) > _LONGEST_GAP_S:
+                    begin, first_s = clock(), time_s
+                last_s = time_s
+                while (left := (time_s - first_s) / speed - (clock() - begin)) > 0 and not stopped():
                     sleep(min(left, 0.2))
             yield batch, {}
     if damage:

@@ -1,15 +1,26 @@
 """P-values of a pair's results, one after another, in; when an anomaly opens and closes, and what may join the context, out.
 
-Single results do not tell: of a path that loses 2 % of its packets no loss has a p-value below 0.02, and yet five in a row
-are an outage. So the last n results are judged together. Of n independent p-values the k-th least, p(k), is at most x with
-probability P(Binomial(n, x) ≥ k), so
+Single results do not tell: of a path that loses 20 % of its packets three losses are no anomaly, and yet three times three
+are. So the last n results are judged together: their losses, and apart from these their RTTs.
 
-    combined = n · min over k of P(Binomial(n, p(k)) ≥ k)
+Losses are read by the pair's own rate, so those of n results are taken for independent. Of n independent p-values the k-th
+least, p(k), is at most x with probability P(Binomial(n, x) ≥ k), so
 
-is a p-value of them all (Bonferroni over k; Wilkinson, A statistical consideration in psychological research, 1951). It is
-small for one extreme result, k = 1, and for several of the last n that are unlikely together. An anomaly opens at a result
-where combined ≤ `at`: by chance at most so often a result, if p-values are right and independent. It closes where combined ≥
-`close`: the two levels are far apart, so that it does not open and close in turn.
+    together = n · min over k of P(Binomial(n, p(k)) ≥ k)
+
+is a p-value of them all (Bonferroni over k; Wilkinson, A statistical consideration in psychological research, 1951). RTTs of
+a pair in a row depend on each other, for a model that errs about one errs about the next. For these
+
+    in_a_row = (1 + 1/2 + … + 1/n) · min over k of n/k · p(k)
+
+is a p-value whatever the dependence (Hommel, Biometrical Journal 1983). Both are small for one extreme result, k = 1, and
+for several of the last n that are unlikely. The smaller one counts, twice (Bonferroni):
+
+    combined = 2 · min(together of losses, in_a_row of RTTs)
+
+An anomaly opens at a result where combined ≤ `at`: by chance at most so often a result, if the p-values of results are right
+and losses independent. It closes where combined ≥ `close`: the two levels are far apart, so that it does not open and close
+in turn.
 
 What is anomalous must not become the context by which it is judged, or a model that learns from its context would expect it
 after one result. So results with p ≤ HELD wait: they join once `last` more have come and nothing opened, and never if an
@@ -19,9 +30,9 @@ anomaly opens. What lasts for `accept` results is what is usual from then on: th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 HELD = 0.2
 """A result with at most this p-value waits before it joins the context."""
@@ -30,12 +41,24 @@ Change = Literal["opened", "closed", "accepted"]
 Row = tuple[int, float]  # Unix seconds, RTT in ms (−1 = failed)
 
 
+class PValues(NamedTuple):
+    """How unlikely one result was given the context, 0 to 1."""
+
+    losses: float
+    rtts: float
+
+    @property
+    def of_result(self) -> float:
+        """One p-value for both (Bonferroni)."""
+        return min(2 * min(self), 1.0)
+
+
 @dataclass(frozen=True)
 class Pair:
     """What is known of the results of a pair."""
 
     results: int = 0
-    recent: tuple[tuple[int, float], ...] = ()  # Unix seconds and p-value of the last ones, as they came
+    recent: tuple[tuple[int, float, float], ...] = ()  # Unix seconds and PValues of the last ones, as they came
     held: tuple[tuple[int, int, float], ...] = ()  # number of the result, and its Row
     since_s: int | None = None  # time of the first result of the anomaly that is open
     until_s: int = 0  # time of the last result of it that was unlikely
@@ -57,7 +80,7 @@ class Rule:
     """When anomalies open and close."""
 
     at: float = 0.001
-    """False alarms a result, at most, if p-values are right and independent, which successive ones are not quite."""
+    """False alarms a result, at most: anomalies that open where nothing happened."""
     close: float = 0.1
     """P-value of the last results together from which on an anomaly closes."""
     last: int = 6
@@ -75,14 +98,14 @@ class Rule:
         if self.accept <= self.last or self.learn < 0:
             raise ValueError(f"accept={self.accept} must be above last={self.last}, and learn={self.learn} not below 0")
 
-    def judge(self, pair: Pair, row: Row, p_value: float) -> Verdict:
-        """One more result of a pair: `row`, and how unlikely it was given the context, 0 to 1."""
+    def judge(self, pair: Pair, row: Row, p_values: PValues) -> Verdict:
+        """One more result of a pair: `row`, and how unlikely it was given the context."""
         number = pair.results + 1
         if number <= self.learn:
             return Verdict(replace(pair, results=number), 1.0, None, (row,))
-        recent = (*pair.recent, (row[0], p_value))[-self.last :]
-        combined, first_s = self._together(recent)
-        unlikely = p_value <= HELD
+        recent = (*pair.recent, (row[0], *p_values))[-self.last :]
+        combined, first_s = _combined(recent)
+        unlikely = p_values.of_result <= HELD
         joins = () if unlikely else (row,)
         held = (*pair.held, (number, *row)) if unlikely else pair.held
         now = replace(pair, results=number, recent=recent)
@@ -100,12 +123,39 @@ class Rule:
             return Verdict(_over(now), combined, "accepted", (*(one[1:] for one in now.held), *joins))
         return Verdict(now, combined, None, joins)
 
-    def _together(self, recent: Sequence[tuple[int, float]]) -> tuple[float, int]:
-        """The combined p-value, and the time of the first of those results that it is small for."""
-        order = sorted(recent, key=lambda one: one[1])
-        tails = [tail(len(order), k, p_value) for k, (_, p_value) in enumerate(order, 1)]
-        k = min(range(len(tails)), key=tails.__getitem__) + 1
-        return min(len(order) * tails[k - 1], 1.0), min(time_s for time_s, _ in order[:k])
+
+def together(p_values: Sequence[float]) -> float:
+    """One p-value of independent ones."""
+    return _least(p_values, _of_independent)[0]
+
+
+def in_a_row(p_values: Sequence[float]) -> float:
+    """One p-value of p-values, in whatever way they depend on each other."""
+    return _least(p_values, _of_any)[0]
+
+
+def _combined(recent: Sequence[tuple[int, float, float]]) -> tuple[float, int]:
+    """The combined p-value, and the time of the first of those results that it is small for."""
+    ways = (1, _of_independent), (2, _of_any)
+    found = [(*_least([one[column] for one in recent], way), column) for column, way in ways]
+    combined, k, column = min(found, key=lambda one: one[0])
+    odd = sorted(recent, key=lambda one: one[column])[:k]
+    return min(2 * combined, 1.0), min(one[0] for one in odd)
+
+
+def _least(p_values: Sequence[float], way: Callable[[int, int, float], float]) -> tuple[float, int]:
+    """The combined p-value, and of how many of the least it is that."""
+    found = [way(len(p_values), k, p) for k, p in enumerate(sorted(p_values), 1)]
+    k = min(range(len(found)), key=found.__getitem__)
+    return min(found[k], 1.0), k + 1
+
+
+def _of_independent(n: int, k: int, x: float) -> float:
+    return n * tail(n, k, x)
+
+
+def _of_any(n: int, k: int, x: float) -> float:
+    return sum(1 / i for i in range(1, n + 1)) * n / k * x
 
 
 def tail(n: int, k: int, x: float) -> float:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ping_llm.system.files import sync
 from ping_llm.watch.history import ROW
 from ping_llm.watch.hysteresis import Pair
-from ping_llm.watch.reading import Reading
+from ping_llm.watch.reading import Habit, Reading
 
-FORMAT = 1
+_T = TypeVar("_T")
+FORMAT = 2
 _PAIRS_A_SOURCE = 50  # are kept on average
 _VARIABLES = 500  # of one statement
 _TABLES = """
@@ -47,8 +48,7 @@ class Known:
 
     pair: Pair
     rows: np.ndarray  # (p,) ROW
-    usual: tuple[float, ...] = ()  # p-values of the last results that are no anomaly
-    lately: tuple[float, ...] = ()  # of the last ones, whatever they are
+    habit: Habit = field(default_factory=Habit)
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class State:
 
     def __init__(self, path: Path, out: Path, bounds: Bounds) -> None:
         self.path, self.out, self.bounds = path, out, bounds
+        if out.exists() and not out.is_file():
+            raise ValueError(
+                f"--out {out} is no regular file, so nothing could be taken up again there; name another one"
+            )
         is_new = not path.exists() or not path.stat().st_size
         if is_new and out.exists() and out.stat().st_size:
             raise ValueError(
@@ -106,7 +110,7 @@ class State:
                     f"BEGIN; {_TABLES} INSERT INTO outbox VALUES (1, 0, x''); PRAGMA user_version = {FORMAT}; COMMIT"
                 )
             if self._db.execute("PRAGMA user_version").fetchone()[0] != FORMAT:
-                raise ValueError(f"{path} is of another format; name another --out")
+                raise ValueError(f"{path} is of another version of ping-llm; name another --out to begin anew")
             with self._transaction():  # a reader alone takes no lock
                 self._db.execute("UPDATE outbox SET one = 1")
             self._deliver()
@@ -132,42 +136,40 @@ class State:
         """Rows (s,) of ROW of each of the sources; none of one that is new."""
         found = dict.fromkeys(of, np.empty(0, ROW))
         for src, rows in self._select("SELECT src, rows FROM source WHERE src IN", list(found)):
-            found[src] = np.frombuffer(rows, ROW)
+            found[src] = self._parsed(np.frombuffer, rows, ROW)
         return found
 
     def pairs(self, of: Iterable[bytes]) -> dict[bytes, Known]:
         """What is known of each of the pairs, whose keys are source and destination, 32 bytes."""
         found = {ends: Known(Pair(), np.empty(0, ROW)) for ends in of}
         for ends, rows, judged in self._select("SELECT ends, rows, judged FROM pair WHERE ends IN", list(found)):
-            found[ends] = _known(rows, judged)
+            found[ends] = self._parsed(_known, rows, judged)
         return found
 
     def number(self, name: str) -> int:
         """A mark or a count; 0 if there is none."""
-        found = self._db.execute("SELECT value FROM number WHERE name = ?", (name,)).fetchone()
-        return found[0] if found else 0
+        found = self._read("SELECT value FROM number WHERE name = ?", [name])
+        return found[0][0] if found else 0
 
     def reading(self) -> Reading:
         """What the results so far were."""
-        found = self._db.execute("SELECT text FROM reading").fetchone()
-        return Reading.of_json(found[0]) if found else Reading()
+        found = self._read("SELECT text FROM reading")
+        return self._parsed(Reading.of_json, found[0][0]) if found else Reading()
 
     def size(self) -> dict[str, int]:
         """Sources, pairs, and open anomalies that are kept."""
         queries = {"sources": "source", "pairs": "pair", "open": "pair WHERE open"}
-        return {name: self._db.execute(f"SELECT count(*) FROM {what}").fetchone()[0] for name, what in queries.items()}
+        return {name: self._read(f"SELECT count(*) FROM {what}")[0][0] for name, what in queries.items()}
 
     def excess(self) -> tuple[list[bytes], dict[bytes, Known]]:
         """Sources, and pairs, that are more than are kept: those that were silent for longest."""
         size, most = self.size(), self.bounds.sources
-        sources = self._db.execute(
-            "SELECT src FROM source ORDER BY used LIMIT ?", (max(size["sources"] - most, 0),)
-        ).fetchall()
-        pairs = self._db.execute(
+        sources = self._read("SELECT src FROM source ORDER BY used LIMIT ?", [max(size["sources"] - most, 0)])
+        pairs = self._read(
             "SELECT ends, rows, judged FROM pair ORDER BY used LIMIT ?",
-            (max(size["pairs"] - most * _PAIRS_A_SOURCE, 0),),
-        ).fetchall()
-        return [src for (src,) in sources], {ends: _known(rows, judged) for ends, rows, judged in pairs}
+            [max(size["pairs"] - most * _PAIRS_A_SOURCE, 0)],
+        )
+        return [src for (src,) in sources], {ends: self._parsed(_known, rows, judged) for ends, rows, judged in pairs}
 
     def commit(self, changes: Changes) -> None:
         """Makes all of it so, or nothing; then the file of anomalies has the text too."""
@@ -233,27 +235,43 @@ class State:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # where the disk is full, SQLite itself may have rolled back
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
     def _select(self, query: str, keys: list[Any]) -> Iterator[tuple[Any, ...]]:
         for first in range(0, len(keys), _VARIABLES):
             some = keys[first : first + _VARIABLES]
-            yield from self._db.execute(f"{query} ({', '.join('?' * len(some))})", some).fetchall()
+            yield from self._read(f"{query} ({', '.join('?' * len(some))})", some)
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise ValueError(_explained(self.path, error)) from None
+
+    def _parsed(self, parse: Callable[..., _T], *stored: Any) -> _T:
+        """What is stored in a row; ValueError if it is damaged."""
+        try:
+            return parse(*stored)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(_explained(self.path, error)) from None
 
 
 def _known(rows: bytes, text: str) -> Known:
-    fields, usual, lately = json.loads(text)
+    fields, habit = json.loads(text)
     pair = Pair(**fields | {name: tuple(map(tuple, fields[name])) for name in ("recent", "held")})
-    return Known(pair, np.frombuffer(rows, ROW), tuple(usual), tuple(lately))
+    return Known(pair, np.frombuffer(rows, ROW), Habit.of_json(habit))
 
 
 def _text_of(known: Known) -> tuple[str, bool]:
-    return json.dumps([asdict(known.pair), known.usual, known.lately]), known.pair.since_s is not None
+    return json.dumps([asdict(known.pair), asdict(known.habit)]), known.pair.since_s is not None
 
 
-def _explained(path: Path, error: sqlite3.Error) -> str:
+def _explained(path: Path, error: Exception) -> str:
     if "locked" in str(error):
         return f"another watch uses {path}; wait for it, or name another --out"
-    return f"{path}, the state of the watch, cannot be used ({error}); name another --out, or free some space"
+    if isinstance(error, sqlite3.OperationalError):
+        return f"{path}, the state of the watch, cannot be used ({error}); free some space, or name another --out"
+    return f"{path}, the state of the watch, is damaged ({error}); name another --out to begin anew"

@@ -16,7 +16,6 @@ from ping_llm.data.measurement import format_address
 from ping_llm.watch.arrivals import Result, parse
 from ping_llm.watch.history import ROW, Asked, Scorer, in_time_order
 from ping_llm.watch.hysteresis import Rule
-from ping_llm.watch.reading import USUAL, middle
 from ping_llm.watch.state import Changes, Known, State
 
 AHEAD_S = 3600
@@ -99,21 +98,21 @@ class Watcher:
         for one, packets in zip(asked, self.scorer.p_values(asked), strict=True):
             result, ends = one.result, one.result.src + one.result.dst
             known = changes.pairs[ends]
-            p_value = reading.p_value(packets, known.usual)
-            verdict = self.rule.judge(known.pair, (result.time_s, result.of_context), p_value)
+            p_values = reading.p_values(result.rtt_ms, packets, known.habit)
+            verdict = self.rule.judge(known.pair, (result.time_s, result.of_context), p_values)
             if verdict.change or self.every:
-                event = _event(verdict.change or "scored", result, p_value, verdict.combined)
+                event = _event(verdict.change or "scored", result, p_values.of_result, verdict.combined)
                 opened = verdict.pair if verdict.change == "opened" else known.pair
                 if verdict.change:
                     event |= _span(opened, result.time_s) | {"expected": self.scorer.expected(one)}
                 changes.events.append(event)
             rows = np.array([(np.frombuffer(result.dst, "u1"), *row) for row in verdict.joins], ROW)
             rows_of_pair = _joined(known.rows, rows, self.state.bounds.rows)
-            usual, lately = known.usual, (*known.lately, middle(packets))[-USUAL:]
-            if verdict.pair.since_s is None:
-                reading = reading.after(packets, usual)
-                usual = lately if verdict.change == "accepted" else (*usual, middle(packets))[-USUAL:]
-            changes.pairs[ends] = Known(verdict.pair, rows_of_pair, usual, lately)
+            is_open = verdict.pair.since_s is not None
+            if not is_open:
+                reading = reading.after(result.rtt_ms, packets, known.habit)
+            habit = known.habit.after(result.rtt_ms, packets, is_open, verdict.change == "accepted")
+            changes.pairs[ends] = Known(verdict.pair, rows_of_pair, habit)
             changes.sources[result.src] = _joined(one.of_source, rows, self.state.bounds.rows)
         changes.reading = reading
 

@@ -94,10 +94,10 @@ function line(one) {
     el("td", { class: "time" }, when(one.event_time)),
     el("td", { class: "mono" }, one.src_addr),
     el("td", { class: "mono" }, one.dst_addr),
-    el("td", { class: `number kind ${kind}` }, el("span", { "aria-hidden": "true" }, `${SIGNS[kind]} `), kind === "failed" ? "no answer" : ms(one.rtt)),
-    el("td", { class: "number" }, band(one["q0.05"], one["q0.95"])),
-    el("td", { class: "number" }, percent(one.p_fail)),
-    el("td", { class: "number p" }, one.p_value.toPrecision(2)),
+    el("td", { class: `number kind ${kind}`, "data-label": "observed" }, el("span", { "aria-hidden": "true" }, `${SIGNS[kind]} `), kind === "failed" ? "no answer" : ms(one.rtt)),
+    el("td", { class: "number", "data-label": "90 %" }, band(one["q0.05"], one["q0.95"])),
+    el("td", { class: "number", "data-label": "no answer" }, percent(one.p_fail)),
+    el("td", { class: "number p", "data-label": "p-value" }, one.p_value.toPrecision(2)),
     el("td", {}, el("a", { href: `/#${query}`, "aria-label": `Query ${one.src_addr} to ${one.dst_addr}` }, "query")),
   );
 }

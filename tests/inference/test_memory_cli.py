@@ -1,7 +1,7 @@
 """--memory and --any-source of the commands: what the library answers, and one clear line where a folder is no memory."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.csv
@@ -12,8 +12,9 @@ from conftest import make_row, write_rows
 
 from ping_llm import cli
 from ping_llm.config import Config, ModelConfig
+from ping_llm.inference import sources
 from ping_llm.inference.model import PingModel
-from ping_llm.model.checkpoint import load_model, save, save_config
+from ping_llm.model.checkpoint import save, save_config
 from ping_llm.model.gpt import GPT
 
 SRC, DST, AT = "192.0.2.7", "198.51.100.3", "2023-11-20T00:00:00Z"
@@ -102,8 +103,8 @@ def test_a_folder_that_is_no_memory_is_one_clear_line(run_dir, rows, tmp_path, c
 
 
 def test_other_sources_are_evidence_for_a_run_that_learned_from_windows_of_several_probes(run_dir, rows, monkeypatch):
-    gpt, _, state = load_model(run_dir)
+    loaded = sources.load(run_dir)
     for mesh in (0.0, 0.3):
-        config = SimpleNamespace(data=SimpleNamespace(mesh=mesh))
-        monkeypatch.setattr("ping_llm.inference.model.load_model", lambda *_, config=config: (gpt, config, state))
+        config = replace(loaded.config, data=replace(loaded.config.data, mesh=mesh))
+        monkeypatch.setattr("ping_llm.inference.model.load", lambda *_, config=config: replace(loaded, config=config))
         assert PingModel.load(run_dir, "cpu", memory=rows).memory.other_sources == (mesh > 0)

@@ -76,7 +76,7 @@ def test_its_card_names_what_it_learned_from_its_limits_and_its_source():
         "wide on purpose",
     ):
         assert words in card
-    assert "**geometric mean**" in card and "https://atlas.ripe.net" in card and "PingModel.load()" in card
+    assert "**geometric mean**" in card and "https://atlas.ripe.net" in card and "PingModel.load(" in card
 
 
 @pytest.mark.slow

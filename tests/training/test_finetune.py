@@ -176,7 +176,7 @@ def test_a_run_of_another_base_is_not_gone_on_with(tmp_path, runs, base, new, ca
     run, _ = runs["replay"]
     shutil.copytree(base, tmp_path / "base")
     assert main(["finetune", str(tmp_path / "base"), str(new), "--out", str(run), *SHORT]) == 1
-    assert f"{run} holds a run with another train.init_from; pass another" in capsys.readouterr().err
+    assert f"{run} holds a run with another train.init_from; pass another --out, or what it had" in capsys.readouterr().err
 
 
 def test_a_base_that_was_trained_on_meanwhile_is_not_compared_with(tmp_path, runs, new, old, base, capsys):
@@ -244,7 +244,7 @@ def test_a_run_does_not_go_on_with_other_rows_mixed_in(tmp_path, runs, old):
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"packets": "all"}))
     config = load_config(run)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, replay=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match=r"holds a run with another data.replay; pass another"):
+    with pytest.raises(ValueError, match=r"holds a run with another data.replay; pass another --out, or what it had"):
         train(config)
 
 

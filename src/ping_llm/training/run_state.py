@@ -105,7 +105,8 @@ def open_run(config: Config, rows: RowsLearned, ranks: Ranks, lock: ExitStack) -
         names.append("data.replay")
     if names:
         differs = f"{run_dir} holds a run with another {', '.join(names)}"
-        raise ValueError(f"{differs}; pass another --train.run-dir, or what it had")
+        option = "--out" if config.train.init_from else "--train.run-dir"
+        raise ValueError(f"{differs}; pass another {option}, or what it had")
     machines = read_machines(run_dir)
     precision = resolve_precision(config.train.precision, ranks.device)
     if resumed is not None:  # the first checkpoints did not hold it

@@ -227,7 +227,7 @@ def test_scores_of_pingbench_come_from_the_run_or_from_where_they_are_named(tmp_
         export(run, tmp_path / "refused", results=run / "eval")
     with pytest.raises(ValueError, match=r"there is no .*results\.json; name the folder of an evaluation"):
         export(run, tmp_path / "refused", results=tmp_path)
-    assert not (tmp_path / "refused").exists() and not list(tmp_path.glob("*.partial"))
+    assert not (tmp_path / "refused").exists() and not list(tmp_path.glob("*.partial*"))
 
 
 def test_an_export_is_whole_or_not_there_and_replaces_nothing(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_an_export_is_whole_or_not_there_and_replaces_nothing(tmp_path, monkeypa
         patch.setattr(export_module, "model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
         with pytest.raises(OSError, match="No space left"):
             export(run, to)
-    assert not any(to.iterdir()) and not list(tmp_path.glob("*.partial"))
+    assert not any(to.iterdir()) and not list(tmp_path.glob("*.partial*"))
     assert export(run, to) == to
     before = {path.name: path.read_bytes() for path in to.iterdir()}
     with pytest.raises(ValueError, match="is there already and not empty; name a new folder"):

@@ -176,7 +176,9 @@ def test_a_run_of_another_base_is_not_gone_on_with(tmp_path, runs, base, new, ca
     run, _ = runs["replay"]
     shutil.copytree(base, tmp_path / "base")
     assert main(["finetune", str(tmp_path / "base"), str(new), "--out", str(run), *SHORT]) == 1
-    assert f"{run} holds a run with another train.init_from; pass another --out, or what it had" in capsys.readouterr().err
+    assert (
+        f"{run} holds a run with another train.init_from; pass another --out, or what it had" in capsys.readouterr().err
+    )
 
 
 def test_a_base_that_was_trained_on_meanwhile_is_not_compared_with(tmp_path, runs, new, old, base, capsys):

@@ -10,7 +10,6 @@ Columns are `input_ids` and, where the config shifts pairs, `labels`: the same, 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader, is_part_of
 from ping_llm.data.tokenization import MUTED, PADDING
 from ping_llm.data.windows import windows_per_row
-from ping_llm.system.files import sync, try_folder
+from ping_llm.system.files import try_new_folder, whole_folder
 
 IGNORED = -100
 """The label of a token that is no target, as transformers has it."""
@@ -50,29 +49,17 @@ def write_dataset(rows: Path, to: Path, config: Config, windows: int = 0) -> dic
 
     `windows` of train, 0 = as many as the rows fill, at most 16 of each. Rows without val give no validation.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"{to} is there already and not empty; name a new folder with --to-dataset")
-    try_folder(to.absolute().parent)
+    try_new_folder(to, "--to-dataset")
     train = RowReader(rows, "train")
     tokens = config.model.seq_len + 1
     count = windows or math.ceil(windows_per_row(train.measurements, train.ipv6_measurements, tokens).sum())
-    aside = to.absolute().with_name(f"{to.absolute().name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "data").mkdir(parents=True)
-    try:
+    with whole_folder(to) as aside:
+        (aside / "data").mkdir()
         counts = {"train": _write_split(aside / "data", "train", training_windows(train, config, count), count, config)}
         if any(number for part, number in train.manifest["parts"].items() if is_part_of(part, "val")):
             fixed = fixed_windows(config, rows, "val", config.train.eval_windows).numpy()
             counts["validation"] = _write_split(aside / "data", "validation", iter([fixed]), len(fixed), config)
         _write_card(aside / "README.md", counts, tokens)
-        sync(aside)
-        if to.exists():
-            to.rmdir()
-        aside.rename(to)
-        sync(to.absolute().parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return counts
 
 
@@ -99,7 +86,6 @@ def _write_split(folder: Path, split: str, parts: Iterator[np.ndarray], count: i
                 writer.write_table(table)
                 written += table.num_rows
                 table = next(tables, table.slice(0, 0))
-        sync(path)
     return count
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from ping_llm.inference.sources import CONFIG_KEY, EXPORT_NAME, EXPORT_VERSION, 
 from ping_llm.model.checkpoint import MODEL_NAME
 from ping_llm.model.gpt import GPT
 from ping_llm.model.nanochat import is_plain, to_nanochat
-from ping_llm.system.files import file_sha256, sync, try_folder, write_atomically
+from ping_llm.system.files import file_sha256, try_new_folder, whole_folder, write_atomically
 
 CARD_NAME = "README.md"
 MEASUREMENT_TOKENS = 47  # of one between IPv6 addresses with a time, at most
@@ -61,28 +60,12 @@ def export(
     card says of `rows` what they hold.
     The card names `address`, by default the name of the folder; `results` and `licence`: see `model_card`.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"{to} is there already and not empty; name a new folder with --to")
-    try_folder(to.absolute().parent)
+    try_new_folder(to, "--to")
     loaded = load(source)
     if rows is not None and manifest_sha256(rows) != loaded.state.get("rows_sha256"):
         raise ValueError(f"{rows} are not the rows that the run learned from: their val may hold what it has learned")
-    aside = to.absolute().with_name(f"{to.absolute().name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        with quiet():
-            _write(loaded, aside, dtype, rows, results, licence, address or to.absolute().name)
-        for path in aside.iterdir():
-            sync(path)
-        sync(aside)
-        if to.exists():
-            to.rmdir()
-        aside.rename(to)
-        sync(to.absolute().parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with whole_folder(to) as aside, quiet():
+        _write(loaded, aside, dtype, rows, results, licence, address or to.absolute().name)
     return to
 
 

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -94,6 +95,34 @@ def try_folder(folder: Path, *names: str) -> None:
         raise ValueError(f"{folder} cannot be written ({error.strerror})") from None
     if taken := [folder / name for name in names if (folder / name).is_dir()]:
         raise ValueError(f"{taken[0]} is a folder, where a file is to be written; move it away")
+
+
+def try_new_folder(folder: Path, option: str) -> None:
+    """ValueError, before any work is done, unless a folder can be made at `folder`, or an empty one is there; `option` is
+    what names it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; name a new folder with {option}")
+    try_folder(folder.absolute().parent)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which becomes `folder` once all of it is on the disk; gone if that fails."""
+    folder = folder.absolute()
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        aside.chmod(0o755)  # as others that are made here; the library makes it for one user
+        yield aside
+        for path in aside.rglob("*"):
+            sync(path)
+        sync(aside)
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 @contextmanager

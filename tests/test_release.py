@@ -131,6 +131,7 @@ def test_the_wheel_alone_helps_with_every_command_and_imports_nothing_of_the_che
     assert set(_COMMANDS) < set(found["codes"]) and not any(found["codes"].values())
     assert done.stdout.count("usage: ") == len(found["codes"])
     modules = [name for name in package_files() if name.endswith(".py") and not name.endswith("__main__.py")]
+    modules = [name for name in modules if not name.startswith("ping_llm/pretrained/")]  # an export's, for transformers
     assert len(found["files"]) == len(modules)
     assert all(Path(file).is_relative_to(installed) for file in found["files"])
     assert not [place for place in found["path"] if place and Path(place) in (ROOT, ROOT / "src")]

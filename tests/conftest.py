@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,23 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side; threads
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from gpu_cloud_server import fake_machine, serving_gpus
 from hypothesis import settings
 from servers import serving
 
+from ping_llm.data import rows
 from ping_llm.data.measurement import pack_address
-from ping_llm.data.rows import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    INDEX_SCHEMA,
-    MANIFEST_NAME,
-    ProbeRow,
-    ShardWriter,
-    shard_name,
-)
+from ping_llm.data.rows import ProbeRow
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
 settings.load_profile("repeatable")
@@ -62,16 +52,7 @@ def long_row() -> ProbeRow:
 
 def write_rows(folder: Path, parts: dict[str, list[ProbeRow]], shards: int = 2) -> Path:
     """A folder of rows as `ping-llm prepare` leaves it, dealt to the shards of each part in turn."""
-    index = []
-    for part, rows in parts.items():
-        for shard in range(shards):
-            with ShardWriter(folder / shard_name(part, shard, shards), part, shard) as writer:
-                for row in rows[shard::shards]:
-                    writer.write(row)
-            index += writer.index
-    pq.write_table(pa.Table.from_pylist(index, schema=INDEX_SCHEMA), folder / INDEX_NAME)
-    counts = {part: sum(map(len, rows)) for part, rows in parts.items()}
-    (folder / MANIFEST_NAME).write_text(json.dumps({"format_version": FORMAT_VERSION, "parts": counts}))
+    rows.write_rows(folder, parts, shards)
     return folder
 
 

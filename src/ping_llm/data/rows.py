@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -247,6 +247,22 @@ class ShardWriter:
                 "last_time_s": row.first_time_s + int(row.offset_s[-1]),
             }
         )
+
+
+def write_rows(folder: Path, parts: Mapping[str, Sequence[ProbeRow]], shards: int = 1, **said: Any) -> None:
+    """Rows at hand as a folder that RowReader reads, dealt to the shards of each part in turn; the manifest also holds what
+    is `said`."""
+    index: list[dict] = []
+    for part, rows in parts.items():
+        for shard in range(shards):
+            with ShardWriter(folder / shard_name(part, shard, shards), part, shard) as writer:
+                for row in rows[shard::shards]:
+                    writer.write(row)
+            index += writer.index
+    pq.write_table(pa.Table.from_pylist(index, schema=INDEX_SCHEMA), folder / INDEX_NAME)
+    counts = {part: sum(map(len, rows)) for part, rows in parts.items()}
+    manifest = {"format_version": FORMAT_VERSION, "parts": counts, **said}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 class RowReader:

@@ -6,25 +6,14 @@ own (pseudo-rehearsal; Robins, Catastrophic forgetting, rehearsal and pseudorehe
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ping_llm.data.measurement import pack_addresses
-from ping_llm.data.rows import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    INDEX_SCHEMA,
-    MANIFEST_NAME,
-    ProbeRow,
-    ShardWriter,
-    shard_name,
-)
+from ping_llm.data.rows import ProbeRow, write_rows
 from ping_llm.inference.model import PingModel
 
 MEASUREMENTS = 8192
@@ -52,7 +41,7 @@ def sample_rows(model: PingModel, folder: Path, model_sha256: str, seed: int, me
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _write(parts, aside, {"model_sha256": model_sha256, "seed": seed})
+    write_rows(aside, parts, samples_of={"model_sha256": model_sha256, "seed": seed})
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return folder
@@ -81,16 +70,3 @@ def _rows(src: np.ndarray, dst: np.ndarray, time_s: np.ndarray, rtt_ms: np.ndarr
         columns = time_s[own], nothing, src[own], dst[own], rtt_ms[own], nothing.astype(np.uint8)
         rows.append(ProbeRow.from_addresses(-1, *columns))
     return rows
-
-
-def _write(parts: dict[str, list[ProbeRow]], folder: Path, samples_of: dict[str, Any]) -> None:
-    index: list[dict] = []
-    for part, rows in parts.items():
-        with ShardWriter(folder / shard_name(part, 0, 1), part, 0) as writer:
-            for row in rows:
-                writer.write(row)
-        index += writer.index
-    pq.write_table(pa.Table.from_pylist(index, schema=INDEX_SCHEMA), folder / INDEX_NAME)
-    counts = {part: sum(map(len, rows)) for part, rows in parts.items()}
-    manifest = {"format_version": FORMAT_VERSION, "parts": counts, "samples_of": samples_of}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -298,14 +298,10 @@ def test_a_damaged_export_is_one_line(tmp_path, damage, said):
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_of_the_package_lies_beside_the_weights(tmp_path, monkeypatch):
-    class Tokenizer:
-        def save_pretrained(self, folder):
-            (folder / "tokenizer_config.json").write_text("{}")
-
-    asked = []
-    monkeypatch.setattr(export_module, "_tokenizer", lambda seq_len: asked.append(seq_len) or Tokenizer())
-    assert (export(random_run(tmp_path), tmp_path / "out") / "tokenizer_config.json").is_file() and asked == [128]
+def test_a_tokenizer_of_the_package_lies_beside_the_weights_and_knows_how_much_they_read(tmp_path):
+    folder = export(random_run(tmp_path), tmp_path / "out")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert told["model_max_length"] == 128
 
 
 def test_an_export_is_no_run(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from ping_llm.data.rows import manifest_sha256
 from ping_llm.hf.card import Weights, model_card
 from ping_llm.hf.configuration import PingGPTConfig
 from ping_llm.hf.modeling import PingGPTForCausalLM
+from ping_llm.hf.tokenization import PingTokenizer
 from ping_llm.inference.calibration import Calibration
 from ping_llm.inference.sources import CONFIG_KEY, EXPORT_NAME, EXPORT_VERSION, Loaded, Source, load, read_weights
 from ping_llm.model.checkpoint import MODEL_NAME
@@ -85,8 +85,7 @@ def _write(
         dataclasses.replace(calibration, model_sha256=sha256).save(folder)
     about = {"format_version": EXPORT_VERSION, "sha256": sha256, "dtype": dtype, "calibration": said}
     write_atomically(folder / EXPORT_NAME, json.dumps(about, indent=1) + "\n")
-    if (tokenizer := _tokenizer(loaded.config.model.seq_len)) is not None:
-        tokenizer.save_pretrained(folder)
+    PingTokenizer(model_max_length=loaded.config.model.seq_len).save_pretrained(folder)
     told = dataclasses.replace(loaded, calibration=calibration)
     write_atomically(
         folder / CARD_NAME, model_card(told, Weights(dtype, said, nanochat), address, results, licence, rows)
@@ -164,13 +163,6 @@ def _calibration(loaded: Loaded, kept: GPT, same: bool, rows: Path | None) -> tu
     told = loaded.folder / EXPORT_NAME  # of an export that is exported again
     before = json.loads(told.read_bytes())["calibration"] if told.is_file() else FITTED
     return loaded.calibration, before if same else ROUNDED
-
-
-def _tokenizer(seq_len: int) -> Any:
-    """Ours, if this version of the package has one."""
-    if importlib.util.find_spec("ping_llm.hf.tokenization") is None:
-        return None
-    return importlib.import_module("ping_llm.hf.tokenization").PingTokenizer(model_max_length=seq_len)
 
 
 @contextlib.contextmanager

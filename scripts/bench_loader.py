@@ -89,7 +89,7 @@ def config_of(rows: Path, workers: int = 0) -> Config:
 def bench_encoder(config: Config) -> dict[str, float]:
     """Tokens a second of the encoder, of a plain one on the same windows, and the ratio; both must agree."""
     blocks = new_blocks(config)
-    fields = window_fields([window for place in range(16) for _, window in blocks.draw(0, place)])
+    fields = window_fields([look.window for place in range(16) for look in blocks.draw(0, place)])
     tokens, _ = encode(fields)
     started = time.perf_counter()
     assert plain_encode(fields) == tokens.tolist()

@@ -46,12 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     sums = {mode: defaultdict(list) for mode in (*TIME_MODES, "all")}
     for block in range(-(-options.windows // (BATCH * STEPS))):
         for place in range(BATCH):
-            drawn = blocks.draw(block, place)
-            for (row, window), line in zip(
-                drawn, encode_windows([window for _, window in drawn], blocks.tokens), strict=True
-            ):
-                seen = look(row, window, line)
-                for mode in (window.mode, "all"):
+            looks = blocks.draw(block, place)
+            lines = encode_windows([look.window for look in looks], blocks.tokens)
+            for look, line in zip(looks, lines, strict=True):
+                seen = describe_window(look.row, look.window, line)
+                for mode in (look.window.mode, "all"):
                     for name, values in seen.items():
                         sums[mode][name].append(values)
     report = {mode: describe(columns) for mode, columns in sums.items()}
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(known))
 
 
-def look(row: ProbeRow, window: Window, line: np.ndarray) -> dict[str, np.ndarray]:
+def describe_window(row: ProbeRow, window: Window, line: np.ndarray) -> dict[str, np.ndarray]:
     """What one window adds to the columns of the report."""
     padding = (line == PADDING).sum()
     k = int((line == MEASUREMENT_START).sum())

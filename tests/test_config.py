@@ -70,3 +70,14 @@ def test_windows_cannot_be_of_more_kinds_than_there_are():
     message = r"^data.mesh \+ data.synthetic = 1.1 must not exceed 1$"
     with pytest.raises(ValueError, match=message):
         config_from_dict({"data": {"mesh": 0.6, "synthetic": 0.5}}, "config.toml")
+
+
+def test_short_windows_are_shorter_than_the_others_and_hold_any_measurement():
+    config = config_from_dict({"model": {"seq_len": 64}, "data": {"short_windows": 3}}, "config.toml")
+    assert config.place_tokens == 64 + 3 * 48
+    with pytest.raises(
+        ValueError, match=r"^data.short_len=65 must not exceed model.seq_len=64: such windows are short"
+    ):
+        config_from_dict({"model": {"seq_len": 64}, "data": {"short_windows": 1, "short_len": 65}}, "config.toml")
+    with pytest.raises(ValueError, match=r"^data.short_len=45 must be at least 46$"):
+        config_from_dict({"data": {"short_windows": 1, "short_len": 45}}, "config.toml")

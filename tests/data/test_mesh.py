@@ -133,7 +133,7 @@ def test_a_row_that_shares_nothing_has_no_mesh_and_gives_windows_of_its_own(conf
     rows = Rows([row_to([1], 4, 0), row_to([2], 4, 1)])
     assert DestinationIndex(rows).mesh(0, rows[0], np.random.default_rng(0)) is None
     alone = [
-        (row, window) for place in range(8) for row, window in blocks_of(config).draw(0, place) if row.probe_id == 31
+        (row, window) for place in range(8) for row, window, _ in blocks_of(config).draw(0, place) if row.probe_id == 31
     ]
     assert alone and all(len(row) == 400 for row, _ in alone)
 
@@ -143,7 +143,7 @@ def test_every_measurement_of_a_mesh_window_is_one_of_the_rows_of_train_once(con
     several = 0
     for block in range(3):
         for place in range(8):
-            for row, window in blocks_of(config).draw(block, place):
+            for row, window, _ in blocks_of(config).draw(block, place):
                 ends = (map(bytes, end) for end in (window.src, window.dst))
                 shown = Counter(zip(*ends, window.time_s.tolist(), window.rtt_ms.tolist(), strict=True))
                 assert not shown - held
@@ -226,7 +226,7 @@ def test_the_span_holds_its_last_second_and_grows_to_both_sides():
 
 def test_windows_are_of_several_probes_and_of_synthetic_internets_as_often_as_the_config_says(config):
     blocks = blocks_of(config, mesh=0.3, synthetic=0.5)
-    rows = [row for block in range(12) for place in range(8) for row, _ in blocks.draw(block, place)]
+    rows = [row for block in range(12) for place in range(8) for row, *_ in blocks.draw(block, place)]
     rows = [row for row in rows if row.probe_id != 31]
     synthetic = np.array([row.probe_id == -1 for row in rows])
     several = np.array([len(row.src_addresses) > 1 for row in rows]) & ~synthetic
@@ -237,7 +237,7 @@ def test_held_out_rows_never_stand_in_windows_of_train(config):
     train = {m for row in RowReader(config.data.rows, "train") for m in measurements_of(row)}
     val = {m for row in RowReader(config.data.rows, "val") for m in measurements_of(row)}
     assert {dst for _, dst, *_ in train} & {dst for _, dst, *_ in val} and not train & val  # destinations are shared
-    shown = {m for place in range(8) for row, _ in blocks_of(config).draw(1, place) for m in measurements_of(row)}
+    shown = {m for place in range(8) for row, *_ in blocks_of(config).draw(1, place) for m in measurements_of(row)}
     assert shown <= train
 
 
@@ -248,7 +248,7 @@ def test_windows_of_val_are_the_same_with_and_without_a_mesh(config):
 
 def test_a_cut_of_the_source_leaves_all_sources_of_a_window_the_same_share(config):
     blocks = blocks_of(config, src_prefix_dropout=1.0)
-    lengths = [{int(n) for n in window.src_bytes} for place in range(8) for _, window in blocks.draw(0, place)]
+    lengths = [{int(n) for n in window.src_bytes} for place in range(8) for _, window, _ in blocks.draw(0, place)]
     assert all(len(own) == 1 for own in lengths) and set.union(*lengths) == {0, 1, 2, 3}
 
 
@@ -291,4 +291,4 @@ def test_windows_of_a_large_row_share_the_rows_of_one_mesh(config, monkeypatch):
     monkeypatch.setattr(blocks.rows, "record", lambda i: read.append(i) or record(i))
     drawn = blocks.draw(0, 0)
     assert len(drawn) == 32 and 4 < len(read) <= 4 * 13
-    assert len({row.to_bytes() for row, _ in drawn[::4]}) == 8  # each with measurements of its own
+    assert len({row.to_bytes() for row, *_ in drawn[::4]}) == 8  # each with measurements of its own

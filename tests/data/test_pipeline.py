@@ -20,10 +20,11 @@ from waiting import HANG_S
 
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import pipeline
-from ping_llm.data.loader import training_batches, validation_windows
+from ping_llm.data import tokenization as tk
+from ping_llm.data.loader import training_batches, validation_windows, windows_of
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
-from ping_llm.data.windows import sample_window
+from ping_llm.data.windows import sample_window, window_fields
 
 CPU = torch.device("cpu")
 
@@ -88,11 +89,37 @@ def test_another_seed_gives_other_batches(config):
 
 def test_element_i_is_drawn_from_its_row_by_seed_and_i_alone(config):
     blocks = WindowBlocks(RowReader(config.data.rows, "train"), config, 8, 3)
-    for step, (number, (row, window)) in enumerate(zip(blocks.row_numbers(2, 5), blocks.draw(2, 5), strict=True)):
+    for step, (number, (row, window, _)) in enumerate(zip(blocks.row_numbers(2, 5), blocks.draw(2, 5), strict=True)):
         rng = np.random.default_rng((config.seed, 0, (2 * 12 + step) * 8 + 5))
         alone = sample_window(blocks.rows[number], config.data, 129, rng)
         assert len(row) == blocks.rows.measurements[number] and (window.index == alone.index).all()
         assert (window.order == alone.order).all() and (window.dst_bytes == alone.dst_bytes).all()
+
+
+def test_short_windows_stand_beside_each_window_and_are_of_its_row(config):
+    """Of another rng each would be of the row too; of the same, the window itself is what it is without them."""
+    beside = dataclasses.replace(config, data=dataclasses.replace(config.data, short_windows=3, short_len=60))
+    rows = RowReader(config.data.rows, "train")
+    alone, blocks = (WindowBlocks(rows, one, 8, 3) for one in (config, beside))
+    for look in blocks.draw(2, 5):
+        assert len(look.short) == 3 and all(window.index.max() < len(look.row) for window in look.short)
+        fields = window_fields(look.short)
+        assert {a.tobytes() for a in fields.dst} <= {a.tobytes() for a in look.row.dst_addresses}
+    lines = torch.from_numpy(blocks[2])
+    assert lines.shape == (12, 8, 129 + 3 * 61)
+    long, short = windows_of(lines.flatten(0, 1), beside.data)
+    assert torch.equal(long, torch.from_numpy(alone[2]).flatten(0, 1))
+    assert short.shape == (12 * 8 * 3, 61) and torch.equal(short[:3].flatten(), lines[0, 0, 129:])
+    assert len(short.unique(dim=0)) > 250  # windows of their own
+    for window in short:  # whole measurements, the first of them with a time of its own if it has any
+        tokens = window[window != tk.PADDING].numpy()
+        assert tokens[0] == tk.MEASUREMENT_START and decode(tokens)
+    assert [part is lines for part in windows_of(lines, config.data)] == [True]
+
+
+def test_short_windows_do_not_depend_on_processes(config):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, short_windows=2))
+    assert torch.equal(batches(config, 4, 9, rank=1, world=2), batches(config, 4, 9)[:, 1::2])
 
 
 def test_blocks_are_the_same_after_pickling(config):

@@ -14,7 +14,7 @@ import ping_llm.hf.datasets as module
 from ping_llm.cli import main
 from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import tokenization as tk
-from ping_llm.data.loader import training_batches, validation_windows
+from ping_llm.data.loader import training_batches, validation_windows, windows_of
 from ping_llm.hf.datasets import write_dataset
 from ping_llm.hf.tokenization import PingTokenizer
 
@@ -53,6 +53,17 @@ def test_window_i_is_window_i_of_a_run_and_validation_is_what_a_run_is_evaluated
             assert example["input_ids"] == window[window != tk.PADDING].tolist()
             tokenizer = PingTokenizer()
             assert tokenizer.encode(tokenizer.decode(example["input_ids"])) == example["input_ids"]
+
+
+def test_short_windows_follow_the_one_beside_which_they_stand(rows_folder, tmp_path):
+    config = config_of(rows_folder, short_windows=2)
+    assert write_dataset(rows_folder, tmp_path / "set", config, windows=20)["train"] == 20
+    batches = training_batches(config, 0, torch.device("cpu"))
+    long, short = windows_of(next(batches), config.data)
+    batches.close()
+    expected = [window for i, window in enumerate(long) for window in (window, *short[2 * i : 2 * i + 2])][:20]
+    for example, window in zip(load(tmp_path / "set", tmp_path)["train"], expected, strict=True):
+        assert example["input_ids"] == window[window != tk.PADDING].tolist()
 
 
 def test_muted_tokens_are_read_and_are_no_targets(rows_folder, tmp_path):

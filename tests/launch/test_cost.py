@@ -70,6 +70,17 @@ def test_a_growing_batch_takes_more_steps_for_the_same_tokens_by_hand():
     assert by_tokens.hours == by_steps.hours
 
 
+@pytest.mark.parametrize(("short_windows", "passes"), [(4, 1), (32, 2)])
+def test_short_windows_count_and_have_passes_of_their_own_by_hand(short_windows, passes):
+    """Of 64 tokens beside 1,024: four are a quarter more and fit where a window does, 32 take twice its memory."""
+    config = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, short_windows=short_windows, short_len=64))
+    plan, alone = (plan_cost(one, ROUND, 1) for one in (config, SMALL))
+    assert plan.tokens == alone.tokens * (1 + short_windows / 16) and plan.tokens_per_s == alone.tokens_per_s
+    assert plan.largest_micro_batch == pytest.approx(alone.largest_micro_batch / passes, abs=1)
+    by_tokens = plan_cost(with_train(config, total_steps=0, target_tokens=int(plan.tokens)), ROUND, 1)
+    assert by_tokens.steps == pytest.approx(plan.steps)
+
+
 def test_more_micro_batches_than_needed_are_said():
     lines = plan_cost(with_train(SMALL, grad_accum=4), ROUND, 1).lines
     assert lines[-1].endswith("the batch fits, and so it would with --train.grad-accum 1")

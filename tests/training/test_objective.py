@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from training_runs import MODEL, make_config, make_windows
 
-from ping_llm.config import FIELDS, LossConfig
+from ping_llm.config import FIELDS, DataConfig, LossConfig
 from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import PARTS, field_losses, smoothing_cost
 from ping_llm.training import objective as module
@@ -25,7 +25,12 @@ SMOOTHED = dataclasses.replace(WEIGHTS, smoothing=3.0)
 
 @pytest.fixture
 def model() -> GPT:
-    model, generator = GPT(MODEL), torch.Generator().manual_seed(0)
+    return outspoken(GPT(MODEL))
+
+
+def outspoken(model: GPT) -> GPT:
+    """With weights of which every one counts."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1, generator=generator)
@@ -143,6 +148,48 @@ def test_a_step_is_worked_through_in_micro_batches_of_all_its_windows(model, tmp
     with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape)):
         objective_of(model, tmp_path, grad_accum=4).backward(make_windows(8, seed=0))
     assert seen == [(2, 64)] * 4
+
+
+SHORT = DataConfig(short_windows=2, short_len=47)
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_short_windows_are_targets_among_the_others_and_see_only_themselves(model, tmp_path, grad_accum):
+    tokens, beside = make_windows(4, seed=5), make_windows(8, seed=6)[:, :48]
+    beside[3, 20:] = -1
+    seen = []
+    config = dataclasses.replace(make_config(tmp_path, batch_size=4, grad_accum=grad_accum), loss=SMOOTHED, data=SHORT)
+    with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape)):
+        lines = torch.cat([tokens, beside.reshape(4, -1)], dim=1)
+        sums, totals = Objective(config, model, Ranks(CPU)).backward(lines)
+    each = 4 // grad_accum
+    assert seen == [(2 * each, 47)] * grad_accum + [(each, 64)] * grad_accum
+    found = model.head.weight.grad.clone()
+    model.zero_grad()
+    step = objective_of(model, tmp_path, loss=SMOOTHED, batch_size=8)
+    together = torch.cat([tokens, F.pad(beside, (0, tokens.shape[1] - 48), value=-1)])
+    step.micro_batch = len(together)
+    expected, counts = step.backward(together)
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+    assert totals.tolist() == counts.tolist()
+    torch.testing.assert_close(found, model.head.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_left_out_of_a_short_window_is_its_own_whatever_the_micro_batch(tmp_path):
+    """Two equal windows of a place lose other values, and all are the same in one micro-batch and in four."""
+    config = make_config(tmp_path, batch_size=4)
+    config = dataclasses.replace(config, data=SHORT, model=dataclasses.replace(MODEL, dropout=0.5))
+    lines = torch.cat([make_windows(4, seed=5), make_windows(4, seed=6)[:, :48].repeat(1, 2)], dim=1)
+    gradients, given = [], []
+    for grad_accum in (1, 4):
+        model = outspoken(GPT(config.model))
+        one = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum=grad_accum))
+        with model.register_forward_pre_hook(lambda _, __, named: given.append(named["keys"]), with_kwargs=True):
+            Objective(one, model, Ranks(CPU)).backward(lines, step=3)
+        gradients.append(model.head.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert torch.equal(torch.cat([given[0], given[1]]), torch.cat([given[2 + i] for i in range(8)]))
+    assert given[0].shape == (8,) and len(torch.cat(given[:2]).unique()) == 12
 
 
 class Twin:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from ping_llm.config import Config, ModelConfig, TrainConfig
+from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.training import speed
 from ping_llm.training.distributed import Ranks
 from ping_llm.training.speed import Speed
@@ -49,3 +51,10 @@ def test_the_step_that_compiles_has_no_rates(peak):
     assert not rates.compiling and list(rates.rates()) == ["peak_memory_gb"]
     rates.add(0.5, 0.0, 1024, 8)
     assert rates.rates()["tokens_per_s"] == 2048
+
+
+def test_short_windows_are_places_too():
+    config = dataclasses.replace(CONFIG, data=DataConfig(short_windows=2, short_len=64))
+    rates = Speed(config, Ranks(torch.device("cpu")), compiling=False)
+    rates.add(0.5, 0.0, 1024, 8)
+    assert rates.rates()["padding"] == 0.5  # of 8 · (128 + 2 · 64) places

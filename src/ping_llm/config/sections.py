@@ -37,6 +37,11 @@ class DataConfig(Section):
     """Share of windows of several probes: measurements of one, and of up to 12 others to the same destinations."""
     synthetic: Share = 0.0
     """Share of windows from small synthetic Internets, each with addresses of its own."""
+    short_windows: Whole = 0
+    """Windows of data.short_len tokens beside each window of a batch, of the same row: more of what is learned is to answer
+    with little context or none."""
+    short_len: Annotated[int, Bounds(46)] = 48  # as of seq_len: a window has a token more
+    """Tokens that a short window shows the model: of IPv4 two measurements, of IPv6 one."""
     replay: str = field(default="", metadata=RESUMABLE)
     """Folder of probe rows that windows are mixed in from, so that a run on other rows forgets them less. Empty = none."""
     replay_share: Share = 0.0
@@ -285,6 +290,11 @@ class Config(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.replayed(self.train.batch_size)
+        if self.data.short_windows and self.data.short_len > self.model.seq_len:
+            raise ValueError(
+                f"data.short_len={self.data.short_len} must not exceed model.seq_len={self.model.seq_len}: such windows are "
+                "short ones"
+            )
         if self.optim.lora_rank and not self.train.init_from:
             raise ValueError(
                 f"optim.lora_rank={self.optim.lora_rank} changes given weights; name them: train.init_from"
@@ -308,6 +318,11 @@ class Config(Section):
         if self.model.seq_len % multiple:
             needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
             raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")
+
+    @property
+    def place_tokens(self) -> int:
+        """Tokens that a step shows the model at each place of its batch: those of a window, and of the short ones beside."""
+        return self.model.seq_len + self.data.short_windows * self.data.short_len
 
     @property
     def weights_seed(self) -> int:

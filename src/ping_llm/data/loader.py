@@ -17,7 +17,7 @@ from ping_llm.data.rows import RowReader
 def training_batches(
     config: Config, start_step: int, device: torch.device, rank: int = 0, world: int = 1
 ) -> Iterator[torch.Tensor]:
-    """Endless batches from `start_step` on: (batch_size / world, seq_len + 1) int64 on the device, padding −1.
+    """Endless batches from `start_step` on: (batch_size / world, line) int64 on the device, padding −1; see `windows_of`.
 
     Muted tokens are below that.
     """
@@ -34,6 +34,16 @@ def training_batches(
             yield last.long()
     finally:
         iterator.close()
+
+
+def windows_of(batch: torch.Tensor, data: DataConfig) -> list[torch.Tensor]:
+    """The windows in the lines of a batch, (B, line): (B, seq_len + 1), and where there are short ones beside them those,
+    (B · short_windows, short_len + 1), place by place."""
+    if not data.short_windows:
+        return [batch]
+    tokens = data.short_len + 1
+    long, short = batch.split([batch.shape[1] - data.short_windows * tokens, data.short_windows * tokens], dim=1)
+    return [long, short.reshape(-1, tokens)]
 
 
 def validation_windows(config: Config) -> torch.Tensor:

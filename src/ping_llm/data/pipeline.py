@@ -1,12 +1,13 @@
 """Probe rows in, blocks of token windows out: the grain graph. Element i is a pure function of (seed, i).
 
-A step takes `batch_size` windows: element i is window i mod batch_size of step i div batch_size. `block_steps` consecutive
-steps are a block, the unit of work of a loader process. Reading a large row costs more than drawing many windows from it,
-so a large row that is read gives `windows_per_read` windows, all at one place of the batch and ROWS_IN_TURN steps apart:
-neighbouring steps learn from different rows. Small rows are read anew for each window. Rows are visited by additive
-recurrences over their weights: whatever the weights, every stretch of the run covers all rows as evenly as the numbers
-allow. A share of the windows shows other probes beside that of the row, and a share a synthetic Internet instead. A run
-that goes on from another one's weights can take some places of the batch from the other one's rows.
+An element is a window and, with `data.short_windows`, short ones beside it, of the same row. A step takes `batch_size`
+elements: element i stands at place i mod batch_size of step i div batch_size. `block_steps` consecutive steps are a block,
+the unit of work of a loader process. Reading a large row costs more than drawing many windows from it, so a large row that
+is read gives `windows_per_read` elements, all at one place of the batch and ROWS_IN_TURN steps apart: neighbouring steps
+learn from different rows. Small rows are read anew for each. Rows are visited by additive recurrences over their weights:
+whatever the weights, every stretch of the run covers all rows as evenly as the numbers allow. A share of the elements shows
+other probes beside that of the row, and a share a synthetic Internet instead. A run that goes on from another one's weights
+can take some places of the batch from the other one's rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,9 +50,17 @@ def block_steps(windows_per_read: int) -> int:
     return windows_per_read * ROWS_IN_TURN if windows_per_read > 1 else 1
 
 
+class Look(NamedTuple):
+    """What a place of a batch shows of a row."""
+
+    row: ProbeRow
+    window: Window
+    short: tuple[Window, ...]
+
+
 class WindowBlocks:
-    """Random access to blocks: self[b] is (steps, batch, seq_len + 1) int16, PADDING where a row ran out and below it where
-    a token is muted.
+    """Random access to blocks: self[b] is (steps, batch, line) int16, PADDING where a row ran out and below it where a token
+    is muted. A line is a window of seq_len + 1 tokens, then the short ones, of short_len + 1 each: see `windows_of`.
 
     `batch` is this rank's share of the batch: every world-th window, beginning with window `rank`.
     """
@@ -75,6 +84,7 @@ class WindowBlocks:
             count = config.data.replayed(batch_size)
             self.replayed = {(2 * number + 1) * batch_size // (2 * count) for number in range(count)}
         self.rows, self.data, self.tokens = rows, config.data, config.model.seq_len + 1
+        self.short_tokens = config.data.short_len + 1
         self.seed = (config.seed, _STREAMS.get(rows.part, 2))
         self.batch_size, self.steps, self.rank, self.world = batch_size, block_steps(windows_per_read), rank, world
         self.rows_in_turn = self.steps // windows_per_read
@@ -91,25 +101,35 @@ class WindowBlocks:
 
     def __getitem__(self, block: int) -> np.ndarray:
         mine = range(self.rank, self.batch_size, self.world)
-        out = np.empty((self.steps, len(mine), self.tokens), dtype=np.int16)
+        line = self.tokens + self.data.short_windows * self.short_tokens
+        out = np.empty((self.steps, len(mine), line), dtype=np.int16)
         for column, place in enumerate(mine):
-            out[:, column] = encode_windows([window for _, window in self.draw(block, place)], self.tokens)
+            looks = self.draw(block, place)
+            out[:, column, : self.tokens] = encode_windows([look.window for look in looks], self.tokens)
+            if self.data.short_windows:
+                short = encode_windows([window for look in looks for window in look.short], self.short_tokens)
+                out[:, column, self.tokens :] = short.reshape(self.steps, -1)
         return out
 
-    def draw(self, block: int, place: int) -> list[tuple[ProbeRow, Window]]:
-        """The windows at `place` of the batches of a block, each with the row that it looks at."""
+    def draw(self, block: int, place: int) -> list[Look]:
+        """The windows at `place` of the batches of a block."""
         if self.replay is not None and place in self.replayed:
             return self.replay.draw(block, place)
         first, steps_of = block * self.steps * self.batch_size + place, defaultdict[int, list[int]](list)
         for step, number in enumerate(self.row_numbers(block, place)):
             steps_of[number].append(step)
         elements = range(first, first + self.steps * self.batch_size, self.batch_size)
-        drawn: dict[int, tuple[ProbeRow, Window]] = {}
+        drawn: dict[int, Look] = {}
         for number, steps in steps_of.items():
             rngs = [np.random.default_rng((*self.seed, elements[step])) for step in steps]
             for step, row, rng in zip(steps, self._rows_shown(number, elements[steps[0]], rngs), rngs, strict=True):
-                drawn[step] = row, sample_window(row, self.data, self.tokens, rng)
+                drawn[step] = self._look(row, rng)
         return [drawn[step] for step in range(self.steps)]
+
+    def _look(self, row: ProbeRow, rng: np.random.Generator) -> Look:
+        window = sample_window(row, self.data, self.tokens, rng)
+        short = (sample_window(row, self.data, self.short_tokens, rng) for _ in range(self.data.short_windows))
+        return Look(row, window, tuple(short))
 
     def _rows_shown(self, number: int, element: int, rngs: list[np.random.Generator]) -> Iterator[ProbeRow]:
         """What the windows that row `number` gives at once look at, the first of them being `element`.

@@ -66,7 +66,7 @@ class Outcome:
     def flops(self, steps: int) -> float:
         """Floating-point operations of the first steps, for all places of their windows."""
         windows = schedule.windows_before(steps, self.config.train)
-        return float(windows * self.config.model.seq_len * flops_per_token(self.config.model))
+        return float(windows * self.config.place_tokens * flops_per_token(self.config.model))
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
 
 from ping_llm.config import Config
-from ping_llm.data.loader import fixed_windows
+from ping_llm.data.loader import fixed_windows, windows_of
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader, is_part_of
 from ping_llm.data.tokenization import MUTED, PADDING
@@ -64,11 +66,17 @@ def write_dataset(rows: Path, to: Path, config: Config, windows: int = 0) -> dic
 
 
 def training_windows(rows: RowReader, config: Config, count: int) -> Iterator[np.ndarray]:
-    """The first `count` windows of a run in blocks of (n, seq_len + 1) int16, PADDING at the right, muted below it."""
+    """The first `count` windows of a run in blocks of (n, seq_len + 1) int16, PADDING at the right, muted below it; each is
+    followed by the short ones beside it."""
     blocks = WindowBlocks(rows, config, config.train.batch_size, config.data.windows_per_read)
     block = 0
     while count > 0:
-        windows = blocks[block].reshape(-1, blocks.tokens)[:count]
+        lines = torch.from_numpy(blocks[block]).flatten(0, 1)
+        kinds = [
+            some.unflatten(0, (len(lines), -1)) for some in windows_of(lines, config.data)
+        ]  # (lines, each, tokens)
+        padded = [F.pad(some, (0, blocks.tokens - some.shape[-1]), value=PADDING) for some in kinds]
+        windows = torch.cat(padded, dim=1).flatten(0, 1)[:count].numpy()
         yield windows
         count, block = count - len(windows), block + 1
 

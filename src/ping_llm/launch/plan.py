@@ -91,7 +91,7 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     micro_batch = windows // config.train.grad_accum
     compiled = config.train.compile is not False
     fixed_gb = fixed_bytes(config.model, config.train.averages, config.optim.matrices == "adamw") / 1e9
-    window_gb = activation_bytes(config.model, compiled) / 1e9
+    window_gb = _place_bytes(config, compiled) / 1e9
     largest = largest_micro_batch(config, gpu.memory_gb)
     advice = _advice(config.train.grad_accum, windows, largest)
     what = f"{gpus} × {gpu.name.upper()} at {mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s"
@@ -119,13 +119,13 @@ def _length(config: Config) -> tuple[float, float]:
     train = config.train
     growth = schedule.growth_steps(train)
     saved = growth - schedule.windows_before(growth, train) / train.batch_size  # steps that small batches add
-    by_tokens = train.target_tokens / (train.batch_size * config.model.seq_len)
+    by_tokens = train.target_tokens / (train.batch_size * config.place_tokens)
     limits = [train.total_steps or None, by_tokens + saved if by_tokens else None]
     if not any(limits):
         raise ValueError("the run ends by train.max_minutes alone; give train.total_steps or train.target_tokens")
     steps = min(limit for limit in limits if limit)
     if steps == train.total_steps:
-        return steps, schedule.windows_before(train.total_steps, train) * config.model.seq_len
+        return steps, schedule.windows_before(train.total_steps, train) * config.place_tokens
     return steps, train.target_tokens
 
 
@@ -143,7 +143,7 @@ def largest_micro_batch(config: Config, memory_gb: float, on_cpu: bool = False) 
     """Windows whose activations fit beside all else in a GPU of so much memory; or in half of a machine's, in fp32."""
     fixed = fixed_bytes(config.model, config.train.averages, config.optim.matrices == "adamw")
     compiled = config.train.compile is True or (config.train.compile == "auto" and not on_cpu)
-    window = activation_bytes(config.model, compiled) * (2 if on_cpu else 1)
+    window = _place_bytes(config, compiled) * (2 if on_cpu else 1)
     share = 0.5 if on_cpu else 1 - SPARE_SHARE
     return max(0, int((memory_gb * 1e9 * share - fixed) / window))
 
@@ -163,6 +163,13 @@ def fixed_bytes(model: ModelConfig, averaged: bool = False, adamw: bool = False)
     everywhere = 14 if averaged else 10
     of_matrices = 8 * matrices if adamw else 4 * matrices + 8 * stack
     return everywhere * (matrices + others) + of_matrices + 8 * others
+
+
+def _place_bytes(config: Config, compiled: bool) -> float:
+    """Bytes that a place of a micro-batch takes until its backward pass: its window, or the short ones beside it, which
+    have a pass of their own."""
+    short = config.data.short_windows * config.data.short_len / config.model.seq_len
+    return activation_bytes(config.model, compiled) * max(1.0, short)
 
 
 def activation_bytes(model: ModelConfig, compiled: bool = True) -> int:

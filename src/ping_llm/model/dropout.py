@@ -21,6 +21,11 @@ def window_keys(seed: int, step: int, windows: int, rank: int, world: int, devic
     return mix(start + torch.arange(rank, windows, world, device=device) * ODD)
 
 
+def keys_beside(keys: Tensor, each: int) -> Tensor:
+    """Those of the windows that share their places with the windows of `keys` (B,): (B · each,), place by place."""
+    return mix(keys[:, None] + torch.arange(1, each + 1, device=keys.device) * ODD).flatten()
+
+
 def dropped(x: Tensor, share: float, keys: Tensor, site: int) -> Tensor:
     """x (B, ...) without a share of its values, each at random, the others made larger so that the mean stays.
 

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ping_llm.config import Config
+from ping_llm.data.loader import windows_of
 from ping_llm.data.tokenization import FIELD_OF_BYTES_AFTER, FIELD_OF_ROLE, MUTED, PADDING
-from ping_llm.model.dropout import window_keys
+from ping_llm.model.dropout import keys_beside, window_keys
 from ping_llm.model.gpt import GPT
 from ping_llm.model.loss import (
     PARTS,
@@ -74,9 +75,9 @@ class Objective:
     """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
 
     `loss.smoothing` changes the gradients alone: all that is reported is plain cross-entropy.
-    A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches. Gradients are averaged over
-    the processes while those of the last one are still being computed. `precision` is what the run began with; without
-    it, that of the config.
+    A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches; so are, before them, the short
+    windows of its places, if there are any. Gradients are averaged over the processes while those of the last micro-batch
+    are still being computed. `precision` is what the run began with; without it, that of the config.
     """
 
     def __init__(self, config: Config, model: GPT, ranks: Ranks, precision: str | None = None) -> None:
@@ -85,7 +86,7 @@ class Objective:
         self.micro_batch = config.train.batch_size // (ranks.world * config.train.grad_accum)  # windows
         self.role_fields = torch.as_tensor(FIELD_OF_ROLE).to(self.device)
         self.byte_fields = torch.as_tensor(FIELD_OF_BYTES_AFTER).to(self.device)
-        self.loss, self.seed = config.loss, config.seed
+        self.loss, self.data, self.seed = config.loss, config.data, config.seed
         self.weights = field_weights(config.loss).to(self.device)  # (7,)
         self.precision = precision or resolve_precision(config.train.precision, self.device)
         model.learn_in_fp8(self.precision == "fp8")
@@ -99,7 +100,7 @@ class Objective:
         self.forward: Callable[..., Tensor] = self.parallel or model
         self.forward_alone: Callable[..., Tensor] = model  # without an exchange: processes may have unequal work
         self.compiled = resolve_compile(config.train.compile, self.device)
-        if self.compiled:  # every pass is of the same shape
+        if self.compiled:  # every pass is of the same shape, but for those of short windows
             self.forward = torch.compile(self.forward, dynamic=False)
             self.forward_alone = torch.compile(model, dynamic=False) if self.parallel else self.forward
 
@@ -124,27 +125,30 @@ class Objective:
             return forward(inputs, **options)
 
     def backward(self, tokens: Tensor, *votes: float, loss_scale: float = 1.0, step: int = 0) -> tuple[Tensor, Tensor]:
-        """Adds `loss_scale` times the gradients of the loss over a step's batch, (B, T+1) in this process.
+        """Adds `loss_scale` times the gradients of the loss over a step's batch, B lines of `windows_of` in this process.
 
         What is left out of the model is a function of the seed, the `step` and the number of a window in the whole batch.
 
         Returns the sums of the cross-entropy (7,) fp32 of this process, and float64 of all: the counts of targets (7,),
         then the sums of the `votes` that each of them cast. Nothing here waits for the device.
         """
-        inputs, targets, fields = self.targets(tokens)
-        counts = part_masks(targets, fields).sum(dim=(1, 2))
+        kinds = [self.targets(windows) for windows in windows_of(tokens, self.data)]
+        counts = torch.stack([part_masks(targets, fields).sum(dim=(1, 2)) for _, targets, fields in kinds]).sum(dim=0)
         ballot = torch.tensor(votes, dtype=torch.float64).to(self.device, non_blocking=True)
         totals = self.ranks.sum(torch.cat([counts.double(), ballot]))
         # Of all micro-batches and processes, so that a token weighs the same in each; DDP divides by their number.
         scale = self.ranks.world * loss_scale / (self.weights * totals[: len(PARTS)]).sum()
         sums = torch.zeros(len(PARTS), device=self.device)
-        parts = (tensor.split(self.micro_batch) for tensor in (inputs, targets, fields))
-        options = self._options(len(tokens), step)
-        micro_batches = list(zip(*parts, strict=True))
-        for number, (micro_inputs, micro_targets, micro_fields) in enumerate(micro_batches, 1):
+        keys = self._keys(len(tokens), step)
+        micro_batches = [
+            micro_batch
+            for windows, own in reversed(list(zip(kinds, keys, strict=True)))
+            for micro_batch in self._micro_batches(*windows, own, len(tokens))
+        ]
+        for number, (micro_inputs, micro_targets, micro_fields, options) in enumerate(micro_batches, 1):
             # Gradients are exchanged once, with those of the last micro-batch.
             with self.parallel.no_sync() if self.parallel and number < len(micro_batches) else nullcontext():
-                logits = self.logits(self.forward, micro_inputs, **options[number - 1])
+                logits = self.logits(self.forward, micro_inputs, **options)
                 micro_sums = field_losses(logits, micro_targets, micro_fields)[0]
                 cost = (self.weights * micro_sums).sum()
                 if smoothing := self.loss.smoothing:
@@ -153,13 +157,25 @@ class Objective:
             sums += micro_sums.detach()
         return sums, totals
 
-    def _options(self, windows: int, step: int) -> list[dict[str, Tensor]]:
-        """What each micro-batch gives to the model beside its tokens: nothing, or the keys of its windows."""
+    def _keys(self, places: int, step: int) -> list[Tensor | None]:
+        """Of the windows at the places of this process's batch, (B,), and of the short ones beside them, if there are any;
+        None where nothing is left out."""
+        short = self.data.short_windows
         if not self.model.leaves_out:
-            return [{}] * -(-windows // self.micro_batch)
+            return [None] * (2 if short else 1)
         ranks = self.ranks
-        keys = window_keys(self.seed, step, windows * ranks.world, ranks.rank, ranks.world, self.device)
-        return [{"keys": some} for some in keys.split(self.micro_batch)]
+        keys = window_keys(self.seed, step, places * ranks.world, ranks.rank, ranks.world, self.device)
+        return [keys, keys_beside(keys, short)] if short else [keys]
+
+    def _micro_batches(
+        self, inputs: Tensor, targets: Tensor, fields: Tensor, keys: Tensor | None, places: int
+    ) -> list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+        """All windows of one kind at so many places of the batch, cut in micro-batches: what `targets` gives of them, and
+        what the model is given beside."""
+        size = len(inputs) // places * self.micro_batch
+        parts = [tensor.split(size) for tensor in (inputs, targets, fields)]
+        given = [{}] * len(parts[0]) if keys is None else [{"keys": own} for own in keys.split(size)]
+        return list(zip(*parts, given, strict=True))
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> dict[str, float]:

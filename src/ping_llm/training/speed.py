@@ -15,7 +15,7 @@ class Speed:
 
     def __init__(self, config: Config, ranks: Ranks, compiling: bool) -> None:
         self.device, self.peak = ranks.device, peak_flops(ranks.device)
-        self.seq_len, self.place_flops = config.model.seq_len, flops_per_token(config.model) / ranks.world
+        self.window_places, self.place_flops = config.place_tokens, flops_per_token(config.model) / ranks.world
         self.compiling = compiling
         self.sums = np.zeros(4)
         self.held_s = 0.0  # by saves, which no step counts
@@ -25,7 +25,7 @@ class Speed:
         if self.compiling:
             self.compiling = False
             return
-        self.sums += (step_s, wait_s, tokens, windows * self.seq_len)
+        self.sums += (step_s, wait_s, tokens, windows * self.window_places)
 
     def rates(self) -> dict[str, float]:
         """Targets a second, the shares of padding and of the time spent for data and for saves, MFU, memory; starts anew.

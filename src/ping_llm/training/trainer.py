@@ -50,9 +50,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Feed:
     """What a run learns from, and what it is measured on.
 
-    `batches(config, start, device, rank, world)` yields each process its share (batch_size / world, seq_len + 1) of whole
-    batches from number `start` on; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding. `queries(config)`
-    may be None.
+    `batches(config, start, device, rank, world)` yields each process its share (batch_size / world, line) of whole batches
+    from number `start` on, see `windows_of`; `windows(config)` are those of val, (n, seq_len + 1); −1 = padding.
+    `queries(config)` may be None.
     """
 
     batches: Callable[[Config, int, torch.device, int, int], Iterator[Tensor]]
@@ -146,7 +146,7 @@ class Training:
         state = restore(checkpoint, model, optimizer, average) if checkpoint else None
         if state is None and base is None:
             alone = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
-            learn_codewords(model, lambda: feed.batches(alone, 0, torch.device("cpu"), 0, 1), ranks)
+            learn_codewords(model, config.data, lambda: feed.batches(alone, 0, torch.device("cpu"), 0, 1), ranks)
         objective = Objective(config, model, ranks, state.precision if state else None)
         state = state or RunState.new(rows.sha256, objective.precision, rows.replay_sha256)
         return cls(config, feed, ranks, state, model, optimizer, objective, windows, queries, average)

@@ -118,7 +118,7 @@ def test_windows_are_synthetic_as_often_as_the_config_says_and_at_the_times_of_t
     config = Config(model=ModelConfig(seq_len=128), data=data, train=TrainConfig(batch_size=64))
     blocks = WindowBlocks(RowReader(folder, "train"), config, 64, 1)
     real = {end.tobytes() for row in blocks.rows for end in (*row.src_addresses, *row.dst_addresses)}
-    rows = [row for block in range(20) for place in range(64) for row, _ in blocks.draw(block, place)]
+    rows = [row for block in range(20) for place in range(64) for row, *_ in blocks.draw(block, place)]
     synthetic = [row for row in rows if row.probe_id == -1]
     assert abs(len(synthetic) / len(rows) - 0.3) < 0.05
     assert not real & {end.tobytes() for row in synthetic for end in (*row.src_addresses, *row.dst_addresses)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from conftest import make_row
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from reference_decoder import decode
 
 from ping_llm.config import FIELDS, Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import tokenization as tk
-from ping_llm.data.augmentation import pseudonyms, shift_pairs
+from ping_llm.data.augmentation import pseudonyms, shift_pairs, shift_sources
 from ping_llm.data.measurement import IPV4_MAPPED_PREFIX, is_ipv4, pack_address
 from ping_llm.data.rows import ProbeRow
 from ping_llm.data.windows import encode_windows, sample_window
@@ -114,9 +115,32 @@ def test_three_in_ten_shifted_pairs_drift_where_the_order_is_that_of_time():
         assert abs(np.mean([len(own) == 2 for own in moved]) - share) < (0.12 if share else 1e-9)
 
 
+@settings(max_examples=200)
+@given(pings, st.integers(0, 500))
+def test_all_rtts_of_a_shifted_source_are_longer_by_one_amount_and_only_the_first_is_not_foretold(measured, seed):
+    src, rtt_ms = np.array([s for s, _ in measured]), np.array([r for _, r in measured], dtype=np.float32)
+    longer, unforetold = shift_sources(src, rtt_ms, np.random.default_rng(seed))
+    moved = set()
+    for number in set(src.tolist()):
+        own = np.flatnonzero((src == number) & (rtt_ms > 0))
+        added = longer[own] - rtt_ms[own]
+        assert (np.ptp(added) < 1e-3 if len(own) else True) and ((added >= 0) & (added <= 1000.001)).all()
+        is_moved = len(own) > 0 and added[0] > 0
+        assert (unforetold[own] == (np.arange(len(own)) == 0) * is_moved).all()
+        moved |= {number} if is_moved or not len(own) else set()
+    assert moved  # at least one, which may have failed throughout
+    assert (longer[rtt_ms < 0] == -1).all() and not unforetold[rtt_ms < 0].any()
+
+
+def test_sources_are_longer_by_20_ms_in_the_median_and_by_a_second_at_most():
+    src, rtt_ms = np.zeros(1, dtype=np.int64), np.array([10.0], dtype=np.float32)
+    added = [shift_sources(src, rtt_ms, np.random.default_rng(seed))[0][0] - 10 for seed in range(2000)]
+    assert 18 < np.median(added) < 22 and max(added) == pytest.approx(1000) and np.quantile(added, 0.16) < 6
+
+
 def test_windows_tell_of_pseudonyms_and_shifted_pairs_as_often_as_the_config_says():
     row, none = make_row(2000, ipv6_share=0), {"full_time": 1.0, "partial_time": 0.0}
-    for name in ("pseudonyms", "shifted_pairs", "canonical_order"):
+    for name in ("pseudonyms", "shifted_pairs", "shifted_sources", "canonical_order"):
         config = DataConfig(**none, src_prefix_dropout=0, dst_prefix_dropout=0, **{name: 0.3})
         counts = np.zeros(3)
         for seed in range(600):
@@ -127,7 +151,7 @@ def test_windows_tell_of_pseudonyms_and_shifted_pairs_as_often_as_the_config_say
             )
             counts += any(ends), window.muted.any(), (window.order == window.order[0]).all()
             assert not window.muted.any() or (window.order == tk.RESULT_LAST).all()  # what follows would learn from it
-        expected = {"pseudonyms": (0.3, 0, 0), "shifted_pairs": (0, 0.3, 0.3), "canonical_order": (0, 0, 0.3)}[name]
+        expected = {"pseudonyms": (0.3, 0, 0), "canonical_order": (0, 0, 0.3)}.get(name, (0, 0.3, 0.3))
         np.testing.assert_allclose(counts / 600, expected, atol=0.06)
 
 

@@ -76,17 +76,20 @@ def muon_steps() -> list[torch.Tensor]:
 
 
 def objective_answers(rows: Path) -> list[tuple]:
-    """(sums, totals, gradients, exchanges of gradients) for 1 and 2 micro-batches, then two evaluations."""
+    """(sums, totals, gradients, exchanges of gradients) for 1 and 2 micro-batches and with short windows beside, then two
+    evaluations."""
     answers, tokens = [], make_windows(12, seed=0)
+    beside = torch.cat([tokens, make_windows(24, seed=2)[:, :47].reshape(12, -1)], dim=1)
+    short = DataConfig(short_windows=2, short_len=46)
     tokens[5:, 20:] = -1  # later windows hold fewer targets
     with processes("cpu") as ranks:
-        for grad_accum in (1, 2):
+        for grad_accum, data, lines in ((1, DataConfig(), tokens), (2, DataConfig(), tokens), (2, short, beside)):
             model, exchanges = outspoken_model(), []
             config = make_config(Path("unused"), batch_size=12, grad_accum=grad_accum)
-            objective = Objective(dataclasses.replace(config, loss=LOSS), model, ranks)
+            objective = Objective(dataclasses.replace(config, loss=LOSS, data=data), model, ranks)
             if objective.parallel is not None:
                 objective.parallel.register_comm_hook(exchanges, counting_exchange)
-            sums, totals = objective.backward(tokens[ranks.rank :: ranks.world], float(ranks.rank + 1))
+            sums, totals = objective.backward(lines[ranks.rank :: ranks.world], float(ranks.rank + 1))
             gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
             answers.append((ranks.sum(sums.double()), totals, gradients, len(exchanges)))
         val = make_windows(10, seed=1)  # shared unevenly
@@ -120,7 +123,7 @@ def test_gradients_and_evaluations_do_not_depend_on_the_number_of_processes(rows
     alone = objective_answers(rows_folder)
     for rank, together in enumerate(gang(world, objective_answers, rows_folder)):
         for (sums, totals, gradients, _), (our_sums, our_totals, ours, exchanges) in zip(
-            alone[:2], together[:2], strict=True
+            alone[:3], together[:3], strict=True
         ):
             assert exchanges == 1, rank  # however many micro-batches: those before the last are not sent
             torch.testing.assert_close(our_sums, sums, rtol=1e-5, atol=1e-8)
@@ -128,7 +131,7 @@ def test_gradients_and_evaluations_do_not_depend_on_the_number_of_processes(rows
             assert our_totals[-1] == sum(range(1, world + 1))  # the votes of all
             for name in gradients:
                 assert (ours[name] - gradients[name]).norm() < 1e-5 * gradients[name].norm(), name
-        (values, error, count), (our_values, our_error, our_count) = alone[2], together[2]
+        (values, error, count), (our_values, our_error, our_count) = alone[3], together[3]
         assert our_values == pytest.approx(values, rel=1e-5, nan_ok=True) and our_count == count
         assert our_error == pytest.approx(error, rel=1e-4)
 

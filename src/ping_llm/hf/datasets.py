@@ -84,7 +84,7 @@ def training_windows(rows: RowReader, config: Config, count: int) -> Iterator[np
 def _write_split(folder: Path, split: str, parts: Iterator[np.ndarray], count: int, config: Config) -> int:
     """Parquet files of `count` windows; the number of windows."""
     shards = max(1, -(-count // _WINDOWS_OF_A_SHARD))
-    with_labels = config.data.shifted_pairs > 0
+    with_labels = config.data.shifted_pairs + config.data.shifted_sources > 0
     tables = _in_groups(_table(part, with_labels) for part in parts)
     table = next(tables)
     for shard in range(shards):

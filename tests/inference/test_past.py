@@ -8,7 +8,7 @@ from ping_llm.data.measurement import pack_address
 from ping_llm.data.rows import ProbeRow
 from ping_llm.inference.context import Context
 from ping_llm.inference.memory import Memory
-from ping_llm.inference.past import UNKNOWN_AGE_H, pasts
+from ping_llm.inference.past import UNKNOWN_AGE_H, offsets_ms, pasts
 from ping_llm.inference.query import Endpoint, Query
 
 HOUR, T = 3600, 1_700_000_000
@@ -95,17 +95,20 @@ def test_of_a_context_without_times_the_last_is_the_newest(memory):
     assert told(found) == [2.0, 1.0] and found.first[0] == UNKNOWN_AGE_H
 
 
-def test_other_sources_answer_the_most_alike_first_each_with_its_latest(memory):
+def test_other_sources_answer_the_most_alike_first_each_with_its_latest_and_their_offset(memory):
+    """To three destinations theirs are 1.05, 1.5 and 4 times 20, 40 and 80 ms: by the median 2, 20 and 120 ms longer, of
+    which three quarters count, for three are shared. 12, 15 and 55 ms become 10.5, the least of 0.3, and 55, for 90 ms less
+    would bring the three RTTs of the last source no nearer."""
     found = pasts([query(5)], memory)["others"]
-    assert told(found) == [12.0, 15.0, 55.0]
+    assert told(found) == [10.5, 0.3, 55.0]
     # To three shared destinations three of the usual distance 1 are added; the nearest source shares the fewest bits.
     bits = [
         32 - (int.from_bytes(pack_address(a)) ^ int.from_bytes(pack_address(SRC))).bit_length()
         for a in ("192.0.2.200", "203.0.113.77")
     ]
-    expected = (3 * np.log(1.05) + 3) / 6 + 0.005 * (bits[0] - bits[1])
-    assert found.first[0] == pytest.approx(expected, abs=1e-4)
-    assert told(pasts([query(4)], memory)["others"]) == [36.0, 45.0, 165.0]
+    apart = sum(abs(np.log((1.05 * ms - 1.5) / ms)) for ms in (20, 40, 80))
+    assert found.first[0] == pytest.approx((apart + 3) / 6 + 0.005 * (bits[0] - bits[1]), abs=1e-4)
+    assert told(pasts([query(4)], memory)["others"]) == [34.5, 30.0, 165.0]
     assert told(pasts([query(2)], memory)["others"]) == []
 
 
@@ -114,6 +117,21 @@ def test_a_source_that_is_not_held_is_compared_by_its_context(memory):
     assert told(pasts([query(5, like_third, src="198.18.0.1")], memory)["others"])[0] == 15.0
     nearest_by_bits = told(pasts([query(5, src="192.0.3.9")], memory)["others"])
     assert nearest_by_bits[0] == 15.0 and nearest_by_bits[-1] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "offset"),
+    [
+        ([20, 40, 80], [50, 70, 110], 30 * 3 / 4),  # a slower line
+        ([50, 70, np.nan], [20, 40, 9], -30 * 2 / 3),  # a faster one; the third is not shared
+        ([20, 40, 80], [20, 40, 900], 0),  # one destination that differs moves nothing
+        ([80, 160, 320], [20, 40, 80], 0),  # 90 ms less would leave the first with the least, further away than it was
+        ([np.nan, np.nan, np.nan], [20, 40, 80], 0),
+    ],
+)
+def test_the_offset_of_two_sources_is_the_median_over_what_they_share_by_hand(theirs, own, offset):
+    assert offsets_ms(np.log([theirs, own]), np.log(own)) == pytest.approx([offset, 0.0])
+    assert offsets_ms(np.zeros((2, 0)), np.zeros(0)).tolist() == [0, 0]
 
 
 def test_prefixes_have_no_past(memory):

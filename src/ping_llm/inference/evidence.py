@@ -95,7 +95,8 @@ def _of_others(
     latest = first_of_each(latest, memory.src_id)[:_CANDIDATES]
     own_dst = memory.addresses[memory.dst_id[own[:_PROFILE]]]
     theirs = memory.latest(memory.src_id[latest], own_dst, before_s)  # (C, D)
-    distance = source_distances(memory, memory.src_id[latest], theirs, memory.log_ms(own[:_PROFILE]), src)
+    own_log_ms = memory.log_ms(own[:_PROFILE])
+    distance = source_distances(memory, memory.src_id[latest], memory.log_ms(theirs), own_log_ms, src)
     nearest = np.argsort(distance, kind="stable")[:OTHERS]
     both = theirs[nearest] >= 0  # (c, D)
     known_most = np.argsort(-both.sum(axis=0), kind="stable")

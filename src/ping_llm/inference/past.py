@@ -1,7 +1,7 @@
 """Queries in, the past results that say something of each by themselves out: from its context and from a memory.
 
 Of the pair: its own results, the newest first. Of others: of each of the sources most like the query's, its latest result to
-the destination, the most alike first.
+the destination and the offset between the two sources, the most alike first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CANDIDATES, PROFILE = 256, 64
 _REACH = 2048  # the latest results to the destination, and of the source, among which both are looked for
 _SHRINKAGE = 3.0  # destinations of the usual distance that are added to those that two sources share
 _USUAL_DISTANCE = 1.0  # of two sources of which nothing is known, log-ms
+_OFFSET_SHRINKAGE = 1.0  # destinations of no offset that are added to those that two sources share
+_LEAST_MS = 0.3  # an offset leaves no RTT shorter
 _BITS_CLOSER = 0.005  # log-ms that two sources are closer for each bit that their addresses share
 
 
@@ -90,7 +92,8 @@ def _of_pairs(queries: Sequence[Query], memory: Memory | None) -> list[tuple[np.
 
 
 def _of_others(queries: Sequence[Query], memory: Memory) -> list[tuple[np.ndarray, float]]:
-    """Of each query the latest log-RTTs to its destination of the sources most like its own, and how unlike the first is."""
+    """Of each query what the latest results to its destination of the sources most like its own let expect, log-ms, and how
+    unlike the first of these is."""
     if not queries:
         return []
     src, dst, before_s = _ends(queries)
@@ -106,10 +109,13 @@ def _of_others(queries: Sequence[Query], memory: Memory) -> list[tuple[np.ndarra
             found.append((np.zeros(0), 0.0))
             continue
         own_dst, own_log_ms = _profile(memory, of_source[i][of_source[i] >= 0], query.context, src[i], dst[i])
-        theirs = memory.latest(memory.src_id[latest], own_dst, int(before_s[i]))
-        distance = source_distances(memory, memory.src_id[latest], theirs, own_log_ms, src[i])
+        sources = memory.src_id[latest]
+        theirs = memory.log_ms(memory.latest(sources, own_dst, int(before_s[i])))
+        offset_ms = offsets_ms(theirs, own_log_ms)
+        distance = source_distances(memory, sources, _moved(theirs, offset_ms[:, None]), own_log_ms, src[i])
         nearest = np.argsort(distance, kind="stable")[:OTHERS]
-        found.append((log_rtt(memory.rtt_ms[latest[nearest]]), float(distance[nearest[0]])))
+        expected = _moved(memory.log_ms(latest[nearest]), offset_ms[nearest])
+        found.append((expected, float(distance[nearest[0]])))
     return found
 
 
@@ -138,13 +144,34 @@ def source_distances(
 
     It is the mean of the absolute differences of their log-RTTs to the destinations that both have pinged (profile-kNN),
     drawn towards what is usual where they share few, and more for each bit by which its address begins less like `src` than
-    the likest. Of D destinations `own_log_ms` (D,) are those of the source, and `theirs` (C, D) the others' places.
+    the likest. To D destinations `own_log_ms` (D,) are those of the source, and `theirs` (C, D) the others', NaN for none.
     """
-    apart = np.abs(memory.log_ms(theirs) - own_log_ms)  # (C, D)
+    apart = np.abs(theirs - own_log_ms)  # (C, D)
     shared = (~np.isnan(apart)).sum(axis=1)
     distance = (np.nansum(apart, axis=1) + _SHRINKAGE * _USUAL_DISTANCE) / (shared + _SHRINKAGE)
     same_bits = np.unpackbits(memory.addresses[sources] ^ src, axis=1).argmax(axis=1)
     return distance + _BITS_CLOSER * (same_bits.max(initial=0) - same_bits)
+
+
+def offsets_ms(theirs: np.ndarray, own_log_ms: np.ndarray) -> np.ndarray:
+    """How many ms longer the RTTs of a source are than those of each of C others, as behind a slower line: (C,).
+
+    It is the median over the destinations that both have pinged, drawn towards 0 where these are few, and 0 where it brings
+    the RTTs no nearer. The arguments are those of `source_distances`. What neighbours say is corrected by how they differ
+    from the one that asks as in GroupLens (Resnick et al. 1994), in ms, for lines add up as Vivaldi's heights do.
+    """
+    apart_ms = np.exp(own_log_ms) - np.exp(theirs)  # (C, D)
+    shared = (~np.isnan(apart_ms)).sum(axis=1)
+    offset = np.zeros(len(theirs))
+    some = shared > 0
+    offset[some] = np.nanmedian(apart_ms[some], axis=1) * (shared / (shared + _OFFSET_SHRINKAGE))[some]
+    before, after = (np.nansum(np.abs(_moved(theirs, by) - own_log_ms), axis=1) for by in (0.0, offset[:, None]))
+    return np.where(after < before, offset, 0.0)
+
+
+def _moved(log_ms: np.ndarray, by_ms: np.ndarray | float) -> np.ndarray:
+    """Log-RTTs, NaN for none, of RTTs that are longer or shorter by so many ms."""
+    return np.log(np.maximum(np.exp(log_ms) + by_ms, _LEAST_MS))
 
 
 def first_of_each(places: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -218,6 +218,8 @@ def test_defaults_are_gentle_and_as_long_as_the_new_rows_ask_for(base, new, old,
     longer = finetuning.default_config(theirs, 10**6, str(base), old, tmp_path)
     tokens = 16 * RowReader(old, "train").measurements.sum()
     assert longer.train.total_steps == max(finetuning.LEAST_STEPS, round(2 * tokens / (8 * 96 / 2)))
+    beside = dataclasses.replace(theirs, data=dataclasses.replace(theirs.data, short_windows=2))
+    assert finetuning._steps(old, 10**6, beside) == max(finetuning.LEAST_STEPS, round(2 * tokens / (8 * 192 / 2)))
 
 
 def test_a_fine_tuned_run_is_fine_tuned_at_the_same_rates(runs, new, tmp_path):

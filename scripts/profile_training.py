@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from ping_llm.config import Config, DataConfig, ModelConfig
 from ping_llm.data.pipeline import block_steps
 from ping_llm.launch.plan import SPARE_SHARE, activation_bytes, fixed_bytes
-from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
+from ping_llm.model.counts import mean_flops_per_token, parameter_count
+from ping_llm.model.gpt import GPT, VOCAB_SIZE
 from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
 from ping_llm.training.distributed import Ranks
@@ -75,7 +76,7 @@ def profile_training(
     chosen = "compiled" if "compiled" in timed and (wanted or "eager" not in timed) else "eager"
     training, step_s = timed[chosen], seconds[chosen]
     places = config.train.batch_size * config.place_tokens
-    flops = places * flops_per_token(config.model) / step_s
+    flops = places * mean_flops_per_token(config) / step_s
     report |= {
         "batch_size": config.train.batch_size,
         "seq_len": config.model.seq_len,

@@ -154,7 +154,11 @@ def test_the_tokens_of_short_windows_are_of_the_batch_and_of_the_length():
     assert config.optim == alone.optim and alone.train.batch_size == 512
     by_steps = ("--depth", 12, "--train.total-steps", 300, "--train.batch-size")
     assert parsed(*by_steps, 256, *beside).optim == parsed(*by_steps, 512).optim
+    saved = 12 * 12 * 768 * (1024 - 64) / 2  # FLOPs of a token on average: those of short windows attend to 64
+    flops = flops_per_token(config.model) - saved
+    assert parsed("--depth", 12, "--target-flops", 12 * D12 * flops, *beside).train == config.train
     lines = describe(parsed(*by_steps, 256, *beside))
+    assert lines[1].endswith(f"{300 * 2**19 * flops:.2e} FLOPs")
     assert lines[1].split()[:2] == ["length", f"{300 * 2**19:,}"]
     assert lines[2].endswith("256   windows of 1024 tokens, and 16 of 64 beside each: 524,288 tokens")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ping_llm.config import Config, ModelConfig, load_config, parse_config
 from ping_llm.launch.plan import GPU, PRICES, fewest_pieces, largest_micro_batch, plan_cost
-from ping_llm.model.counts import flops_per_token, matrix_parameters
+from ping_llm.model.counts import matrix_parameters, mean_flops_per_token
 from ping_llm.model.fields import VOCAB_SIZE
 from ping_llm.system.hardware import memory_gb, pick_device
 
@@ -83,7 +83,7 @@ def set_scale(config: Config, dial: Dial, given: Collection[str] = (), base: Con
     weights, place_tokens = scaling_parameters(config.model), config.place_tokens
     tokens = (dial.ratio or RATIO) * weights
     if dial.target_flops is not None:
-        tokens = dial.target_flops / flops_per_token(config.model)
+        tokens = dial.target_flops / mean_flops_per_token(config)
     elif "train.target_tokens" in lengths:
         tokens = train.target_tokens
     reference = RATIO * scaling_parameters(set_shape(ModelConfig(), REFERENCE_DEPTH))
@@ -130,7 +130,7 @@ def describe(config: Config) -> list[str]:
     length = f"tokens, {tokens / weights:.1f} for each of {weights:,} weights of matrices and head"
     return [
         f"{model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads of {model.n_embd // model.n_head}",
-        f"length          {tokens:>16,}   {length}; {tokens * flops_per_token(model):.2e} FLOPs",
+        f"length          {tokens:>16,}   {length}; {tokens * mean_flops_per_token(config):.2e} FLOPs",
         f"batch           {train.batch_size:>16,}   windows of {model.seq_len} tokens{beside}: {batch:,} tokens",
         f"Muon's rate     {optim.muon_lr:>16.4g}   embedding {optim.embedding_lr:.4g}, head {optim.head_lr:.4g}",
         f"weight decay    {optim.weight_decay:>16.4g}   of the matrices, at first",

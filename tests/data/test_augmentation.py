@@ -138,6 +138,15 @@ def test_sources_are_longer_by_20_ms_in_the_median_and_by_a_second_at_most():
     assert 18 < np.median(added) < 22 and max(added) == pytest.approx(1000) and np.quantile(added, 0.16) < 6
 
 
+def test_nothing_is_drawn_for_shifted_sources_where_there_are_none():
+    """So windows without the switch are those of runs that began before there was one."""
+    row, rngs = make_row(200), [np.random.default_rng(3) for _ in range(2)]
+    for rng, share in zip(rngs, (0.0, 1e-12), strict=True):
+        sample_window(row, DataConfig(shifted_sources=share), 129, rng)
+    without, with_them = (rng.random(4) for rng in rngs)
+    assert (without[1:] == with_them[:3]).all() and without[0] != with_them[0]
+
+
 def test_where_both_are_shifted_no_result_is_a_target_before_its_pair_and_its_source_have_answered():
     """Three sources, two destinations, 20 ms and one loss in four. A target of a pair that has answered is what it was last,
     whatever its factor and its source's amount; one of a pair that has not is 20 ms and its source's amount."""

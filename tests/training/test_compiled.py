@@ -143,15 +143,15 @@ def test_steps_and_evaluations_attend_in_that_order(monkeypatch):
 def test_a_growing_batch_with_short_windows_stays_compiled(monkeypatch):
     """Two shapes for each of five sizes, and that of evaluations; torch by itself stops at eight."""
     counter, compiler = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
     config = make_config(Path("unused"), batch_size=16, compile=True)
     config = dataclasses.replace(config, data=DataConfig(short_windows=2, short_len=46))
-    run = Objective(config, GPT(dataclasses.replace(MODEL, n_layer=1)), Ranks(CPU))
-    for size in (1, 2, 4, 8, 16):
-        beside = make_windows(2 * size, 1)[:, :47].reshape(size, -1)
-        run.backward(torch.cat([make_windows(size, 0), beside], dim=1))
-    run.evaluate(make_windows(16, 0))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = Objective(config, GPT(dataclasses.replace(MODEL, n_layer=1)), Ranks(CPU))
+        for size in (1, 2, 4, 8, 16):
+            beside = make_windows(2 * size, 1)[:, :47].reshape(size, -1)
+            run.backward(torch.cat([make_windows(size, 0), beside], dim=1))
+        run.evaluate(make_windows(16, 0))
     assert counter.frame_count == 11
 
 

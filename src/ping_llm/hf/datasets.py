@@ -76,9 +76,8 @@ def training_windows(rows: RowReader, config: Config, count: int) -> Iterator[np
     block = 0
     while count > 0:
         lines = torch.from_numpy(blocks[block]).flatten(0, 1)
-        padded = [
-            F.pad(some, (0, blocks.tokens - some.shape[1]), value=PADDING) for some in windows_of(lines, config.data)
-        ]
+        kinds = windows_of(lines, config.data)
+        padded = [F.pad(some, (0, blocks.tokens - some.shape[1]), value=PADDING) for some in kinds]
         of_lines = [some.unflatten(0, (len(lines), -1)) for some in padded]  # (lines, windows of each, tokens)
         windows = torch.cat(of_lines, dim=1).flatten(0, 1)[:count].numpy()
         yield windows

@@ -101,10 +101,9 @@ class Objective:
         self.forward: Callable[..., Tensor] = self.parallel or model
         self.forward_alone: Callable[..., Tensor] = model  # without an exchange: processes may have unequal work
         self.compiled = resolve_compile(config.train.compile, self.device)
-        if (
-            self.compiled
-        ):  # every pass is of the same shape, but for those of short windows and of batches that still grow
-            limit = torch._dynamo.config.recompile_limit  # of shapes: beyond it torch would go on uncompiled
+        if self.compiled:
+            # One shape, but for short windows and batches that grow; beyond its limit torch would go on uncompiled.
+            limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, COMPILED_SHAPES)
             self.forward = torch.compile(self.forward, dynamic=False)
             self.forward_alone = torch.compile(model, dynamic=False) if self.parallel else self.forward

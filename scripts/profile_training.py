@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from ping_llm.config import Config, DataConfig, ModelConfig
 from ping_llm.data.pipeline import block_steps
 from ping_llm.launch.plan import SPARE_SHARE, activation_bytes, fixed_bytes
-from ping_llm.model.gpt import GPT, VOCAB_SIZE, flops_per_token, parameter_count
+from ping_llm.model.counts import mean_flops_per_token, parameter_count
+from ping_llm.model.gpt import GPT, VOCAB_SIZE
 from ping_llm.system.hardware import native_bf16, peak_flops, peak_memory_gb
 from ping_llm.system.progress import cores
 from ping_llm.training.distributed import Ranks
@@ -74,8 +75,8 @@ def profile_training(
     wanted = resolve_compile(config.train.compile, device)
     chosen = "compiled" if "compiled" in timed and (wanted or "eager" not in timed) else "eager"
     training, step_s = timed[chosen], seconds[chosen]
-    places = config.train.batch_size * config.model.seq_len
-    flops = places * flops_per_token(config.model) / step_s
+    places = config.train.batch_size * config.place_tokens
+    flops = places * mean_flops_per_token(config) / step_s
     report |= {
         "batch_size": config.train.batch_size,
         "seq_len": config.model.seq_len,
@@ -107,8 +108,9 @@ def new_training(config: Config, device: torch.device) -> Training:
 
 
 def synthetic_tokens(config: Config, device: torch.device) -> Tensor:
-    """Random tokens without padding, (B, T+1) int64."""
-    shape = (config.train.batch_size, config.model.seq_len + 1)
+    """Random tokens without padding, B lines of `windows_of`, int64."""
+    windows = 1 + config.data.short_windows  # in a line; each has a token more than the model reads
+    shape = (config.train.batch_size, config.place_tokens + windows)
     return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
 
 
@@ -120,7 +122,7 @@ def take_step(training: Training, tokens: Tensor) -> None:
     totals.tolist()
     training.apply_gradients(grad_norm, _LR_SCALE, 0.0)
     assert math.isfinite(grad_norm), f"step {state.step} would be skipped: {grad_norm=}"
-    state.count(training.config, tokens[:, 1:].numel(), 0.0, skipped=False)
+    state.count(training.config, len(tokens) * training.config.place_tokens, 0.0, skipped=False)
 
 
 def compare(
@@ -321,7 +323,7 @@ def profile_loader(training: Training, rows: Path, effort: Effort) -> dict[str, 
         fed_s = time.perf_counter() - started
     after_s = _seconds(training, tokens, effort.steps) / effort.steps
     return {
-        "fed_tokens_per_s": steps * tokens[:, 1:].numel() / fed_s,
+        "fed_tokens_per_s": steps * len(tokens) * config.place_tokens / fed_s,
         "fed_to_synthetic": (before_s + after_s) / 2 / (fed_s / steps),
         "data_wait_share": wait_s / fed_s,
         "workers": data.workers,

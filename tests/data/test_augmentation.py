@@ -138,6 +138,47 @@ def test_sources_are_longer_by_20_ms_in_the_median_and_by_a_second_at_most():
     assert 18 < np.median(added) < 22 and max(added) == pytest.approx(1000) and np.quantile(added, 0.16) < 6
 
 
+def test_nothing_is_drawn_for_shifted_sources_where_there_are_none():
+    """So windows without the switch are those of runs that began before there was one."""
+    row, rngs = make_row(200), [np.random.default_rng(3) for _ in range(2)]
+    for rng, share in zip(rngs, (0.0, 1e-12), strict=True):
+        sample_window(row, DataConfig(shifted_sources=share), 129, rng)
+    without, with_them = (rng.random(4) for rng in rngs)
+    assert (without[1:] == with_them[:3]).all() and without[0] != with_them[0]
+
+
+def test_where_both_are_shifted_no_result_is_a_target_before_its_pair_and_its_source_have_answered():
+    """Three sources, two destinations, 20 ms and one loss in four. A target of a pair that has answered is what it was last,
+    whatever its factor and its source's amount; one of a pair that has not is 20 ms and its source's amount."""
+    turns = np.arange(360)
+    packed = np.stack([np.frombuffer(pack_address(f"192.0.2.{n}"), np.uint8) for n in range(5)])
+    src, dst, zeros = turns % 3, turns // 3 % 2, np.zeros(360, dtype=np.int64)
+    rtt_ms = np.where(turns % 4 == 0, -1.0, 20.0).astype(np.float32)
+    columns = (zeros, src, dst, rtt_ms, zeros.astype(np.uint8), packed[:3], packed[3:])
+    row = ProbeRow.from_codes(1, 1_700_000_000 + 60 * turns, *columns)
+    rates = {"src_prefix_dropout": 0, "dst_prefix_dropout": 0, "full_time": 1.0, "partial_time": 0.0}
+    config, seen = DataConfig(**rates, shifted_pairs=1, shifted_sources=1), np.zeros(2)
+    for seed in range(100):
+        window = sample_window(row, config, 300, np.random.default_rng(seed))
+        of_pair, of_source = {}, set()
+        for i, source, target, shown, muted in zip(
+            *(range(len(window.index)), row.src[window.index], row.dst[window.index], window.rtt_ms, window.muted),
+            strict=True,
+        ):
+            if shown < 0:
+                assert not muted and row.rtt_ms[window.index[i]] == -1
+                continue
+            answered = (source, target) in of_pair
+            if not muted and not answered:  # the pair has no factor: what is not 20 ms is the source's
+                assert shown == 20 or source in of_source
+            if not muted and answered:
+                assert shown == of_pair[source, target]
+            seen += muted, not muted and not answered and shown != 20
+            of_pair[source, target] = shown
+            of_source.add(source)
+    assert (seen > 20).all()
+
+
 def test_windows_tell_of_pseudonyms_and_shifted_pairs_as_often_as_the_config_says():
     row, none = make_row(2000, ipv6_share=0), {"full_time": 1.0, "partial_time": 0.0}
     for name in ("pseudonyms", "shifted_pairs", "shifted_sources", "canonical_order"):

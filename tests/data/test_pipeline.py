@@ -24,7 +24,7 @@ from ping_llm.data import tokenization as tk
 from ping_llm.data.loader import training_batches, validation_windows, windows_of
 from ping_llm.data.pipeline import WindowBlocks
 from ping_llm.data.rows import RowReader
-from ping_llm.data.windows import sample_window, window_fields
+from ping_llm.data.windows import encode_windows, sample_window, window_fields
 
 CPU = torch.device("cpu")
 
@@ -101,10 +101,14 @@ def test_short_windows_stand_beside_each_window_and_are_of_its_row(config):
     beside = dataclasses.replace(config, data=dataclasses.replace(config.data, short_windows=3, short_len=60))
     rows = RowReader(config.data.rows, "train")
     alone, blocks = (WindowBlocks(rows, one, 8, 3) for one in (config, beside))
+    drawn, shown = 0, 0
     for look in blocks.draw(2, 5):
         assert len(look.short) == 3 and all(window.index.max() < len(look.row) for window in look.short)
         fields = window_fields(look.short)
         assert {a.tobytes() for a in fields.dst} <= {a.tobytes() for a in look.row.dst_addresses}
+        drawn += sum(len(window.index) for window in look.short)
+        shown += (encode_windows(look.short, 61) == tk.MEASUREMENT_START).sum()
+    assert 0.8 * drawn < shown <= drawn  # drawn for windows so short: of longer ones half would be cut off
     lines = torch.from_numpy(blocks[2])
     assert lines.shape == (12, 8, 129 + 3 * 61)
     long, short = windows_of(lines.flatten(0, 1), beside.data)

@@ -271,8 +271,10 @@ def test_curves_are_over_tokens_and_over_the_flops_of_whole_windows(sweep):
     assert flops.tolist() == [steps * 8 * 64 * flops_per_token(MODEL) for steps in (10, 20)]
     assert mean_curve(group, "val_loss", "tokens")[1] == pytest.approx([1.55, 2.05])
     one = group.outcomes[0]
-    beside = dataclasses.replace(one.config, data=dataclasses.replace(one.config.data, short_windows=1, short_len=64))
-    assert dataclasses.replace(one, config=beside).flops(10) == 2 * one.flops(10)  # of 64 tokens as the others
+    beside = dataclasses.replace(one.config, data=dataclasses.replace(one.config.data, short_windows=1))
+    saved = 12 * MODEL.n_layer * MODEL.n_embd * (64 - 48)  # of each of 48 tokens, which attend to no more
+    expected = 10 * 8 * ((64 + 48) * flops_per_token(MODEL) - 48 * saved)
+    assert dataclasses.replace(one, config=beside).flops(10) == pytest.approx(expected)
 
 
 def test_the_mean_curve_is_over_the_steps_after_which_all_runs_were_evaluated(sweep):

@@ -66,8 +66,17 @@ def test_short_windows_follow_the_one_beside_which_they_stand(rows_folder, tmp_p
         assert example["input_ids"] == window[window != tk.PADDING].tolist()
 
 
-def test_muted_tokens_are_read_and_are_no_targets(rows_folder, tmp_path):
-    config = config_of(rows_folder, shifted_pairs=1.0)
+def test_what_the_rows_fill_has_its_short_windows_beside_it(rows_folder, tmp_path):
+    alone, beside = (
+        write_dataset(rows_folder, tmp_path / f"set{short}", config_of(rows_folder, short_windows=short))["train"]
+        for short in (0, 2)
+    )
+    assert beside == 3 * alone
+
+
+@pytest.mark.parametrize("shifted", ["shifted_pairs", "shifted_sources"])
+def test_muted_tokens_are_read_and_are_no_targets(rows_folder, tmp_path, shifted):
+    config = config_of(rows_folder, **{shifted: 1.0})
     write_dataset(rows_folder, tmp_path / "set", config, windows=8)
     batches = training_batches(config, 0, torch.device("cpu"))
     learned = next(batches)

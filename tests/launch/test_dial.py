@@ -12,7 +12,7 @@ from paths import CONFIGS
 from ping_llm.cli import main
 from ping_llm.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
 from ping_llm.launch import dial as dial_module
-from ping_llm.launch.dial import Dial, fit_memory, parse_run, scaling_parameters, set_scale, set_shape
+from ping_llm.launch.dial import Dial, describe, fit_memory, parse_run, scaling_parameters, set_scale, set_shape
 from ping_llm.launch.plan import activation_bytes, fixed_bytes
 from ping_llm.model.gpt import flops_per_token
 from ping_llm.system.hardware import memory_gb
@@ -144,6 +144,23 @@ def test_what_follows_follows_from_explicit_options():
     kept = parsed("--depth", 24, "--optim.muon-lr", 0.02, "--optim.weight-decay", 0.1, "--train.grad-accum", 512)
     assert (kept.optim.muon_lr, kept.optim.weight_decay, kept.train.grad_accum) == (0.02, 0.1, 512)
     assert kept.optim.embedding_lr == pytest.approx(0.2 * 2**0.5)
+
+
+def test_the_tokens_of_short_windows_are_of_the_batch_and_of_the_length():
+    """Of as many tokens as a window of 1,024 they halve the windows of a step, and nothing else."""
+    beside = ("--data.short-windows", 16, "--data.short-len", 64)
+    config, alone = parsed("--depth", 12, *beside), parsed("--depth", 12)
+    assert (config.train.batch_size, config.train.target_tokens) == (256, 12 * D12)
+    assert config.optim == alone.optim and alone.train.batch_size == 512
+    by_steps = ("--depth", 12, "--train.total-steps", 300, "--train.batch-size")
+    assert parsed(*by_steps, 256, *beside).optim == parsed(*by_steps, 512).optim
+    saved = 12 * 12 * 768 * (1024 - 64) / 2  # FLOPs of a token on average: those of short windows attend to 64
+    flops = flops_per_token(config.model) - saved
+    assert parsed("--depth", 12, "--target-flops", 12 * D12 * flops, *beside).train == config.train
+    lines = describe(parsed(*by_steps, 256, *beside))
+    assert lines[1].endswith(f"{300 * 2**19 * flops:.2e} FLOPs")
+    assert lines[1].split()[:2] == ["length", f"{300 * 2**19:,}"]
+    assert lines[2].endswith("256   windows of 1024 tokens, and 16 of 64 beside each: 524,288 tokens")
 
 
 def test_the_reference_is_the_plain_model_of_depth_12():

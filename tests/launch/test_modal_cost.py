@@ -32,6 +32,15 @@ def test_a_speed_that_was_measured_on_the_same_gpus_counts(tmp_path):
     assert dataclasses.replace(order, tokens_per_s=5e5).cost() == order.cost(measured(run))
 
 
+def test_a_speed_that_was_measured_is_that_of_short_windows_too():
+    argv = ["--gpu", "H100", str(ROOT / "configs/full.toml"), "--data.short-windows", "16"]
+    order = Order.parse(argv, "train", "/tmp", lambda *_: "")
+    (line,) = (
+        line for line in order.cost({"tokens_per_s": 5e4, "device": "NVIDIA H100", "processes": 1}) if "/s  " in line
+    )
+    assert line.split()[1] == "50,000"
+
+
 @pytest.mark.parametrize(
     ("gpu", "device", "same"),
     [("l4", "L40S", False), ("l4", "L4", True), ("l40s", "L40S", True), ("a100", "A100-PCIE-40GB", True),

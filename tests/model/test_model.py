@@ -13,6 +13,7 @@ from reference_gpt import plain_logits
 from torch.overrides import TorchFunctionMode
 
 from ping_llm.config import ModelConfig, load_config
+from ping_llm.model.counts import mean_flops_per_token
 from ping_llm.model.gpt import GPT, KVCache, flops_per_token, parameter_count
 
 SMALL = ModelConfig(n_layer=2, n_embd=32, n_head=2, seq_len=64)
@@ -64,6 +65,15 @@ def test_flops_per_token_by_hand():
     assert flops_per_token(load_config(CONFIGS / "full.toml").model) == 4_702_446_720
     assert flops_per_token(load_config(CONFIGS / "tiny.toml").model) == 9_622_080
     assert flops_per_token(ModelConfig(n_layer=4, n_embd=160, n_head=5, seq_len=384)) == 10_578_240
+
+
+def test_tokens_of_short_windows_attend_to_few_by_hand():
+    """Of tiny's 9,622,080 for a token 7,680 are for each of the 256 of its window, so 208 · 7,680 less in windows of 48, of
+    which 16 hold three quarters of all tokens."""
+    config = load_config(CONFIGS / "tiny.toml")
+    assert mean_flops_per_token(config) == 9_622_080
+    beside = dataclasses.replace(config, data=dataclasses.replace(config.data, short_windows=16))
+    assert mean_flops_per_token(beside) == 9_622_080 - 0.75 * 208 * 7_680
 
 
 def test_initial_weights_follow_the_table():

@@ -16,7 +16,8 @@ from paths import CONFIGS, SCRIPTS
 from torch._dynamo.exc import TorchDynamoException
 from waiting import HANG_S
 
-from ping_llm.config import Config, ModelConfig, TrainConfig, load_config
+from ping_llm.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
+from ping_llm.data.loader import windows_of
 from ping_llm.model.gpt import flops_per_token
 
 sys.path.append(str(SCRIPTS))  # as for the script itself
@@ -77,6 +78,16 @@ def test_what_is_compared_takes_turns():
     calls = []
     seconds = profiling.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 3, calls=2)
     assert calls == ["a", "a", "b", "b"] * 3 and set(seconds) == {"a", "b"}
+
+
+def test_a_step_that_is_timed_has_the_short_windows_too(script):
+    """Two places of 64 tokens and of 3 windows of 48."""
+    config = dataclasses.replace(CONFIG, data=DataConfig(short_windows=3))
+    tokens = profiling.synthetic_tokens(config, CPU)
+    assert [part.shape for part in windows_of(tokens, config.data)] == [(2, 65), (6, 49)]
+    training, case = profiling.profile_training(config, CPU, dataclasses.replace(ONCE, saves=0), 1e9)
+    assert training.state.tokens % (2 * (64 + 3 * 48)) == 0
+    assert case["tokens_per_s"] == pytest.approx(2 * (64 + 3 * 48) / case["step_ms"] * 1e3)
 
 
 def test_the_largest_batch_is_the_power_of_two_that_the_plan_fits_into_the_memory(monkeypatch):

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_runs import MODEL, make_config, make_windows, run
 
-from ping_llm.config import ModelConfig, OptimConfig
+from ping_llm.config import DataConfig, ModelConfig, OptimConfig
 from ping_llm.launch.plan import COMPILED_ACTIVATION_BYTES, EAGER_ACTIVATION_BYTES, activation_bytes
 from ping_llm.model.gpt import GPT
 from ping_llm.system.hardware import deterministic
@@ -138,6 +138,21 @@ def test_steps_and_evaluations_attend_in_that_order(monkeypatch):
         run.backward(make_windows(8, 0))
         run.evaluate(make_windows(4, 0))
     assert seen == [[int(each) for each in order]] * 3
+
+
+def test_a_growing_batch_with_short_windows_stays_compiled(monkeypatch):
+    """Two shapes for each of five sizes, and that of evaluations; torch by itself stops at eight."""
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=counter, **options))
+    config = make_config(Path("unused"), batch_size=16, compile=True)
+    config = dataclasses.replace(config, data=DataConfig(short_windows=2, short_len=46))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = Objective(config, GPT(dataclasses.replace(MODEL, n_layer=1)), Ranks(CPU))
+        for size in (1, 2, 4, 8, 16):
+            beside = make_windows(2 * size, 1)[:, :47].reshape(size, -1)
+            run.backward(torch.cat([make_windows(size, 0), beside], dim=1))
+        run.evaluate(make_windows(16, 0))
+    assert counter.frame_count == 11
 
 
 PLAIN = ModelConfig(n_embd=96, n_head=2, seq_len=64)

@@ -209,15 +209,18 @@ def test_rows_that_are_not_at_hand_are_replaced_by_samples_of_the_base(tmp_path,
     assert given.old == old and given.config.data.replay == str(old)
 
 
-def test_defaults_are_gentle_and_as_long_as_the_new_rows_ask_for(base, new, old, tmp_path):
+def test_defaults_are_gentle_and_as_long_as_the_new_rows_ask_for(base, new, old, tmp_path, monkeypatch):
     theirs = load_config(base)
     config = finetuning.default_config(theirs, 100, str(base), new, tmp_path)
     assert config.model == theirs.model and config.loss == theirs.loss and config.seed == theirs.seed + 1
     assert config.optim.muon_lr == pytest.approx(finetuning.RATE_SHARE * theirs.optim.muon_lr)
     assert config.optim.weight_decay == 0 and config.train.total_steps == finetuning.LEAST_STEPS
+    monkeypatch.setattr(finetuning, "LEAST_STEPS", 1)
     longer = finetuning.default_config(theirs, 10**6, str(base), old, tmp_path)
     tokens = 16 * RowReader(old, "train").measurements.sum()
-    assert longer.train.total_steps == max(finetuning.LEAST_STEPS, round(2 * tokens / (8 * 96 / 2)))
+    assert longer.train.total_steps == round(2 * tokens / (8 * 96 / 2)) > 1
+    beside = dataclasses.replace(theirs, data=dataclasses.replace(theirs.data, short_windows=2))
+    assert finetuning._steps(old, 10**6, beside) == round(2 * tokens / (8 * 192 / 2)) > 1
 
 
 def test_a_fine_tuned_run_is_fine_tuned_at_the_same_rates(runs, new, tmp_path):

@@ -87,6 +87,17 @@ def test_models_whose_products_do_not_fit_fp8_are_refused_in_one_line(tmp_path, 
     assert Config(model=ModelConfig(n_embd=128, n_head=2), train=TrainConfig(precision="fp8")).train.precision == "fp8"
 
 
+def test_short_windows_that_do_not_fit_fp8_are_refused_in_one_line():
+    fields = {"model": {"n_embd": 160}, "train": {"precision": "fp8"}, "data": {"short_windows": 1}}
+    message = (
+        r"^train.precision=fp8 needs a data.short_len that is a multiple of 16, not 60; pass --train.precision bf16$"
+    )
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(fields | {"data": {"short_windows": 1, "short_len": 60}}, "config.toml")
+    assert config_from_dict(fields, "config.toml").data.short_len == 48
+    assert config_from_dict(fields | {"data": {"short_len": 60}}, "config.toml").train.precision == "fp8"
+
+
 def gradients(precision: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Of a step, and the sums of its losses."""
     model = restless()

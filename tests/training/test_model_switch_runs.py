@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from reference_gpt import plain_codewords
 from switches import ALL, PLAIN
 from training_runs import assert_same_weights, losses, make_batches, make_config, make_windows, run
 
+from ping_llm.config import DataConfig
 from ping_llm.data.tokenization import MUTED
 from ping_llm.model.checkpoint import load_latest, load_model
 from ping_llm.model.gpt import GPT
@@ -63,7 +65,7 @@ def test_a_dictionary_is_learned_from_the_first_windows_as_they_are_read_and_unt
         finally:
             closed.append(True)
 
-    learn_codewords(model, batches, Ranks(torch.device("cpu")))
+    learn_codewords(model, DataConfig(), batches, Ranks(torch.device("cpu")))
     assert closed and given == windows[:2]
     expected = {(0, 1), (1, 211), (211, 212), (212, 11), (11, 11)}  # of the first window, then of the second
     expected |= {(0, 8), (8, 60), (60, 1), (1, 211, 212)}
@@ -71,15 +73,25 @@ def test_a_dictionary_is_learned_from_the_first_windows_as_they_are_read_and_unt
     assert {word for word in words if len(word) > 1} == expected
 
 
+def test_no_codeword_reaches_from_a_window_into_the_short_ones_beside_it():
+    """A line of three windows, of 6 tokens and of 47 each, which have no ten of tokens in common."""
+    model, data = GPT(dataclasses.replace(PLAIN, lookup_rows=400)), DataConfig(short_windows=2, short_len=46)
+    line = torch.tensor([[20] * 6 + [30, 31] * 23 + [32] + [40] * 47])
+    learn_codewords(model, data, lambda: (line for _ in itertools.count()), Ranks(torch.device("cpu")))
+    words = [word for word in plain_codewords(model.codewords) if len(word) > 1]
+    assert (20, 20) in words and (30, 31) in words and (40, 40) in words
+    assert not [word for word in words if len({token // 10 for token in word}) > 1]
+
+
 def test_windows_that_never_fill_a_dictionary_are_read_no_longer_than_is_worth_it():
     model = GPT(dataclasses.replace(PLAIN, lookup_rows=300))
     batches = (torch.zeros(10, 65, dtype=torch.int64) for _ in range(40))
-    learn_codewords(model, lambda: batches, Ranks(torch.device("cpu")))
+    learn_codewords(model, DataConfig(), lambda: batches, Ranks(torch.device("cpu")))
     words = plain_codewords(model.codewords)
     assert {len(word) for word in words} == set(range(1, 9)) and len(words) == 267 + 7
 
 
 def test_a_model_without_tables_reads_no_windows():
     read: list[int] = []
-    learn_codewords(GPT(PLAIN), lambda: read.append(1), Ranks(torch.device("cpu")))
+    learn_codewords(GPT(PLAIN), DataConfig(), lambda: read.append(1), Ranks(torch.device("cpu")))
     assert not read

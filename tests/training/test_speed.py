@@ -53,8 +53,11 @@ def test_the_step_that_compiles_has_no_rates(peak):
     assert rates.rates()["tokens_per_s"] == 2048
 
 
-def test_short_windows_are_places_too():
+def test_short_windows_are_places_too(peak):
+    """Of 8 places each 128 + 2 · 64, of which the short ones attend to 64."""
     config = dataclasses.replace(CONFIG, data=DataConfig(short_windows=2, short_len=64))
     rates = Speed(config, Ranks(torch.device("cpu")), compiling=False)
     rates.add(0.5, 0.0, 1024, 8)
-    assert rates.rates()["padding"] == 0.5  # of 8 · (128 + 2 · 64) places
+    found = rates.rates()
+    assert found["padding"] == 0.5
+    assert found["mfu"] == pytest.approx((2 * STEP_FLOPS - 8 * 2 * 64 * 12 * 2 * 64 * 64) / 0.5 / peak)

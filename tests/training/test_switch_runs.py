@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import assert_same_weights, losses, make_batches, make_config, make_windows, metrics, run
 
-from ping_llm.config import Config, OptimConfig, TrainConfig, config_from_dict
-from ping_llm.training import schedule
+from ping_llm.config import Config, DataConfig, OptimConfig, TrainConfig, config_from_dict
+from ping_llm.training import schedule, trainer
 from ping_llm.training.objective import Objective
 from ping_llm.training.trainer import _as_long_as_steps
 
@@ -39,17 +39,24 @@ def config_of(run_dir: Path, optim: dict, train: dict) -> Config:
     return dataclasses.replace(make_config(run_dir, sample_every=0, **train), optim=OptimConfig(**optim))
 
 
-def stopped_in(step: int):
+def stopped_in(step: int, load=make_batches):
     """Batches of a run that a signal stops in this step, counted from 1."""
 
     def load_batches(config, start, *given):
         fetched = schedule.windows_before(step - 1, config.train) // config.train.batch_size
-        for number, batch in enumerate(make_batches(config, start, *given), start):
+        for number, batch in enumerate(load(config, start, *given), start):
             if number == fetched:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
     return load_batches
+
+
+def batches_beside_short_ones(config, start, *given):
+    """Batch i is a function of i alone; two windows of 47 tokens beside each."""
+    for number, batch in enumerate(make_batches(config, start, *given), start):
+        beside = make_windows(2 * len(batch), seed=10**5 + number)[:, :47]
+        yield torch.cat([batch, beside.reshape(len(batch), -1)], dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,23 @@ def test_a_run_with_switches_resumes_to_the_bit(plain, tmp_path, name):
     assert run(halves, stopped_in(8)).step < 12
     state = run(halves)
     assert (state.step, state.samples_consumed) == (12, schedule.windows_before(12, halves.train))
+    assert losses(halves.train.run_dir) == losses(whole.train.run_dir)
+    assert_same_weights(halves.train.run_dir, whole.train.run_dir)
+
+
+def test_a_run_with_short_windows_resumes_to_the_bit_while_its_batch_grows(tmp_path, monkeypatch):
+    """In micro-batches, and with values left out of every window."""
+    whole, halves = (config_of(tmp_path / part, {}, GROWING | {"grad_accum": 2}) for part in ("whole", "halves"))
+    data, model = DataConfig(short_windows=2, short_len=46), dataclasses.replace(whole.model, dropout=0.2)
+    whole, halves = (dataclasses.replace(config, data=data, model=model) for config in (whole, halves))
+    read: list[DataConfig] = []
+    monkeypatch.setattr(trainer, "learn_codewords", lambda _, data, *others: read.append(data))
+    state = run(whole, batches_beside_short_ones)
+    assert (state.samples_consumed, state.tokens) == (56, 56 * (59 + 2 * 46))
+    assert all(line["padding"] == pytest.approx(5 / (64 + 2 * 46)) for line in metrics(whole.train.run_dir)[1:])
+    assert read == [data]
+    assert 0 < run(halves, stopped_in(6, batches_beside_short_ones)).step < 12
+    assert run(halves, batches_beside_short_ones).tokens == state.tokens
     assert losses(halves.train.run_dir) == losses(whole.train.run_dir)
     assert_same_weights(halves.train.run_dir, whole.train.run_dir)
 

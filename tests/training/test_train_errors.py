@@ -137,6 +137,8 @@ def test_exhausted_memory_and_hopeless_gradients_keep_the_last_checkpoint(tmp_pa
     assert load_latest(tmp_path / "run").step == 2
     one_by_one = error_of(rows, "--train.grad-accum", 8, "--train.run-dir", tmp_path / "other")
     assert one_by_one.endswith("take a smaller model or a shorter model.seq_len")
+    beside = ("--data.short-windows", 2, "--train.run-dir", tmp_path / "short")
+    assert error_of(rows, "--train.grad-accum", 8, *beside).endswith("model.seq_len, or fewer data.short_windows")
 
     def hopeless(self, tokens, *votes, **options):
         result = backward(self, tokens, *votes, **options)

@@ -43,7 +43,7 @@ class DataConfig(Section):
     """Windows of data.short_len tokens beside each window of a batch, of the same row: more of what is learned is to answer
     with little context or none."""
     short_len: Annotated[int, Bounds(46)] = 48  # as of seq_len: a window has a token more
-    """Tokens that a short window shows the model: of IPv4 two measurements, of IPv6 one."""
+    """Tokens that a short window shows the model: of IPv4 two or three measurements, of IPv6 one."""
     replay: str = field(default="", metadata=RESUMABLE)
     """Folder of probe rows that windows are mixed in from, so that a run on other rows forgets them less. Empty = none."""
     replay_share: Share = 0.0
@@ -320,6 +320,9 @@ class Config(Section):
         if self.model.seq_len % multiple:
             needs = f"train.precision=fp8 needs a model.seq_len that is a multiple of {multiple}"
             raise ValueError(f"{needs}, not {self.model.seq_len}; pass --train.precision bf16")
+        if self.data.short_windows and self.data.short_len % multiple:
+            needs = f"train.precision=fp8 needs a data.short_len that is a multiple of {multiple}"
+            raise ValueError(f"{needs}, not {self.data.short_len}; pass --train.precision bf16")
 
     @property
     def place_tokens(self) -> int:

@@ -20,7 +20,7 @@ from ping_llm.eval.queries import FAMILIES, VAL_SPLITS
 from ping_llm.eval.report import subject
 from ping_llm.eval.results import PRIMARY_CONTEXTS
 from ping_llm.model.checkpoint import CONFIG_NAME, load_config
-from ping_llm.model.gpt import flops_per_token, parameter_count
+from ping_llm.model.counts import mean_flops_per_token, parameter_count
 from ping_llm.system.files import file_sha256
 from ping_llm.training import schedule
 from ping_llm.training.metrics import COLUMNS, METRICS_NAME, Metrics, read_metrics
@@ -66,7 +66,7 @@ class Outcome:
     def flops(self, steps: int) -> float:
         """Floating-point operations of the first steps, for all places of their windows."""
         windows = schedule.windows_before(steps, self.config.train)
-        return float(windows * self.config.place_tokens * flops_per_token(self.config.model))
+        return float(windows * self.config.place_tokens * mean_flops_per_token(self.config))
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

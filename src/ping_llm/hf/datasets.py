@@ -1,10 +1,12 @@
 """Probe rows in, a folder of token windows out that `datasets.load_dataset` reads: the windows that `ping-llm train` learns.
 
     README.md                             says what the splits are
-    data/train-00000-of-00002.parquet …   window i is window i of the run with this config
+    data/train-00000-of-00002.parquet …   the windows of the run with this config in their order, each followed by the
+                                          short ones beside it, if there are any
     data/validation-00000-of-00001.parquet   the fixed windows that every evaluation of such a run scores
 
-Columns are `input_ids` and, where the config shifts pairs, `labels`: the same, but −100 where a token is no target.
+Columns are `input_ids` and, where the config shifts pairs or sources, `labels`: the same, but −100 where a token is no
+target.
 """
 
 from __future__ import annotations
@@ -49,12 +51,14 @@ its [terms](https://www.ripe.net/about-us/legal/ripe-atlas-service-terms-and-con
 def write_dataset(rows: Path, to: Path, config: Config, windows: int = 0) -> dict[str, int]:
     """Writes the folder `to`, which is new, and returns the number of windows of each split; it is whole or not there.
 
-    `windows` of train, 0 = as many as the rows fill, at most 16 of each. Rows without val give no validation.
+    `windows` of train, short ones too; 0 = as many as the rows fill, at most 16 of each, and the short ones beside them.
+    Rows without val give no validation.
     """
     try_new_folder(to, "--to-dataset")
     train = RowReader(rows, "train")
     tokens = config.model.seq_len + 1
-    count = windows or math.ceil(windows_per_row(train.measurements, train.ipv6_measurements, tokens).sum())
+    filled = math.ceil(windows_per_row(train.measurements, train.ipv6_measurements, tokens).sum())
+    count = windows or filled * (1 + config.data.short_windows)
     with whole_folder(to) as aside:
         (aside / "data").mkdir()
         counts = {"train": _write_split(aside / "data", "train", training_windows(train, config, count), count, config)}
@@ -72,11 +76,10 @@ def training_windows(rows: RowReader, config: Config, count: int) -> Iterator[np
     block = 0
     while count > 0:
         lines = torch.from_numpy(blocks[block]).flatten(0, 1)
-        kinds = [
-            some.unflatten(0, (len(lines), -1)) for some in windows_of(lines, config.data)
-        ]  # (lines, each, tokens)
-        padded = [F.pad(some, (0, blocks.tokens - some.shape[-1]), value=PADDING) for some in kinds]
-        windows = torch.cat(padded, dim=1).flatten(0, 1)[:count].numpy()
+        kinds = windows_of(lines, config.data)
+        padded = [F.pad(some, (0, blocks.tokens - some.shape[1]), value=PADDING) for some in kinds]
+        of_lines = [some.unflatten(0, (len(lines), -1)) for some in padded]  # (lines, windows of each, tokens)
+        windows = torch.cat(of_lines, dim=1).flatten(0, 1)[:count].numpy()
         yield windows
         count, block = count - len(windows), block + 1
 

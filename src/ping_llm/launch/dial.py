@@ -19,7 +19,7 @@ from typing import Any
 
 from ping_llm.config import Config, ModelConfig, load_config, parse_config
 from ping_llm.launch.plan import GPU, PRICES, fewest_pieces, largest_micro_batch, plan_cost
-from ping_llm.model.counts import flops_per_token, matrix_parameters
+from ping_llm.model.counts import matrix_parameters, mean_flops_per_token
 from ping_llm.model.fields import VOCAB_SIZE
 from ping_llm.system.hardware import memory_gb, pick_device
 
@@ -80,21 +80,21 @@ def set_scale(config: Config, dial: Dial, given: Collection[str] = (), base: Con
     own = [f"--{name.replace('_', '-')}" for name in ("ratio", "target_flops") if getattr(dial, name) is not None]
     if len(said := own + [LENGTHS[name] for name in lengths]) > 1:
         raise ValueError(f"{' and '.join(said)} both say how long the run is; give one of them")
-    weights, seq_len = scaling_parameters(config.model), config.model.seq_len
+    weights, place_tokens = scaling_parameters(config.model), config.place_tokens
     tokens = (dial.ratio or RATIO) * weights
     if dial.target_flops is not None:
-        tokens = dial.target_flops / flops_per_token(config.model)
+        tokens = dial.target_flops / mean_flops_per_token(config)
     elif "train.target_tokens" in lengths:
         tokens = train.target_tokens
     reference = RATIO * scaling_parameters(set_shape(ModelConfig(), REFERENCE_DEPTH))
     windows = train.batch_size
     if "train.batch_size" not in given:
         best = 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** BATCH_EXPONENT))  # tokens
-        windows = _whole_windows(best / seq_len)
+        windows = _whole_windows(best / place_tokens)
     by_steps = "train.total_steps" in lengths
     if by_steps:
-        tokens = train.total_steps * windows * seq_len
-    growth = (windows * seq_len / REFERENCE_BATCH) ** 0.5
+        tokens = train.total_steps * windows * place_tokens
+    growth = (windows * place_tokens / REFERENCE_BATCH) ** 0.5
     rates: dict[str, Any] = {
         name: getattr((base or config).optim, name) * growth for name in RATES if f"optim.{name}" not in given
     }
@@ -123,14 +123,15 @@ def _whole_windows(windows: float) -> int:
 
 def describe(config: Config) -> list[str]:
     """What the dial has set, with units."""
-    model, optim, train = config.model, config.optim, config.train
-    weights, batch = scaling_parameters(model), train.batch_size * model.seq_len
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    weights, batch = scaling_parameters(model), train.batch_size * config.place_tokens
+    beside = f", and {data.short_windows} of {data.short_len} beside each" if data.short_windows else ""
     tokens = train.target_tokens or train.total_steps * batch
     length = f"tokens, {tokens / weights:.1f} for each of {weights:,} weights of matrices and head"
     return [
         f"{model.n_layer} blocks, {model.n_embd} wide, {model.n_head} heads of {model.n_embd // model.n_head}",
-        f"length          {tokens:>16,}   {length}; {tokens * flops_per_token(model):.2e} FLOPs",
-        f"batch           {train.batch_size:>16,}   windows of {model.seq_len} tokens: {batch:,} tokens",
+        f"length          {tokens:>16,}   {length}; {tokens * mean_flops_per_token(config):.2e} FLOPs",
+        f"batch           {train.batch_size:>16,}   windows of {model.seq_len} tokens{beside}: {batch:,} tokens",
         f"Muon's rate     {optim.muon_lr:>16.4g}   embedding {optim.embedding_lr:.4g}, head {optim.head_lr:.4g}",
         f"weight decay    {optim.weight_decay:>16.4g}   of the matrices, at first",
     ]

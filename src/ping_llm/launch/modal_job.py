@@ -20,7 +20,7 @@ from ping_llm.config import Config, config_to_dict, parse_config
 from ping_llm.launch.job import checkpoints, environment
 from ping_llm.launch.plan import ASSUMED_MFU, GPU, CostPlan, plan_cost
 from ping_llm.launch.sweep import read_sweep
-from ping_llm.model.gpt import flops_per_token
+from ping_llm.model.counts import mean_flops_per_token
 from ping_llm.system.hardware import gpu_kind
 from ping_llm.system.signals import on_signals
 from ping_llm.training.metrics import read_machines, read_metrics
@@ -101,7 +101,7 @@ class Order:
     def _plan(self, rate: float) -> CostPlan:
         """At so many tokens/s; 0 = by the assumed MFU."""
         gpu = GPU.named(self.gpu)
-        mfu = rate * flops_per_token(self.config.model) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
+        mfu = rate * mean_flops_per_token(self.config) / (self.gpus * gpu.peak_flops) if rate else ASSUMED_MFU
         return plan_cost(self.config, gpu, self.gpus, mfu)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ping_llm.config import Config, ModelConfig
 from ping_llm.model.counts import matrices as matrices_of
-from ping_llm.model.counts import matrix_parameters
-from ping_llm.model.gpt import VOCAB_SIZE, flops_per_token, parameter_count
+from ping_llm.model.counts import matrix_parameters, mean_flops_per_token, parameter_count
+from ping_llm.model.gpt import VOCAB_SIZE
 from ping_llm.system.hardware import WITHOUT_FP8, gpu_kind, named_peak_flops
 from ping_llm.training import schedule
 
@@ -73,8 +73,8 @@ class CostPlan:
 def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> CostPlan:
     """What the run of `config` takes; ValueError if its batch cannot be dealt, or its length is a time.
 
-    FLOPs are those of `flops_per_token`, spent at `mfu` of the peak in bf16. A run in fp8 is counted as one in bf16, which
-    takes no less memory: how much faster it is has not been measured. ValueError for fp8 on a GPU without it.
+    FLOPs are those of `mean_flops_per_token`, spent at `mfu` of the peak in bf16. A run in fp8 is counted as one in bf16,
+    which takes no less memory: how much faster it is has not been measured. ValueError for fp8 on a GPU without it.
     """
     if config.train.precision == "fp8" and gpu.kind in WITHOUT_FP8:
         raise ValueError(f"train.precision=fp8 needs a GPU that multiplies it, which {gpu.name} does not; take bf16")
@@ -84,7 +84,7 @@ def plan_cost(config: Config, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU) -> 
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu} must be a share of the peak, above 0 and at most 1")
     steps, tokens = _length(config)
-    tokens_per_s = gpus * gpu.peak_flops * mfu / flops_per_token(config.model)
+    tokens_per_s = gpus * gpu.peak_flops * mfu / mean_flops_per_token(config)
     hours = tokens / tokens_per_s / 3600
     dollars = hours * gpus * gpu.dollars_per_hour
     windows = config.train.batch_size // gpus  # of a step, for each GPU

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ping_llm.config import ModelConfig
+from ping_llm.config import Config, ModelConfig
 from ping_llm.model.attention import GATE_CHANNELS
 from ping_llm.model.fields import PLACES, VALUE_FEATURES, VOCAB_SIZE
 
@@ -54,3 +54,11 @@ def flops_per_token(config: ModelConfig) -> int:
     if config.field_aware:
         multiplied += VALUE_FEATURES * config.n_embd
     return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len
+
+
+def mean_flops_per_token(config: Config) -> float:
+    """`flops_per_token` of the tokens of a run's batches on average: those of short windows attend to short ones."""
+    model, data = config.model, config.data
+    unattended = model.seq_len - data.short_len
+    saved = 12 * model.n_layer * model.n_embd * unattended * data.short_windows * data.short_len
+    return flops_per_token(model) - saved / config.place_tokens

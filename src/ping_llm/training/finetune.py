@@ -142,7 +142,7 @@ def _steps(rows: Path, taken: int, theirs: Config) -> int:
     reader = RowReader(rows, "train")
     ipv6 = int(reader.ipv6_measurements.sum())
     tokens = TOKENS[0] * (int(reader.measurements.sum()) - ipv6) + TOKENS[1] * ipv6
-    new = theirs.train.batch_size * theirs.model.seq_len * (1 - REPLAY_SHARE)  # tokens a step
+    new = theirs.train.batch_size * theirs.place_tokens * (1 - REPLAY_SHARE)  # tokens a step
     return max(LEAST_STEPS, min(round(PASSES * tokens / new), int(MOST_STEPS_SHARE * taken)))
 
 

@@ -37,6 +37,7 @@ HOPPER_ATTENTION = (
     SDPBackend.MATH,
 )
 DETERMINISTIC_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+COMPILED_SHAPES = 64  # of training and evaluations: more than batches that double up to any size have
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
@@ -75,9 +76,9 @@ class Objective:
     """The training loss: a weighted mean of the cross-entropy over the targets of a whole step, of all processes.
 
     `loss.smoothing` changes the gradients alone: all that is reported is plain cross-entropy.
-    A step's batch, (B, T+1) in each process, is worked through in `grad_accum` micro-batches; so are, before them, the short
-    windows of its places, if there are any. Gradients are averaged over the processes while those of the last micro-batch
-    are still being computed. `precision` is what the run began with; without it, that of the config.
+    A step's batch, B lines of `windows_of` in each process, is worked through in `grad_accum` micro-batches; so are, before
+    them, the short windows of its places, if there are any. Gradients are averaged over the processes while those of the
+    last micro-batch are still being computed. `precision` is what the run began with; without it, that of the config.
     """
 
     def __init__(self, config: Config, model: GPT, ranks: Ranks, precision: str | None = None) -> None:
@@ -100,7 +101,10 @@ class Objective:
         self.forward: Callable[..., Tensor] = self.parallel or model
         self.forward_alone: Callable[..., Tensor] = model  # without an exchange: processes may have unequal work
         self.compiled = resolve_compile(config.train.compile, self.device)
-        if self.compiled:  # every pass is of the same shape, but for those of short windows
+        if self.compiled:
+            # One shape, but for short windows and batches that grow; beyond its limit torch would go on uncompiled.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, COMPILED_SHAPES)
             self.forward = torch.compile(self.forward, dynamic=False)
             self.forward_alone = torch.compile(model, dynamic=False) if self.parallel else self.forward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ping_llm.config import Config
-from ping_llm.model.gpt import flops_per_token
+from ping_llm.model.counts import mean_flops_per_token
 from ping_llm.system.hardware import peak_flops, peak_memory_gb
 from ping_llm.training.distributed import Ranks
 
@@ -15,7 +15,7 @@ class Speed:
 
     def __init__(self, config: Config, ranks: Ranks, compiling: bool) -> None:
         self.device, self.peak = ranks.device, peak_flops(ranks.device)
-        self.window_places, self.place_flops = config.place_tokens, flops_per_token(config.model) / ranks.world
+        self.window_places, self.place_flops = config.place_tokens, mean_flops_per_token(config) / ranks.world
         self.compiling = compiling
         self.sums = np.zeros(4)
         self.held_s = 0.0  # by saves, which no step counts

@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ping_llm.config import FIELDS, Config, TrainConfig
+from ping_llm.config import FIELDS, Config, DataConfig, TrainConfig
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
@@ -79,7 +79,7 @@ def train(config: Config, feed: Feed | None = None) -> RunState:
         deterministic(config.train.deterministic),
         _stop_flag() as stop,  # outside: until the last line is said, no signal may end the process
         processes(config.train.device) as ranks,
-        _memory_advice(config.train, ranks),
+        _memory_advice(config.train, config.data, ranks),
         _compile_advice(),
     ):
         with ExitStack() as lock:
@@ -342,7 +342,7 @@ def _compile_advice() -> Iterator[None]:
 
 
 @contextmanager
-def _memory_advice(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+def _memory_advice(config: TrainConfig, data: DataConfig, ranks: Ranks) -> Iterator[None]:
     """Turns exhausted memory into one line with advice."""
     try:
         yield
@@ -351,7 +351,8 @@ def _memory_advice(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
             raise
         windows = config.batch_size // ranks.world  # of a step, for each process
         larger = [n for n in range(config.grad_accum + 1, windows + 1) if windows % n == 0]
-        advice = "take a smaller model or a shorter model.seq_len"
+        fewer = ", or fewer data.short_windows" if data.short_windows else ""
+        advice = f"take a smaller model or a shorter model.seq_len{fewer}"
         if larger:
             advice = f"pass --train.grad-accum {larger[0]}, for micro-batches of {windows // larger[0]}"
         given = f"train.batch_size={config.batch_size}, train.grad_accum={config.grad_accum}"

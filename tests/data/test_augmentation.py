@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from conftest import make_row
 from hypothesis import given, settings
@@ -12,7 +11,7 @@ from reference_decoder import decode
 
 from ping_llm.config import FIELDS, Config, DataConfig, ModelConfig, TrainConfig
 from ping_llm.data import tokenization as tk
-from ping_llm.data.augmentation import pseudonyms, shift_pairs, shift_sources
+from ping_llm.data.augmentation import pseudonyms, shift_pairs
 from ping_llm.data.measurement import IPV4_MAPPED_PREFIX, is_ipv4, pack_address
 from ping_llm.data.rows import ProbeRow
 from ping_llm.data.windows import encode_windows, sample_window
@@ -115,73 +114,9 @@ def test_three_in_ten_shifted_pairs_drift_where_the_order_is_that_of_time():
         assert abs(np.mean([len(own) == 2 for own in moved]) - share) < (0.12 if share else 1e-9)
 
 
-@settings(max_examples=200)
-@given(pings, st.integers(0, 500))
-def test_all_rtts_of_a_shifted_source_are_longer_by_one_amount_and_only_the_first_is_not_foretold(measured, seed):
-    src, rtt_ms = np.array([s for s, _ in measured]), np.array([r for _, r in measured], dtype=np.float32)
-    longer, unforetold = shift_sources(src, rtt_ms, np.random.default_rng(seed))
-    moved = set()
-    for number in set(src.tolist()):
-        own = np.flatnonzero((src == number) & (rtt_ms > 0))
-        added = longer[own] - rtt_ms[own]
-        assert (np.ptp(added) < 1e-3 if len(own) else True) and ((added >= 0) & (added <= 1000.001)).all()
-        is_moved = len(own) > 0 and added[0] > 0
-        assert (unforetold[own] == (np.arange(len(own)) == 0) * is_moved).all()
-        moved |= {number} if is_moved or not len(own) else set()
-    assert moved  # at least one, which may have failed throughout
-    assert (longer[rtt_ms < 0] == -1).all() and not unforetold[rtt_ms < 0].any()
-
-
-def test_sources_are_longer_by_20_ms_in_the_median_and_by_a_second_at_most():
-    src, rtt_ms = np.zeros(1, dtype=np.int64), np.array([10.0], dtype=np.float32)
-    added = [shift_sources(src, rtt_ms, np.random.default_rng(seed))[0][0] - 10 for seed in range(2000)]
-    assert 18 < np.median(added) < 22 and max(added) == pytest.approx(1000) and np.quantile(added, 0.16) < 6
-
-
-def test_nothing_is_drawn_for_shifted_sources_where_there_are_none():
-    """So windows without the switch are those of runs that began before there was one."""
-    row, rngs = make_row(200), [np.random.default_rng(3) for _ in range(2)]
-    for rng, share in zip(rngs, (0.0, 1e-12), strict=True):
-        sample_window(row, DataConfig(shifted_sources=share), 129, rng)
-    without, with_them = (rng.random(4) for rng in rngs)
-    assert (without[1:] == with_them[:3]).all() and without[0] != with_them[0]
-
-
-def test_where_both_are_shifted_no_result_is_a_target_before_its_pair_and_its_source_have_answered():
-    """Three sources, two destinations, 20 ms and one loss in four. A target of a pair that has answered is what it was last,
-    whatever its factor and its source's amount; one of a pair that has not is 20 ms and its source's amount."""
-    turns = np.arange(360)
-    packed = np.stack([np.frombuffer(pack_address(f"192.0.2.{n}"), np.uint8) for n in range(5)])
-    src, dst, zeros = turns % 3, turns // 3 % 2, np.zeros(360, dtype=np.int64)
-    rtt_ms = np.where(turns % 4 == 0, -1.0, 20.0).astype(np.float32)
-    columns = (zeros, src, dst, rtt_ms, zeros.astype(np.uint8), packed[:3], packed[3:])
-    row = ProbeRow.from_codes(1, 1_700_000_000 + 60 * turns, *columns)
-    rates = {"src_prefix_dropout": 0, "dst_prefix_dropout": 0, "full_time": 1.0, "partial_time": 0.0}
-    config, seen = DataConfig(**rates, shifted_pairs=1, shifted_sources=1), np.zeros(2)
-    for seed in range(100):
-        window = sample_window(row, config, 300, np.random.default_rng(seed))
-        of_pair, of_source = {}, set()
-        for i, source, target, shown, muted in zip(
-            *(range(len(window.index)), row.src[window.index], row.dst[window.index], window.rtt_ms, window.muted),
-            strict=True,
-        ):
-            if shown < 0:
-                assert not muted and row.rtt_ms[window.index[i]] == -1
-                continue
-            answered = (source, target) in of_pair
-            if not muted and not answered:  # the pair has no factor: what is not 20 ms is the source's
-                assert shown == 20 or source in of_source
-            if not muted and answered:
-                assert shown == of_pair[source, target]
-            seen += muted, not muted and not answered and shown != 20
-            of_pair[source, target] = shown
-            of_source.add(source)
-    assert (seen > 20).all()
-
-
 def test_windows_tell_of_pseudonyms_and_shifted_pairs_as_often_as_the_config_says():
     row, none = make_row(2000, ipv6_share=0), {"full_time": 1.0, "partial_time": 0.0}
-    for name in ("pseudonyms", "shifted_pairs", "shifted_sources", "canonical_order"):
+    for name in ("pseudonyms", "shifted_pairs", "canonical_order"):
         config = DataConfig(**none, src_prefix_dropout=0, dst_prefix_dropout=0, **{name: 0.3})
         counts = np.zeros(3)
         for seed in range(600):
@@ -192,7 +127,7 @@ def test_windows_tell_of_pseudonyms_and_shifted_pairs_as_often_as_the_config_say
             )
             counts += any(ends), window.muted.any(), (window.order == window.order[0]).all()
             assert not window.muted.any() or (window.order == tk.RESULT_LAST).all()  # what follows would learn from it
-        expected = {"pseudonyms": (0.3, 0, 0), "canonical_order": (0, 0, 0.3)}.get(name, (0, 0.3, 0.3))
+        expected = {"pseudonyms": (0.3, 0, 0), "shifted_pairs": (0, 0.3, 0.3), "canonical_order": (0, 0, 0.3)}[name]
         np.testing.assert_allclose(counts / 600, expected, atol=0.06)
 
 

@@ -33,8 +33,6 @@ class DataConfig(Section):
     """Share of windows that give sources, destinations or both pseudonyms, which share prefixes as the addresses do."""
     shifted_pairs: Share = 0.0
     """Share of windows in which the RTTs of some pairs are longer or shorter by a factor, in canonical order."""
-    shifted_sources: Share = 0.0
-    """Share of windows in which every RTT of some sources is longer by one amount, in canonical order."""
     mesh: Share = 0.0
     """Share of windows of several probes: measurements of one, and of up to 12 others to the same destinations."""
     synthetic: Share = 0.0

@@ -4,8 +4,6 @@
 - Shifted pairs: the RTTs of a pair differ from all that the model may remember of it by a factor that only the window
   tells, and learns to believe its context; where the factor changes on the way, as after a change of route, its latest.
   A result that nothing foretells is an input, but no target.
-- Shifted sources: every RTT of a source is longer by one amount, as behind a slow line, and the model learns how what a
-  source's other results tell goes over to the next destination.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import numpy as np
 from ping_llm.data.measurement import is_ipv4
 
 _SHIFT_DEVIATION, _SHIFT_MOST = 0.7, 2.0  # of the logarithm of the factor
-_ACCESS_MS, _ACCESS_DEVIATION, _ACCESS_MOST_MS = 20.0, 1.5, 1000.0  # median, of the logarithm, and up to a satellite's
 _DRIFTING = 0.3  # of the shifted pairs of a window in time order change their factor
 _IPV6_NETWORK_BITS = 64
 _IPV6_GLOBAL_BITS = 3  # 2000::/3
@@ -78,20 +75,3 @@ def shift_pairs(
     _, first = np.unique(2 * number[answered] + later[answered], return_index=True)
     unforetold[answered[first]] = True
     return np.where(rtt_ms > 0, rtt_ms * factor, rtt_ms).astype(rtt_ms.dtype), unforetold & shifted[number]
-
-
-def shift_sources(src: np.ndarray, rtt_ms: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """RTTs (k,) of which those of some sources are longer by an amount each, and which of them nothing foretells, (k,).
-
-    `src` (k,) numbers the sources of measurements in sequence order; −1 ms, a failure, stays one. At least one source is
-    shifted, and its first RTT is not foretold.
-    """
-    sources, number = np.unique(src, return_inverse=True)
-    shifted = rng.random(len(sources)) < rng.uniform(0.3, 1.0)
-    shifted[rng.integers(len(sources))] = True
-    more_ms = np.minimum(rng.lognormal(np.log(_ACCESS_MS), _ACCESS_DEVIATION, len(sources)), _ACCESS_MOST_MS)
-    answered = np.flatnonzero(rtt_ms > 0)
-    unforetold = np.zeros(len(src), dtype=bool)
-    unforetold[answered[np.unique(number[answered], return_index=True)[1]]] = True
-    added = np.where(shifted, more_ms, 0.0)[number]
-    return np.where(rtt_ms > 0, rtt_ms + added, rtt_ms).astype(rtt_ms.dtype), unforetold & shifted[number]

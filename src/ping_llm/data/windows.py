@@ -11,7 +11,7 @@ by `sample_window` as a pure function of the row and an rng:
 - its source is whole, or cut to a prefix of one length for the whole window, from 0 bytes to all but one: of several sources
   each to the same share, as queries cut them; each destination is whole or cut on its own, to at least 1 byte;
 - the fields of its measurements stand in one order, source, destination, time, result, or each in an order of its own;
-- it may tell of pseudonyms, of shifted pairs and of shifted sources: see augmentation.py.
+- it may tell of pseudonyms and of shifted pairs: see augmentation.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ping_llm.config import DataConfig
-from ping_llm.data.augmentation import pseudonyms, shift_pairs, shift_sources
+from ping_llm.data.augmentation import pseudonyms, shift_pairs
 from ping_llm.data.rows import ProbeRow
 from ping_llm.data.tokenization import DELTA1_MAX_S, PADDING, RESULT_LAST, Fields, encode
 
@@ -71,15 +71,11 @@ def sample_window(row: ProbeRow, config: DataConfig, tokens: int, rng: np.random
     src, dst, rtt_ms = row.src_addresses[row.src[index]], row.dst_addresses[row.dst[index]], row.rtt_ms[index]
     muted = np.zeros(len(index), dtype=bool)
     canonical, shifted, hidden = rng.random(3) < (config.canonical_order, config.shifted_pairs, config.pseudonyms)
-    lengthened = config.shifted_sources > 0 and rng.random() < config.shifted_sources
-    if canonical or shifted or lengthened:  # what comes after a shifted RTT would be learned from it
+    if canonical or shifted:  # what comes after a shifted RTT would be learned from it
         order = np.tile(RESULT_LAST, (len(index), 1))
     if shifted:
         pair = row.src[index].astype(np.int64) << 32 | row.dst[index]
         rtt_ms, muted = shift_pairs(pair, rtt_ms, mode == "full", rng)
-    if lengthened:
-        rtt_ms, unforetold = shift_sources(row.src[index], rtt_ms, rng)
-        muted = muted | unforetold
     if hidden:
         src, dst = pseudonyms(src, dst, rng)
     times = row.times(index)

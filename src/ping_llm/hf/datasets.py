@@ -5,8 +5,7 @@
                                           short ones beside it, if there are any
     data/validation-00000-of-00001.parquet   the fixed windows that every evaluation of such a run scores
 
-Columns are `input_ids` and, where the config shifts pairs or sources, `labels`: the same, but −100 where a token is no
-target.
+Columns are `input_ids` and, where the config shifts pairs, `labels`: the same, but −100 where a token is no target.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def training_windows(rows: RowReader, config: Config, count: int) -> Iterator[np
 def _write_split(folder: Path, split: str, parts: Iterator[np.ndarray], count: int, config: Config) -> int:
     """Parquet files of `count` windows; the number of windows."""
     shards = max(1, -(-count // _WINDOWS_OF_A_SHARD))
-    with_labels = config.data.shifted_pairs + config.data.shifted_sources > 0
+    with_labels = config.data.shifted_pairs > 0
     tables = _in_groups(_table(part, with_labels) for part in parts)
     table = next(tables)
     for shard in range(shards):

@@ -143,12 +143,13 @@ def test_the_sweeps_of_the_project_are_what_they_say():
     assert len({(run.config.seed, run.config.init_seed) for run in noise}) == len(noise) == 16
     of_record = load_config(CONFIGS / "quality.toml")
     assert set(differing_fields(of_record, noise[0].config)) == {
-        "train.total_steps", "train.batch_size", "train.eval_queries", "data.replay_share", "init_seed"
+        "train.total_steps", "train.batch_size", "train.eval_queries", "data.replay_share", "init_seed",
+        "model.value_embeddings", "data.short_windows",
     }  # fmt: skip
     switches = read_sweep(CONFIGS / "sweeps/switches.toml")
     plain, *turned = [run for run in switches if run.config.seed == 0]
     assert plain.name == "base,seed=0" and len(turned) >= 12 and len(switches) == 2 * (1 + len(turned))
-    exceptions = {"residual_scalars", "first_batch_size"}  # two fields that go together
+    exceptions = {"residual_scalars", "first_batch_size", "short_windows"}  # two fields that go together
     for run in turned:
         fields = differing_fields(plain.config, run.config)
         assert len(fields) == (2 if any(name in run.name for name in exceptions) else 1), run.name

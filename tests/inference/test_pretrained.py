@@ -25,7 +25,7 @@ def model() -> PingModel:
 
 
 def test_it_is_small_calibrated_and_reads_sources_as_networks():
-    assert sum(file.stat().st_size for file in PRETRAINED.iterdir()) <= 6e6
+    assert sum(file.stat().st_size for file in PRETRAINED.iterdir()) <= 6.5e6
     loaded = load(None)
     assert (loaded.config.model.src_bits_ipv4, loaded.config.model.src_bits_ipv6) == (24, 48)
     assert loaded.config.model == load_config(CONFIGS / "quality.toml").model
@@ -88,8 +88,8 @@ def test_on_val_of_its_rows_it_loses_what_its_card_says(model, tmp_path, monkeyp
     assert main(["prepare", *inputs, "--out", "rows", *options]) == 0
     windows = fixed_windows(load(None).config, tmp_path / "rows", "val", 256)
     loss = score_tokens(model, windows).loss_per_field()["rtt"]
-    assert loss == pytest.approx(3.500, abs=0.01)  # over seeds it deviates by 0.017
-    assert f"| RTT (nats per token) | {loss:.1f}" in (PRETRAINED / "README.md").read_text()
+    assert loss == pytest.approx(3.527, abs=0.01)  # over seeds it deviates by 0.017
+    assert f"| RTT (nats per token) | {loss:.2f}" in (PRETRAINED / "README.md").read_text()
 
 
 def test_an_answer_loads_nothing_of_what_compiles_models():

@@ -97,7 +97,7 @@ def test_element_i_is_drawn_from_its_row_by_seed_and_i_alone(config):
 
 
 def test_short_windows_stand_beside_each_window_and_are_of_its_row(config):
-    """Of another rng each would be of the row too; of the same, the window itself is what it is without them."""
+    """They are drawn after the window, which so is what it is without them."""
     beside = dataclasses.replace(config, data=dataclasses.replace(config.data, short_windows=3, short_len=60))
     rows = RowReader(config.data.rows, "train")
     alone, blocks = (WindowBlocks(rows, one, 8, 3) for one in (config, beside))

@@ -141,7 +141,7 @@ def test_a_context_that_several_queries_share_counts_once(client):
     ("method", "path", "status"), [("GET", "/v1/rtt", 405), ("GET", "/v2", 404), ("PUT", "/", 405)]
 )
 def test_other_methods_and_paths_are_refused(client, method, path, status):
-    reason(client.request(method, path), status)
+    assert reason(client.request(method, path), status)
 
 
 def test_nobody_else_s_page_may_read_answers(client):

@@ -127,9 +127,7 @@ def _ratios(results: Mapping[str, Any]) -> Figure | None:
     image = axis.imshow(log_ratio, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=30, ha="right")
     axis.set_yticks(range(len(splits)), map(_title, splits), fontsize=9)
-    axis.set_title(
-        f"CRPS of {name} ÷ the baseline that was best on val; * = 95 % interval below 1", fontsize=11, loc="left"
-    )
+    figure.suptitle(f"CRPS of {name}\n÷ the baseline that was best on val\n* = 95 % interval below 1", fontsize=11)
     bar = figure.colorbar(image, ticks=[-1, -0.5, 0, 0.5, 1], pad=0.01)
     bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
     return figure

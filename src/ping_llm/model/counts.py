@@ -44,8 +44,9 @@ def parameter_count(config: ModelConfig) -> int:
     return matrix_parameters(config) + rows * config.n_embd + vectors * config.n_layer + skips
 
 
-def flops_per_token(config: ModelConfig) -> int:
-    """Floating-point operations to train on one token of a full window: 6·(12·D²·L + V·D) + 12·L·D·T.
+def flops_per_token(config: ModelConfig, length: int | None = None) -> int:
+    """Floating-point operations to train on one token of a window of T tokens, by default a full one: 6·(12·D²·L + V·D)
+    + 12·L·D·T.
 
     Six for each weight that is multiplied (tables are looked up; the value's matrix is multiplied), and attention by the
     usual convention, which also counts the pairs of tokens that the causal mask hides.
@@ -53,12 +54,12 @@ def flops_per_token(config: ModelConfig) -> int:
     multiplied = matrix_parameters(config) + VOCAB_SIZE * config.n_embd
     if config.field_aware:
         multiplied += VALUE_FEATURES * config.n_embd
-    return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.seq_len
+    return 6 * multiplied + 12 * config.n_layer * config.n_embd * (length or config.seq_len)
 
 
 def mean_flops_per_token(config: Config) -> float:
     """`flops_per_token` of the tokens of a run's batches on average: those of short windows attend to short ones."""
     model, data = config.model, config.data
-    unattended = model.seq_len - data.short_len
-    saved = 12 * model.n_layer * model.n_embd * unattended * data.short_windows * data.short_len
-    return flops_per_token(model) - saved / config.place_tokens
+    of_long = model.seq_len * flops_per_token(model)
+    of_short = data.short_windows * data.short_len * flops_per_token(model, data.short_len)
+    return (of_long + of_short) / config.place_tokens

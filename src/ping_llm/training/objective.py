@@ -146,7 +146,7 @@ class Objective:
         keys = self._keys(len(tokens), step)
         micro_batches = [
             micro_batch
-            for windows, own in reversed(list(zip(kinds, keys, strict=True)))
+            for windows, own in zip(reversed(kinds), reversed(keys), strict=True)
             for micro_batch in self._micro_batches(*windows, own, len(tokens))
         ]
         for number, (micro_inputs, micro_targets, micro_fields, options) in enumerate(micro_batches, 1):

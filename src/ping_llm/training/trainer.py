@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ping_llm.config import FIELDS, Config, DataConfig, TrainConfig
+from ping_llm.data.loader import training_batches, validation_windows
 from ping_llm.inference.calibration import CALIBRATION_NAME, Calibration
 from ping_llm.model.checkpoint import MODEL_NAME, load_model
 from ping_llm.model.gpt import GPT, parameter_count
@@ -62,8 +63,6 @@ class Feed:
     @classmethod
     def of_rows(cls) -> Feed:
         """The probe rows of `config.data.rows`."""
-        from ping_llm.data.loader import training_batches, validation_windows
-
         return cls(training_batches, validation_windows, ValQueries.load)
 
 
